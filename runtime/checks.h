@@ -1,0 +1,207 @@
+/*
+Errors, and the checks made at the program's border (options, files, memory).
+
+    if (T % 2 != 0) fail_usage("--sequence-length %d: must be even", T);     // exit code 2
+    FILE* f = open_or_fail(path, "rb");                                       // exit code 1, names path and
+reason float* x = (float*)malloc_or_fail(n * sizeof(float), "the logits");
+
+Every failure is one line on stderr, "PROGRAM: message". Exit code 2 means that the command line was wrong, 1
+everything else. A file or directory that is still being written is registered with scratch_path_begin();
+whatever way the process exits, what is registered then is removed, so that nothing half-written stays.
+*/
+#ifndef RUNTIME_CHECKS_H
+#define RUNTIME_CHECKS_H
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef PATH_MAX
+#define PATH_MAX 4096
+#endif
+
+// ----------------------------------------------------------------------------
+// Failing
+
+// The name that opens every message; a program's main sets it first thing.
+static const char* program_name = "moba.c";
+
+__attribute__((format(printf, 2, 0), noreturn)) static inline void
+fail_with(int exit_code, const char* format, va_list arguments) {
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    exit(exit_code);
+}
+
+// Something outside the program is wrong (a file, memory, a device): one line, exit code 1.
+__attribute__((format(printf, 1, 2), noreturn)) static inline void fail(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fail_with(1, format, arguments);
+}
+
+// The command line asks for something impossible: one line naming option, value and rule, exit code 2.
+__attribute__((format(printf, 1, 2), noreturn)) static inline void fail_usage(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fail_with(2, format, arguments);
+}
+
+// ----------------------------------------------------------------------------
+// Memory
+
+// Uninitialised memory; `what` completes the sentence "out of memory: 12 MB for ...".
+static inline void* malloc_or_fail(size_t bytes, const char* what) {
+    void* memory = malloc(bytes ? bytes : 1);
+    if (!memory) fail("out of memory: %.1f MB for %s", (double)bytes / 1e6, what);
+    return memory;
+}
+
+static inline void* calloc_or_fail(size_t count, size_t bytes, const char* what) {
+    void* memory = calloc(count ? count : 1, bytes ? bytes : 1);
+    if (!memory) fail("out of memory: %.1f MB for %s", (double)count * (double)bytes / 1e6, what);
+    return memory;
+}
+
+static inline void* realloc_or_fail(void* old, size_t bytes, const char* what) {
+    void* memory = realloc(old, bytes ? bytes : 1);
+    if (!memory) fail("out of memory: %.1f MB for %s", (double)bytes / 1e6, what);
+    return memory;
+}
+
+// ----------------------------------------------------------------------------
+// Files
+
+// snprintf into a path buffer of PATH_MAX bytes; fails where it would be cut.
+__attribute__((format(printf, 2, 3))) static inline void path_format(char* path, const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(path, PATH_MAX, format, arguments);
+    va_end(arguments);
+    if (length < 0 || length >= PATH_MAX) fail("path too long: %.80s...", path);
+}
+
+static inline FILE* open_or_fail(const char* path, const char* mode) {
+    FILE* file = fopen(path, mode);
+    if (!file) fail("%s: %s", path, strerror(errno));
+    struct stat info;
+    if (fstat(fileno(file), &info) == 0 && S_ISDIR(info.st_mode))
+        fail("%s: is a directory, not a file", path);
+    return file;
+}
+
+static inline void write_or_fail(const void* data, size_t bytes, FILE* file, const char* path) {
+    if (bytes && fwrite(data, 1, bytes, file) != bytes) fail("%s: cannot write: %s", path, strerror(errno));
+}
+
+// Flushes, syncs to the disk and closes: the last place where a full disk shows.
+static inline void close_written_or_fail(FILE* file, const char* path) {
+    if (fflush(file) != 0) fail("%s: cannot write: %s", path, strerror(errno));
+    if (fsync(fileno(file)) != 0 && errno != EINVAL && errno != EROFS)
+        fail("%s: cannot sync: %s", path, strerror(errno));
+    if (fclose(file) != 0) fail("%s: cannot close: %s", path, strerror(errno));
+}
+
+// A whole file as one buffer with a closing 0 byte that *length does not count. The caller frees it.
+static inline char* read_file_or_fail(const char* path, size_t* length) {
+    FILE* file = open_or_fail(path, "rb");
+    size_t capacity = 1 << 16, used = 0;
+    char* text = (char*)malloc_or_fail(capacity, path);
+    for (;;) {
+        size_t got = fread(text + used, 1, capacity - used - 1, file);
+        used += got;
+        if (used + 1 < capacity) break;
+        capacity *= 2;
+        text = (char*)realloc_or_fail(text, capacity, path);
+    }
+    if (ferror(file)) fail("%s: cannot read: %s", path, strerror(errno));
+    fclose(file);
+    text[used] = 0;
+    if (length) *length = used;
+    return text;
+}
+
+static inline int path_exists(const char* path) {
+    struct stat info;
+    return stat(path, &info) == 0;
+}
+
+// mkdir -p
+static inline void make_directories_or_fail(const char* path) {
+    char partial[PATH_MAX];
+    path_format(partial, "%s", path);
+    for (char* c = partial + 1;; c++) {
+        if (*c != '/' && *c != 0) continue;
+        char kept = *c;
+        *c = 0;
+        if (mkdir(partial, 0777) != 0 && errno != EEXIST)
+            fail("%s: cannot make the directory: %s", partial, strerror(errno));
+        *c = kept;
+        if (kept == 0) break;
+    }
+    struct stat info;
+    if (stat(path, &info) != 0 || !S_ISDIR(info.st_mode)) fail("%s: not a directory", path);
+}
+
+// rm -rf of one file or one flat directory; a missing one is no error.
+static inline void remove_path(const char* path) {
+    DIR* directory = opendir(path);
+    if (directory) {
+        struct dirent* entry;
+        while ((entry = readdir(directory))) {
+            if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+            unlinkat(dirfd(directory), entry->d_name, 0);
+        }
+        closedir(directory);
+        rmdir(path);
+        return;
+    }
+    unlink(path);
+}
+
+// ----------------------------------------------------------------------------
+// Scratch: what is being written, and must not stay when the process ends early
+
+// One path at a time is enough: a program writes one file or one checkpoint directory at a time.
+static char scratch_path[PATH_MAX];
+
+static inline void scratch_path_remove(void) {
+    if (scratch_path[0]) remove_path(scratch_path);
+    scratch_path[0] = 0;
+}
+
+// From here to scratch_path_commit(), `path` is removed at exit.
+static inline void scratch_path_begin(const char* path) {
+    static int registered = 0;
+    if (!registered) atexit(scratch_path_remove);
+    registered = 1;
+    path_format(scratch_path, "%s", path);
+}
+
+// Renames what is registered to its final name and syncs the directory that holds it: now it is there, whole.
+static inline void scratch_path_commit(const char* final_path) {
+    if (rename(scratch_path, final_path) != 0)
+        fail("%s: cannot rename to %s: %s", scratch_path, final_path, strerror(errno));
+    scratch_path[0] = 0;
+    char parent[PATH_MAX];
+    path_format(parent, "%s", final_path);
+    char* slash = strrchr(parent, '/');
+    if (slash) slash[slash == parent] = 0;
+    int directory = open(slash ? parent : ".", O_RDONLY);
+    if (directory >= 0) {
+        (void)fsync(directory);
+        close(directory);
+    }
+}
+
+#endif
