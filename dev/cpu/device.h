@@ -1,0 +1,55 @@
+/*
+The device of DEVICE=cpu: main memory. Every operation takes a stream_t last, as its CUDA twin does; here it
+has no meaning.
+*/
+#ifndef DEV_CPU_DEVICE_H
+#define DEV_CPU_DEVICE_H
+
+#include <math.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <omp.h>
+#include "runtime/checks.h"
+#include "runtime/precision.h"
+
+typedef int stream_t;
+
+#define DEVICE_NAME "cpu"
+
+// Zeroed memory, aligned to a page; large blocks ask for huge pages, which saves the page walks of strided
+// reads.
+static inline void* device_malloc(size_t bytes, const char* what) {
+    const size_t huge_page = (size_t)2 << 20;
+    size_t alignment = bytes >= huge_page ? huge_page : 4096;
+    void* memory = NULL;
+    if (posix_memalign(&memory, alignment, bytes ? bytes : 1) != 0)
+        fail("out of memory: %.1f MB for %s", (double)bytes / 1e6, what);
+    if (bytes >= huge_page) (void)madvise(memory, bytes, MADV_HUGEPAGE);
+    memset(memory, 0, bytes);
+    return memory;
+}
+
+static inline void device_free(void* memory) { free(memory); }
+
+static inline void device_zero(void* memory, size_t bytes, stream_t stream) {
+    (void)stream;
+    char* bytes_of = (char*)memory;
+    const size_t chunk = (size_t)1 << 20;
+#pragma omp parallel for schedule(static)
+    for (size_t start = 0; start < bytes; start += chunk)
+        memset(bytes_of + start, 0, bytes - start < chunk ? bytes - start : chunk);
+}
+
+static inline void copy_to_device(void* device, const void* host, size_t bytes, stream_t stream) {
+    (void)stream;
+    memcpy(device, host, bytes);
+}
+
+static inline void copy_to_host(void* host, const void* device, size_t bytes, stream_t stream) {
+    (void)stream;
+    memcpy(host, device, bytes);
+}
+
+static inline void stream_synchronize(stream_t stream) { (void)stream; }
+
+#endif

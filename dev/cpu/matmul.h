@@ -1,0 +1,62 @@
+/*
+Matrix products: oneDNN's dnnl_sgemm in fp32, plain loops in fp64. Row-major, weights as Hugging Face has them
+(out, in).
+
+    out (rows, out_channels)  =  inp (rows, in_channels)  x  weight (out_channels, in_channels)^T
+*/
+#ifndef DEV_CPU_MATMUL_H
+#define DEV_CPU_MATMUL_H
+
+#include "dev/cpu/device.h"
+#if !defined(PRECISION_FP64)
+#include <oneapi/dnnl/dnnl.h>
+#endif
+
+// C (M,N) = op(A) op(B) + beta C, row-major with leading dimensions; transA means that A is stored (K,M).
+// Called inside a parallel region it runs on the calling thread alone, which is how attention uses it.
+static inline void gemm(int transA, int transB, int M, int N, int K, const floatX* A, int lda,
+                        const floatX* B, int ldb, floatX beta, floatX* C, int ldc) {
+#if defined(PRECISION_FP64)
+#pragma omp parallel for schedule(static) if (!omp_in_parallel())
+    for (int m = 0; m < M; m++) {
+        for (int n = 0; n < N; n++) {
+            double sum = beta == 0 ? 0 : beta * C[(size_t)m * ldc + n];
+            for (int k = 0; k < K; k++) {
+                double a = transA ? A[(size_t)k * lda + m] : A[(size_t)m * lda + k];
+                double b = transB ? B[(size_t)n * ldb + k] : B[(size_t)k * ldb + n];
+                sum += a * b;
+            }
+            C[(size_t)m * ldc + n] = sum;
+        }
+    }
+#else
+    if (M == 0 || N == 0) return;
+    dnnl_status_t status =
+        dnnl_sgemm(transA ? 'T' : 'N', transB ? 'T' : 'N', M, N, K, 1.0f, A, lda, B, ldb, beta, C, ldc);
+    if (status != dnnl_success) fail("dnnl_sgemm (%d,%d,%d) failed with status %d", M, N, K, (int)status);
+#endif
+}
+
+static inline void matmul_forward(floatX* out,          // (rows, out_channels)
+                                  const floatX* inp,    // (rows, in_channels)
+                                  const floatX* weight, // (out_channels, in_channels)
+                                  int rows, int in_channels, int out_channels, stream_t stream) {
+    (void)stream;
+    gemm(0, 1, rows, out_channels, in_channels, inp, in_channels, weight, in_channels, 0, out, out_channels);
+}
+
+// dinp is overwritten, dweight accumulates (over micro-batches and over the uses of a tied weight).
+static inline void matmul_backward(floatX* dinp,         // (rows, in_channels)
+                                   float_acc* dweight,   // (out_channels, in_channels)
+                                   const floatX* dout,   // (rows, out_channels)
+                                   const floatX* inp,    // (rows, in_channels)
+                                   const floatX* weight, // (out_channels, in_channels)
+                                   int rows, int in_channels, int out_channels, stream_t stream) {
+    (void)stream;
+    gemm(0, 0, rows, in_channels, out_channels, dout, out_channels, weight, in_channels, 0, dinp,
+         in_channels);
+    gemm(1, 0, out_channels, in_channels, rows, dout, out_channels, inp, in_channels, 1, dweight,
+         in_channels);
+}
+
+#endif

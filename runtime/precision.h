@@ -1,0 +1,27 @@
+/*
+The two number types of the program, chosen by the build flag PRECISION.
+
+    floatX      parameters, activations and their gradients: bf16, fp32 or fp64
+    float_acc   gradients of parameters, optimizer moments, log-sum-exps and every sum: fp32, or fp64 when
+floatX is
+
+fp64 exists for gradient checks and as the yardstick that the other builds are compared with.
+*/
+#ifndef RUNTIME_PRECISION_H
+#define RUNTIME_PRECISION_H
+
+#include <stddef.h>
+
+#if defined(PRECISION_FP64)
+typedef double floatX;
+typedef double float_acc;
+#define PRECISION_NAME "fp64"
+#elif defined(PRECISION_FP32)
+typedef float floatX;
+typedef float float_acc;
+#define PRECISION_NAME "fp32"
+#else
+#error "define PRECISION_FP32 or PRECISION_FP64 (make PRECISION=...)"
+#endif
+
+#endif
