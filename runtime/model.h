@@ -1,0 +1,297 @@
+/*
+What a model is: its sizes, and the table of its parameters.
+
+    ModelConfig config = model_config_from_descriptor("d12");
+    config.vocab_size = 8192;
+    model_config_check(&config);                         // exit code 2 and one line where the sizes do not
+fit ParameterLayout layout = parameter_layout(&config);  // layout.table names every tensor;
+layout.layers[3].o_proj is
+                                                         // where that one begins in the block of parameters
+
+The table is the single source for allocation, initialisation, optimizer groups, checkpoints and export; its
+names are those of Hugging Face's LlamaForCausalLM. The model itself is MATH.md section 1 (docs/math.md):
+RMSNorm, rotary positions, grouped attention, SwiGLU, no biases.
+*/
+#ifndef RUNTIME_MODEL_H
+#define RUNTIME_MODEL_H
+
+#include <math.h>
+#include "runtime/checks.h"
+#include "runtime/precision.h"
+#include "runtime/random.h"
+
+// The build's variant: what `make ATTN= GQA= KCONV=` chose.
+#ifndef ATTN_NAME
+#define ATTN_NAME "dense"
+#endif
+#ifndef GQA_NAME
+#define GQA_NAME "gqa"
+#endif
+#ifndef KCONV
+#define KCONV 0
+#endif
+
+#define PATTERN_MAX 64
+
+typedef struct {
+    int layers;                    // L
+    int channels;                  // C
+    int heads;                     // H, query heads
+    int kv_heads;                  // G, key/value heads
+    int head_dim;                  // D
+    int ffn;                       // F, the width of the feed-forward network
+    int vocab_size;                // V
+    int padded_vocab;              // Vp: V rounded up to a multiple of 128; the columns V..Vp never take part
+    int sequence_length;           // T, the longest sequence that the model is trained on
+    char pattern[PATTERN_MAX + 1]; // a letter a layer, repeated: G global attention, S sliding window
+    int window;                    // W of the S layers: a query at t sees keys t-W+1..t
+    int rope_global;               // G layers: 1 rotary positions, 0 none
+    int rope_sliding;              // S layers likewise
+    float rope_theta;
+    float norm_eps;
+    int tied; // 1: the output head is the embedding
+} ModelConfig;
+
+static inline char layer_kind(const ModelConfig* config, int layer) {
+    return config->pattern[layer % (int)strlen(config->pattern)];
+}
+// The window of a layer's attention; 0 means every past key.
+static inline int layer_window(const ModelConfig* config, int layer) {
+    return layer_kind(config, layer) == 'S' ? config->window : 0;
+}
+static inline int layer_has_rope(const ModelConfig* config, int layer) {
+    return layer_kind(config, layer) == 'S' ? config->rope_sliding : config->rope_global;
+}
+// Heads of a packed row of queries, keys and values.
+static inline int qkv_heads(const ModelConfig* config) { return config->heads + 2 * config->kv_heads; }
+
+// "d12" is 12 layers: 64 channels a layer, heads of 64, a feed-forward network of 8/3 C rounded up to a
+// multiple of 64. Sizes left 0 are filled in by model_config_complete(), after the user's own options have
+// been set.
+static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
+    ModelConfig config;
+    memset(&config, 0, sizeof(config));
+    char* end = NULL;
+    long depth = descriptor[0] == 'd' ? strtol(descriptor + 1, &end, 10) : 0;
+    if (!end || *end || depth < 1 || depth > 1024)
+        fail_usage("--model %s: want dN with N from 1 to 1024, such as d12 (12 layers, 768 channels)",
+                   descriptor);
+    config.layers = (int)depth;
+    strcpy(config.pattern, "G");
+    config.window = 256;
+    config.rope_global = config.rope_sliding = 1;
+    config.rope_theta = 10000.0f;
+    config.norm_eps = 1e-5f;
+    config.tied = 1;
+    config.sequence_length = 1024;
+    return config;
+}
+
+// Fills in the sizes that were left 0.
+static inline void model_config_complete(ModelConfig* config) {
+    if (!config->channels) config->channels = 64 * config->layers;
+    if (!config->heads && config->head_dim) config->heads = config->channels / config->head_dim;
+    if (!config->heads) config->heads = config->channels / 64 > 0 ? config->channels / 64 : 1;
+    if (!config->head_dim && config->heads > 0 && config->channels % config->heads == 0)
+        config->head_dim = config->channels / config->heads;
+    if (!config->kv_heads) config->kv_heads = config->heads;
+    if (!config->ffn) config->ffn = (config->channels * 8 / 3 + 63) / 64 * 64;
+    config->padded_vocab = (config->vocab_size + 127) / 128 * 128;
+}
+
+static inline void check_range(const char* option, long value, long low, long high) {
+    if (value < low || value > high) fail_usage("%s %ld: must be from %ld to %ld", option, value, low, high);
+}
+
+// Every rule a model's sizes must keep; fails with the option's name, its value and the rule.
+static inline void model_config_check(const ModelConfig* config) {
+    check_range("--layers", config->layers, 1, 1024);
+    check_range("--channels", config->channels, 1, 1 << 17);
+    check_range("--heads", config->heads, 1, 1024);
+    if (config->head_dim == 0)
+        fail_usage("--heads %d: must divide --channels %d, or give --head-dim", config->heads,
+                   config->channels);
+    check_range("--head-dim", config->head_dim, 1, 1024);
+    check_range("--kv-heads", config->kv_heads, 1, config->heads);
+    if (config->heads % config->kv_heads != 0)
+        fail_usage("--kv-heads %d: must divide --heads %d", config->kv_heads, config->heads);
+    check_range("--ffn", config->ffn, 1, 1 << 20);
+    check_range("--vocab", config->vocab_size, 2, 1 << 24);
+    check_range("--sequence-length", config->sequence_length, 1, 1 << 24);
+    check_range("--window", config->window, 1, 1 << 24);
+    if (!config->pattern[0] || strspn(config->pattern, "GS") != strlen(config->pattern))
+        fail_usage("--pattern %s: want letters G (global attention) and S (sliding window), such as SG",
+                   config->pattern);
+    int any_rope = 0;
+    for (int l = 0; l < config->layers; l++) any_rope |= layer_has_rope(config, l);
+    if (any_rope && config->head_dim % 2 != 0)
+        fail_usage("--head-dim %d: rotary positions need an even number (or --position none)",
+                   config->head_dim);
+    if (!(config->rope_theta > 0))
+        fail_usage("--rope-theta %g: must be positive", (double)config->rope_theta);
+    if (!(config->norm_eps > 0)) fail_usage("--norm-eps %g: must be positive", (double)config->norm_eps);
+}
+
+// ----------------------------------------------------------------------------
+// The table of tensors
+
+typedef enum { INIT_NORMAL, INIT_ONES, INIT_ZEROS } Initializer;
+
+typedef struct {
+    char name[96];       // Hugging Face's
+    int dims;            // 1 or 2
+    int shape[2];        // what a checkpoint holds: (rows, columns) or (elements)
+    size_t offset;       // first element in the block of parameters
+    size_t count;        // elements of a checkpoint: the product of shape
+    size_t padded_count; // elements in the block: more than count where rows are padded (the vocabulary)
+    Initializer initializer;
+    float std;        // of INIT_NORMAL
+    int weight_decay; // 1: the optimizer decays it (matrices), 0: it does not (gains)
+} Tensor;
+
+typedef struct {
+    Tensor* tensors;
+    int count;
+    size_t elements; // of the whole block, with padding and alignment
+} TensorTable;
+
+// Where each tensor begins, in elements. What is multiplied together lies together: q, k and v are one matrix
+// of (H + 2G) D rows, gate and up one of 2F rows.
+typedef struct {
+    size_t input_norm;   // (C)
+    size_t qkv_proj;     // ((H + 2G) D, C)
+    size_t o_proj;       // (C, H D)
+    size_t post_norm;    // (C)
+    size_t gate_up_proj; // (2F, C)
+    size_t down_proj;    // (C, F)
+} LayerParameters;
+
+typedef struct {
+    TensorTable table;
+    size_t embedding;        // (Vp, C)
+    LayerParameters* layers; // L
+    size_t final_norm;       // (C)
+    size_t head;             // (Vp, C); the embedding when tied
+} ParameterLayout;
+
+// The next tensor starts on a boundary of 64 elements: a cache line and more for every type.
+static inline void table_align(TensorTable* table) { table->elements = (table->elements + 63) / 64 * 64; }
+
+__attribute__((format(printf, 7, 8))) static inline size_t table_add(TensorTable* table, int rows,
+                                                                     int columns, int padded_rows,
+                                                                     Initializer initializer, float std,
+                                                                     const char* name, ...) {
+    table->tensors =
+        (Tensor*)realloc_or_fail(table->tensors, (size_t)(table->count + 1) * sizeof(Tensor), "tensor table");
+    Tensor* tensor = &table->tensors[table->count++];
+    memset(tensor, 0, sizeof(*tensor));
+    va_list arguments;
+    va_start(arguments, name);
+    vsnprintf(tensor->name, sizeof(tensor->name), name, arguments);
+    va_end(arguments);
+    tensor->dims = columns ? 2 : 1;
+    tensor->shape[0] = rows;
+    tensor->shape[1] = columns;
+    size_t row_size = columns ? (size_t)columns : 1;
+    tensor->offset = table->elements;
+    tensor->count = (size_t)rows * row_size;
+    tensor->padded_count = (size_t)padded_rows * row_size;
+    tensor->initializer = initializer;
+    tensor->std = std;
+    tensor->weight_decay = columns != 0;
+    table->elements += tensor->padded_count;
+    return tensor->offset;
+}
+
+static inline size_t table_add_gain(TensorTable* table, int channels, const char* prefix, const char* name) {
+    table_align(table);
+    return table_add(table, channels, 0, channels, INIT_ONES, 0, "%s%s.weight", prefix, name);
+}
+
+static inline size_t table_add_matrix(TensorTable* table, int rows, int columns, float std,
+                                      const char* prefix, const char* name) {
+    return table_add(table, rows, columns, rows, INIT_NORMAL, std, "%s%s.weight", prefix, name);
+}
+
+static inline LayerParameters table_add_layer(TensorTable* table, const ModelConfig* config, int l) {
+    const int C = config->channels, D = config->head_dim, F = config->ffn;
+    const float std = 0.02f, residual_std = 0.02f / sqrtf(2.0f * (float)config->layers);
+    char prefix[48];
+    snprintf(prefix, sizeof(prefix), "model.layers.%d.", l);
+    LayerParameters layer;
+    layer.input_norm = table_add_gain(table, C, prefix, "input_layernorm");
+    table_align(table);
+    layer.qkv_proj = table_add_matrix(table, config->heads * D, C, std, prefix, "self_attn.q_proj");
+    table_add_matrix(table, config->kv_heads * D, C, std, prefix, "self_attn.k_proj");
+    table_add_matrix(table, config->kv_heads * D, C, std, prefix, "self_attn.v_proj");
+    table_align(table);
+    layer.o_proj = table_add_matrix(table, C, config->heads * D, residual_std, prefix, "self_attn.o_proj");
+    layer.post_norm = table_add_gain(table, C, prefix, "post_attention_layernorm");
+    table_align(table);
+    layer.gate_up_proj = table_add_matrix(table, F, C, std, prefix, "mlp.gate_proj");
+    table_add_matrix(table, F, C, std, prefix, "mlp.up_proj");
+    table_align(table);
+    layer.down_proj = table_add_matrix(table, C, F, residual_std, prefix, "mlp.down_proj");
+    return layer;
+}
+
+static inline ParameterLayout parameter_layout(const ModelConfig* config) {
+    ParameterLayout layout;
+    memset(&layout, 0, sizeof(layout));
+    TensorTable* table = &layout.table;
+    const int V = config->vocab_size, Vp = config->padded_vocab, C = config->channels;
+    layout.embedding = table_add(table, V, C, Vp, INIT_NORMAL, 0.02f, "model.embed_tokens.weight");
+    layout.layers =
+        (LayerParameters*)malloc_or_fail((size_t)config->layers * sizeof(LayerParameters), "layer table");
+    for (int l = 0; l < config->layers; l++) layout.layers[l] = table_add_layer(table, config, l);
+    layout.final_norm = table_add_gain(table, C, "model.", "norm");
+    table_align(table);
+    layout.head =
+        config->tied ? layout.embedding : table_add(table, V, C, Vp, INIT_NORMAL, 0.02f, "lm_head.weight");
+    table_align(table);
+    return layout;
+}
+
+static inline void parameter_layout_free(ParameterLayout* layout) {
+    free(layout->table.tensors);
+    free(layout->layers);
+}
+
+// Parameters of the model as a checkpoint holds them, without padding.
+static inline size_t table_parameter_count(const TensorTable* table) {
+    size_t count = 0;
+    for (int i = 0; i < table->count; i++) count += table->tensors[i].count;
+    return count;
+}
+
+// Writes a tensor's initial values; the padding stays as it is (zero). `values` is in host memory,
+// padded_count long.
+static inline void tensor_initialize(floatX* values, const Tensor* tensor, uint64_t seed) {
+    uint64_t stream = random_stream(tensor->name);
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < tensor->count; i++) {
+        float value = tensor->initializer == INIT_ONES ? 1.0f : 0.0f;
+        if (tensor->initializer == INIT_NORMAL) value = tensor->std * (float)random_normal(seed, stream, i);
+        values[i] = (floatX)value;
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Cost
+
+// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4
+// backward), and 12 H D for each key that the token's queries see, averaged over the positions of a sequence
+// of T tokens.
+static inline double flops_per_token(const ModelConfig* config, int T) {
+    double weights = (double)config->vocab_size * config->channels, attention = 0;
+    for (int l = 0; l < config->layers; l++) {
+        double C = config->channels, query_width = (double)config->heads * config->head_dim;
+        weights += (double)qkv_heads(config) * config->head_dim * C + query_width * C + 3.0 * config->ffn * C;
+        double window = layer_window(config, l), keys = (T + 1) / 2.0;
+        if (window > 0 && window < T) keys = window - window * (window - 1) / (2.0 * T);
+        attention += 12.0 * query_width * keys;
+    }
+    return 6.0 * weights + attention;
+}
+
+#endif
