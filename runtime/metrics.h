@@ -36,7 +36,6 @@ A file that cannot be written ends the run with one line (exit code 1).
 #include "runtime/precision.h"
 
 #define METRICS_DESCRIPTION_BYTES 8192
-#define METRICS_LINE_BYTES (METRICS_DESCRIPTION_BYTES + 128)
 #define METRICS_NUMBER_BYTES 32
 #define METRICS_REDRAW_SECONDS 0.05
 
@@ -65,7 +64,7 @@ typedef struct {
 typedef struct {
     MetricsOptions options;
     MetricsFile metrics, timings, log;
-    int kept_validation; // the last validation that the files held at the resume, -1: none
+    int last_validation; // the step of the last one in the files, -1: none
 
     double clock_start;    // of this process's part of the run
     double seconds_before; // of the parts before
@@ -189,10 +188,10 @@ static inline int metrics_line_kept(const char* line, int step) {
 // What the resumed run has to know of a line that is kept. `description` is that of the last start or resume.
 static inline void metrics_remember(Metrics* m, const char* line, char* description) {
     int at, end = 0;
-    if (sscanf(line, "{\"step\":%d,", &at) == 1 && strstr(line, "\"val_loss\":")) m->kept_validation = at;
-    (void)sscanf(line, "{\"event\":\"start\",%n", &end);
-    if (!end) (void)sscanf(line, "{\"event\":\"resume\",\"step\":%d,%n", &at, &end);
-    if (end && strlen(line + end) < METRICS_DESCRIPTION_BYTES + 1) strcpy(description, line + end);
+    if (sscanf(line, "{\"step\":%d,", &at) == 1 && strstr(line, "\"val_loss\":")) m->last_validation = at;
+    (void)sscanf(line, "{\"event\":\"start\"%n", &end);
+    if (!end) (void)sscanf(line, "{\"event\":\"resume\",\"step\":%d%n", &at, &end);
+    if (end && strlen(line + end) < METRICS_DESCRIPTION_BYTES + 2) strcpy(description, line + end);
     const char* seconds = strstr(line, "\"seconds\":");
     if (seconds) m->seconds_before = strtod(seconds + 10, NULL);
 }
@@ -296,20 +295,20 @@ static inline void metrics_duration(char* out, double seconds) {
 // The line that says how far the run is, to m->line.
 static inline void metrics_compose(Metrics* m, int step, double loss, double grad_norm, double lr) {
     const MetricsOptions* o = &m->options;
-    char tokens[METRICS_NUMBER_BYTES], flops[METRICS_NUMBER_BYTES + 16] = "", eta[METRICS_NUMBER_BYTES] = "-";
+    char tokens[METRICS_NUMBER_BYTES], flops[METRICS_NUMBER_BYTES + 16] = "", eta[METRICS_NUMBER_BYTES];
     double rate = m->smooth_seconds > 0 ? 1.0 / m->smooth_seconds : 0.0;
     metrics_short(tokens, (double)o->tokens_per_step * rate);
     if (o->flops_per_step > 0 && o->peak_flops > 0)
-        snprintf(flops, sizeof(flops), " | %.1f%% MFU", 100.0 * o->flops_per_step * rate / o->peak_flops);
+        snprintf(flops, sizeof(flops), "  %.1f%% MFU", 100.0 * o->flops_per_step * rate / o->peak_flops);
     else if (o->flops_per_step > 0)
-        snprintf(flops, sizeof(flops), " | %.1f GFLOP/s", 1e-9 * o->flops_per_step * rate);
+        snprintf(flops, sizeof(flops), "  %.1f GFLOP/s", 1e-9 * o->flops_per_step * rate);
     // By the clock, so that validations and checkpoints count; the first step, which warms up, does not.
     double per_step =
         m->steps_here > 1 ? (metrics_clock() - m->first_step_done) / (m->steps_here - 1) : m->smooth_seconds;
     int left = o->total_steps > step ? o->total_steps - step : 0;
     metrics_duration(eta, per_step * left);
-    snprintf(m->line, sizeof(m->line), "step %d/%d | loss %.4f | norm %.3f | lr %.2e | %s tok/s%s | ETA %s",
-             step, o->total_steps, loss, grad_norm, lr, tokens, flops, eta);
+    snprintf(m->line, sizeof(m->line), "%s%d/%d  loss %.4f  norm %.2f  lr %.2e  %s tok/s%s  ETA %s",
+             m->live ? "" : "step ", step, o->total_steps, loss, grad_norm, lr, tokens, flops, eta);
 }
 
 static inline void metrics_show(Metrics* m, int step, int logged, double loss, double grad_norm, double lr) {
@@ -335,14 +334,14 @@ static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
     if (m->options.log_every < 1) m->options.log_every = 1;
     if (!m->options.terminal) m->options.terminal = stdout;
     m->live = !m->options.quiet && isatty(fileno(m->options.terminal));
-    m->kept_validation = -1;
+    m->last_validation = -1;
 
-    char before[METRICS_DESCRIPTION_BYTES + 1] = "", now[METRICS_DESCRIPTION_BYTES + 1];
-    snprintf(now, sizeof(now), "%s}", options->description);
+    char before[METRICS_DESCRIPTION_BYTES + 2] = "", now[METRICS_DESCRIPTION_BYTES + 2];
+    snprintf(now, sizeof(now), "%s%s}", options->description[0] ? "," : "", options->description);
     metrics_open(m, &m->metrics, "metrics.jsonl", before);
-    if (!before[0]) metrics_write(&m->metrics, "{\"event\":\"start\",%s\n", now);
+    if (!before[0]) metrics_write(&m->metrics, "{\"event\":\"start\"%s\n", now);
     else if (strcmp(before, now) != 0)
-        metrics_write(&m->metrics, "{\"event\":\"resume\",\"step\":%d,%s\n", options->resume_step, now);
+        metrics_write(&m->metrics, "{\"event\":\"resume\",\"step\":%d%s\n", options->resume_step, now);
     metrics_open(m, &m->timings, "timings.jsonl", before);
     metrics_open(m, &m->log, "main.log", before);
     m->clock_start = metrics_clock();
@@ -394,16 +393,17 @@ static inline void metrics_event(Metrics* m, const char* name, int step, double 
 
 // The mean loss on the validation data after `step` optimizer steps, which took `spent` seconds to find.
 static inline void metrics_validation(Metrics* m, int step, double val_loss, double spent) {
-    if (step > m->kept_validation) {
+    if (step > m->last_validation) {
         char loss_text[METRICS_NUMBER_BYTES];
         metrics_number(loss_text, val_loss);
         unsigned long long tokens = (unsigned long long)m->options.tokens_per_step * (unsigned long long)step;
         metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"val_loss\":%s}\n", step, tokens,
                       loss_text);
         metrics_write(&m->log, "s:%d tel:%.4f\n", step, val_loss);
+        m->last_validation = step;
     }
     metrics_event(m, "validation", step, spent);
-    metrics_message(m, "step %d/%d | validation loss %.4f | %.1f s", step, m->options.total_steps, val_loss,
+    metrics_message(m, "step %d/%d  validation loss %.4f  (%.1f s)", step, m->options.total_steps, val_loss,
                     spent);
 }
 
