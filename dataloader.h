@@ -1,0 +1,447 @@
+/*
+Token shards to batches: which tokens a training step sees, and a thread that has them ready in time.
+
+    DataLoader* loader = loader_open("data/train_*.bin", T, vocab_size, tokenizer_hash, seed, 1);
+    loader_start(loader, step * sequences_per_step + rank * B, (uint64_t)ranks * B, B);
+    loader_next(loader, &tokens, &targets);                          // (B, T) each, valid until the next call
+
+A shard is llm.c's: a header of 256 little-endian int32, then the tokens. header[0] and header[1] say the kind
+(20240520, 1: uint16 tokens; 20240801, 7: uint32 tokens), header[2] the number of tokens, header[3] the size
+of the vocabulary and header[4] the hash of the tokenizer that wrote them (0: not known, as in llm.c's own
+files). The file's length must be exactly what the header says. Kinds may be mixed.
+
+A shard of n tokens holds floor((n-1)/T) windows of T+1 tokens, at a stride of T: the last token of a window,
+which is only a target, is the first of the next. No window crosses from one shard into another.
+
+The N windows of all shards are read in an order that belongs to the data. Sequence number s of a run (0, 1,
+2,
+...) is in epoch s / N the window random_permutation(seed, epoch, s % N, N), so it depends on seed, N and T
+alone, not on the batch size, the accumulation or the number of ranks, and any place in it is found without
+reading what comes before. Without shuffling, for validation, sequence s is window s, and after the last there
+is nothing.
+
+Shards are read with pread, never mapped: resident memory is what loader_bytes() says. Whatever is wrong with
+a shard ends the process with one line that names it (exit code 1); what the reader thread finds is reported
+by the loader_next() that would have returned it.
+*/
+#ifndef DATALOADER_H
+#define DATALOADER_H
+
+#include <assert.h>
+#include <glob.h>
+#include <pthread.h>
+#include <signal.h>
+
+// defines fail, malloc_or_fail, calloc_or_fail, path handling
+#include "runtime/checks.h"
+// defines random_permutation, random_stream
+#include "runtime/random.h"
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "token shards are little endian, and read as they are"
+#endif
+
+#define SHARD_HEADER_INTS 256
+#define SHARD_HEADER_BYTES 1024
+#define SHARD_MAGIC_UINT16 20240520
+#define SHARD_VERSION_UINT16 1
+#define SHARD_MAGIC_UINT32 20240801
+#define SHARD_VERSION_UINT32 7
+
+// Shards beyond this number are opened for every window instead of being kept open, so that a data set of
+// thousands of shards stays below the usual limit of 1024 open files.
+#define LOADER_OPEN_FILES 256
+#define LOADER_MESSAGE_BYTES (PATH_MAX + 256)
+#define LOADER_CHUNK_BYTES 16384
+
+// ----------------------------------------------------------------------------
+// Types
+
+typedef struct {
+    char* path;              // owned
+    int file;                // descriptor, or -1: opened when read
+    int token_bytes;         // 2 or 4
+    uint32_t tokens;         // in the shard
+    uint32_t tokenizer_hash; // 0: not known
+    uint64_t first_window;   // windows in the shards before this one
+} TokenShard;
+
+typedef struct {
+    // What is read: fixed once loader_open() returns, so any thread may read by it.
+    TokenShard* shards; // (shard_count), sorted by path
+    int shard_count;
+    int T;          // tokens of a sequence; a window is one token longer
+    int vocab_size; // every token is below
+    int shuffle;
+    uint64_t seed;
+    uint64_t order_stream;   // the random stream of epoch 0; epoch e has order_stream + e
+    uint64_t windows;        // N
+    uint64_t tokens;         // in all shards
+    uint32_t tokenizer_hash; // of all shards that know theirs, 0 when none does
+
+    // What the reader thread is to read: batch i begins at sequence origin + i * stride.
+    uint64_t origin, stride;
+    int batch;
+    int* tokens_of[2];  // (batch, T) each; batch i is in buffer i % 2
+    int* targets_of[2]; // (batch, T)
+    int rows_of[2];     // sequences in the buffer: `batch`, or fewer at the end of unshuffled data
+
+    // Under the lock. Batch i may be written once batch i - 2 is released: filled < released + 2 always
+    // allows the reader one batch ahead of the one in use, and never lets it touch the one in use.
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    uint64_t filled;   // batches the reader has finished
+    uint64_t released; // batches the consumer is done with
+    int stopping;      // the reader is asked to return
+    int failed;        // `message` says why the reader returned
+
+    pthread_t reader;
+    int reading;         // a reader thread exists, to be joined
+    uint64_t next_batch; // the number of the next loader_next()
+    char message[LOADER_MESSAGE_BYTES];
+} DataLoader;
+
+// ----------------------------------------------------------------------------
+// Opening shards
+
+// Reads up to `bytes` at `offset`: the number read (fewer only at the end of the file), or -1 and errno.
+static inline ssize_t shard_pread(int file, void* out, size_t bytes, off_t offset) {
+    size_t used = 0;
+    while (used < bytes) {
+        ssize_t got = pread(file, (char*)out + used, bytes - used, offset + (off_t)used);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return -1;
+        if (got == 0) break;
+        used += (size_t)got;
+    }
+    return (ssize_t)used;
+}
+
+// Bytes per token, from magic and version.
+static inline int shard_kind_or_fail(const char* path, int32_t magic, int32_t version) {
+    if (magic != SHARD_MAGIC_UINT16 && magic != SHARD_MAGIC_UINT32)
+        fail("%s: not a token shard: it begins with %d, not with %d (uint16 tokens) or %d (uint32 tokens)",
+             path, magic, SHARD_MAGIC_UINT16, SHARD_MAGIC_UINT32);
+    int expected = magic == SHARD_MAGIC_UINT16 ? SHARD_VERSION_UINT16 : SHARD_VERSION_UINT32;
+    if (version != expected)
+        fail("%s: token shard of version %d, must be %d for magic %d", path, version, expected, magic);
+    return magic == SHARD_MAGIC_UINT16 ? 2 : 4;
+}
+
+// The file's length against what its header says.
+static inline void shard_check_length(const char* path, off_t file_bytes, int32_t tokens, int token_bytes) {
+    if (tokens < 0) fail("%s: its header says %d tokens", path, tokens);
+    long long held = (long long)file_bytes - SHARD_HEADER_BYTES, meant = (long long)tokens * token_bytes;
+    if (held < meant) fail("%s: truncated: it holds %lld of %d tokens", path, held / token_bytes, tokens);
+    if (held > meant)
+        fail("%s: %lld bytes longer than the %d tokens its header says", path, held - meant, tokens);
+}
+
+// Opens one shard and checks everything that can be known without reading its tokens. The descriptor stays
+// open.
+static inline void shard_open(TokenShard* shard, int vocab_size, uint32_t tokenizer_hash) {
+    const char* path = shard->path;
+    struct stat info;
+    if (stat(path, &info) != 0) fail("%s: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) fail("%s: not a regular file", path);
+    shard->file = open(path, O_RDONLY | O_CLOEXEC);
+    if (shard->file < 0) fail("%s: %s", path, strerror(errno));
+
+    int32_t header[SHARD_HEADER_INTS];
+    ssize_t got = shard_pread(shard->file, header, sizeof(header), 0);
+    if (got < 0) fail("%s: cannot read: %s", path, strerror(errno));
+    if (got < SHARD_HEADER_BYTES)
+        fail("%s: %lld bytes, too short for the header of %d bytes of a token shard", path, (long long)got,
+             SHARD_HEADER_BYTES);
+    shard->token_bytes = shard_kind_or_fail(path, header[0], header[1]);
+    shard_check_length(path, info.st_size, header[2], shard->token_bytes);
+    shard->tokens = (uint32_t)header[2];
+
+    if (header[3] != 0 && header[3] != vocab_size)
+        fail("%s: written with a vocabulary of %d tokens, the model's has %d", path, header[3], vocab_size);
+    shard->tokenizer_hash = (uint32_t)header[4];
+    if (tokenizer_hash && shard->tokenizer_hash && shard->tokenizer_hash != tokenizer_hash)
+        fail("%s: written with another tokenizer: its hash is %08x, the given tokenizer's is %08x", path,
+             shard->tokenizer_hash, tokenizer_hash);
+}
+
+static inline int shard_compare_paths(const void* a, const void* b) {
+    return strcmp(*(char* const*)a, *(char* const*)b);
+}
+
+// The shards' paths, sorted by bytes, whatever the locale. A pattern that matches nothing may still be the
+// name of a file, such as one with brackets in it.
+static inline void loader_find_shards(DataLoader* loader, const char* pattern) {
+    glob_t found;
+    memset(&found, 0, sizeof(found));
+    int status = glob(pattern, GLOB_NOSORT | GLOB_NOCHECK, NULL, &found);
+    if (status == GLOB_NOSPACE) fail("out of memory: the list of files that match %s", pattern);
+    if (status != 0) fail("%s: cannot list the files that match", pattern);
+    struct stat info;
+    if (found.gl_pathc == 1 && lstat(found.gl_pathv[0], &info) != 0) fail("%s: no file matches", pattern);
+    qsort(found.gl_pathv, found.gl_pathc, sizeof(char*), shard_compare_paths);
+
+    loader->shard_count = (int)found.gl_pathc;
+    loader->shards = (TokenShard*)calloc_or_fail(found.gl_pathc, sizeof(TokenShard), "the list of shards");
+    for (int i = 0; i < loader->shard_count; i++) {
+        size_t bytes = strlen(found.gl_pathv[i]) + 1;
+        loader->shards[i].path = (char*)malloc_or_fail(bytes, "the path of a shard");
+        memcpy(loader->shards[i].path, found.gl_pathv[i], bytes);
+        loader->shards[i].file = -1;
+    }
+    globfree(&found);
+}
+
+// `pattern` is a shell pattern (glob); quote it on a command line. `tokenizer_hash` 0 accepts any tokenizer,
+// as long as the shards agree with each other. `shuffle` 0 reads in plain order, once. The caller closes.
+static inline DataLoader* loader_open(const char* pattern, int T, int vocab_size, uint32_t tokenizer_hash,
+                                      uint64_t seed, int shuffle) {
+    assert(T > 0 && vocab_size > 0);
+    DataLoader* loader = (DataLoader*)calloc_or_fail(1, sizeof(DataLoader), "the data loader");
+    loader->T = T;
+    loader->vocab_size = vocab_size;
+    loader->shuffle = shuffle;
+    loader->seed = seed;
+    loader->order_stream = random_stream("data order");
+    pthread_mutex_init(&loader->lock, NULL);
+    pthread_cond_init(&loader->changed, NULL);
+    loader_find_shards(loader, pattern);
+
+    const TokenShard *longest = &loader->shards[0], *hashed = NULL;
+    for (int i = 0; i < loader->shard_count; i++) {
+        TokenShard* shard = &loader->shards[i];
+        shard_open(shard, vocab_size, tokenizer_hash);
+        if (shard->tokenizer_hash && !hashed) hashed = shard;
+        if (shard->tokenizer_hash && shard->tokenizer_hash != hashed->tokenizer_hash)
+            fail("%s: written with another tokenizer than %s: their hashes are %08x and %08x", shard->path,
+                 hashed->path, shard->tokenizer_hash, hashed->tokenizer_hash);
+        if (i >= LOADER_OPEN_FILES) {
+            close(shard->file);
+            shard->file = -1;
+        }
+        if (shard->tokens > longest->tokens) longest = shard;
+        shard->first_window = loader->windows;
+        loader->windows += shard->tokens > 0 ? (shard->tokens - 1) / (uint32_t)T : 0;
+        loader->tokens += shard->tokens;
+    }
+    loader->tokenizer_hash = hashed ? hashed->tokenizer_hash : 0;
+    if (loader->windows == 0)
+        fail("%s: no shard holds the %d + 1 tokens of one sequence and its last target; the longest, %s, "
+             "holds %u",
+             pattern, T, longest->path, longest->tokens);
+    return loader;
+}
+
+// The number of sequences in an epoch, N.
+static inline uint64_t loader_sequences(const DataLoader* loader) { return loader->windows; }
+
+// The number of tokens in all shards, those at their ends that belong to no window included.
+static inline uint64_t loader_tokens(const DataLoader* loader) { return loader->tokens; }
+
+// The hash of the tokenizer that wrote the shards, 0 when they do not say.
+static inline uint32_t loader_tokenizer_hash(const DataLoader* loader) { return loader->tokenizer_hash; }
+
+// ----------------------------------------------------------------------------
+// Reading
+
+// The window that sequence number `sequence` of the run is.
+static inline uint64_t loader_window(const DataLoader* loader, uint64_t sequence) {
+    if (!loader->shuffle) return sequence;
+    uint64_t epoch = sequence / loader->windows;
+    return random_permutation(loader->seed, loader->order_stream + epoch, sequence % loader->windows,
+                              loader->windows);
+}
+
+// The last shard that begins at or before the window; shards without windows never are.
+static inline const TokenShard* loader_shard_of(const DataLoader* loader, uint64_t window) {
+    int low = 0, high = loader->shard_count; // first_window of `low` is <= window, that of `high` is above
+    while (high - low > 1) {
+        int middle = low + (high - low) / 2;
+        if (loader->shards[middle].first_window <= window) low = middle;
+        else high = middle;
+    }
+    return &loader->shards[low];
+}
+
+// Tokens first .. first+T of an open shard to tokens (T) and targets (T), the targets one place ahead.
+// 0, or -1 and a message.
+static inline int shard_read_window(const DataLoader* loader, const TokenShard* shard, int file,
+                                    uint64_t first, int* tokens, int* targets, char* message) {
+    union {
+        uint16_t narrow[LOADER_CHUNK_BYTES / 2];
+        uint32_t wide[LOADER_CHUNK_BYTES / 4];
+    } chunk;
+    const int T = loader->T, chunk_tokens = LOADER_CHUNK_BYTES / 4;
+    for (int t = 0; t <= T; t += chunk_tokens) {
+        int count = T + 1 - t < chunk_tokens ? T + 1 - t : chunk_tokens;
+        size_t bytes = (size_t)count * (size_t)shard->token_bytes;
+        off_t offset = SHARD_HEADER_BYTES + (off_t)(first + (uint64_t)t) * shard->token_bytes;
+        ssize_t got = shard_pread(file, &chunk, bytes, offset);
+        if (got != (ssize_t)bytes) {
+            snprintf(message, LOADER_MESSAGE_BYTES, "%s: cannot read %zu bytes at byte %lld: %s", shard->path,
+                     bytes, (long long)offset, got < 0 ? strerror(errno) : "the file has become shorter");
+            return -1;
+        }
+        for (int i = 0; i < count; i++) {
+            uint32_t token = shard->token_bytes == 2 ? chunk.narrow[i] : chunk.wide[i];
+            if (token >= (uint32_t)loader->vocab_size) {
+                snprintf(message, LOADER_MESSAGE_BYTES,
+                         "%s: token %u at offset %llu is outside the vocabulary of %d", shard->path, token,
+                         (unsigned long long)(first + (uint64_t)(t + i)), loader->vocab_size);
+                return -1;
+            }
+            if (t + i < T) tokens[t + i] = (int)token;
+            if (t + i > 0) targets[t + i - 1] = (int)token;
+        }
+    }
+    return 0;
+}
+
+// loader_read() for the reader thread, which must not end the process: -1 and a message where it would.
+static inline int loader_try_read(const DataLoader* loader, uint64_t first_sequence, int count, int* tokens,
+                                  int* targets, char* message) {
+    for (int row = 0; row < count; row++) {
+        uint64_t sequence = first_sequence + (uint64_t)row;
+        if (!loader->shuffle && sequence >= loader->windows) return row;
+        uint64_t window = loader_window(loader, sequence);
+        const TokenShard* shard = loader_shard_of(loader, window);
+        int file = shard->file >= 0 ? shard->file : open(shard->path, O_RDONLY | O_CLOEXEC);
+        if (file < 0) {
+            snprintf(message, LOADER_MESSAGE_BYTES, "%s: %s", shard->path, strerror(errno));
+            return -1;
+        }
+        size_t place = (size_t)row * (size_t)loader->T;
+        int status =
+            shard_read_window(loader, shard, file, (window - shard->first_window) * (uint64_t)loader->T,
+                              tokens + place, targets + place, message);
+        if (file != shard->file) close(file);
+        if (status != 0) return -1;
+    }
+    return count;
+}
+
+// Sequences first_sequence .. first_sequence+count-1 of the run, into tokens and targets, (count, T) each;
+// the target of a token is the one after it. Returns the number of sequences: `count`, or fewer where
+// unshuffled data end; the rows beyond are left alone. May be called from any thread, at any time.
+static inline int loader_read(const DataLoader* loader, uint64_t first_sequence, int count, int* tokens,
+                              int* targets) {
+    char message[LOADER_MESSAGE_BYTES];
+    int rows = loader_try_read(loader, first_sequence, count, tokens, targets, message);
+    if (rows < 0) fail("%s", message);
+    return rows;
+}
+
+// ----------------------------------------------------------------------------
+// Reading ahead
+
+static inline void* loader_reader(void* argument) {
+    DataLoader* loader = (DataLoader*)argument;
+    pthread_mutex_lock(&loader->lock);
+    while (!loader->stopping && !loader->failed) {
+        if (loader->filled >= loader->released + 2) {
+            pthread_cond_wait(&loader->changed, &loader->lock);
+            continue;
+        }
+        uint64_t i = loader->filled;
+        pthread_mutex_unlock(&loader->lock);
+        int rows = loader_try_read(loader, loader->origin + i * loader->stride, loader->batch,
+                                   loader->tokens_of[i % 2], loader->targets_of[i % 2], loader->message);
+        pthread_mutex_lock(&loader->lock);
+        if (rows < 0) {
+            loader->failed = 1;
+        } else {
+            loader->rows_of[i % 2] = rows;
+            loader->filled++;
+        }
+        pthread_cond_broadcast(&loader->changed);
+    }
+    pthread_mutex_unlock(&loader->lock);
+    return NULL;
+}
+
+// Ends the reader thread and frees its buffers. Batches that were read ahead are dropped, and so is an error
+// in them: nobody asked for those tokens.
+static inline void loader_stop(DataLoader* loader) {
+    if (!loader->reading) return;
+    pthread_mutex_lock(&loader->lock);
+    loader->stopping = 1;
+    pthread_cond_broadcast(&loader->changed);
+    pthread_mutex_unlock(&loader->lock);
+    pthread_join(loader->reader, NULL);
+    loader->reading = 0;
+    for (int i = 0; i < 2; i++) {
+        free(loader->tokens_of[i]);
+        free(loader->targets_of[i]);
+    }
+}
+
+// Starts reading ahead: micro-batch i, i = 0, 1, 2, ..., is the `batch` sequences from first_sequence + i *
+// stride. A rank of R whose steps each take S sequences (all ranks together), in micro-batches of B, starts
+// at step k with first_sequence = k * S + rank * B and stride = R * B: as S is a multiple of R * B, the same
+// stride leads from one micro-batch to the next and from one step to the next. A reader that was started
+// before is stopped.
+static inline void loader_start(DataLoader* loader, uint64_t first_sequence, uint64_t stride, int batch) {
+    assert(batch > 0);
+    loader_stop(loader);
+    loader->origin = first_sequence;
+    loader->stride = stride;
+    loader->batch = batch;
+    loader->filled = loader->released = loader->next_batch = 0;
+    loader->stopping = loader->failed = 0;
+    for (int i = 0; i < 2; i++) {
+        size_t places = (size_t)batch * (size_t)loader->T;
+        loader->tokens_of[i] = (int*)calloc_or_fail(places, sizeof(int), "a batch of tokens");
+        loader->targets_of[i] = (int*)calloc_or_fail(places, sizeof(int), "a batch of targets");
+    }
+    // Signals are for the program's main thread.
+    sigset_t all, kept;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &kept);
+    int status = pthread_create(&loader->reader, NULL, loader_reader, loader);
+    pthread_sigmask(SIG_SETMASK, &kept, NULL);
+    if (status != 0) fail("cannot start the thread that reads the data: %s", strerror(status));
+    loader->reading = 1;
+}
+
+// The next micro-batch: *tokens and *targets are (batch, T), the loader's own, and valid until the next call.
+// Returns the number of sequences as loader_read() does; 0 says that unshuffled data are over. For one
+// thread.
+static inline int loader_next(DataLoader* loader, const int** tokens, const int** targets) {
+    assert(loader->reading);
+    uint64_t i = loader->next_batch++;
+    pthread_mutex_lock(&loader->lock);
+    loader->released = i;
+    pthread_cond_broadcast(&loader->changed);
+    while (loader->filled <= i && !loader->failed) pthread_cond_wait(&loader->changed, &loader->lock);
+    int missing = loader->filled <= i;
+    pthread_mutex_unlock(&loader->lock);
+    if (missing) fail("%s", loader->message);
+    *tokens = loader->tokens_of[i % 2];
+    *targets = loader->targets_of[i % 2];
+    return loader->rows_of[i % 2];
+}
+
+// ----------------------------------------------------------------------------
+// Memory and end
+
+// What the loader holds on the heap while micro-batches of `batch` sequences are read ahead (0: none are).
+static inline size_t loader_bytes(const DataLoader* loader, int batch) {
+    size_t bytes = sizeof(DataLoader) + (size_t)loader->shard_count * sizeof(TokenShard);
+    for (int i = 0; i < loader->shard_count; i++) bytes += strlen(loader->shards[i].path) + 1;
+    return bytes + 4 * (size_t)batch * (size_t)loader->T * sizeof(int);
+}
+
+static inline void loader_close(DataLoader* loader) {
+    if (!loader) return;
+    loader_stop(loader);
+    for (int i = 0; i < loader->shard_count; i++) {
+        if (loader->shards[i].file >= 0) close(loader->shards[i].file);
+        free(loader->shards[i].path);
+    }
+    free(loader->shards);
+    pthread_cond_destroy(&loader->changed);
+    pthread_mutex_destroy(&loader->lock);
+    free(loader);
+}
+
+#endif

@@ -1,0 +1,422 @@
+/*
+Where a run is watched: three files in its output directory, and the terminal.
+
+    MetricsOptions options = {0};  options.directory = "out";  options.total_steps = 2000;  ...
+    metrics_describe_text(&options, "model", "d12");  metrics_start(&metrics, &options);
+    metrics_step(&metrics, step + 1, loss, grad_norm, lr, seconds);  ...  metrics_finish(&metrics);
+
+metrics.jsonl   the run's description, {"event":"start", ...}, then a line a logged step (step, tokens, loss,
+                grad_norm, lr) and a validation (step, tokens, val_loss). Only what the flags determine is in it:
+                two runs with the same flags write the same bytes, interrupted and resumed or not. Every number
+                reads back as the same float or double; one that is not a number is null.
+timings.jsonl   what the clock says: a line a logged step (step, tokens, seconds, tokens_per_second, step_ms, and
+                flops_per_second and mfu where they are known) and one an event (validation, checkpoint, ...; with
+                the seconds spent). "seconds" counts from the start of the run, and goes on over resumes.
+main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validation, "s:0 trl:..." for training.
+
+A step has the number of optimizer steps done with it, 1, 2, ..., total_steps, and a validation that of those done
+before it, 0 for the fresh model. (llm.c counts training steps from 0, so main.log does.) A run resumed at step k
+drops every line of a later step, and a last line that was cut; the file is written anew and renamed. A validation
+at k is kept, and not written a second time. A resume with another description than before adds
+{"event":"resume","step":k, ...}.
+
+On a terminal one live line is redrawn, messages scroll above it; elsewhere a plain line every log_every steps.
+A file that cannot be written ends the run with one line (exit code 1).
+*/
+#ifndef RUNTIME_METRICS_H
+#define RUNTIME_METRICS_H
+
+#include <math.h>
+#include <sys/ioctl.h>
+#include <time.h>
+
+// defines fail, open_or_fail, path_format, scratch_path_begin and _commit
+#include "runtime/checks.h"
+// defines floatX
+#include "runtime/precision.h"
+
+#define METRICS_DESCRIPTION_BYTES 8192
+#define METRICS_NUMBER_BYTES 32
+#define METRICS_REDRAW_SECONDS 0.05
+
+// ----------------------------------------------------------------------------
+// Types
+
+// All zero is a run without files, with a line every step.
+typedef struct {
+    const char* directory; // where the files are; NULL: none
+    int resume_step;       // steps done before; 0: a new run, whose files begin empty
+    int total_steps;       // where the run ends
+    int log_every;         // steps between two logged ones; 0 is 1. The first and the last are always logged
+    uint64_t tokens_per_step; // of all ranks
+    double flops_per_step;    // floating-point operations a step, forward and backward; 0: not known
+    double peak_flops;        // of the machine, a second, all ranks; 0: not known, and MFU is left out
+    int quiet;                // 1: nothing on the terminal
+    FILE* terminal;           // NULL: stdout
+    char description[METRICS_DESCRIPTION_BYTES]; // JSON members, by metrics_describe_text() and _number()
+} MetricsOptions;
+
+typedef struct {
+    FILE* file; // NULL: there is none
+    char path[PATH_MAX];
+} MetricsFile;
+
+typedef struct {
+    MetricsOptions options;
+    MetricsFile metrics, timings, log;
+    int last_validation; // the step of the last one in the files, -1: none
+
+    double clock_start;    // of this process's part of the run
+    double seconds_before; // of the parts before
+    // Since the last logged step:
+    double interval_seconds;
+    int interval_steps;
+    // For the display:
+    int steps_here;         // in this process
+    double first_step_done; // clock
+    double smooth_seconds;  // a step's, averaged over about the last 20, without the first, which warms up
+    int live;               // the terminal is one
+    double redrawn;         // clock of the last time
+    int line_shown;
+    char line[256]; // the live line
+} Metrics;
+
+// ----------------------------------------------------------------------------
+// JSON
+
+// The shortest decimal that reads back as the same number: as a float for what is one (in the fp64 build nothing
+// is), as a double otherwise. JSON has no word for infinity: 1e999 is read as it.
+static inline void metrics_number(char* out, double x) {
+    int is_float = sizeof(floatX) < sizeof(double) && (double)(float)x == x;
+    if (isnan(x)) {
+        snprintf(out, METRICS_NUMBER_BYTES, "null");
+    } else if (isinf(x)) {
+        snprintf(out, METRICS_NUMBER_BYTES, "%s", x > 0 ? "1e999" : "-1e999");
+    } else {
+        for (int digits = 1; digits <= 17; digits++) {
+            snprintf(out, METRICS_NUMBER_BYTES, "%.*g", digits, x);
+            if (is_float ? strtof(out, NULL) == (float)x : strtod(out, NULL) == x) break;
+        }
+    }
+}
+
+// `text` as a JSON string, quotes included. Returns the length; at most 6 bytes for each of text's, and 3.
+static inline size_t metrics_quote(char* out, const char* text) {
+    char* place = out;
+    *place++ = '"';
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+        if (c < 0x20) {
+            place += sprintf(place, "\\u%04x", c);
+            continue;
+        }
+        if (c == '"' || c == '\\') *place++ = '\\';
+        *place++ = (char)c;
+    }
+    *place++ = '"';
+    *place = 0;
+    return (size_t)(place - out);
+}
+
+static inline char* metrics_describe_key(MetricsOptions* options, const char* key, size_t value_bytes) {
+    size_t used = strlen(options->description);
+    if (used + 6 * strlen(key) + value_bytes + 8 > METRICS_DESCRIPTION_BYTES)
+        fail("the run's description is longer than %d bytes at \"%s\"", METRICS_DESCRIPTION_BYTES, key);
+    char* place = options->description + used;
+    if (used) *place++ = ',';
+    place += metrics_quote(place, key);
+    *place++ = ':';
+    return place;
+}
+
+// Adds to the run's description. What depends on the machine or on the day (time, host, number of threads) has
+// no place in it, nor has the option to resume.
+static inline void metrics_describe_text(MetricsOptions* options, const char* key, const char* value) {
+    char* place = metrics_describe_key(options, key, 6 * strlen(value) + 3);
+    metrics_quote(place, value);
+}
+
+static inline void metrics_describe_number(MetricsOptions* options, const char* key, double value) {
+    char* place = metrics_describe_key(options, key, METRICS_NUMBER_BYTES);
+    if (value == floor(value) && fabs(value) < 9e15) {
+        snprintf(place, METRICS_NUMBER_BYTES, "%.0f", value);
+    } else {
+        metrics_number(place, value);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Files
+
+static inline double metrics_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// Seconds since the start of the run, the parts before the resumes included.
+static inline double metrics_seconds(const Metrics* m) {
+    return m->seconds_before + (metrics_clock() - m->clock_start);
+}
+
+// One whole line at once, so that whoever reads along sees no half of it.
+__attribute__((format(printf, 2, 3))) static inline void metrics_write(MetricsFile* out, const char* format,
+                                                                       ...) {
+    if (!out->file) return;
+    va_list arguments;
+    va_start(arguments, format);
+    int written = vfprintf(out->file, format, arguments);
+    va_end(arguments);
+    if (written < 0 || fflush(out->file) != 0) fail("%s: cannot write: %s", out->path, strerror(errno));
+}
+
+// Does this line, without its newline, belong to the first `step` steps? What is no line of ours does not.
+static inline int metrics_line_kept(const char* line, int step) {
+    size_t length = strlen(line);
+    char event[32], kind[4];
+    int at, end = 0;
+    if (line[0] == '{') {
+        if (line[length - 1] != '}') return 0;
+        if (!strncmp(line, "{\"event\":\"start\"", 16)) return 1;
+        if (sscanf(line, "{\"step\":%d,", &at) == 1) return at <= step;
+        return sscanf(line, "{\"event\":\"%31[^\"]\",\"step\":%d%n", event, &at, &end) == 2 && at <= step;
+    }
+    if (sscanf(line, "s:%d %3[a-z]:%n", &at, kind, &end) != 2 || end == 0) return 0;
+    return !strcmp(kind, "trl") ? at < step : at <= step;
+}
+
+// What the resumed run has to know of a line that is kept. `description` is that of the last start or resume.
+static inline void metrics_remember(Metrics* m, const char* line, char* description) {
+    int at, end = 0;
+    if (sscanf(line, "{\"step\":%d,", &at) == 1 && strstr(line, "\"val_loss\":")) m->last_validation = at;
+    (void)sscanf(line, "{\"event\":\"start\"%n", &end);
+    if (!end) (void)sscanf(line, "{\"event\":\"resume\",\"step\":%d%n", &at, &end);
+    if (end && strlen(line + end) < METRICS_DESCRIPTION_BYTES + 2) strcpy(description, line + end);
+    const char* seconds = strstr(line, "\"seconds\":");
+    if (seconds) m->seconds_before = strtod(seconds + 10, NULL);
+}
+
+// Rewrites one file without the lines that came after the step that is resumed. A missing one stays missing.
+static inline void metrics_cut_file(Metrics* m, const char* path, char* description) {
+    if (!path_exists(path)) return;
+    char partial[PATH_MAX];
+    path_format(partial, "%s.partial", path);
+    char* text = read_file_or_fail(path, NULL);
+    scratch_path_begin(partial);
+    FILE* file = open_or_fail(partial, "wb");
+    for (char *line = text, *end; (end = strchr(line, '\n')); line = end + 1) {
+        *end = 0;
+        if (!metrics_line_kept(line, m->options.resume_step)) continue;
+        metrics_remember(m, line, description);
+        *end = '\n';
+        write_or_fail(line, (size_t)(end - line) + 1, file, partial);
+    }
+    close_written_or_fail(file, partial);
+    scratch_path_commit(path);
+    free(text);
+}
+
+// Opens one of the files to append to it. `description` as in metrics_cut_file().
+static inline void metrics_open(Metrics* m, MetricsFile* out, const char* name, char* description) {
+    const char* directory = m->options.directory;
+    if (!directory) return;
+    path_format(out->path, "%s/%s", directory, name);
+    if (m->options.resume_step > 0) metrics_cut_file(m, out->path, description);
+    out->file = open_or_fail(out->path, m->options.resume_step > 0 ? "ab" : "wb");
+}
+
+// Puts the files on the disk: before a checkpoint is committed, so that a resume finds the lines up to it.
+static inline void metrics_sync(Metrics* m) {
+    MetricsFile* files[] = {&m->metrics, &m->timings, &m->log};
+    for (int i = 0; i < 3; i++)
+        if (files[i]->file && fsync(fileno(files[i]->file)) != 0 && errno != EINVAL && errno != EROFS)
+            fail("%s: cannot sync: %s", files[i]->path, strerror(errno));
+}
+
+// ----------------------------------------------------------------------------
+// Terminal
+
+static inline int metrics_terminal_width(const Metrics* m) {
+    struct winsize size;
+    int status = ioctl(fileno(m->options.terminal), TIOCGWINSZ, &size);
+    return status == 0 && size.ws_col > 1 ? size.ws_col : 80;
+}
+
+static inline void metrics_draw(Metrics* m) {
+    // The last column stays free: a terminal may wrap once it is written.
+    fprintf(m->options.terminal, "\r%.*s\033[K", metrics_terminal_width(m) - 1, m->line);
+    fflush(m->options.terminal);
+    m->line_shown = 1;
+    m->redrawn = metrics_clock();
+}
+
+// Takes the live line away, for something else to be printed in its place.
+static inline void metrics_clear(Metrics* m) {
+    if (m->line_shown) fprintf(m->options.terminal, "\r\033[K");
+    m->line_shown = 0;
+}
+
+// A line for the reader, above the live one. Quiet runs print none.
+__attribute__((format(printf, 2, 3))) static inline void metrics_message(Metrics* m, const char* format,
+                                                                         ...) {
+    if (m->options.quiet) return;
+    int redraw = m->line_shown;
+    metrics_clear(m);
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(m->options.terminal, format, arguments);
+    va_end(arguments);
+    fputc('\n', m->options.terminal);
+    if (redraw) metrics_draw(m);
+    fflush(m->options.terminal);
+}
+
+// 1234567 as "1.23M".
+static inline void metrics_short(char* out, double x) {
+    const char* units[] = {"", "k", "M", "G", "T", "P"};
+    int unit = 0;
+    for (; x >= 999.5 && unit < 5; unit++) x /= 1000.0;
+    snprintf(out, METRICS_NUMBER_BYTES, "%.*f%s",
+             x >= 99.95 || unit == 0 ? 0
+             : x >= 9.995            ? 1
+                                     : 2,
+             x, units[unit]);
+}
+
+// 3723 seconds as "1h02m".
+static inline void metrics_duration(char* out, double seconds) {
+    long long s = seconds < 1e15 ? (long long)(seconds + 0.5) : 0;
+    if (s < 60) snprintf(out, METRICS_NUMBER_BYTES, "%llds", s);
+    else if (s < 3600) snprintf(out, METRICS_NUMBER_BYTES, "%lldm%02llds", s / 60, s % 60);
+    else if (s < 86400) snprintf(out, METRICS_NUMBER_BYTES, "%lldh%02lldm", s / 3600, s / 60 % 60);
+    else snprintf(out, METRICS_NUMBER_BYTES, "%lldd%02lldh", s / 86400, s / 3600 % 24);
+}
+
+// The line that says how far the run is, to m->line.
+static inline void metrics_compose(Metrics* m, int step, double loss, double grad_norm, double lr) {
+    const MetricsOptions* o = &m->options;
+    char tokens[METRICS_NUMBER_BYTES], flops[METRICS_NUMBER_BYTES + 16] = "", eta[METRICS_NUMBER_BYTES];
+    double rate = m->smooth_seconds > 0 ? 1.0 / m->smooth_seconds : 0.0;
+    metrics_short(tokens, (double)o->tokens_per_step * rate);
+    if (o->flops_per_step > 0 && o->peak_flops > 0)
+        snprintf(flops, sizeof(flops), "  %.1f%% MFU", 100.0 * o->flops_per_step * rate / o->peak_flops);
+    else if (o->flops_per_step > 0)
+        snprintf(flops, sizeof(flops), "  %.1f GFLOP/s", 1e-9 * o->flops_per_step * rate);
+    // By the clock, so that validations and checkpoints count; the first step, which warms up, does not.
+    double per_step =
+        m->steps_here > 1 ? (metrics_clock() - m->first_step_done) / (m->steps_here - 1) : m->smooth_seconds;
+    int left = o->total_steps > step ? o->total_steps - step : 0;
+    metrics_duration(eta, per_step * left);
+    snprintf(m->line, sizeof(m->line), "%s%d/%d  loss %.4f  norm %.2f  lr %.2e  %s tok/s%s  ETA %s",
+             m->live ? "" : "step ", step, o->total_steps, loss, grad_norm, lr, tokens, flops, eta);
+}
+
+static inline void metrics_show(Metrics* m, int step, int logged, double loss, double grad_norm, double lr) {
+    if (m->options.quiet) return;
+    int draw = m->live && (logged || metrics_clock() - m->redrawn >= METRICS_REDRAW_SECONDS);
+    if (!draw && (m->live || !logged)) return;
+    metrics_compose(m, step, loss, grad_norm, lr);
+    if (m->live) {
+        metrics_draw(m);
+    } else {
+        fprintf(m->options.terminal, "%s\n", m->line);
+        fflush(m->options.terminal);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// The run
+
+// Opens the files, cuts them where a resumed run goes on, writes the description. The directory must exist.
+static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
+    memset(m, 0, sizeof(*m));
+    m->options = *options;
+    if (m->options.log_every < 1) m->options.log_every = 1;
+    if (!m->options.terminal) m->options.terminal = stdout;
+    m->live = !m->options.quiet && isatty(fileno(m->options.terminal));
+    m->last_validation = -1;
+
+    char before[METRICS_DESCRIPTION_BYTES + 2] = "", now[METRICS_DESCRIPTION_BYTES + 2];
+    snprintf(now, sizeof(now), "%s%s}", options->description[0] ? "," : "", options->description);
+    metrics_open(m, &m->metrics, "metrics.jsonl", before);
+    if (!before[0]) metrics_write(&m->metrics, "{\"event\":\"start\"%s\n", now);
+    else if (strcmp(before, now) != 0)
+        metrics_write(&m->metrics, "{\"event\":\"resume\",\"step\":%d%s\n", options->resume_step, now);
+    metrics_open(m, &m->timings, "timings.jsonl", before);
+    metrics_open(m, &m->log, "main.log", before);
+    m->clock_start = metrics_clock();
+}
+
+// A training step: `step` optimizer steps are done with it; the rest is that step's, `seconds` its duration.
+static inline void metrics_step(Metrics* m, int step, double loss, double grad_norm, double lr,
+                                double seconds) {
+    const MetricsOptions* o = &m->options;
+    if (++m->steps_here == 1) m->first_step_done = metrics_clock();
+    m->smooth_seconds = m->steps_here <= 2 ? seconds : 0.95 * m->smooth_seconds + 0.05 * seconds;
+    m->interval_seconds += seconds;
+    m->interval_steps++;
+    int logged = step == 1 || step == o->total_steps || step % o->log_every == 0;
+    if (logged) {
+        char loss_text[METRICS_NUMBER_BYTES], norm_text[METRICS_NUMBER_BYTES], lr_text[METRICS_NUMBER_BYTES];
+        metrics_number(loss_text, loss);
+        metrics_number(norm_text, grad_norm);
+        metrics_number(lr_text, lr);
+        unsigned long long tokens = (unsigned long long)o->tokens_per_step * (unsigned long long)step;
+        metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"loss\":%s,\"grad_norm\":%s,\"lr\":%s}\n",
+                      step, tokens, loss_text, norm_text, lr_text);
+
+        double mean = m->interval_seconds / m->interval_steps, rate = mean > 0 ? 1.0 / mean : 0.0;
+        char speed[96] = "";
+        int used = 0;
+        if (o->flops_per_step > 0)
+            used = snprintf(speed, sizeof(speed), ",\"flops_per_second\":%.5g", o->flops_per_step * rate);
+        if (o->flops_per_step > 0 && o->peak_flops > 0)
+            snprintf(speed + used, sizeof(speed) - (size_t)used, ",\"mfu\":%.4f",
+                     o->flops_per_step * rate / o->peak_flops);
+        metrics_write(&m->timings,
+                      "{\"step\":%d,\"tokens\":%llu,\"seconds\":%.3f,\"tokens_per_second\":%.1f,"
+                      "\"step_ms\":%.3f%s}\n",
+                      step, tokens, metrics_seconds(m), (double)o->tokens_per_step * rate, 1e3 * mean, speed);
+        metrics_write(&m->log, "s:%d trl:%.4f lr:%.6f norm:%.2f\n", step - 1, loss, lr, grad_norm);
+        m->interval_seconds = 0;
+        m->interval_steps = 0;
+    }
+    metrics_show(m, step, logged, loss, grad_norm, lr);
+}
+
+// Something other than a step that took `spent` seconds, such as a "checkpoint": timings only. `name` is a plain
+// word of at most 31 letters.
+static inline void metrics_event(Metrics* m, const char* name, int step, double spent) {
+    metrics_write(&m->timings, "{\"event\":\"%s\",\"step\":%d,\"seconds\":%.3f,\"spent\":%.3f}\n", name, step,
+                  metrics_seconds(m), spent);
+}
+
+// The mean loss on the validation data after `step` optimizer steps, which took `spent` seconds to find.
+static inline void metrics_validation(Metrics* m, int step, double val_loss, double spent) {
+    if (step > m->last_validation) {
+        char loss_text[METRICS_NUMBER_BYTES];
+        metrics_number(loss_text, val_loss);
+        unsigned long long tokens = (unsigned long long)m->options.tokens_per_step * (unsigned long long)step;
+        metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"val_loss\":%s}\n", step, tokens,
+                      loss_text);
+        metrics_write(&m->log, "s:%d tel:%.4f\n", step, val_loss);
+        m->last_validation = step;
+    }
+    metrics_event(m, "validation", step, spent);
+    metrics_message(m, "step %d/%d  validation loss %.4f  (%.1f s)", step, m->options.total_steps, val_loss,
+                    spent);
+}
+
+// Closes the files and leaves the terminal at the start of a new line.
+static inline void metrics_finish(Metrics* m) {
+    if (m->line_shown) fputc('\n', m->options.terminal);
+    if (!m->options.quiet) fflush(m->options.terminal);
+    m->line_shown = 0;
+    MetricsFile* files[] = {&m->metrics, &m->timings, &m->log};
+    for (int i = 0; i < 3; i++) {
+        if (files[i]->file) close_written_or_fail(files[i]->file, files[i]->path);
+        files[i]->file = NULL;
+    }
+}
+
+#endif
