@@ -6,9 +6,10 @@ JSON files, over cJSON: whole files in and out, and numbers that read back exact
     json_write_file("copy.json", config);                // synced to the disk
     cJSON_Delete(config);
 
-cJSON keeps numbers as doubles and prints them to 15 digits when that is nearly equal; here doubles are printed
-with the fewest digits that are exactly equal. Whole numbers of 64 bits do not fit a double and are written as
-strings. What comes from a file is shown in messages through json_shown(), so that a message stays one line.
+cJSON keeps numbers as doubles and prints them to 15 digits when that is nearly equal; here doubles are
+printed with the fewest digits that are exactly equal. Whole numbers of 64 bits do not fit a double and are
+written as strings. What comes from a file is shown in messages through json_shown(), so that a message stays
+one line.
 */
 #ifndef RUNTIME_JSON_H
 #define RUNTIME_JSON_H
@@ -18,8 +19,8 @@ strings. What comes from a file is shown in messages through json_shown(), so th
 #include <cjson/cJSON.h>
 #include "runtime/checks.h"
 
-// Text of a file made fit for a message: control characters become '?', and it is cut at 80 bytes. Valid until
-// the next call but three.
+// Text of a file made fit for a message: control characters become '?', and it is cut at 80 bytes. Valid
+// until the next call but three.
 static inline const char* json_shown(const char* text) {
     static char shown[4][84];
     static int next = 0;

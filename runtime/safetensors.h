@@ -16,7 +16,8 @@ bytes of JSON, {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24
 
 Neither side holds more than the header and the caller's piece in memory. Values are converted between the
 file's type and the caller's; to BF16 by rounding to nearest even. Every error is one line that names the
-file, the tensor and the rule it breaks; exit code 1. Source: https://huggingface.co/docs/safetensors ("Format").
+file, the tensor and the rule it breaks; exit code 1. Source: https://huggingface.co/docs/safetensors
+("Format").
 */
 #ifndef RUNTIME_SAFETENSORS_H
 #define RUNTIME_SAFETENSORS_H
@@ -196,7 +197,8 @@ static inline void safetensors_write(SafetensorsWriter* writer, const void* valu
     while (writer->current < writer->count && writer->entries[writer->current].end == writer->position)
         writer->current++;
     if (!count) return;
-    const SafetensorsEntry* entry = writer->current < writer->count ? &writer->entries[writer->current] : NULL;
+    const SafetensorsEntry* entry =
+        writer->current < writer->count ? &writer->entries[writer->current] : NULL;
     if (!entry || count > (entry->end - writer->position) / dtype_size(entry->dtype))
         fail("%s: more values written than declared", writer->path); // the caller's mistake, not the user's
     if (entry->dtype == dtype) {
@@ -272,8 +274,8 @@ static inline void safetensors_parse_entry(SafetensorsEntry* entry, const cJSON*
     }
     const cJSON* offsets = json_get(item, "data_offsets");
     if (!cJSON_IsArray(offsets) || cJSON_GetArraySize(offsets) != 2 ||
-        !json_get_whole(offsets->child, &entry->begin) || !json_get_whole(offsets->child->next, &entry->end) ||
-        entry->begin > entry->end)
+        !json_get_whole(offsets->child, &entry->begin) ||
+        !json_get_whole(offsets->child->next, &entry->end) || entry->begin > entry->end)
         fail("%s: tensor %s: data_offsets are not [begin, end]", path, name);
     if (entry->end - entry->begin != bytes)
         fail("%s: tensor %s: data_offsets span %llu bytes, but %s of %s takes %llu", path, name,
@@ -293,8 +295,9 @@ static inline void safetensors_check_entries(SafetensorsFile* file, uint64_t dat
                  entry->begin < end ? "inside" : "after a gap from", (unsigned long long)end);
         end = entry->end;
         if (end > data_bytes)
-            fail("%s: tensor %s: ends at byte %llu of the data, but the file has %llu (cut short?)", file->path,
-                 json_shown(entry->name), (unsigned long long)end, (unsigned long long)data_bytes);
+            fail("%s: tensor %s: ends at byte %llu of the data, but the file has %llu (cut short?)",
+                 file->path, json_shown(entry->name), (unsigned long long)end,
+                 (unsigned long long)data_bytes);
     }
     if (end != data_bytes)
         fail("%s: %llu bytes after the last tensor", file->path, (unsigned long long)(data_bytes - end));
@@ -329,7 +332,8 @@ static inline void safetensors_open(SafetensorsFile* file, const char* path) {
         fail("%s: cut short: a header of %llu bytes in a file of %llu", path, (unsigned long long)length,
              (unsigned long long)file_bytes);
     char* text = (char*)malloc_or_fail((size_t)length + 1, path);
-    if (fread(text, 1, (size_t)length, file->file) != length) fail("%s: cannot read: %s", path, strerror(errno));
+    if (fread(text, 1, (size_t)length, file->file) != length)
+        fail("%s: cannot read: %s", path, strerror(errno));
     text[length] = 0;
     if (text[0] != '{') fail("%s: not a safetensors file: its header is not a JSON object", path);
     file->header = json_parse_object(text, (size_t)length, path);
@@ -361,8 +365,8 @@ static inline const char* safetensors_get_metadata(const SafetensorsFile* file, 
 }
 
 // Elements first .. first + count of an entry into `values`, converted to `dtype`.
-static inline void safetensors_read(const SafetensorsFile* file, const SafetensorsEntry* entry, uint64_t first,
-                                    uint64_t count, void* values, Dtype dtype) {
+static inline void safetensors_read(const SafetensorsFile* file, const SafetensorsEntry* entry,
+                                    uint64_t first, uint64_t count, void* values, Dtype dtype) {
     const size_t size = dtype_size(entry->dtype);
     if (first > safetensors_count(entry) || count > safetensors_count(entry) - first)
         fail("%s: tensor %s: read beyond its end", file->path, entry->name);
