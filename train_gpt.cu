@@ -445,7 +445,7 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
 
 #ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
 
-// Writes the logits of a list of tokens, (T, V) as little-endian float32: how other programs compare with this one.
+// Runs the model over --tokens and writes all logits: how other programs are compared with this one.
 static void write_logits(Model* model, const Options* options) {
     const int V = model->config.vocab_size, Vp = model->config.padded_vocab, C = model->config.channels;
     int* tokens = (int*)malloc_or_fail((size_t)model->T * sizeof(int), "tokens");
@@ -462,26 +462,16 @@ static void write_logits(Model* model, const Options* options) {
     }
     if (T == 0) fail_usage("--tokens: want at least one id");
     gpt_forward(model, tokens, 1, T, 0);
-
-    floatX* row = (floatX*)malloc_or_fail((size_t)Vp * sizeof(floatX), "logits");
-    char partial[PATH_MAX];
-    path_format(partial, "%s.partial", options->write_logits);
-    FILE* file = open_or_fail(partial, "wb");
-    scratch_path_begin(partial);
+    floatX* logits = (floatX*)malloc_or_fail((size_t)T * Vp * sizeof(floatX), "logits");
     for (int t = 0; t < T; t++) {
         matmul_forward(model->acts.logits, model->acts.norm + (size_t)t * C,
                        model->params + model->layout.head, 1, C, Vp, model->stream);
-        copy_to_host(row, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
-        stream_synchronize(model->stream);
-        for (int v = 0; v < V; v++) {
-            float logit = (float)row[v];
-            write_or_fail(&logit, sizeof(logit), file, partial);
-        }
+        copy_to_host(logits + (size_t)t * Vp, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
     }
-    close_written_or_fail(file, partial);
-    scratch_path_commit(options->write_logits);
+    stream_synchronize(model->stream);
+    logits_write(options->write_logits, logits, tokens, T, V, Vp);
     free(tokens);
-    free(row);
+    free(logits);
 }
 
 // ----------------------------------------------------------------------------
@@ -609,7 +599,7 @@ static void prepare_output(const Run* run) {
 // and a checkpoint need.
 static size_t other_bytes(const Run* run, const Model* model) {
     size_t losses = (size_t)model->B * model->T * sizeof(float_acc);
-    return memory_resident() + loader_bytes(run->train, run->options.batch) + losses + library_bytes();
+    return memory_resident() + loader_bytes(run->train, run->options.batch) + losses;
 }
 
 static size_t planned_bytes(const Run* run, const Model* model) {
@@ -734,7 +724,7 @@ static void save_checkpoint(const Model* model, Run* run, Metrics* metrics, int 
     metrics_sync(metrics);
     checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state, model->params,
                     model->exp_avg, model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL,
-                    run->options.keep);
+                    run->options.keep, model->stream);
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
@@ -845,7 +835,7 @@ int main(int argc, char** argv) {
         if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
         gpt_plan(&model, &run.config, 1, T, 0);
         gpt_allocate(&model);
-        checkpoint_load_model(run.init_from, &model.layout.table, model.params);
+        checkpoint_load_model(run.init_from, &model.layout.table, model.params, model.stream);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
         else write_logits(&model, options);
         gpt_free(&model);
@@ -867,13 +857,15 @@ int main(int argc, char** argv) {
                  run.resume_from, (unsigned long long)run.state.seed);
         if (run.state.step > run.steps)
             fail_usage("--steps %d: %s has done %d already", run.steps, run.resume_from, run.state.step);
-        checkpoint_load_model(run.resume_from, &model.layout.table, model.params);
-        checkpoint_load_optimizer(run.resume_from, &model.layout.table, model.exp_avg, model.exp_avg_sq);
+        checkpoint_load_model(run.resume_from, &model.layout.table, model.params, model.stream);
+        checkpoint_load_optimizer(run.resume_from, &model.layout.table, model.exp_avg, model.exp_avg_sq,
+                                  model.stream);
         printf("resuming %s: step %d of %d\n", run.resume_from, run.state.step, run.steps);
     } else {
         if (options->resume)
             printf("--resume: no checkpoint in %s yet, starting at step 0\n", options->output);
-        if (run.init_from[0]) checkpoint_load_model(run.init_from, &model.layout.table, model.params);
+        if (run.init_from[0])
+            checkpoint_load_model(run.init_from, &model.layout.table, model.params, model.stream);
         else gpt_initialize(&model, options->seed);
     }
     run.state.seed = options->seed;

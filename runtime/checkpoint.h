@@ -865,6 +865,21 @@ static inline void checkpoint_remove_older(const char* output, int step, int kee
     free(steps);
 }
 
+// Deletes every checkpoint of an output directory.
+static inline void checkpoint_remove_all(const char* output) {
+    char path[PATH_MAX];
+    checkpoint_clean(output);
+    int* steps;
+    int count = checkpoint_list_steps(output, "", &steps);
+    path_format(path, "%s/latest", output);
+    unlink(path);
+    for (int i = 0; i < count; i++) {
+        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
+        remove_path(path);
+    }
+    free(steps);
+}
+
 static inline void checkpoint_copy_file(const char* to, const char* from) {
     FILE* in = open_or_fail(from, "rb");
     FILE* out = open_or_fail(to, "wb");
