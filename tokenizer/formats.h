@@ -269,23 +269,37 @@ static inline void json_check_surroundings(const char* path, const cJSON* root) 
     if (!json_absent(added) && !cJSON_IsArray(added)) fail("%s: added_tokens is not a JSON array", path);
 }
 
-static inline void read_added_tokens(Tokenizer* t, const cJSON* added_tokens) {
+// {"content": ..., "id": ...}: what would make it match otherwise than by its plain content is refused.
+static inline void read_added_token(Tokenizer* t, const cJSON* added) {
     static const char* const unsupported[] = {"single_word", "lstrip", "rstrip"};
+    const cJSON* content = json_member(added, "content");
+    int64_t id = json_id(json_member(added, "id"));
+    if (!cJSON_IsString(content) || !content->valuestring[0])
+        fail("%s: an added token has no content", t->origin);
+    if (id < 0) fail("%s: the added token \"%s\" has no valid id", t->origin, content->valuestring);
+    for (int i = 0; i < 3; i++)
+        if (cJSON_IsTrue(json_member(added, unsupported[i])))
+            fail("%s: the added token \"%s\": %s is not supported", t->origin, content->valuestring,
+                 unsupported[i]);
+    int special = cJSON_IsTrue(json_member(added, "special"));
+    const cJSON* normalized = json_member(added, "normalized");
+    vocabulary_add_added(t, id, content->valuestring, strlen(content->valuestring), special,
+                         normalized ? cJSON_IsTrue(normalized) : !special);
+}
+
+// Hugging Face ignores the id of an added token that is not in the vocabulary, and gives it the next free one. So a file
+// that says another id would mean one thing here and another there.
+static inline void read_added_tokens(Tokenizer* t, const cJSON* added_tokens, const cJSON* vocabulary) {
+    int64_t vocabulary_size = cJSON_GetArraySize(vocabulary), highest = -1;
     for (const cJSON* added = added_tokens ? added_tokens->child : NULL; added; added = added->next) {
-        const cJSON* content = json_member(added, "content");
+        read_added_token(t, added);
+        const char* content = json_member(added, "content")->valuestring;
         int64_t id = json_id(json_member(added, "id"));
-        if (!cJSON_IsString(content) || !content->valuestring[0])
-            fail("%s: an added token has no content", t->origin);
-        if (id < 0) fail("%s: the added token \"%s\" has no valid id", t->origin, content->valuestring);
-        for (int i = 0; i < 3; i++)
-            if (cJSON_IsTrue(json_member(added, unsupported[i])))
-                fail("%s: the added token \"%s\": %s is not supported", t->origin, content->valuestring,
-                     unsupported[i]);
-        int special = cJSON_IsTrue(json_member(added, "special"));
-        // Hugging Face's default where the key is missing
-        const cJSON* normalized = json_member(added, "normalized");
-        vocabulary_add_added(t, id, content->valuestring, strlen(content->valuestring), special,
-                             normalized ? cJSON_IsTrue(normalized) : !special);
+        int64_t next = highest >= vocabulary_size ? highest + 1 : vocabulary_size;
+        if (id != next && !json_member(vocabulary, content))
+            fail("%s: the added token \"%s\" is not in the vocabulary and its id %lld is not the next, %lld",
+                 t->origin, content, (long long)id, (long long)next);
+        if (id > highest) highest = id;
     }
 }
 
@@ -298,7 +312,7 @@ static inline Tokenizer* load_tokenizer_json(const char* path) {
     t->ignore_merges = cJSON_IsTrue(json_member(model, "ignore_merges"));
     read_vocabulary(t, json_member(model, "vocab"), json_member(root, "added_tokens"));
     read_merges(t, json_member(model, "merges"));
-    read_added_tokens(t, json_member(root, "added_tokens"));
+    read_added_tokens(t, json_member(root, "added_tokens"), json_member(model, "vocab"));
     cJSON_Delete(root);
     vocabulary_finish(t);
     return t;
