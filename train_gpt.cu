@@ -392,6 +392,8 @@ static void gpt_next_logits(Model* model, float* logits, const int* tokens, int 
     for (int v = 0; v < model->config.vocab_size; v++) logits[v] = (float)scratch[v];
 }
 
+#ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
+
 // Where sampled text goes: the terminal, and as tokens where there is no tokenizer.
 static void print_token(const Tokenizer* tokenizer, int token) {
     size_t length = 0;
@@ -442,8 +444,6 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
     free(scratch);
     free(workspace);
 }
-
-#ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
 
 // Runs the model over --tokens and writes all logits: how other programs are compared with this one.
 static void write_logits(Model* model, const Options* options) {
