@@ -62,7 +62,7 @@ static void write_shard(const char* name, ShardRecipe r) {
     int32_t header[SHARD_HEADER_INTS] = {r.magic, r.version, r.tokens, r.vocab_size, r.hash};
     write_or_fail(header, sizeof(header), file, name);
     for (int i = 0; i < r.held; i++) {
-        uint32_t token = (uint32_t)((r.first + i) % r.modulus);
+        uint32_t token = ((uint32_t)r.first + (uint32_t)i) % (uint32_t)r.modulus;
         write_or_fail(&token, (size_t)r.token_bytes, file, name); // little endian: the low bytes come first
     }
     for (int i = 0; i < r.extra_bytes; i++) fputc(7, file);
