@@ -62,6 +62,7 @@ typedef struct {
     int file;                // descriptor, or -1: opened when read
     int token_bytes;         // 2 or 4
     uint32_t tokens;         // in the shard
+    int vocab_size;          // of the tokenizer that wrote it; 0: not known
     uint32_t tokenizer_hash; // 0: not known
     uint64_t first_window;   // windows in the shards before this one
 } TokenShard;
@@ -157,7 +158,8 @@ static inline void shard_open(TokenShard* shard, int vocab_size, uint32_t tokeni
     shard_check_length(path, info.st_size, header[2], shard->token_bytes);
     shard->tokens = (uint32_t)header[2];
 
-    if (header[3] != 0 && header[3] != vocab_size)
+    shard->vocab_size = header[3];
+    if (vocab_size && header[3] != 0 && header[3] != vocab_size)
         fail("%s: written with a vocabulary of %d tokens, the model's has %d", path, header[3], vocab_size);
     shard->tokenizer_hash = (uint32_t)header[4];
     if (tokenizer_hash && shard->tokenizer_hash && shard->tokenizer_hash != tokenizer_hash)
@@ -190,6 +192,25 @@ static inline void loader_find_shards(DataLoader* loader, const char* pattern) {
         loader->shards[i].file = -1;
     }
     globfree(&found);
+}
+
+static inline void loader_free_shards(DataLoader* loader) {
+    for (int i = 0; i < loader->shard_count; i++) {
+        if (loader->shards[i].file >= 0) close(loader->shards[i].file);
+        free(loader->shards[i].path);
+    }
+    free(loader->shards);
+}
+
+// The vocabulary that the first shard of a pattern says it was written with, 0 when it does not say.
+static inline int loader_peek_vocabulary(const char* pattern) {
+    DataLoader loader;
+    memset(&loader, 0, sizeof(loader));
+    loader_find_shards(&loader, pattern);
+    shard_open(&loader.shards[0], 0, 0);
+    int vocab_size = loader.shards[0].vocab_size;
+    loader_free_shards(&loader);
+    return vocab_size;
 }
 
 // `pattern` is a shell pattern (glob); quote it on a command line. `tokenizer_hash` 0 accepts any tokenizer,
@@ -437,11 +458,7 @@ static inline size_t loader_bytes(const DataLoader* loader, int batch) {
 static inline void loader_close(DataLoader* loader) {
     if (!loader) return;
     loader_stop(loader);
-    for (int i = 0; i < loader->shard_count; i++) {
-        if (loader->shards[i].file >= 0) close(loader->shards[i].file);
-        free(loader->shards[i].path);
-    }
-    free(loader->shards);
+    loader_free_shards(loader);
     pthread_cond_destroy(&loader->changed);
     pthread_mutex_destroy(&loader->lock);
     free(loader);

@@ -77,6 +77,7 @@ static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
         fail_usage("--model %s: want dN with N from 1 to 1024, such as d12 (12 layers, 768 channels)",
                    descriptor);
     config.layers = (int)depth;
+    config.channels = 64 * config.layers;
     strcpy(config.pattern, "G");
     config.window = 256;
     config.rope_global = config.rope_sliding = 1;
@@ -89,7 +90,6 @@ static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
 
 // Fills in the sizes that were left 0.
 static inline void model_config_complete(ModelConfig* config) {
-    if (!config->channels) config->channels = 64 * config->layers;
     if (!config->heads && config->head_dim) config->heads = config->channels / config->head_dim;
     if (!config->heads) config->heads = config->channels / 64 > 0 ? config->channels / 64 : 1;
     if (!config->head_dim && config->heads > 0 && config->channels % config->heads == 0)

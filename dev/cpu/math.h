@@ -18,10 +18,11 @@ exp().
 static inline floatX exp_fast(floatX x) { return exp(x); }
 #else
 static inline float exp_fast(float x) {
-    // Beyond these the result is 0 or infinite in the end; clamping keeps the exponent's arithmetic in range.
-    float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
-    float n = floorf(clamped * 1.44269504f + 0.5f);
-    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits; floorf() and a conversion to
+    // int would do the same, but gcc does not vectorise them while floating-point traps count as visible.
+    float shifted = x * 1.44269504f + 12582912.0f;
+    float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.3888889e-3f;
     p = p * r + 8.3333333e-3f;
     p = p * r + 4.1666668e-2f;
@@ -29,10 +30,14 @@ static inline float exp_fast(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits << 23) + ((uint32_t)127 << 23);
     float scale;
     memcpy(&scale, &bits, sizeof(scale));
-    return x < -87.3f ? 0.0f : (x == x ? p * scale : x);
+    // Outside this range the bits above are not an exponent. A NaN is in neither case and arrives by way of p.
+    float result = x < -87.3f ? 0.0f : p * scale;
+    return x > 88.7f ? INFINITY : result;
 }
 #endif
 

@@ -1,0 +1,132 @@
+# moba.c: every build. `make help` lists the targets.
+#
+#   make                                          the trainer for this machine, and the tokenizer
+#   make ATTN=dense GQA=gqa KCONV=0 PRECISION=fp32 DEVICE=cpu
+#
+# Binaries lie side by side in build/, named by their flags; build/train_gpt is the one built last.
+
+CC ?= gcc
+BUILD ?= build
+
+# ----------------------------------------------------------------------------
+# Flags, each with its values
+
+ATTN ?= dense
+GQA ?= gqa
+KCONV ?= 0
+PRECISION ?= fp32
+
+# Only the CPU operations exist so far; with CUDA's, the choice will follow nvcc and the driver.
+ifeq ($(origin DEVICE),undefined)
+  DEVICE := cpu
+  DEVICE_REASON := (the only device of this version)
+endif
+
+allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
+$(call allow,DEVICE,cpu)
+$(call allow,ATTN,dense)
+$(call allow,GQA,gqa)
+$(call allow,KCONV,0)
+$(call allow,PRECISION,fp32 fp64)
+
+NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)
+
+# ----------------------------------------------------------------------------
+# Compiler. No -ffast-math: the checks for NaN and Inf must mean something, and sums keep their order.
+
+WARNINGS := -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes
+CFLAGS ?= -O3 -march=native -g
+COMMON := -std=gnu11 $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
+VARIANT := -DDEVICE_CPU -DATTN_NAME='"$(ATTN)"' -DGQA_NAME='"$(GQA)"' -DKCONV=$(KCONV)
+precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
+onednn = $(if $(filter fp64,$(1)),,-ldnnl)
+TRAIN_LIBS := -lcjson -lpcre2-8 -lm
+
+# A missing library is named before the compiler stumbles over it.
+NEEDED := libdnnl-dev:oneapi/dnnl/dnnl.h libpcre2-dev:pcre2.h libcjson-dev:cjson/cJSON.h
+define missing_packages
+$(shell for pair in $(1); do \
+  printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <stdarg.h>\n#include <stddef.h>\n#include <setjmp.h>\n#include <%s>\n' "$${pair#*:}" \
+  | $(CC) -E -x c - >/dev/null 2>&1 || echo "$${pair%%:*}"; done)
+endef
+needs = $(if $(call missing_packages,$(1)),$(error missing: $(call missing_packages,$(1)). Run scripts/install.sh))
+BUILDING := $(filter-out help clean lint format install,$(or $(MAKECMDGOALS),all))
+ifneq ($(BUILDING),)
+  $(call needs,$(NEEDED))
+endif
+
+.PHONY: all train tokenizer test test-long bench lint format clean help
+all: train tokenizer
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "targets: all train tokenizer test test-long bench lint format clean"
+
+# ----------------------------------------------------------------------------
+# Programs
+
+train: $(BUILD)/$(NAME)
+	@ln -sf $(NAME) $(BUILD)/train_gpt
+	@echo "$(BUILD)/train_gpt -> $(NAME) $(DEVICE_REASON)"
+
+tokenizer: $(BUILD)/tokenizer
+
+$(BUILD)/$(NAME): train_gpt.cu Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d -x c $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+
+$(BUILD)/tokenizer: tokenizer/tokenizer.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
+
+# ----------------------------------------------------------------------------
+# Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
+
+TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
+         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_programs \
+         $(foreach test,test_attention test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
+
+$(BUILD)/test/%_fp64: test/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(VARIANT) $(call precision,fp64) -MF $@.d $< -o $@ -lcmocka $(TRAIN_LIBS)
+
+$(BUILD)/test/%_fp32: test/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
+
+$(BUILD)/test/%: test/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
+
+test: all $(TESTS)
+	@BUILD=$(BUILD) scripts/run_tests.sh $(TESTS)
+
+# ----------------------------------------------------------------------------
+# Benchmarks
+
+BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/step
+
+$(BUILD)/bench/%: dev/bench/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
+
+bench: $(BENCHES)
+	$(BUILD)/bench/attention
+	$(BUILD)/bench/step
+
+# ----------------------------------------------------------------------------
+# Style
+
+SOURCES := $(shell git ls-files '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
+SCRIPTS := $(shell git ls-files '*.sh' '.ci/run' 2>/dev/null)
+
+lint:
+	BUILD=$(BUILD) scripts/lint.sh
+
+format:
+	clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(BUILD)
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d)

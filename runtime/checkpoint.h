@@ -1,0 +1,990 @@
+/*
+Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes the files.
+
+    checkpoint_clean("out");                                      // at start: what a killed run left
+half-written checkpoint_save("out", &config, &layout.table, &state, params, exp_avg, exp_avg_sq, tokenizer, 3,
+stream);
+
+    char path[PATH_MAX];                                          // at --resume
+    if (checkpoint_latest("out", path)) {
+        checkpoint_check_same_model(path, &config);
+        TrainingState state = checkpoint_load_state(path);
+        checkpoint_load_model(path, &layout.table, params, stream);
+        checkpoint_load_optimizer(path, &layout.table, exp_avg, exp_avg_sq, stream);
+    }
+
+    checkpoint_resolve("out", path);      // what a user names: a checkpoint, an output directory, a Llama
+model ModelConfig config = checkpoint_read_config(path);
+
+Include the device's header (dev/cpu/device.h or its CUDA twin) first: parameters and optimizer state live in
+device memory and are touched only by copy_to_host() and copy_to_device(), in pieces of CHECKPOINT_CHUNK
+bytes. Everything that cannot be read or written ends the program with one line and exit code 1.
+*/
+#ifndef RUNTIME_CHECKPOINT_H
+#define RUNTIME_CHECKPOINT_H
+
+#include "runtime/model.h"
+#include "runtime/safetensors.h"
+
+#define CHECKPOINT_VERSION 1
+#define CHECKPOINT_CHUNK ((size_t)16 << 20) // bytes of host memory that saving and loading take
+#define DTYPE_FLOATX dtype_of_size(sizeof(floatX))
+#define DTYPE_FLOAT_ACC dtype_of_size(sizeof(float_acc))
+
+// ----------------------------------------------------------------------------
+// state.json: where a run stands, and the settings it runs with
+
+typedef struct {
+    int step;                // optimizer steps done
+    uint64_t sequences_seen; // training sequences, of all ranks
+    uint64_t seed;
+    long total_batch;    // tokens a step
+    int sequence_length; // T
+    long tokens_seen;
+    // schedule and optimizer
+    char schedule[16]; // cosine, linear, constant, wsd
+    long max_steps;
+    long warmup_steps;
+    double learning_rate;
+    double final_lr_fraction; // of the learning rate, at the end of the schedule
+    double decay_fraction;    // of max_steps: the last part of a wsd schedule
+    double beta1, beta2, epsilon, weight_decay;
+    double grad_clip; // largest gradient norm; 0: not clipped
+    // results
+    double train_loss;      // of the last step
+    double val_loss;        // the last one measured; nan before the first
+    double best_val_loss;   // likewise
+    double elapsed_seconds; // of training, over all the runs that led here
+} TrainingState;
+
+// The one list that writing and reading share. A new member of TrainingState needs one line here, with the
+// version that brings it (and CHECKPOINT_VERSION raised to it): older checkpoints then read it as 0.
+typedef enum { STATE_INT, STATE_LONG, STATE_UINT64, STATE_DOUBLE, STATE_TEXT } StateType;
+typedef struct {
+    const char* name;
+    StateType type;
+    size_t offset; // in TrainingState
+    size_t size;   // bytes
+    int since;     // format version
+} StateField;
+
+#define STATE_FIELD(type, member, since)                                                                     \
+    { #member, type, offsetof(TrainingState, member), sizeof(((TrainingState*)0)->member), since }
+static const StateField state_fields[] = {
+    STATE_FIELD(STATE_INT, step, 1),
+    STATE_FIELD(STATE_UINT64, sequences_seen, 1),
+    STATE_FIELD(STATE_UINT64, seed, 1),
+    STATE_FIELD(STATE_LONG, total_batch, 1),
+    STATE_FIELD(STATE_INT, sequence_length, 1),
+    STATE_FIELD(STATE_LONG, tokens_seen, 1),
+    STATE_FIELD(STATE_TEXT, schedule, 1),
+    STATE_FIELD(STATE_LONG, max_steps, 1),
+    STATE_FIELD(STATE_LONG, warmup_steps, 1),
+    STATE_FIELD(STATE_DOUBLE, learning_rate, 1),
+    STATE_FIELD(STATE_DOUBLE, final_lr_fraction, 1),
+    STATE_FIELD(STATE_DOUBLE, decay_fraction, 1),
+    STATE_FIELD(STATE_DOUBLE, beta1, 1),
+    STATE_FIELD(STATE_DOUBLE, beta2, 1),
+    STATE_FIELD(STATE_DOUBLE, epsilon, 1),
+    STATE_FIELD(STATE_DOUBLE, weight_decay, 1),
+    STATE_FIELD(STATE_DOUBLE, grad_clip, 1),
+    STATE_FIELD(STATE_DOUBLE, train_loss, 1),
+    STATE_FIELD(STATE_DOUBLE, val_loss, 1),
+    STATE_FIELD(STATE_DOUBLE, best_val_loss, 1),
+    STATE_FIELD(STATE_DOUBLE, elapsed_seconds, 1),
+};
+#define STATE_FIELDS ((int)(sizeof(state_fields) / sizeof(state_fields[0])))
+
+static inline void checkpoint_write_state(const char* path, const TrainingState* state) {
+    cJSON* json = cJSON_CreateObject();
+    cJSON_AddNumberToObject(json, "format_version", CHECKPOINT_VERSION);
+    for (int i = 0; i < STATE_FIELDS; i++) {
+        const StateField* field = &state_fields[i];
+        const void* value = (const char*)state + field->offset;
+        switch (field->type) {
+        case STATE_INT:
+            cJSON_AddNumberToObject(json, field->name, *(const int*)value);
+            break;
+        case STATE_LONG:
+            cJSON_AddNumberToObject(json, field->name, (double)*(const long*)value);
+            break;
+        case STATE_UINT64:
+            json_add_uint64(json, field->name, *(const uint64_t*)value);
+            break;
+        case STATE_DOUBLE:
+            json_add_double(json, field->name, *(const double*)value);
+            break;
+        case STATE_TEXT:
+            cJSON_AddStringToObject(json, field->name, (const char*)value);
+            break;
+        }
+    }
+    json_write_file(path, json);
+    cJSON_Delete(json);
+}
+
+static inline void checkpoint_parse_field(void* value, const StateField* field, const cJSON* item,
+                                          const char* path) {
+    uint64_t whole = 0;
+    const char* text = cJSON_GetStringValue((cJSON*)item);
+    int good = 0;
+    switch (field->type) {
+    case STATE_INT:
+        good = json_get_whole(item, &whole) && whole <= INT_MAX;
+        if (good) *(int*)value = (int)whole;
+        break;
+    case STATE_LONG:
+        good = json_get_whole(item, &whole);
+        if (good) *(long*)value = (long)whole;
+        break;
+    case STATE_UINT64:
+        good = json_get_uint64(item, (uint64_t*)value);
+        break;
+    case STATE_DOUBLE:
+        good = json_get_double(item, (double*)value);
+        break;
+    case STATE_TEXT:
+        good = text && strlen(text) < field->size;
+        if (good) strcpy((char*)value, text);
+        break;
+    }
+    static const char* const wanted[] = {"a whole number from 0 to 2147483647", "a whole number from 0",
+                                         "decimal digits in quotes", "a number", "a short text"};
+    if (!good) fail("%s: %s must be %s", path, field->name, wanted[field->type]);
+}
+
+static inline TrainingState checkpoint_load_state(const char* directory) {
+    char path[PATH_MAX];
+    path_format(path, "%s/state.json", directory);
+    cJSON* json = json_read_object(path);
+    uint64_t version;
+    if (!json_get_whole(json_get(json, "format_version"), &version) || version < 1)
+        fail("%s: no format_version: not a training state", path);
+    if (version > CHECKPOINT_VERSION)
+        fail("%s: written by a newer version of this program (format %llu, this one reads up to %d)", path,
+             (unsigned long long)version, CHECKPOINT_VERSION);
+    TrainingState state;
+    memset(&state, 0, sizeof(state));
+    for (int i = 0; i < STATE_FIELDS; i++) {
+        const StateField* field = &state_fields[i];
+        if (field->since > (int)version) continue;
+        const cJSON* item = json_get(json, field->name);
+        if (!item) fail("%s: %s is missing", path, field->name);
+        checkpoint_parse_field((char*)&state + field->offset, field, item, path);
+    }
+    cJSON_Delete(json);
+    return state;
+}
+
+// ----------------------------------------------------------------------------
+// config.json: the model, in Hugging Face's words
+
+typedef struct {
+    const char* key;
+    size_t offset; // of an int in ModelConfig
+    int low, high; // what is accepted
+    int missing;   // the value where the file does not say (LlamaConfig's default); -1: it must
+} ConfigField;
+
+static const ConfigField config_fields[] = {
+    {"hidden_size", offsetof(ModelConfig, channels), 1, 1 << 17, -1},
+    {"intermediate_size", offsetof(ModelConfig, ffn), 1, 1 << 20, -1},
+    {"num_hidden_layers", offsetof(ModelConfig, layers), 1, 1024, -1},
+    {"num_attention_heads", offsetof(ModelConfig, heads), 1, 1024, -1},
+    {"num_key_value_heads", offsetof(ModelConfig, kv_heads), 1, 1024, 0}, // num_attention_heads
+    {"head_dim", offsetof(ModelConfig, head_dim), 1, 1024, 0},            // hidden_size / num_attention_heads
+    {"vocab_size", offsetof(ModelConfig, vocab_size), 2, 1 << 24, -1},
+    {"max_position_embeddings", offsetof(ModelConfig, sequence_length), 1, 1 << 24, 2048},
+};
+#define CONFIG_FIELDS ((int)(sizeof(config_fields) / sizeof(config_fields[0])))
+
+// What the build adds to the sizes: its names of ATTN, GQA and KCONV.
+typedef struct {
+    char attn[16];
+    char gqa[16];
+    int kconv;
+} ModelVariant;
+
+static inline ModelVariant model_variant_of_build(void) {
+    ModelVariant variant;
+    memset(&variant, 0, sizeof(variant));
+    snprintf(variant.attn, sizeof(variant.attn), "%s", ATTN_NAME);
+    snprintf(variant.gqa, sizeof(variant.gqa), "%s", GQA_NAME);
+    variant.kconv = KCONV;
+    return variant;
+}
+
+// 1 where transformers' LlamaForCausalLM computes the same function.
+static inline int model_is_llama(const ModelConfig* config, const ModelVariant* variant) {
+    if (strcmp(variant->attn, "dense") || strcmp(variant->gqa, "gqa") || variant->kconv) return 0;
+    for (int l = 0; l < config->layers; l++)
+        if (layer_kind(config, l) != 'G' || !layer_has_rope(config, l)) return 0;
+    return 1;
+}
+
+// The number of "<|endoftext|>" in a tokenizer.json; -1 where it has none below vocab_size.
+static inline int tokenizer_end_of_text(const char* tokenizer_path, int vocab_size) {
+    cJSON* tokenizer = json_read_object(tokenizer_path);
+    const cJSON* added = json_get(tokenizer, "added_tokens");
+    uint64_t id = UINT64_MAX;
+    for (const cJSON* token = added ? added->child : NULL; token; token = token->next) {
+        const char* content = cJSON_GetStringValue((cJSON*)json_get(token, "content"));
+        if (content && !strcmp(content, "<|endoftext|>") && json_get_whole(json_get(token, "id"), &id)) break;
+    }
+    cJSON_Delete(tokenizer);
+    return id < (uint64_t)vocab_size ? (int)id : -1;
+}
+
+static inline void checkpoint_write_config(const char* path, const ModelConfig* config,
+                                           const char* tokenizer_path) {
+    const ModelVariant variant = model_variant_of_build();
+    const int llama = model_is_llama(config, &variant);
+    const char* architecture = llama ? "LlamaForCausalLM" : "MobaForCausalLM";
+    cJSON* json = cJSON_CreateObject();
+    cJSON_AddItemToObject(json, "architectures", cJSON_CreateStringArray(&architecture, 1));
+    cJSON_AddStringToObject(json, "model_type", llama ? "llama" : "moba");
+    for (int i = 0; i < CONFIG_FIELDS; i++)
+        cJSON_AddNumberToObject(json, config_fields[i].key,
+                                *(const int*)((const char*)config + config_fields[i].offset));
+    json_add_float(json, "rms_norm_eps", config->norm_eps);
+    json_add_float(json, "rope_theta", config->rope_theta);
+    cJSON_AddBoolToObject(json, "tie_word_embeddings", config->tied);
+    cJSON_AddStringToObject(json, "hidden_act", "silu");
+    cJSON_AddFalseToObject(json, "attention_bias");
+    cJSON_AddFalseToObject(json, "mlp_bias");
+    json_add_float(json, "initializer_range", 0.02f);
+    cJSON_AddStringToObject(json, "torch_dtype",
+                            sizeof(floatX) == 8   ? "float64"
+                            : sizeof(floatX) == 4 ? "float32"
+                                                  : "bfloat16");
+    // Written even when there is none: transformers would assume 1 and 2.
+    int end_of_text = tokenizer_path ? tokenizer_end_of_text(tokenizer_path, config->vocab_size) : -1;
+    cJSON_AddItemToObject(json, "bos_token_id",
+                          end_of_text < 0 ? cJSON_CreateNull() : cJSON_CreateNumber(end_of_text));
+    cJSON_AddItemToObject(json, "eos_token_id",
+                          end_of_text < 0 ? cJSON_CreateNull() : cJSON_CreateNumber(end_of_text));
+    cJSON* moba = cJSON_AddObjectToObject(json, "moba");
+    cJSON_AddStringToObject(moba, "attn", variant.attn);
+    cJSON_AddStringToObject(moba, "gqa", variant.gqa);
+    cJSON_AddNumberToObject(moba, "kconv", variant.kconv);
+    cJSON_AddStringToObject(moba, "pattern", config->pattern);
+    cJSON_AddNumberToObject(moba, "window", config->window);
+    cJSON_AddBoolToObject(moba, "rope_global", config->rope_global);
+    cJSON_AddBoolToObject(moba, "rope_sliding", config->rope_sliding);
+    json_write_file(path, json);
+    cJSON_Delete(json);
+}
+
+// A key that must have this one value, or be absent, for the model to be what this program computes.
+static inline void config_want_text(const cJSON* json, const char* key, const char* wanted,
+                                    const char* path) {
+    const cJSON* item = json_get(json, key);
+    if (!item || cJSON_IsNull(item)) return;
+    const char* text = cJSON_GetStringValue((cJSON*)item);
+    if (!text || strcmp(text, wanted))
+        fail("%s: %s is %s, but only %s is computed here", path, key, text ? json_shown(text) : "not a text",
+             wanted);
+}
+
+static inline void config_want_off(const cJSON* json, const char* key, const char* path) {
+    const cJSON* item = json_get(json, key);
+    if (item && !cJSON_IsNull(item) && !cJSON_IsFalse(item))
+        fail("%s: %s is set, and this program does not compute that", path, key);
+}
+
+static inline int config_get_int(const cJSON* json, const char* key, int low, int high, int missing,
+                                 const char* path) {
+    const cJSON* item = json_get(json, key);
+    uint64_t value;
+    if (!item || cJSON_IsNull(item)) {
+        if (missing < 0) fail("%s: %s is missing", path, key);
+        return missing;
+    }
+    if (!json_get_whole(item, &value) || value < (uint64_t)low || value > (uint64_t)high)
+        fail("%s: %s must be a whole number from %d to %d", path, key, low, high);
+    return (int)value;
+}
+
+static inline float config_get_positive(const cJSON* json, const char* key, double missing,
+                                        const char* path) {
+    const cJSON* item = json_get(json, key);
+    if (!item || cJSON_IsNull(item)) return (float)missing;
+    if (!cJSON_IsNumber(item) || !((float)item->valuedouble > 0) || !isfinite((float)item->valuedouble))
+        fail("%s: %s must be a positive number", path, key);
+    return (float)item->valuedouble;
+}
+
+static inline int config_get_bool(const cJSON* json, const char* key, int missing, const char* path) {
+    const cJSON* item = json_get(json, key);
+    if (!item || cJSON_IsNull(item)) return missing;
+    if (!cJSON_IsBool(item)) fail("%s: %s must be true or false", path, key);
+    return cJSON_IsTrue(item);
+}
+
+// Rotary positions: transformers up to 4 says rope_theta and rope_scaling, from 5 on rope_parameters.
+static inline void config_read_rope(ModelConfig* config, const cJSON* json, const char* path) {
+    const char* const scaling_keys[] = {"rope_scaling", "rope_parameters"};
+    config->rope_theta = config_get_positive(json, "rope_theta", 10000.0, path);
+    for (int i = 0; i < 2; i++) {
+        const cJSON* rope = json_get(json, scaling_keys[i]);
+        if (!rope || cJSON_IsNull(rope)) continue;
+        if (!cJSON_IsObject(rope)) fail("%s: %s is not an object", path, scaling_keys[i]);
+        config_want_text(rope, "rope_type", "default", path);
+        config_want_text(rope, "type", "default", path);
+        config->rope_theta = config_get_positive(rope, "rope_theta", (double)config->rope_theta, path);
+    }
+}
+
+// The "moba" object; a plain Llama has none, and is dense, global and rotary everywhere.
+static inline void config_read_variant(ModelConfig* config, ModelVariant* variant, const cJSON* json,
+                                       const char* path) {
+    strcpy(config->pattern, "G");
+    config->window = 256;
+    config->rope_global = config->rope_sliding = 1;
+    memset(variant, 0, sizeof(*variant));
+    strcpy(variant->attn, "dense");
+    strcpy(variant->gqa, "gqa");
+    const cJSON* moba = json_get(json, "moba");
+    if (!moba) return;
+    const char* attn = cJSON_GetStringValue((cJSON*)json_get(moba, "attn"));
+    const char* gqa = cJSON_GetStringValue((cJSON*)json_get(moba, "gqa"));
+    const char* pattern = cJSON_GetStringValue((cJSON*)json_get(moba, "pattern"));
+    if (!attn || strlen(attn) >= sizeof(variant->attn) || !gqa || strlen(gqa) >= sizeof(variant->gqa))
+        fail("%s: moba must have attn and gqa, both short texts", path);
+    if (!pattern || !pattern[0] || strlen(pattern) > PATTERN_MAX || strspn(pattern, "GS") != strlen(pattern))
+        fail("%s: moba.pattern must be 1 to %d letters G and S", path, PATTERN_MAX);
+    strcpy(variant->attn, json_shown(attn));
+    strcpy(variant->gqa, json_shown(gqa));
+    strcpy(config->pattern, pattern);
+    variant->kconv = config_get_int(moba, "kconv", 0, 5, 0, path);
+    config->window = config_get_int(moba, "window", 1, 1 << 24, 256, path);
+    config->rope_global = config_get_bool(moba, "rope_global", 1, path);
+    config->rope_sliding = config_get_bool(moba, "rope_sliding", 1, path);
+}
+
+// Rules between the sizes: those of model_config_check(), in the words of the file.
+static inline void config_check_sizes(ModelConfig* config, const char* path) {
+    if (!config->kv_heads) config->kv_heads = config->heads;
+    if (!config->head_dim && config->channels % config->heads != 0)
+        fail("%s: num_attention_heads %d does not divide hidden_size %d, and there is no head_dim", path,
+             config->heads, config->channels);
+    if (!config->head_dim) config->head_dim = config->channels / config->heads;
+    if (config->head_dim > 1024) fail("%s: heads of %d channels; at most 1024", path, config->head_dim);
+    if (config->kv_heads > config->heads || config->heads % config->kv_heads != 0)
+        fail("%s: num_key_value_heads %d does not divide num_attention_heads %d", path, config->kv_heads,
+             config->heads);
+    int any_rope = 0;
+    for (int l = 0; l < config->layers; l++) any_rope |= layer_has_rope(config, l);
+    if (any_rope && config->head_dim % 2 != 0)
+        fail("%s: head_dim %d: rotary positions need an even number", path, config->head_dim);
+}
+
+static inline ModelConfig checkpoint_read_config_and_variant(const char* directory, ModelVariant* variant) {
+    char path[PATH_MAX];
+    path_format(path, "%s/config.json", directory);
+    cJSON* json = json_read_object(path);
+    const char* type = cJSON_GetStringValue((cJSON*)json_get(json, "model_type"));
+    if (!type) fail("%s: no model_type: not a model's configuration", path);
+    if (strcmp(type, "llama") && strcmp(type, "moba"))
+        fail("%s: model_type %s, but only llama and this program's own models (moba) are read", path,
+             json_shown(type));
+    if (!strcmp(type, "moba") && !cJSON_IsObject(json_get(json, "moba")))
+        fail("%s: model_type moba, but no object moba that says which", path);
+    config_want_text(json, "hidden_act", "silu", path);
+    config_want_off(json, "attention_bias", path);
+    config_want_off(json, "mlp_bias", path);
+    config_want_off(json, "quantization_config", path);
+
+    ModelConfig config;
+    memset(&config, 0, sizeof(config));
+    for (int i = 0; i < CONFIG_FIELDS; i++) {
+        const ConfigField* field = &config_fields[i];
+        int value = config_get_int(json, field->key, field->low, field->high, field->missing, path);
+        *(int*)((char*)&config + field->offset) = value;
+    }
+    config.norm_eps = config_get_positive(json, "rms_norm_eps", 1e-6, path);
+    config.tied = config_get_bool(json, "tie_word_embeddings", 0, path);
+    config_read_rope(&config, json, path);
+    config_read_variant(&config, variant, json, path);
+    config_check_sizes(&config, path);
+    model_config_complete(&config);
+    cJSON_Delete(json);
+    return config;
+}
+
+// The model that a checkpoint, or a directory saved by transformers, holds.
+static inline ModelConfig checkpoint_read_config(const char* directory) {
+    ModelVariant variant;
+    return checkpoint_read_config_and_variant(directory, &variant);
+}
+
+static inline ModelVariant checkpoint_read_variant(const char* directory) {
+    ModelVariant variant;
+    (void)checkpoint_read_config_and_variant(directory, &variant);
+    return variant;
+}
+
+static inline void same_number(const char* directory, const char* option, double saved, double wanted) {
+    if (saved != wanted)
+        fail("%s: its model has %s %.9g, this run asks for %.9g", directory, option, saved, wanted);
+}
+
+static inline void same_text(const char* directory, const char* option, const char* saved,
+                             const char* wanted) {
+    if (strcmp(saved, wanted))
+        fail("%s: its model has %s %s, this run asks for %s", directory, option, saved, wanted);
+}
+
+// Fails with the first difference between the checkpoint's model and the one wanted, both in sizes and in
+// what this build computes.
+static inline void checkpoint_check_same_model(const char* directory, const ModelConfig* want) {
+    ModelVariant saved_variant, variant = model_variant_of_build();
+    const ModelConfig saved = checkpoint_read_config_and_variant(directory, &saved_variant);
+    same_number(directory, "--layers", saved.layers, want->layers);
+    same_number(directory, "--channels", saved.channels, want->channels);
+    same_number(directory, "--heads", saved.heads, want->heads);
+    same_number(directory, "--kv-heads", saved.kv_heads, want->kv_heads);
+    same_number(directory, "--head-dim", saved.head_dim, want->head_dim);
+    same_number(directory, "--ffn", saved.ffn, want->ffn);
+    same_number(directory, "--vocab", saved.vocab_size, want->vocab_size);
+    same_number(directory, "--sequence-length", saved.sequence_length, want->sequence_length);
+    same_number(directory, "--tied", saved.tied, want->tied);
+    same_number(directory, "--norm-eps", (double)saved.norm_eps, (double)want->norm_eps);
+    same_number(directory, "--rope-theta", (double)saved.rope_theta, (double)want->rope_theta);
+    for (int l = 0; l < want->layers; l++) {
+        if (layer_kind(&saved, l) != layer_kind(want, l))
+            same_text(directory, "--pattern", saved.pattern, want->pattern);
+        same_number(directory, "--window", layer_window(&saved, l), layer_window(want, l));
+        if (layer_has_rope(&saved, l) != layer_has_rope(want, l))
+            fail("%s: its layer %d has %s, this run asks for %s (--position)", directory, l,
+                 layer_has_rope(&saved, l) ? "rotary positions" : "no positions",
+                 layer_has_rope(want, l) ? "rotary positions" : "none");
+    }
+    same_text(directory, "ATTN", saved_variant.attn, variant.attn);
+    same_text(directory, "GQA", saved_variant.gqa, variant.gqa);
+    same_number(directory, "KCONV", saved_variant.kconv, variant.kconv);
+}
+
+// ----------------------------------------------------------------------------
+// model.safetensors
+
+// Device memory, in pieces, through one host buffer.
+static inline void checkpoint_write_values(SafetensorsWriter* writer, const void* device, Dtype dtype,
+                                           size_t count, stream_t stream) {
+    const size_t size = dtype_size(dtype), step = CHECKPOINT_CHUNK / size;
+    char* host = (char*)malloc_or_fail((count < step ? count : step) * size, "a piece of a checkpoint");
+    for (size_t i = 0; i < count; i += step) {
+        size_t n = count - i < step ? count - i : step;
+        copy_to_host(host, (const char*)device + i * size, n * size, stream);
+        stream_synchronize(stream);
+        safetensors_write(writer, host, dtype, n);
+    }
+    free(host);
+}
+
+static inline void checkpoint_read_values(const SafetensorsFile* file, const SafetensorsEntry* entry,
+                                          size_t first, size_t count, void* device, Dtype dtype,
+                                          stream_t stream) {
+    const size_t size = dtype_size(dtype), step = CHECKPOINT_CHUNK / size;
+    char* host = (char*)malloc_or_fail((count < step ? count : step) * size, "a piece of a checkpoint");
+    for (size_t i = 0; i < count; i += step) {
+        size_t n = count - i < step ? count - i : step;
+        safetensors_read(file, entry, first + i, n, host, dtype);
+        copy_to_device((char*)device + i * size, host, n * size, stream);
+        stream_synchronize(stream);
+    }
+    free(host);
+}
+
+static inline void checkpoint_write_model(const char* path, const TensorTable* table, const floatX* params,
+                                          stream_t stream) {
+    SafetensorsWriter writer;
+    safetensors_create(&writer, path);
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        safetensors_declare(&writer, tensor->name, DTYPE_FLOATX, tensor->dims, (uint64_t)tensor->shape[0],
+                            (uint64_t)tensor->shape[1]);
+    }
+    for (int i = 0; i < table->count; i++) // rows of padding come last in a tensor, and are left out
+        checkpoint_write_values(&writer, params + table->tensors[i].offset, DTYPE_FLOATX,
+                                table->tensors[i].count, stream);
+    safetensors_finish(&writer);
+}
+
+static inline const Tensor* table_find(const TensorTable* table, const char* name) {
+    for (int i = 0; i < table->count; i++)
+        if (!strcmp(table->tensors[i].name, name)) return &table->tensors[i];
+    return NULL;
+}
+
+// What a Llama's file may hold beside the table: the head that repeats a tied embedding, and the rotary
+// frequencies that old versions saved.
+static inline int checkpoint_may_ignore(const char* name) {
+    return !strcmp(name, "lm_head.weight") || strstr(name, ".rotary_emb.inv_freq");
+}
+
+// The same tensors in file and table, in the same shapes.
+static inline void checkpoint_check_tensors(const SafetensorsFile* file, const TensorTable* table) {
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        const SafetensorsEntry* entry = safetensors_find(file, tensor->name);
+        if (!entry) fail("%s: tensor %s is missing", file->path, tensor->name);
+        SafetensorsEntry want = *entry;
+        want.dims = tensor->dims;
+        for (int d = 0; d < tensor->dims; d++) want.shape[d] = (uint64_t)tensor->shape[d];
+        if (entry->dims != want.dims ||
+            memcmp(entry->shape, want.shape, (size_t)want.dims * sizeof(uint64_t)))
+            fail("%s: tensor %s has shape %s, but the model's is %s", file->path, tensor->name,
+                 safetensors_shape_text(entry), safetensors_shape_text(&want));
+    }
+    for (int i = 0; i < file->count; i++)
+        if (!table_find(table, file->entries[i].name) && !checkpoint_may_ignore(file->entries[i].name))
+            fail("%s: tensor %s is not one of the model's", file->path, json_shown(file->entries[i].name));
+}
+
+// Fills the block of parameters, table->elements long in device memory, from model.safetensors, be it this
+// program's or a Llama's saved by transformers in one file. Every tensor's name and shape is checked before
+// the first is read. Rows of padding become zero; elements between tensors stay as they are.
+static inline void checkpoint_load_model(const char* directory, const TensorTable* table, floatX* params,
+                                         stream_t stream) {
+    char path[PATH_MAX], index_path[PATH_MAX];
+    path_format(path, "%s/model.safetensors", directory);
+    path_format(index_path, "%s/model.safetensors.index.json", directory);
+    if (!path_exists(path) && path_exists(index_path))
+        fail("%s: a model in several files is not read; save it as one (max_shard_size in transformers)",
+             index_path);
+    SafetensorsFile file;
+    safetensors_open(&file, path);
+    checkpoint_check_tensors(&file, table);
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        floatX* values = params + tensor->offset;
+        checkpoint_read_values(&file, safetensors_find(&file, tensor->name), 0, tensor->count, values,
+                               DTYPE_FLOATX, stream);
+        if (tensor->padded_count > tensor->count)
+            device_zero(values + tensor->count, (tensor->padded_count - tensor->count) * sizeof(floatX),
+                        stream);
+    }
+    stream_synchronize(stream);
+    safetensors_close(&file);
+}
+
+// ----------------------------------------------------------------------------
+// optimizer-RRRRR-of-NNNNN.safetensors: slices of the flat state, one a rank
+
+// A vector of the optimizer, table->elements long over all ranks. Later ones (fp32 masters of bf16
+// parameters) are further entries of the same list.
+typedef struct {
+    const char* name;
+    float_acc* values; // device memory
+} OptimizerVector;
+
+// Where every tensor lies in the flat state: two tables of the same fingerprint give an element the same
+// place.
+static inline void table_fingerprint(const TensorTable* table, char text[17]) {
+    uint64_t hash = random_stream("layout");
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        char line[192];
+        snprintf(line, sizeof(line), "%016llx %s %zu %d %d %zu", (unsigned long long)hash, tensor->name,
+                 tensor->offset, tensor->shape[0], tensor->shape[1], tensor->padded_count);
+        hash = random_stream(line);
+    }
+    snprintf(text, 17, "%016llx", (unsigned long long)(hash ^ table->elements));
+}
+
+// Elements first .. first + count of the state; values[0] of each vector is element `first`.
+static inline void checkpoint_write_optimizer(const char* path, const TensorTable* table,
+                                              const OptimizerVector* vectors, int vector_count, size_t first,
+                                              size_t count, stream_t stream) {
+    char text[24];
+    SafetensorsWriter writer;
+    safetensors_create(&writer, path);
+    snprintf(text, sizeof(text), "%zu", table->elements);
+    safetensors_metadata(&writer, "elements", text);
+    snprintf(text, sizeof(text), "%zu", first);
+    safetensors_metadata(&writer, "offset", text);
+    table_fingerprint(table, text);
+    safetensors_metadata(&writer, "layout", text);
+    for (int v = 0; v < vector_count; v++)
+        safetensors_declare(&writer, vectors[v].name, DTYPE_FLOAT_ACC, 1, count, 0);
+    for (int v = 0; v < vector_count; v++)
+        checkpoint_write_values(&writer, vectors[v].values, DTYPE_FLOAT_ACC, count, stream);
+    safetensors_finish(&writer);
+}
+
+typedef struct {
+    SafetensorsFile file;
+    uint64_t first, count;
+} OptimizerSlice;
+
+static inline int optimizer_slice_compare(const void* a, const void* b) {
+    const OptimizerSlice *left = (const OptimizerSlice*)a, *right = (const OptimizerSlice*)b;
+    if (left->first != right->first) return left->first < right->first ? -1 : 1;
+    return left->count < right->count ? -1 : left->count > right->count;
+}
+
+static inline uint64_t optimizer_metadata_number(const SafetensorsFile* file, const char* key) {
+    const char* text = safetensors_get_metadata(file, key);
+    char* end = NULL;
+    errno = 0;
+    unsigned long long value = text && isdigit((unsigned char)text[0]) ? strtoull(text, &end, 10) : 0;
+    if (!end || *end || errno) fail("%s: its metadata has no number \"%s\"", file->path, key);
+    return (uint64_t)value;
+}
+
+static inline void optimizer_slice_open(OptimizerSlice* slice, const char* path, const TensorTable* table,
+                                        const OptimizerVector* vectors, int vector_count) {
+    SafetensorsFile* file = &slice->file;
+    safetensors_open(file, path);
+    char fingerprint[17];
+    table_fingerprint(table, fingerprint);
+    const char* layout = safetensors_get_metadata(file, "layout");
+    if (!layout || strcmp(layout, fingerprint) ||
+        optimizer_metadata_number(file, "elements") != table->elements)
+        fail("%s: made for another layout of the parameters", path);
+    slice->first = optimizer_metadata_number(file, "offset");
+    for (int v = 0; v < vector_count; v++) {
+        const SafetensorsEntry* entry = safetensors_find(file, vectors[v].name);
+        if (!entry) fail("%s: tensor %s is missing", path, vectors[v].name);
+        if (v == 0) slice->count = safetensors_count(entry);
+        if (entry->dims != 1 || entry->shape[0] != slice->count)
+            fail("%s: tensor %s has shape %s, want (%llu)", path, vectors[v].name,
+                 safetensors_shape_text(entry), (unsigned long long)slice->count);
+    }
+    if (file->count != vector_count)
+        fail("%s: %d tensors, but this run's optimizer has %d", path, file->count, vector_count);
+    if (slice->first > table->elements || slice->count > table->elements - slice->first)
+        fail("%s: elements %llu to %llu of a state of %zu", path, (unsigned long long)slice->first,
+             (unsigned long long)(slice->first + slice->count), table->elements);
+}
+
+// The N of optimizer-RRRRR-of-NNNNN.safetensors, the same in every name of the directory.
+static inline int optimizer_slice_total(const char* directory) {
+    DIR* entries = opendir(directory);
+    if (!entries) fail("%s: %s", directory, strerror(errno));
+    int total = 0;
+    struct dirent* entry;
+    while ((entry = readdir(entries))) {
+        int rank, of, length = 0;
+        if (sscanf(entry->d_name, "optimizer-%5d-of-%5d.safetensors%n", &rank, &of, &length) != 2 ||
+            (size_t)length != strlen(entry->d_name) || of < 1)
+            continue;
+        if (total && of != total)
+            fail("%s: optimizer files of %d ranks and of %d ranks side by side", directory, total, of);
+        total = of;
+    }
+    closedir(entries);
+    if (!total) fail("%s: no optimizer-*.safetensors: weights only, not a run to resume", directory);
+    return total;
+}
+
+// Elements first .. first + count of the whole state, from however many slices were written. Each slice's own
+// rules, and that together they cover the state exactly once, are checked before anything is read.
+static inline void checkpoint_read_optimizer(const char* directory, const TensorTable* table,
+                                             const OptimizerVector* vectors, int vector_count, uint64_t first,
+                                             uint64_t count, stream_t stream) {
+    const int total = optimizer_slice_total(directory);
+    OptimizerSlice* slices =
+        (OptimizerSlice*)malloc_or_fail((size_t)total * sizeof(OptimizerSlice), "the optimizer's slices");
+    for (int rank = 0; rank < total; rank++) {
+        char path[PATH_MAX];
+        path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", directory, rank, total);
+        optimizer_slice_open(&slices[rank], path, table, vectors, vector_count);
+    }
+    qsort(slices, (size_t)total, sizeof(OptimizerSlice), optimizer_slice_compare);
+    uint64_t end = 0;
+    for (int i = 0; i < total; end = slices[i].first + slices[i].count, i++)
+        if (slices[i].first != end)
+            fail("%s: begins at element %llu of the optimizer state, but the slice before ends at %llu",
+                 slices[i].file.path, (unsigned long long)slices[i].first, (unsigned long long)end);
+    if (end != table->elements)
+        fail("%s: the optimizer's slices end at element %llu of %zu", directory, (unsigned long long)end,
+             table->elements);
+    for (int i = 0; i < total; i++) {
+        const OptimizerSlice* slice = &slices[i];
+        uint64_t from = slice->first > first ? slice->first : first, slice_end = slice->first + slice->count;
+        uint64_t to = slice_end < first + count ? slice_end : first + count;
+        for (int v = 0; v < vector_count && from < to; v++)
+            checkpoint_read_values(&slice->file, safetensors_find(&slice->file, vectors[v].name),
+                                   from - slice->first, to - from, vectors[v].values + (from - first),
+                                   DTYPE_FLOAT_ACC, stream);
+        safetensors_close(&slices[i].file);
+    }
+    free(slices);
+}
+
+// Both moments, table->elements long each in device memory.
+static inline void checkpoint_load_optimizer(const char* directory, const TensorTable* table,
+                                             float_acc* exp_avg, float_acc* exp_avg_sq, stream_t stream) {
+    const OptimizerVector vectors[2] = {{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}};
+    checkpoint_read_optimizer(directory, table, vectors, 2, 0, table->elements, stream);
+}
+
+// ----------------------------------------------------------------------------
+// The output directory: step_00001000/, step_00002000/, ..., latest
+//
+// A checkpoint is written as step_X.tmp and renamed. Where step_X is there already, it steps aside as
+// step_X.old until the new one has its name. So at every moment step_X is whole or absent, and step_X.old is
+// whole whenever step_X is absent. `latest` is a file of one line, the directory's name: unlike a symbolic
+// link it can be replaced by rename() on every filesystem, and survives copies that do not know links.
+
+#define CHECKPOINT_NAME_FORMAT "step_%08d"
+
+// The step of a name step_X followed by exactly `suffix`; -1 for any other name.
+static inline int checkpoint_step_of_name(const char* name, const char* suffix) {
+    if (strncmp(name, "step_", 5)) return -1;
+    size_t digits = strspn(name + 5, "0123456789");
+    if (digits < 8 || digits > 10 || strcmp(name + 5 + digits, suffix)) return -1;
+    long step = strtol(name + 5, NULL, 10);
+    char canonical[32];
+    snprintf(canonical, sizeof(canonical), CHECKPOINT_NAME_FORMAT, (int)step);
+    return step <= INT_MAX && !strncmp(name, canonical, 5 + digits) ? (int)step : -1;
+}
+
+static inline int is_directory(const char* path) {
+    struct stat info;
+    return lstat(path, &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+// The steps of the directory's names step_X + suffix, ascending. The caller frees them.
+static inline int checkpoint_list_steps(const char* output, const char* suffix, int** steps) {
+    int count = 0;
+    *steps = NULL;
+    DIR* directory = opendir(output);
+    struct dirent* entry;
+    while (directory && (entry = readdir(directory))) {
+        int step = checkpoint_step_of_name(entry->d_name, suffix);
+        if (step < 0) continue;
+        *steps = (int*)realloc_or_fail(*steps, (size_t)(count + 1) * sizeof(int), "the list of checkpoints");
+        int place = count++;
+        for (; place > 0 && (*steps)[place - 1] > step; place--) (*steps)[place] = (*steps)[place - 1];
+        (*steps)[place] = step;
+    }
+    if (directory) closedir(directory);
+    return count;
+}
+
+// Removes what an earlier process left half-done when it was killed. For the process that writes to `output`
+// only: a reader could meet the writer between two renames.
+static inline void checkpoint_clean(const char* output) {
+    char path[PATH_MAX], name[PATH_MAX];
+    int* steps;
+    int count = checkpoint_list_steps(output, ".tmp", &steps);
+    for (int i = 0; i < count; i++) {
+        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, steps[i]);
+        remove_path(path);
+    }
+    free(steps);
+    count = checkpoint_list_steps(output, ".old", &steps);
+    for (int i = 0; i < count; i++) {
+        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT ".old", output, steps[i]);
+        path_format(name, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
+        if (path_exists(name)) remove_path(path);
+        else if (rename(path, name) != 0) fail("%s: cannot rename to %s: %s", path, name, strerror(errno));
+    }
+    free(steps);
+    path_format(path, "%s/latest.tmp", output);
+    unlink(path);
+}
+
+// step_X, or step_X.old where the process was killed while it replaced it; 0 where neither is there.
+static inline int checkpoint_find_step(const char* output, int step, char path[PATH_MAX]) {
+    path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
+    if (is_directory(path)) return 1;
+    path_format(path, "%s/" CHECKPOINT_NAME_FORMAT ".old", output, step);
+    return is_directory(path);
+}
+
+// The newest checkpoint of an output directory: 1 and its path, or 0 when there is none. Without the file
+// `latest` (a run killed in its very first save) it is the one of the highest step.
+static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
+    char latest[PATH_MAX];
+    path_format(latest, "%s/latest", output);
+    if (path_exists(latest)) {
+        size_t length;
+        char* name = read_file_or_fail(latest, &length);
+        if (length && name[length - 1] == '\n') name[--length] = 0;
+        int step = strlen(name) == length ? checkpoint_step_of_name(name, "") : -1;
+        if (step < 0) fail("%s: want one line with a checkpoint's name, such as step_00001000", latest);
+        if (!checkpoint_find_step(output, step, path))
+            fail("%s: names %s, which is not there; name the checkpoint to use by its own directory", latest,
+                 name);
+        free(name);
+        return 1;
+    }
+    int *steps, *old_steps;
+    int count = checkpoint_list_steps(output, "", &steps),
+        old_count = checkpoint_list_steps(output, ".old", &old_steps);
+    int newest = count ? steps[count - 1] : -1;
+    if (old_count && old_steps[old_count - 1] > newest) newest = old_steps[old_count - 1];
+    free(steps);
+    free(old_steps);
+    return newest >= 0 && checkpoint_find_step(output, newest, path);
+}
+
+// The checkpoint that a user means by `given`: that directory itself where it has a config.json (a
+// checkpoint, or a model saved by transformers), else the latest checkpoint in it. Fails when there is
+// neither.
+static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
+    path_format(path, "%s/config.json", given);
+    if (path_exists(path)) {
+        path_format(path, "%s", given);
+        return;
+    }
+    if (!path_exists(given)) fail("%s: %s", given, strerror(errno));
+    if (!checkpoint_latest(given, path))
+        fail("%s: no checkpoint: neither a config.json nor a step_* directory in it", given);
+}
+
+static inline void checkpoint_write_latest(const char* output, int step) {
+    char path[PATH_MAX], name[32];
+    path_format(path, "%s/latest.tmp", output);
+    snprintf(name, sizeof(name), CHECKPOINT_NAME_FORMAT "\n", step);
+    scratch_path_begin(path);
+    FILE* file = open_or_fail(path, "wb");
+    write_or_fail(name, strlen(name), file, path);
+    close_written_or_fail(file, path);
+    path_format(path, "%s/latest", output);
+    scratch_path_commit(path);
+}
+
+// Keeps the checkpoint just saved and the keep - 1 before it; keep 0 keeps all. Steps beyond `step`, left by
+// a run that was resumed from an earlier one, are not older and stay. A directory loses its name before its
+// files, so that none is ever found without some of them.
+static inline void checkpoint_remove_older(const char* output, int step, int keep) {
+    char path[PATH_MAX], doomed[PATH_MAX];
+    int* steps;
+    int count = checkpoint_list_steps(output, "", &steps), older = 0;
+    while (older < count && steps[older] < step) older++;
+    for (int i = 0; keep > 0 && i < older - (keep - 1); i++) {
+        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
+        path_format(doomed, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, steps[i]);
+        if (is_directory(path) && rename(path, doomed) == 0) remove_path(doomed);
+    }
+    free(steps);
+}
+
+// Deletes every checkpoint of an output directory.
+static inline void checkpoint_remove_all(const char* output) {
+    char path[PATH_MAX];
+    checkpoint_clean(output);
+    int* steps;
+    int count = checkpoint_list_steps(output, "", &steps);
+    path_format(path, "%s/latest", output);
+    unlink(path);
+    for (int i = 0; i < count; i++) {
+        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
+        remove_path(path);
+    }
+    free(steps);
+}
+
+static inline void checkpoint_copy_file(const char* to, const char* from) {
+    FILE* in = open_or_fail(from, "rb");
+    FILE* out = open_or_fail(to, "wb");
+    char piece[1 << 16];
+    size_t got;
+    while ((got = fread(piece, 1, sizeof(piece), in)) > 0) write_or_fail(piece, got, out, to);
+    if (ferror(in)) fail("%s: cannot read: %s", from, strerror(errno));
+    fclose(in);
+    close_written_or_fail(out, to);
+}
+
+static inline void checkpoint_sync_directory(const char* path) {
+    int directory = open(path, O_RDONLY);
+    if (directory < 0) fail("%s: %s", path, strerror(errno));
+    if (fsync(directory) != 0 && errno != EINVAL && errno != EROFS)
+        fail("%s: cannot sync: %s", path, strerror(errno));
+    close(directory);
+}
+
+// Gives the finished step_X.tmp its name.
+static inline void checkpoint_commit(const char* output, int step) {
+    char path[PATH_MAX], old[PATH_MAX];
+    path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
+    path_format(old, "%s/" CHECKPOINT_NAME_FORMAT ".old", output, step);
+    if (path_exists(path) && rename(path, old) != 0)
+        fail("%s: cannot rename to %s: %s", path, old, strerror(errno));
+    scratch_path_commit(path);
+    remove_path(old);
+}
+
+// Writes OUTPUT/step_X of state->step, points `latest` at it, then removes older ones beyond `keep` (0:
+// none). params: (table->elements) floatX; exp_avg, exp_avg_sq: (table->elements) float_acc; all in device
+// memory. tokenizer_path: a tokenizer.json to copy, or NULL. An error leaves earlier checkpoints and `latest`
+// as they were; so does a kill at any moment.
+static inline void checkpoint_save(const char* output, const ModelConfig* config, const TensorTable* table,
+                                   const TrainingState* state, const floatX* params, const float_acc* exp_avg,
+                                   const float_acc* exp_avg_sq, const char* tokenizer_path, int keep,
+                                   stream_t stream) {
+    char scratch[PATH_MAX], path[PATH_MAX];
+    make_directories_or_fail(output);
+    checkpoint_clean(output);
+    path_format(scratch, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, state->step);
+    scratch_path_begin(scratch);
+    if (mkdir(scratch, 0777) != 0) fail("%s: cannot make the directory: %s", scratch, strerror(errno));
+
+    path_format(path, "%s/model.safetensors", scratch);
+    checkpoint_write_model(path, table, params, stream);
+    // The casts only drop const: what is written is not changed.
+    const OptimizerVector vectors[2] = {{"exp_avg", (float_acc*)exp_avg},
+                                        {"exp_avg_sq", (float_acc*)exp_avg_sq}};
+    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, 0, 1);
+    checkpoint_write_optimizer(path, table, vectors, 2, 0, table->elements, stream);
+    path_format(path, "%s/config.json", scratch);
+    checkpoint_write_config(path, config, tokenizer_path);
+    path_format(path, "%s/tokenizer.json", scratch);
+    if (tokenizer_path) checkpoint_copy_file(path, tokenizer_path);
+    path_format(path, "%s/state.json", scratch);
+    checkpoint_write_state(path, state);
+
+    checkpoint_sync_directory(scratch);
+    checkpoint_commit(output, state->step);
+    checkpoint_write_latest(output, state->step);
+    checkpoint_remove_older(output, state->step, keep);
+}
+
+// ----------------------------------------------------------------------------
+// Logits on file, to compare with another program's
+
+// A safetensors file with one tensor "logits" (T, V), fp32, and the metadata "tokens": T numbers with spaces
+// between. logits: host memory, rows `stride` elements apart (V, or Vp), whose first V are written.
+static inline void logits_write(const char* path, const floatX* logits, const int* tokens, int T, int V,
+                                int stride) {
+    char* text = (char*)malloc_or_fail((size_t)T * 12 + 1, "a list of tokens");
+    size_t used = 0;
+    for (int t = 0; t < T; t++) used += (size_t)sprintf(text + used, t ? " %d" : "%d", tokens[t]);
+    SafetensorsWriter writer;
+    safetensors_create(&writer, path);
+    safetensors_metadata(&writer, "tokens", text);
+    safetensors_declare(&writer, "logits", DTYPE_F32, 2, (uint64_t)T, (uint64_t)V);
+    for (int t = 0; t < T; t++)
+        safetensors_write(&writer, logits + (size_t)t * (size_t)stride, DTYPE_FLOATX, (uint64_t)V);
+    safetensors_finish(&writer);
+    free(text);
+}
+
+// Reads such a file; the caller frees both lists. logits: (T, V).
+static inline void logits_read(const char* path, float** logits, int** tokens, int* T, int* V) {
+    SafetensorsFile file;
+    safetensors_open(&file, path);
+    const SafetensorsEntry* entry = safetensors_find(&file, "logits");
+    const char* text = safetensors_get_metadata(&file, "tokens");
+    if (!entry || entry->dims != 2 || !text)
+        fail("%s: want a tensor logits (T, V) and metadata tokens", path);
+    *T = (int)entry->shape[0];
+    *V = (int)entry->shape[1];
+    *logits = (float*)malloc_or_fail((size_t)safetensors_count(entry) * sizeof(float), "logits");
+    safetensors_read(&file, entry, 0, safetensors_count(entry), *logits, DTYPE_F32);
+    *tokens = (int*)malloc_or_fail((size_t)*T * sizeof(int), "a list of tokens");
+    for (int t = 0; t < *T; t++) {
+        char* end;
+        (*tokens)[t] = (int)strtol(text, &end, 10);
+        if (end == text) fail("%s: %d tokens for %d rows of logits", path, t, *T);
+        text = end;
+    }
+    safetensors_close(&file);
+}
+
+#endif

@@ -1,0 +1,144 @@
+/*
+JSON files, over cJSON: whole files in and out, and numbers that read back exactly as they were written.
+
+    cJSON* config = json_read_object("config.json");     // one line and exit code 1 where it is not an object
+    json_add_double(config, "rope_theta", 10000.0);      // the fewest digits that read back bitwise
+    json_write_file("copy.json", config);                // synced to the disk
+    cJSON_Delete(config);
+
+cJSON keeps numbers as doubles and prints them to 15 digits when that is nearly equal; here doubles are
+printed with the fewest digits that are exactly equal. Whole numbers of 64 bits do not fit a double and are
+written as strings. What comes from a file is shown in messages through json_shown(), so that a message stays
+one line.
+*/
+#ifndef RUNTIME_JSON_H
+#define RUNTIME_JSON_H
+
+#include <ctype.h>
+#include <math.h>
+#include <cjson/cJSON.h>
+#include "runtime/checks.h"
+
+// Text of a file made fit for a message: control characters become '?', and it is cut at 80 bytes. Valid
+// until the next call but three.
+static inline const char* json_shown(const char* text) {
+    static char shown[4][84];
+    static int next = 0;
+    char* buffer = shown[next++ % 4];
+    size_t length = 0;
+    for (; text && text[length] && length < 80; length++)
+        buffer[length] = (unsigned char)text[length] < 32 || text[length] == 127 ? '?' : text[length];
+    buffer[length] = 0;
+    if (text && text[length]) strcpy(buffer + length, "...");
+    return buffer;
+}
+
+// ----------------------------------------------------------------------------
+// Reading
+
+// The JSON object that `length` bytes of text hold; `text` has a closing 0 byte. The caller deletes it.
+static inline cJSON* json_parse_object(const char* text, size_t length, const char* path) {
+    const char* end = NULL;
+    cJSON* object = cJSON_ParseWithLengthOpts(text, length + 1, &end, 0);
+    if (!object) {
+        long line = 1;
+        for (const char* c = text; end && c < end && c < text + length; c++) line += *c == '\n';
+        fail("%s: not valid JSON (line %ld)", path, line);
+    }
+    for (; end < text + length; end++)
+        if (!strchr(" \t\r\n", *end) || !*end) fail("%s: not valid JSON (text after its end)", path);
+    if (!cJSON_IsObject(object)) fail("%s: not a JSON object", path);
+    return object;
+}
+
+static inline cJSON* json_read_object(const char* path) {
+    size_t length;
+    char* text = read_file_or_fail(path, &length);
+    cJSON* object = json_parse_object(text, length, path);
+    free(text);
+    return object;
+}
+
+static inline const cJSON* json_get(const cJSON* object, const char* key) {
+    return cJSON_GetObjectItemCaseSensitive(object, key);
+}
+
+// 1 and the value where the item is a whole number from 0 to 2^53, which doubles hold exactly; else 0.
+static inline int json_get_whole(const cJSON* item, uint64_t* value) {
+    if (!cJSON_IsNumber(item)) return 0;
+    double number = item->valuedouble;
+    if (!(number >= 0 && number <= 9007199254740992.0) || number != floor(number)) return 0;
+    *value = (uint64_t)number;
+    return 1;
+}
+
+// A number as json_add_double() writes it: a JSON number, or the string "inf", "-inf" or "nan".
+static inline int json_get_double(const cJSON* item, double* value) {
+    if (cJSON_IsNumber(item)) {
+        *value = item->valuedouble;
+        return isfinite(*value);
+    }
+    const char* text = cJSON_GetStringValue((cJSON*)item);
+    if (!text) return 0;
+    if (!strcmp(text, "inf")) return *value = INFINITY, 1;
+    if (!strcmp(text, "-inf")) return *value = -INFINITY, 1;
+    if (!strcmp(text, "nan")) return *value = NAN, 1;
+    return 0;
+}
+
+// As json_add_uint64() writes it: a string of decimal digits.
+static inline int json_get_uint64(const cJSON* item, uint64_t* value) {
+    const char* text = cJSON_GetStringValue((cJSON*)item);
+    if (!text || !isdigit((unsigned char)text[0])) return 0;
+    char* end;
+    errno = 0;
+    *value = strtoull(text, &end, 10);
+    return *end == 0 && errno == 0;
+}
+
+// ----------------------------------------------------------------------------
+// Writing
+
+// The fewest digits that read back as the same double. JSON has no infinities and no NaN: those are strings.
+static inline void json_add_double(cJSON* object, const char* key, double value) {
+    if (!isfinite(value)) {
+        cJSON_AddStringToObject(object, key, isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
+        return;
+    }
+    char digits[40];
+    for (int precision = 1; precision <= 17; precision++) {
+        snprintf(digits, sizeof(digits), "%.*g", precision, value);
+        if (strtod(digits, NULL) == value) break;
+    }
+    if (!strpbrk(digits, ".e")) strcat(digits, ".0"); // 10000.0: Python, too, reads it as a float
+    cJSON_AddRawToObject(object, key, digits);
+}
+
+// Likewise of a float: 1e-05, not its neighbour among the doubles.
+static inline void json_add_float(cJSON* object, const char* key, float value) {
+    char digits[40] = "0";
+    for (int precision = 1; precision <= 9 && isfinite(value); precision++) {
+        snprintf(digits, sizeof(digits), "%.*g", precision, (double)value);
+        if (strtof(digits, NULL) == value) break;
+    }
+    json_add_double(object, key, isfinite(value) ? strtod(digits, NULL) : (double)value);
+}
+
+static inline void json_add_uint64(cJSON* object, const char* key, uint64_t value) {
+    char digits[24];
+    snprintf(digits, sizeof(digits), "%llu", (unsigned long long)value);
+    cJSON_AddStringToObject(object, key, digits);
+}
+
+// Writes the object and syncs it to the disk.
+static inline void json_write_file(const char* path, const cJSON* object) {
+    char* text = cJSON_Print(object);
+    if (!text) fail("out of memory: the text of %s", path);
+    FILE* file = open_or_fail(path, "wb");
+    write_or_fail(text, strlen(text), file, path);
+    write_or_fail("\n", 1, file, path);
+    close_written_or_fail(file, path);
+    cJSON_free(text);
+}
+
+#endif

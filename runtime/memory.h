@@ -1,0 +1,99 @@
+/*
+Memory is planned before it is taken: an arena collects what a program wants to have, shows it, and takes it
+in one piece.
+
+    Arena arena = {"activations"};
+    arena_reserve(&arena, (void**)&out, rows * C * sizeof(floatX), "residual stream");   // nothing is
+allocated yet printf("%zu bytes\n", arena.bytes); arena_allocate(&arena); // now out points into the block
+
+Reservations with the same label are shown as one line of the plan.
+*/
+#ifndef RUNTIME_MEMORY_H
+#define RUNTIME_MEMORY_H
+
+#include "runtime/checks.h"
+
+typedef struct {
+    void** pointer; // where the address goes
+    size_t offset;  // from the start of the block, a multiple of ARENA_ALIGNMENT
+    size_t bytes;
+    const char* label; // static text
+} Reservation;
+
+typedef struct {
+    const char* name;
+    Reservation* reservations;
+    int count;
+    size_t bytes; // of the whole block
+    void* block;
+} Arena;
+
+#define ARENA_ALIGNMENT 256 // bytes: whole cache lines for every device
+
+static inline void arena_reserve(Arena* arena, void** pointer, size_t bytes, const char* label) {
+    size_t size = (size_t)(arena->count + 1) * sizeof(Reservation);
+    arena->reservations = (Reservation*)realloc_or_fail(arena->reservations, size, "the memory plan");
+    Reservation* reservation = &arena->reservations[arena->count++];
+    reservation->pointer = pointer;
+    reservation->offset = arena->bytes;
+    reservation->bytes = bytes;
+    reservation->label = label;
+    arena->bytes += (bytes + ARENA_ALIGNMENT - 1) / ARENA_ALIGNMENT * ARENA_ALIGNMENT;
+}
+
+// Takes the block from the device, zeroed, and hands out the addresses. The device's header comes before this
+// one.
+static inline void arena_allocate(Arena* arena) {
+    arena->block = device_malloc(arena->bytes, arena->name);
+    for (int i = 0; i < arena->count; i++)
+        *arena->reservations[i].pointer = (char*)arena->block + arena->reservations[i].offset;
+}
+
+static inline void arena_free(Arena* arena) {
+    device_free(arena->block);
+    free(arena->reservations);
+    memset(arena, 0, sizeof(*arena));
+}
+
+static inline void arena_print(const Arena* arena) {
+    printf("  %-34s %10.1f MB\n", arena->name, (double)arena->bytes / 1e6);
+    for (int i = 0; i < arena->count; i++) {
+        const char* label = arena->reservations[i].label;
+        size_t bytes = 0;
+        int first = 1;
+        for (int j = 0; j < arena->count; j++) {
+            if (strcmp(arena->reservations[j].label, label) != 0) continue;
+            bytes += arena->reservations[j].bytes;
+            first = first && j >= i;
+        }
+        if (first) printf("    %-32s %10.1f MB\n", label, (double)bytes / 1e6);
+    }
+}
+
+// Bytes of main memory that this process holds now, and the most it has ever held (Linux).
+static inline size_t memory_resident(void) {
+    FILE* file = fopen("/proc/self/statm", "r");
+    long total = 0, resident = 0;
+    if (!file) return 0;
+    if (fscanf(file, "%ld %ld", &total, &resident) != 2) resident = 0;
+    fclose(file);
+    return (size_t)resident * (size_t)sysconf(_SC_PAGESIZE);
+}
+
+static inline size_t memory_proc_field(const char* path, const char* field) {
+    FILE* file = fopen(path, "r");
+    if (!file) return 0;
+    char line[256];
+    size_t kilobytes = 0, length = strlen(field);
+    while (fgets(line, sizeof(line), file))
+        if (!strncmp(line, field, length)) kilobytes = strtoul(line + length, NULL, 10);
+    fclose(file);
+    return kilobytes * 1024;
+}
+
+static inline size_t memory_peak(void) { return memory_proc_field("/proc/self/status", "VmHWM:"); }
+
+// Main memory that can be had without swapping; 0 when unknown.
+static inline size_t memory_available(void) { return memory_proc_field("/proc/meminfo", "MemAvailable:"); }
+
+#endif

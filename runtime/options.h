@@ -1,0 +1,487 @@
+/*
+The command line of train_gpt: one table of options, read by glibc's argp.
+
+    Options options = options_parse(argc, argv);       // prints help, or fails with exit code 2
+    ModelConfig config = options_model(&options, base);  // base: a descriptor's sizes or a checkpoint's
+
+Letters are llm.c's where the meaning is the same. A value of the wrong form fails here; rules that join
+several options are checked where the things that they speak of come together (model_config_check, and main).
+*/
+#ifndef RUNTIME_OPTIONS_H
+#define RUNTIME_OPTIONS_H
+
+#include <argp.h>
+#include <getopt.h>
+#include "runtime/checks.h"
+#include "runtime/model.h"
+#include "runtime/schedule.h"
+
+typedef struct {
+    // Model. 0 or NULL: not given.
+    const char* model;
+    int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window;
+    const char* pattern;
+    const char* position;
+    float rope_theta, norm_eps;
+    int tied; // -1: not given
+    const char* init_from;
+    // Data
+    const char* train_data;
+    const char* val_data;
+    const char* tokenizer;
+    int batch, sequence_length;
+    long total_batch;
+    // Optimizer
+    long steps; // -1: one epoch
+    double learning_rate, warmup, final_lr_fraction, decay_fraction;
+    ScheduleKind schedule;
+    double beta1, beta2, eps, weight_decay, clip;
+    // Life
+    const char* output;
+    int resume, overwrite;
+    long checkpoint_every;
+    int keep;
+    double max_seconds;
+    uint64_t seed;
+    int dry_run;
+    // Watching
+    long val_every, val_batches, log_every;
+    // Sampling
+    long sample_every;
+    int sample_length, top_k;
+    double temperature, top_p;
+    const char* prompt;
+    int generate;
+    const char* write_logits;
+    const char* tokens;
+} Options;
+
+// Keys of the options without a letter.
+enum {
+    KEY_LAYERS = 256,
+    KEY_CHANNELS,
+    KEY_HEADS,
+    KEY_KV_HEADS,
+    KEY_HEAD_DIM,
+    KEY_FFN,
+    KEY_VOCAB,
+    KEY_PATTERN,
+    KEY_WINDOW,
+    KEY_POSITION,
+    KEY_ROPE_THETA,
+    KEY_NORM_EPS,
+    KEY_TIED,
+    KEY_UNTIED,
+    KEY_INIT_FROM,
+    KEY_TOKENIZER,
+    KEY_DECAY_FRACTION,
+    KEY_BETA1,
+    KEY_BETA2,
+    KEY_EPS,
+    KEY_CLIP,
+    KEY_RESUME,
+    KEY_OVERWRITE,
+    KEY_KEEP,
+    KEY_MAX_SECONDS,
+    KEY_SEED,
+    KEY_DRY_RUN,
+    KEY_LOG_EVERY,
+    KEY_TEMPERATURE,
+    KEY_TOP_K,
+    KEY_TOP_P,
+    KEY_PROMPT,
+    KEY_GENERATE,
+    KEY_WRITE_LOGITS,
+    KEY_TOKENS
+};
+
+static const struct argp_option option_table[] = {
+    {0, 0, 0, 0, "Model", 1},
+    {"model", 'e', "dN", 0,
+     "descriptor: N layers, 64 N channels, heads of 64 (default d12); the options below change it", 1},
+    {"layers", KEY_LAYERS, "L", 0, "layers", 1},
+    {"channels", KEY_CHANNELS, "C", 0, "channels of the residual stream", 1},
+    {"heads", KEY_HEADS, "H", 0, "query heads (default C/64)", 1},
+    {"kv-heads", KEY_KV_HEADS, "G", 0, "key/value heads (default H: multi-head attention)", 1},
+    {"head-dim", KEY_HEAD_DIM, "D", 0, "head dimension (default C/H)", 1},
+    {"ffn", KEY_FFN, "F", 0, "width of the feed-forward network (default 8/3 C, up to a multiple of 64)", 1},
+    {"vocab", KEY_VOCAB, "V", 0, "vocabulary (default: the tokenizer's, or what the shards say)", 1},
+    {"pattern", KEY_PATTERN, "LETTERS", 0,
+     "a letter a layer, repeated: G global, S sliding window (default G)", 1},
+    {"window", KEY_WINDOW, "W", 0, "window of the S layers in tokens (default 256)", 1},
+    {"position", KEY_POSITION, "KINDS", 0, "rope, none, or by letter: S=rope,G=none (default rope)", 1},
+    {"rope-theta", KEY_ROPE_THETA, "X", 0, "base of the rotary angles (default 10000)", 1},
+    {"norm-eps", KEY_NORM_EPS, "X", 0, "epsilon of RMSNorm (default 1e-5)", 1},
+    {"tied", KEY_TIED, 0, 0, "the output head is the embedding (default)", 1},
+    {"untied", KEY_UNTIED, 0, 0, "the output head is a matrix of its own", 1},
+    {"init-from", KEY_INIT_FROM, "DIR", 0,
+     "start from the weights of this checkpoint, ours or Hugging Face's", 1},
+
+    {0, 0, 0, 0, "Data", 2},
+    {"train-data", 'i', "GLOB", 0, "token shards to train on", 2},
+    {"val-data", 'j', "GLOB", 0, "token shards for the validation loss", 2},
+    {"tokenizer", KEY_TOKENIZER, "FILE", 0,
+     "tokenizer.json of these shards, kept in checkpoints, used to show samples", 2},
+    {"batch", 'b', "B", 0, "sequences of a micro-batch (default 4)", 2},
+    {"sequence-length", 't', "T", 0, "tokens of a sequence (default 1024)", 2},
+    {"total-batch", 'd', "TOKENS", 0,
+     "tokens of an optimizer step (default B T); gradients accumulate over micro-batches", 2},
+
+    {0, 0, 0, 0, "Optimizer (AdamW)", 3},
+    {"steps", 'x', "N", 0, "optimizer steps; -1: one pass over the data (default)", 3},
+    {"learning-rate", 'l', "X", 0, "peak learning rate (default 3e-4)", 3},
+    {"schedule", 'k', "NAME", 0, "cosine, linear, constant or wsd (default cosine)", 3},
+    {"warmup", 'u', "N", 0, "steps of linear warm-up (default 0)", 3},
+    {"final-lr-fraction", 'q', "X", 0, "the last learning rate as a fraction of the peak (default 0.1)", 3},
+    {"decay-fraction", KEY_DECAY_FRACTION, "X", 0, "wsd: the part of the steps that decays (default 0.2)", 3},
+    {"beta1", KEY_BETA1, "X", 0, "decay of the first moment (default 0.9)", 3},
+    {"beta2", KEY_BETA2, "X", 0, "decay of the second moment (default 0.95)", 3},
+    {"eps", KEY_EPS, "X", 0, "epsilon (default 1e-8)", 3},
+    {"weight-decay", 'c', "X", 0, "decay of matrices, not of norm gains (default 0.1)", 3},
+    {"clip", KEY_CLIP, "X", 0, "largest gradient norm; 0: no clipping (default 1)", 3},
+
+    {0, 0, 0, 0, "Life of a run", 4},
+    {"output", 'o', "DIR", 0, "directory of checkpoints, metrics.jsonl, timings.jsonl and main.log", 4},
+    {"checkpoint-every", 'n', "N", 0, "steps between checkpoints; 0: only the last (default)", 4},
+    {"keep", KEY_KEEP, "N", 0, "checkpoints kept; 0: all (default)", 4},
+    {"resume", KEY_RESUME, 0, 0,
+     "go on from the newest checkpoint of --output, or start where there is none yet", 4},
+    {0, 'y', "0|1", 0, "-y 1 is --resume", 4},
+    {"overwrite", KEY_OVERWRITE, 0, 0, "delete the run that --output holds, and start anew", 4},
+    {"max-seconds", KEY_MAX_SECONDS, "X", 0, "write a checkpoint and stop after this time", 4},
+    {"seed", KEY_SEED, "N", 0, "of weights, data order and samples (default 1337)", 4},
+    {"dry-run", KEY_DRY_RUN, 0, 0, "show model, memory plan, operations and data, and stop", 4},
+
+    {0, 0, 0, 0, "Watching", 5},
+    {"val-every", 'v', "N", 0, "steps between validations; 0: none (default 100)", 5},
+    {"val-batches", 'm', "N", 0, "validation reads this many total batches (default 20)", 5},
+    {"log-every", KEY_LOG_EVERY, "N", 0,
+     "steps between lines where the output is not a terminal (default 10)", 5},
+    {"sample-every", 's', "N", 0, "steps between samples; 0: none (default)", 5},
+    {"sample-length", 'g', "N", 0, "tokens of a sample (default 64)", 5},
+    {"temperature", KEY_TEMPERATURE, "X", 0, "of sampling; 0: always the likeliest token (default 1)", 5},
+    {"top-k", KEY_TOP_K, "N", 0, "sample among the N likeliest tokens; 0: all (default)", 5},
+    {"top-p", KEY_TOP_P, "X", 0,
+     "sample among the likeliest tokens that make up this probability (default 1)", 5},
+    {"prompt", KEY_PROMPT, "TEXT", 0, "beginning of the samples (needs --tokenizer)", 5},
+    {"generate", KEY_GENERATE, 0, 0, "no training: continue --prompt with the model of --init-from, and stop",
+     5},
+    {"write-logits", KEY_WRITE_LOGITS, "FILE", 0,
+     "no training: write the logits (T, V) of --tokens as float32, and stop", 5},
+    {"tokens", KEY_TOKENS, "IDS", 0, "token ids for --write-logits, separated by commas", 5},
+    {0, 0, 0, 0, 0, 0},
+};
+
+// The long name of an option, for messages.
+static inline const char* option_name(int key) {
+    static char letter[3] = "-?";
+    for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
+         option++)
+        if (option->key == key && option->name) return option->name;
+    letter[1] = (char)key;
+    return letter + 1;
+}
+
+static inline long option_integer(int key, const char* text, long low, long high) {
+    char* end;
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    if (end == text || *end || errno) fail_usage("--%s %s: want a whole number", option_name(key), text);
+    if (value < low || value > high)
+        fail_usage("--%s %s: must be from %ld to %ld", option_name(key), text, low, high);
+    return value;
+}
+
+static inline double option_number(int key, const char* text, double low, double high) {
+    char* end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value - value == 0))
+        fail_usage("--%s %s: want a number", option_name(key), text);
+    if (value < low || value > high)
+        fail_usage("--%s %s: must be from %g to %g", option_name(key), text, low, high);
+    return value;
+}
+
+static inline error_t option_parse(int key, char* text, struct argp_state* state) {
+    Options* options = (Options*)state->input;
+    const long many = 1L << 40, millions = 1L << 24;
+    switch (key) {
+    case 'e':
+        options->model = text;
+        break;
+    case KEY_LAYERS:
+        options->layers = (int)option_integer(key, text, 1, 1024);
+        break;
+    case KEY_CHANNELS:
+        options->channels = (int)option_integer(key, text, 1, 1 << 17);
+        break;
+    case KEY_HEADS:
+        options->heads = (int)option_integer(key, text, 1, 1024);
+        break;
+    case KEY_KV_HEADS:
+        options->kv_heads = (int)option_integer(key, text, 1, 1024);
+        break;
+    case KEY_HEAD_DIM:
+        options->head_dim = (int)option_integer(key, text, 1, 1024);
+        break;
+    case KEY_FFN:
+        options->ffn = (int)option_integer(key, text, 1, 1 << 20);
+        break;
+    case KEY_VOCAB:
+        options->vocab_size = (int)option_integer(key, text, 2, millions);
+        break;
+    case KEY_PATTERN:
+        options->pattern = text;
+        break;
+    case KEY_WINDOW:
+        options->window = (int)option_integer(key, text, 1, millions);
+        break;
+    case KEY_POSITION:
+        options->position = text;
+        break;
+    case KEY_ROPE_THETA:
+        options->rope_theta = (float)option_number(key, text, 1, 1e12);
+        break;
+    case KEY_NORM_EPS:
+        options->norm_eps = (float)option_number(key, text, 1e-12, 1);
+        break;
+    case KEY_TIED:
+        options->tied = 1;
+        break;
+    case KEY_UNTIED:
+        options->tied = 0;
+        break;
+    case KEY_INIT_FROM:
+        options->init_from = text;
+        break;
+    case 'i':
+        options->train_data = text;
+        break;
+    case 'j':
+        options->val_data = text;
+        break;
+    case KEY_TOKENIZER:
+        options->tokenizer = text;
+        break;
+    case 'b':
+        options->batch = (int)option_integer(key, text, 1, 1 << 20);
+        break;
+    case 't':
+        options->sequence_length = (int)option_integer(key, text, 1, millions);
+        break;
+    case 'd':
+        options->total_batch = option_integer(key, text, 1, many);
+        break;
+    case 'x':
+        options->steps = option_integer(key, text, -1, INT_MAX);
+        break;
+    case 'l':
+        options->learning_rate = option_number(key, text, 0, 1e3);
+        break;
+    case 'k':
+        options->schedule = schedule_kind_from_name(text);
+        break;
+    case 'u':
+        options->warmup = (double)option_integer(key, text, 0, INT_MAX);
+        break;
+    case 'q':
+        options->final_lr_fraction = option_number(key, text, 0, 1);
+        break;
+    case KEY_DECAY_FRACTION:
+        options->decay_fraction = option_number(key, text, 0, 1);
+        break;
+    case KEY_BETA1:
+        options->beta1 = option_number(key, text, 0, 0.9999999);
+        break;
+    case KEY_BETA2:
+        options->beta2 = option_number(key, text, 0, 0.9999999);
+        break;
+    case KEY_EPS:
+        options->eps = option_number(key, text, 0, 1);
+        break;
+    case 'c':
+        options->weight_decay = option_number(key, text, 0, 100);
+        break;
+    case KEY_CLIP:
+        options->clip = option_number(key, text, 0, 1e9);
+        break;
+    case 'o':
+        options->output = text;
+        break;
+    case 'n':
+        options->checkpoint_every = option_integer(key, text, 0, INT_MAX);
+        break;
+    case KEY_KEEP:
+        options->keep = (int)option_integer(key, text, 0, INT_MAX);
+        break;
+    case KEY_RESUME:
+        options->resume = 1;
+        break;
+    case 'y':
+        options->resume = (int)option_integer(key, text, 0, 1);
+        break;
+    case KEY_OVERWRITE:
+        options->overwrite = 1;
+        break;
+    case KEY_MAX_SECONDS:
+        options->max_seconds = option_number(key, text, 0, 1e9);
+        break;
+    case KEY_SEED:
+        options->seed = (uint64_t)option_integer(key, text, 0, LONG_MAX);
+        break;
+    case KEY_DRY_RUN:
+        options->dry_run = 1;
+        break;
+    case 'v':
+        options->val_every = option_integer(key, text, 0, INT_MAX);
+        break;
+    case 'm':
+        options->val_batches = option_integer(key, text, 1, INT_MAX);
+        break;
+    case KEY_LOG_EVERY:
+        options->log_every = option_integer(key, text, 1, INT_MAX);
+        break;
+    case 's':
+        options->sample_every = option_integer(key, text, 0, INT_MAX);
+        break;
+    case 'g':
+        options->sample_length = (int)option_integer(key, text, 1, millions);
+        break;
+    case KEY_TEMPERATURE:
+        options->temperature = option_number(key, text, 0, 1e6);
+        break;
+    case KEY_TOP_K:
+        options->top_k = (int)option_integer(key, text, 0, INT_MAX);
+        break;
+    case KEY_TOP_P:
+        options->top_p = option_number(key, text, 0, 1);
+        break;
+    case KEY_PROMPT:
+        options->prompt = text;
+        break;
+    case KEY_GENERATE:
+        options->generate = 1;
+        break;
+    case KEY_WRITE_LOGITS:
+        options->write_logits = text;
+        break;
+    case KEY_TOKENS:
+        options->tokens = text;
+        break;
+    case ARGP_KEY_ARG:
+        fail_usage("%s: not an option (every argument is --name value; see --help)", text);
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+// argp answers a bad option with two lines; ours is one, in the words of every other error.
+static inline void reject_unknown_options(int argc, char** argv) {
+    for (int i = 1; i < argc; i++) {
+        if (strncmp(argv[i], "--", 2) != 0 || !argv[i][2]) continue;
+        size_t length = strcspn(argv[i] + 2, "=");
+        int matches = 0, takes_value = 0;
+        static const char* const of_argp[] = {"help", "usage", "version"};
+        for (size_t k = 0; k < sizeof(of_argp) / sizeof(*of_argp); k++)
+            matches += !strncmp(of_argp[k], argv[i] + 2, length);
+        for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
+             option++) {
+            if (!option->name || strncmp(option->name, argv[i] + 2, length) != 0) continue;
+            matches += strlen(option->name) == length ? 1000 : 1;
+            takes_value = option->arg != NULL;
+        }
+        if (matches == 0) fail_usage("%s: unknown option (see --help)", argv[i]);
+        if (takes_value && !argv[i][2 + length] && ++i == argc) fail_usage("%s: needs a value", argv[i - 1]);
+    }
+}
+
+static inline Options options_parse(int argc, char** argv) {
+    static Options options;
+    memset(&options, 0, sizeof(options));
+    options.tied = -1;
+    options.batch = 4;
+    options.steps = -1;
+    options.learning_rate = 3e-4;
+    options.schedule = SCHEDULE_COSINE;
+    options.final_lr_fraction = 0.1;
+    options.decay_fraction = 0.2;
+    options.beta1 = 0.9;
+    options.beta2 = 0.95;
+    options.eps = 1e-8;
+    options.weight_decay = 0.1;
+    options.clip = 1;
+    options.seed = 1337;
+    options.val_every = 100;
+    options.val_batches = 20;
+    options.log_every = 10;
+    options.sample_length = 64;
+    options.temperature = 1;
+    options.top_p = 1;
+    static const struct argp parser = {option_table,
+                                       option_parse,
+                                       0,
+                                       "Trains a decoder language model from token shards.\v"
+                                       "Exit codes: 0 done, 1 something outside was wrong, 2 the command "
+                                       "line was. See README.md for examples.",
+                                       0,
+                                       0,
+                                       0};
+    argp_err_exit_status = 2;
+    reject_unknown_options(argc, argv);
+    argp_parse(&parser, argc, argv, 0, 0, &options);
+    return options;
+}
+
+// ----------------------------------------------------------------------------
+// From options to the model's sizes
+
+static inline int position_is_rope(const char* whole, const char* kind, size_t length) {
+    if (length == 4 && !strncmp(kind, "rope", 4)) return 1;
+    if (length == 4 && !strncmp(kind, "none", 4)) return 0;
+    fail_usage("--position %s: want rope, none, or by letter such as S=rope,G=none", whole);
+}
+
+// "rope" and "none" speak of every layer, "S=rope,G=none" of the layers of each letter.
+static inline void set_position(ModelConfig* config, const char* text) {
+    if (!strchr(text, '=')) {
+        config->rope_global = config->rope_sliding = position_is_rope(text, text, strlen(text));
+        return;
+    }
+    for (const char* part = text; *part;) {
+        size_t length = strcspn(part, ",");
+        int* rope = part[0] == 'G' ? &config->rope_global : part[0] == 'S' ? &config->rope_sliding : NULL;
+        if (!rope || length < 2 || part[1] != '=')
+            fail_usage("--position %s: want rope, none, or by letter such as S=rope,G=none", text);
+        *rope = position_is_rope(text, part + 2, length - 2);
+        part += length + (part[length] == ',');
+    }
+}
+
+// The sizes of `base` with what the user gave in their place, completed and checked. The vocabulary may still
+// be 0.
+static inline ModelConfig options_model(const Options* options, ModelConfig base) {
+    ModelConfig config = base;
+    if (options->layers) config.layers = options->layers;
+    if (options->channels) config.channels = options->channels;
+    if (options->heads) config.heads = options->heads;
+    if (options->kv_heads) config.kv_heads = options->kv_heads;
+    if (options->head_dim) config.head_dim = options->head_dim;
+    if (options->ffn) config.ffn = options->ffn;
+    if (options->vocab_size) config.vocab_size = options->vocab_size;
+    if (options->window) config.window = options->window;
+    if (options->sequence_length) config.sequence_length = options->sequence_length;
+    if (options->rope_theta != 0) config.rope_theta = options->rope_theta;
+    if (options->norm_eps != 0) config.norm_eps = options->norm_eps;
+    if (options->tied >= 0) config.tied = options->tied;
+    if (options->pattern) {
+        if (strlen(options->pattern) > PATTERN_MAX)
+            fail_usage("--pattern %s: longer than %d letters", options->pattern, PATTERN_MAX);
+        strcpy(config.pattern, options->pattern);
+    }
+    if (options->position) set_position(&config, options->position);
+    model_config_complete(&config);
+    return config;
+}
+
+#endif

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Layout by clang-format, mistakes by clang-tidy, scripts by shellcheck. Used by make lint; scripts/install.sh --tests brings
+# the three.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mapfile -t sources < <(git ls-files '*.h' '*.c' '*.cu' '*.cuh')
+mapfile -t programs < <(git ls-files '*.c' '*.cu')
+mapfile -t scripts < <(git ls-files '*.sh' '.ci/run')
+
+clang-format --dry-run --Werror "${sources[@]}"
+echo "clang-format: ${#sources[@]} files"
+for program in "${programs[@]}"; do
+    clang-tidy --quiet "$program" -- -x c -std=gnu11 -fopenmp -DPRECISION_FP32 -DDEVICE_CPU -I. 2> >(grep -v 'warnings generated\|^Suppressed\|^Use -header-filter' >&2)
+done
+echo "clang-tidy: ${#programs[@]} programs"
+shellcheck "${scripts[@]}"
+echo "shellcheck: ${#scripts[@]} scripts"

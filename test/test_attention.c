@@ -1,0 +1,418 @@
+/*
+Attention against a reference that is written as the formulas are: one row of scores at a time, in double.
+
+The fp64 build holds the tiled code to the reference's rounding, and the reference's gradients to central differences;
+the fp32 build is held to 1e-5 of the reference on the same inputs (MATH.md section 5).
+*/
+// attention_forward, attention_backward; before cmocka.h, which makes fail() a macro of its own
+#include "dev/cpu/gqa.h"
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#if defined(PRECISION_FP64)
+#define TOLERANCE 1e-12
+#else
+#define TOLERANCE 1e-5
+#endif
+
+// ----------------------------------------------------------------------------
+// Cases
+
+enum { MAX_HEADS = 8 };
+
+typedef struct {
+    int H, G;
+    int kv_of_q[MAX_HEADS];
+} head_map_t;
+
+static const head_map_t head_maps[] = {
+    {1, 1, {0}},
+    {2, 2, {0, 1}},                   // MHA
+    {4, 2, {0, 0, 1, 1}},             // GQA
+    {3, 1, {0, 0, 0}},                // MQA
+    {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}}, // uneven
+    {3, 3, {1, 1, 2}},                // first group empty
+    {3, 4, {0, 0, 3}},                // middle groups empty
+    {4, 3, {0, 1, 1, 1}},             // last group empty
+};
+enum { NUM_HEAD_MAPS = sizeof(head_maps) / sizeof(head_maps[0]) };
+
+// Inputs, what attention computes from them, and what the reference computes.
+typedef struct {
+    int B, T, H, G, D, window;
+    const int* kv_of_q;
+    size_t qkv_count, out_count, lse_count;
+    floatX *qkv, *dout, *out, *dqkv;
+    float_acc* lse;
+    void* workspace;
+    double *ref_out, *ref_lse, *ref_dqkv;
+} attention_case_t;
+
+static uint64_t random_state = 1;
+
+// Uniform in -1..1.
+static double random_uniform(void) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return (double)(random_state >> 33) / (double)(1u << 30) - 1.0;
+}
+
+static floatX* new_floats(size_t count) { return (floatX*)malloc_or_fail(count * sizeof(floatX), "a test"); }
+
+static double* new_doubles(size_t count) { return (double*)malloc_or_fail(count * sizeof(double), "a test"); }
+
+static void fill_nan(floatX* values, size_t count) {
+    for (size_t i = 0; i < count; i++) values[i] = (floatX)NAN;
+}
+
+static attention_case_t new_case(const head_map_t* map, int B, int T, int D, int window) {
+    attention_case_t c;
+    c.B = B, c.T = T, c.H = map->H, c.G = map->G, c.D = D, c.window = window;
+    c.kv_of_q = map->kv_of_q;
+    c.qkv_count = (size_t)B * T * (c.H + 2 * c.G) * D;
+    c.out_count = (size_t)B * T * c.H * D;
+    c.lse_count = (size_t)B * c.H * T;
+    c.qkv = new_floats(c.qkv_count);
+    c.dout = new_floats(c.out_count);
+    c.out = new_floats(c.out_count);
+    c.dqkv = new_floats(c.qkv_count);
+    c.lse = new_floats(c.lse_count);
+    c.workspace = malloc_or_fail(attention_backward_workspace(B, T, c.H, c.G, D), "a workspace");
+    c.ref_out = new_doubles(c.out_count);
+    c.ref_lse = new_doubles(c.lse_count);
+    c.ref_dqkv = new_doubles(c.qkv_count);
+    for (size_t i = 0; i < c.qkv_count; i++) c.qkv[i] = (floatX)(2 * random_uniform());
+    for (size_t i = 0; i < c.out_count; i++) c.dout[i] = (floatX)random_uniform();
+    fill_nan(c.out, c.out_count);
+    fill_nan(c.lse, c.lse_count);
+    fill_nan(c.dqkv, c.qkv_count);
+    return c;
+}
+
+static void free_case(attention_case_t* c) {
+    free(c->qkv), free(c->dout), free(c->out), free(c->dqkv), free(c->lse), free(c->workspace);
+    free(c->ref_out), free(c->ref_lse), free(c->ref_dqkv);
+}
+
+static void run_forward(attention_case_t* c) {
+    attention_forward(c->out, c->lse, c->qkv, c->kv_of_q, c->B, c->T, 0, c->H, c->G, c->D, c->window, 0);
+}
+
+static void run_backward(attention_case_t* c) {
+    attention_backward(c->dqkv, c->dout, c->out, c->lse, c->qkv, c->kv_of_q, c->workspace, c->B, c->T, c->H, c->G,
+                       c->D, c->window, 0);
+}
+
+// ----------------------------------------------------------------------------
+// The reference
+
+static double reference_dot(const floatX* a, const floatX* b, int D) {
+    double sum = 0;
+    for (int d = 0; d < D; d++) sum += (double)a[d] * (double)b[d];
+    return sum;
+}
+
+// One query of one head: its output and log-sum-exp, and what it adds to the gradients of the sequence.
+static void reference_row(const attention_case_t* c, double* probs, int b, int h, int t) {
+    const int D = c->D, stride = (c->H + 2 * c->G) * D;
+    const int first = c->window == 0 || c->window > t ? 0 : t - c->window + 1;
+    const size_t sequence = (size_t)b * c->T * stride;
+    const size_t q = sequence + (size_t)t * stride + (size_t)h * D;
+    const size_t k = sequence + (size_t)(c->H + c->kv_of_q[h]) * D, v = k + (size_t)c->G * D;
+    const size_t o = (((size_t)b * c->T + t) * c->H + h) * D;
+    double largest = -INFINITY, sum = 0, delta = 0;
+    for (int s = first; s <= t; s++) {
+        probs[s] = reference_dot(c->qkv + q, c->qkv + k + (size_t)s * stride, D) / sqrt((double)D);
+        largest = fmax(largest, probs[s]);
+    }
+    for (int s = first; s <= t; s++) sum += probs[s] = exp(probs[s] - largest);
+    for (int s = first; s <= t; s++) probs[s] /= sum;
+    c->ref_lse[((size_t)b * c->H + h) * c->T + t] = largest + log(sum);
+    for (int d = 0; d < D; d++) {
+        double output = 0;
+        for (int s = first; s <= t; s++) output += probs[s] * (double)c->qkv[v + (size_t)s * stride + d];
+        c->ref_out[o + d] = output;
+        delta += output * (double)c->dout[o + d];
+    }
+    for (int s = first; s <= t; s++) {
+        const size_t row = (size_t)s * stride;
+        const double dprob = reference_dot(c->dout + o, c->qkv + v + row, D);
+        const double dscore = probs[s] * (dprob - delta) / sqrt((double)D);
+        for (int d = 0; d < D; d++) {
+            c->ref_dqkv[q + d] += dscore * (double)c->qkv[k + row + d];
+            c->ref_dqkv[k + row + d] += dscore * (double)c->qkv[q + d];
+            c->ref_dqkv[v + row + d] += probs[s] * (double)c->dout[o + d];
+        }
+    }
+}
+
+static void run_reference(attention_case_t* c) {
+    double* probs = new_doubles(c->T);
+    for (size_t i = 0; i < c->qkv_count; i++) c->ref_dqkv[i] = 0;
+    for (int b = 0; b < c->B; b++)
+        for (int h = 0; h < c->H; h++)
+            for (int t = 0; t < c->T; t++) reference_row(c, probs, b, h, t);
+    free(probs);
+}
+
+// |a - b| / |b| in the Euclidean norm; NaN where any element is.
+static double relative_error(const floatX* a, const double* b, size_t count) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < count; i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        norm += b[i] * b[i];
+    }
+    return difference == 0 ? 0 : sqrt(difference / norm);
+}
+
+static void assert_error_below(double error, double tolerance, const char* what, const attention_case_t* c) {
+    if (error <= tolerance) return; // false for NaN
+    fail_msg("%s: relative error %.3g > %.3g with B %d T %d H %d G %d D %d window %d", what, error, tolerance, c->B,
+             c->T, c->H, c->G, c->D, c->window);
+}
+
+// ----------------------------------------------------------------------------
+// Tests
+
+static void check_against_reference(const head_map_t* map, int B, int T, int D, int window) {
+    attention_case_t c = new_case(map, B, T, D, window);
+    run_forward(&c);
+    run_backward(&c);
+    run_reference(&c);
+    assert_error_below(relative_error(c.out, c.ref_out, c.out_count), TOLERANCE, "out", &c);
+    assert_error_below(relative_error(c.lse, c.ref_lse, c.lse_count), TOLERANCE, "lse", &c);
+    // One token alone has gradient 0 of query and key; the rest is then rounding, measured by what dout brings in.
+    const size_t stride = (size_t)(c.H + 2 * c.G) * D;
+    for (size_t i = 0; i < c.qkv_count; i++) {
+        assert_true(isfinite((double)c.dqkv[i]));
+        if (T == 1 && i % stride < (size_t)(c.H + c.G) * D) {
+            assert_true(fabs((double)c.dqkv[i] - c.ref_dqkv[i]) <= TOLERANCE * D);
+            c.dqkv[i] = 0, c.ref_dqkv[i] = 0;
+        }
+    }
+    assert_error_below(relative_error(c.dqkv, c.ref_dqkv, c.qkv_count), TOLERANCE, "dqkv", &c);
+    free_case(&c);
+}
+
+static void test_shapes(void** state) {
+    (void)state;
+    const int Ts[] = {1, 2, 17, 64, 65, 127, 200, 257}, Ds[] = {8, 32, 64, 80}, windows[] = {0, 1, 3, 64, 1000};
+    int i = 0;
+    for (int t = 0; t < 8; t++) {
+        for (int m = 0; m < NUM_HEAD_MAPS; m++) {
+            for (int w = 0; w < 5; w++, i++) {
+                // Large ones with every second map; head dimensions and batch sizes take turns.
+                if (Ts[t] > 100 && (m + t) % 2) continue;
+                check_against_reference(&head_maps[m], Ts[t] > 100 ? 1 : 1 + i % 3, Ts[t], Ds[(i + i / 4) % 4],
+                                        windows[w]);
+            }
+        }
+    }
+}
+
+static void test_odd_head_dimensions(void** state) {
+    (void)state;
+    const int Ds[] = {1, 3, 7, 17, 33, 129};
+    for (int d = 0; d < 6; d++) {
+        check_against_reference(&head_maps[6], 2, 70, Ds[d], 0);
+        check_against_reference(&head_maps[4], 1, 150, Ds[d], 20);
+    }
+}
+
+// Windows around the tile sizes, long enough that whole tiles fall out of the band on both sides.
+static void test_windows_and_tiles(void** state) {
+    (void)state;
+    const int windows[] = {2, 63, 65, 127, 128, 129, 192, 256, 299, 300, 599, 600, 601};
+    for (int w = 0; w < 13; w++) check_against_reference(&head_maps[3], 1, 600, 8, windows[w]);
+}
+
+#if defined(PRECISION_FP64)
+static double weighted_sum_of_outputs(attention_case_t* c) {
+    run_forward(c);
+    double sum = 0;
+    for (size_t i = 0; i < c->out_count; i++) sum += c->dout[i] * c->out[i];
+    return sum;
+}
+
+static void test_central_differences(void** state) {
+    (void)state;
+    const int windows[] = {0, 1, 3, 64};
+    for (int m = 0; m < NUM_HEAD_MAPS; m++) {
+        for (int w = 0; w < 4; w++) {
+            attention_case_t c = new_case(&head_maps[m], 2, w == 3 ? 67 : 17, w == 3 ? 2 : 8, windows[w]);
+            run_forward(&c);
+            run_backward(&c);
+            const double step = 1e-5;
+            for (size_t i = 0; i < c.qkv_count; i++) {
+                const double value = c.qkv[i];
+                c.qkv[i] = value + step;
+                const double above = weighted_sum_of_outputs(&c);
+                c.qkv[i] = value - step;
+                const double below = weighted_sum_of_outputs(&c);
+                c.qkv[i] = value;
+                c.ref_dqkv[i] = (above - below) / (2 * step);
+            }
+            assert_error_below(relative_error(c.dqkv, c.ref_dqkv, c.qkv_count), 1e-6, "central differences", &c);
+            free_case(&c);
+        }
+    }
+}
+#endif
+
+// Scores of about +-1e4, small integers in the inputs so that they are exact in every precision.
+static void test_large_scores(void** state) {
+    (void)state;
+    for (int window = 0; window <= 40; window += 40) {
+        attention_case_t c = new_case(&head_maps[4], 1, 200, 64, window);
+        for (size_t i = 0; i < c.qkv_count; i++) c.qkv[i] = (floatX)rint(100 * (double)c.qkv[i]);
+        run_forward(&c);
+        run_backward(&c);
+        run_reference(&c);
+        double largest = 0;
+        for (size_t i = 0; i < c.lse_count; i++) largest = fmax(largest, c.ref_lse[i]);
+        assert_true(largest > 1e4);
+        assert_error_below(relative_error(c.out, c.ref_out, c.out_count), TOLERANCE, "out", &c);
+        assert_error_below(relative_error(c.lse, c.ref_lse, c.lse_count), TOLERANCE, "lse", &c);
+        // A probability made again from a log-sum-exp of 1e4 has 1e4 times the rounding.
+        assert_error_below(relative_error(c.dqkv, c.ref_dqkv, c.qkv_count), 1e4 * TOLERANCE, "dqkv", &c);
+        free_case(&c);
+    }
+}
+
+// Rows start..T-1 alone are those of the whole, and no other row is touched.
+static void test_start(void** state) {
+    (void)state;
+    const int T = 257, starts[] = {0, 1, 100, 128, 255, 256}, windows[] = {0, 3, 64};
+    for (int i = 0; i < 18; i++) {
+        const int start = starts[i % 6];
+        attention_case_t c = new_case(&head_maps[4 + i % 4], 2, T, 32, windows[i / 6]);
+        run_reference(&c);
+        attention_forward(c.out, c.lse, c.qkv, c.kv_of_q, c.B, T, start, c.H, c.G, c.D, c.window, 0);
+        for (int b = 0; b < c.B; b++) {
+            const size_t rows = (size_t)b * T * c.H * c.D, done = (size_t)start * c.H * c.D;
+            for (size_t j = 0; j < done; j++) assert_true(isnan((double)c.out[rows + j]));
+            assert_error_below(relative_error(c.out + rows + done, c.ref_out + rows + done,
+                                              (size_t)(T - start) * c.H * c.D),
+                               TOLERANCE, "out from start", &c);
+            for (int h = 0; h < c.H; h++) {
+                const size_t row = ((size_t)b * c.H + h) * T;
+                for (int t = 0; t < start; t++) assert_true(isnan((double)c.lse[row + t]));
+                assert_error_below(relative_error(c.lse + row + start, c.ref_lse + row + start, T - start), TOLERANCE,
+                                   "lse from start", &c);
+            }
+        }
+        free_case(&c);
+    }
+}
+
+// The same bits on every run and for every number of threads, whichever way the backward divides its work.
+static void test_bitwise(void** state) {
+    (void)state;
+    const int threads_before = omp_get_max_threads(), windows[] = {0, 100};
+    for (int m = 0; m < NUM_HEAD_MAPS; m++) {
+        for (int w = 0; w < 2; w++) {
+            attention_case_t c = new_case(&head_maps[m], 1, 700, 16, windows[w]);
+            floatX* out = new_floats(c.out_count);
+            floatX* lse = new_floats(c.lse_count);
+            floatX* dqkv = new_floats(c.qkv_count);
+            for (int threads = 1; threads <= 9; threads++) {
+                omp_set_num_threads(threads);
+                free(c.workspace);
+                c.workspace = malloc_or_fail(attention_backward_workspace(c.B, c.T, c.H, c.G, c.D), "a workspace");
+                memset(c.workspace, 0xff, attention_backward_workspace(c.B, c.T, c.H, c.G, c.D));
+                fill_nan(c.out, c.out_count);
+                fill_nan(c.lse, c.lse_count);
+                fill_nan(c.dqkv, c.qkv_count);
+                run_forward(&c);
+                run_backward(&c);
+                if (threads == 1) {
+                    memcpy(out, c.out, c.out_count * sizeof(floatX));
+                    memcpy(lse, c.lse, c.lse_count * sizeof(floatX));
+                    memcpy(dqkv, c.dqkv, c.qkv_count * sizeof(floatX));
+                }
+                assert_memory_equal(out, c.out, c.out_count * sizeof(floatX));
+                assert_memory_equal(lse, c.lse, c.lse_count * sizeof(floatX));
+                assert_memory_equal(dqkv, c.dqkv, c.qkv_count * sizeof(floatX));
+            }
+            free(out), free(lse), free(dqkv);
+            free_case(&c);
+        }
+    }
+    omp_set_num_threads(threads_before);
+}
+
+// Another token at position t changes the outputs of t..t+window-1 and not a bit of any other.
+static void test_no_token_reaches_back(void** state) {
+    (void)state;
+    const int T = 260, changed[] = {0, 1, 63, 64, 130, 259}, windows[] = {0, 1, 3, 64, 200};
+    for (int w = 0; w < 5; w++) {
+        attention_case_t c = new_case(&head_maps[5], 1, T, 16, windows[w]);
+        floatX* before = new_floats(c.out_count);
+        const size_t out_row = (size_t)c.H * c.D, qkv_row = (size_t)(c.H + 2 * c.G) * c.D;
+        run_forward(&c);
+        memcpy(before, c.out, c.out_count * sizeof(floatX));
+        for (int i = 0; i < 6; i++) {
+            for (size_t j = 0; j < qkv_row; j++) c.qkv[changed[i] * qkv_row + j] += (floatX)random_uniform();
+            run_forward(&c);
+            for (int t = 0; t < T; t++) {
+                const int sees = t >= changed[i] && (c.window == 0 || t < changed[i] + c.window);
+                const int same = !memcmp(before + t * out_row, c.out + t * out_row, out_row * sizeof(floatX));
+                assert_int_equal(same, !sees);
+            }
+            memcpy(before, c.out, c.out_count * sizeof(floatX));
+        }
+        free(before);
+        free_case(&c);
+    }
+}
+
+static void test_empty_groups_have_gradient_zero(void** state) {
+    (void)state;
+    for (int m = 5; m < NUM_HEAD_MAPS; m++) {
+        attention_case_t c = new_case(&head_maps[m], 2, 65, 8, 0);
+        run_forward(&c);
+        run_backward(&c);
+        for (int g = 0; g < c.G; g++) {
+            int heads = 0;
+            for (int h = 0; h < c.H; h++) heads += c.kv_of_q[h] == g;
+            for (int row = 0; row < 2 * c.B * c.T; row++) {
+                const floatX* token = c.dqkv + (size_t)(row / 2) * (c.H + 2 * c.G) * c.D;
+                const floatX* gradient = token + (size_t)(c.H + row % 2 * c.G + g) * c.D;
+                int zeros = 0;
+                for (int d = 0; d < c.D; d++) zeros += gradient[d] == 0;
+                if (heads == 0) assert_int_equal(zeros, c.D);
+            }
+        }
+        free_case(&c);
+    }
+}
+
+static void test_workspace_is_linear(void** state) {
+    (void)state;
+    const size_t base = attention_backward_workspace(1, 1, 8, 2, 64);
+    const size_t small = attention_backward_workspace(2, 1024, 8, 2, 64) - base;
+    const size_t large = attention_backward_workspace(2, 4096, 8, 2, 64) - base;
+    assert_true(large < 5 * small);
+    // Twice the size of the output, one number a row, and the threads' tiles.
+    assert_true(large < 2 * (size_t)2 * 4096 * 8 * 65 * sizeof(floatX));
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_odd_head_dimensions),
+        cmocka_unit_test(test_windows_and_tiles),
+#if defined(PRECISION_FP64)
+        cmocka_unit_test(test_central_differences),
+#endif
+        cmocka_unit_test(test_large_scores),
+        cmocka_unit_test(test_start),
+        cmocka_unit_test(test_bitwise),
+        cmocka_unit_test(test_no_token_reaches_back),
+        cmocka_unit_test(test_empty_groups_have_gradient_zero),
+        cmocka_unit_test(test_workspace_is_linear),
+    };
+    return cmocka_run_group_tests_name("attention " PRECISION_NAME, tests, NULL, NULL);
+}

@@ -1,0 +1,888 @@
+/*
+train_gpt: trains a decoder language model (RMSNorm, rotary positions, grouped attention, SwiGLU) from token shards.
+
+    build/train_gpt_cpu_dense_gqa_fp32 -i 'data/train_*.bin' -j 'data/val_*.bin' --tokenizer data/tokenizer.json -o runs/first
+
+Read it from the top: the model's memory, its forward pass, its loss, its backward pass, its update, generation, and then
+the loop in main(). Operations are called by name; the headers chosen here say where they run. What they compute is in
+docs/math.md. Shapes are written in its letters: B sequences, T tokens, C channels, L layers, H query heads, G key/value
+heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabulary.
+
+This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
+*/
+#include <signal.h>
+#include <time.h>
+#include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
+#include "runtime/precision.h" // defines floatX, float_acc
+#include "runtime/random.h"    // defines random_uniform, random_stream
+#include "runtime/model.h"     // defines ModelConfig, ParameterLayout, flops_per_token
+#if defined(DEVICE_CPU)
+#include "dev/cpu/device.h"     // defines stream_t, device_malloc, copy_to_device, copy_to_host
+#include "dev/cpu/embedding.h"  // defines embedding_forward, embedding_backward
+#include "dev/cpu/rmsnorm.h"    // defines rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward
+#include "dev/cpu/matmul.h"     // defines matmul_forward, matmul_backward
+#include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
+#include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
+#include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
+#include "dev/cpu/classifier.h" // defines fused_classifier
+#include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
+#else
+#error "define DEVICE_CPU (make DEVICE=...)"
+#endif
+#include "runtime/memory.h"      // defines Arena
+#include "runtime/schedule.h"    // defines learning_rate
+#include "runtime/options.h"     // defines Options, options_parse
+#include "runtime/sampling.h"    // defines sample_token
+#include "runtime/checkpoint.h"  // defines checkpoint_save, checkpoint_load_model
+#include "runtime/metrics.h"     // defines Metrics
+#include "tokenizer/tokenizer.h" // defines tokenizer_load, tokenizer_encode, tokenizer_decode
+#include "dataloader.h"          // defines DataLoader, loader_next
+
+// ----------------------------------------------------------------------------
+// The model and its memory
+
+// What a layer's forward pass leaves for its backward pass, and for the next token of a generation: the keys and values of
+// the packed rows are the cache.
+typedef struct {
+    floatX* residual;     // (B, T, C) the layer's input
+    floatX* norm1;        // (B, T, C)
+    float_acc* rstd1;     // (B, T)
+    floatX* qkv;          // (B, T, H + 2G, D) after RoPE
+    floatX* attention;    // (B, T, H, D)
+    float_acc* lse;       // (B, H, T)
+    floatX* residual_mid; // (B, T, C) between attention and feed-forward
+    floatX* norm2;        // (B, T, C)
+    float_acc* rstd2;     // (B, T)
+    floatX* gate_up;      // (B, T, 2F)
+    floatX* swiglu;       // (B, T, F)
+} LayerActivations;
+
+typedef struct {
+    LayerActivations* layers; // L
+    floatX* residual;         // (B, T, C) the last layer's output
+    floatX* norm;             // (B, T, C)
+    float_acc* rstd;          // (B, T)
+    floatX* branch;           // (B, T, C) what attention or feed-forward adds to the residual stream
+    floatX* logits;           // (logit_rows, Vp) a few rows at a time; their gradient takes their place
+    float_acc* losses;        // (B, T)
+    int* tokens;              // (B, T)
+    int* targets;             // (B, T)
+    float_acc* rope;          // (T, D/2, 2)
+    int* kv_of_q;             // (L, H) the KV head that each query head reads
+    // gradients, shared by all layers
+    floatX* dresidual;  // (B, T, C)
+    floatX* dnorm;      // (B, T, C)
+    floatX* dqkv;       // (B, T, H + 2G, D)
+    floatX* dattention; // (B, T, H, D)
+    floatX* dgate_up;   // (B, T, 2F)
+    floatX* dswiglu;    // (B, T, F)
+    void* attention_workspace;
+} Activations;
+
+typedef struct {
+    ModelConfig config;
+    ParameterLayout layout;
+    int B, T;       // the largest batch that the activations hold
+    int logit_rows; // rows of logits that are computed at once
+    int training;   // 0: no gradients and no optimizer state are held
+    // one block each
+    floatX* params;        // (elements)
+    float_acc* grads;      // (elements)
+    float_acc* exp_avg;    // (elements) first moment of AdamW
+    float_acc* exp_avg_sq; // (elements) second moment
+    float_acc* norm;       // (1) global norm of the gradient
+    float_acc* partials;   // scratch of the global norm
+    Activations acts;
+    Arena parameters, gradients, optimizer, activations;
+    float_acc* host_losses; // (B, T)
+    stream_t stream;
+} Model;
+
+// Logits are the widest activation by far; this much of them is held at once.
+#define LOGIT_BYTES ((size_t)128 << 20)
+
+// Decides where everything lies; takes no memory yet but for the tables.
+static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training) {
+    memset(model, 0, sizeof(*model));
+    model->config = *config;
+    model->layout = parameter_layout(&model->config);
+    model->B = B;
+    model->T = T;
+    model->training = training;
+    const size_t rows = (size_t)B * T, elements = model->layout.table.elements;
+    const size_t C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
+                 F = config->ffn;
+    const size_t Vp = config->padded_vocab, L = config->layers;
+    size_t most_rows = LOGIT_BYTES / (Vp * sizeof(floatX)) / 64 * 64;
+    model->logit_rows = (int)(most_rows < 64 ? 64 : most_rows);
+    if ((size_t)model->logit_rows > rows) model->logit_rows = (int)rows;
+
+    model->parameters.name = "parameters";
+    arena_reserve(&model->parameters, (void**)&model->params, elements * sizeof(floatX), "parameters");
+    if (training) {
+        model->gradients.name = "gradients";
+        arena_reserve(&model->gradients, (void**)&model->grads, elements * sizeof(float_acc), "gradients");
+        model->optimizer.name = "optimizer";
+        arena_reserve(&model->optimizer, (void**)&model->exp_avg, elements * sizeof(float_acc),
+                      "first moment");
+        arena_reserve(&model->optimizer, (void**)&model->exp_avg_sq, elements * sizeof(float_acc),
+                      "second moment");
+        arena_reserve(&model->optimizer, (void**)&model->norm, sizeof(float_acc), "gradient norm");
+        arena_reserve(&model->optimizer, (void**)&model->partials,
+                      global_norm_partials(elements) * sizeof(float_acc), "gradient norm");
+    }
+
+    Arena* arena = &model->activations;
+    arena->name = "activations";
+    Activations* acts = &model->acts;
+    acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
+    for (size_t l = 0; l < L; l++) {
+        LayerActivations* layer = &acts->layers[l];
+        arena_reserve(arena, (void**)&layer->residual, rows * C * sizeof(floatX), "residual stream");
+        arena_reserve(arena, (void**)&layer->norm1, rows * C * sizeof(floatX), "norms");
+        arena_reserve(arena, (void**)&layer->rstd1, rows * sizeof(float_acc), "norms");
+        arena_reserve(arena, (void**)&layer->qkv, rows * (H + 2 * G) * D * sizeof(floatX),
+                      "queries, keys, values");
+        arena_reserve(arena, (void**)&layer->attention, rows * H * D * sizeof(floatX), "attention");
+        arena_reserve(arena, (void**)&layer->lse, rows * H * sizeof(float_acc), "attention");
+        arena_reserve(arena, (void**)&layer->residual_mid, rows * C * sizeof(floatX), "residual stream");
+        arena_reserve(arena, (void**)&layer->norm2, rows * C * sizeof(floatX), "norms");
+        arena_reserve(arena, (void**)&layer->rstd2, rows * sizeof(float_acc), "norms");
+        arena_reserve(arena, (void**)&layer->gate_up, rows * 2 * F * sizeof(floatX), "feed-forward");
+        arena_reserve(arena, (void**)&layer->swiglu, rows * F * sizeof(floatX), "feed-forward");
+    }
+    arena_reserve(arena, (void**)&acts->residual, rows * C * sizeof(floatX), "residual stream");
+    arena_reserve(arena, (void**)&acts->norm, rows * C * sizeof(floatX), "norms");
+    arena_reserve(arena, (void**)&acts->rstd, rows * sizeof(float_acc), "norms");
+    arena_reserve(arena, (void**)&acts->branch, rows * C * sizeof(floatX), "residual stream");
+    arena_reserve(arena, (void**)&acts->logits, (size_t)model->logit_rows * Vp * sizeof(floatX), "logits");
+    arena_reserve(arena, (void**)&acts->losses, rows * sizeof(float_acc), "logits");
+    arena_reserve(arena, (void**)&acts->tokens, rows * sizeof(int), "tokens and tables");
+    arena_reserve(arena, (void**)&acts->targets, rows * sizeof(int), "tokens and tables");
+    arena_reserve(arena, (void**)&acts->rope, (size_t)T * D * sizeof(float_acc), "tokens and tables");
+    arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
+    if (!training) return;
+    arena_reserve(arena, (void**)&acts->dresidual, rows * C * sizeof(floatX), "activation gradients");
+    arena_reserve(arena, (void**)&acts->dnorm, rows * C * sizeof(floatX), "activation gradients");
+    arena_reserve(arena, (void**)&acts->dqkv, rows * (H + 2 * G) * D * sizeof(floatX),
+                  "activation gradients");
+    arena_reserve(arena, (void**)&acts->dattention, rows * H * D * sizeof(floatX), "activation gradients");
+    arena_reserve(arena, (void**)&acts->dgate_up, rows * 2 * F * sizeof(floatX), "activation gradients");
+    arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
+    arena_reserve(arena, &acts->attention_workspace,
+                  attention_backward_workspace(B, T, (int)H, (int)G, (int)D), "attention workspace");
+}
+
+// The map of grouped attention: H/G query heads in a row share a KV head.
+static void gpt_set_uniform_map(Model* model) {
+    const int L = model->config.layers, H = model->config.heads, G = model->config.kv_heads;
+    int* map = (int*)malloc_or_fail((size_t)L * H * sizeof(int), "the map of query heads");
+    for (int i = 0; i < L * H; i++) map[i] = i % H / (H / G);
+    copy_to_device(model->acts.kv_of_q, map, (size_t)L * H * sizeof(int), model->stream);
+    free(map);
+}
+
+// Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
+static void gpt_allocate(Model* model) {
+    arena_allocate(&model->parameters);
+    if (model->training) {
+        arena_allocate(&model->gradients);
+        arena_allocate(&model->optimizer);
+    }
+    arena_allocate(&model->activations);
+    size_t rows = (size_t)model->B * model->T, angles = (size_t)model->T * model->config.head_dim;
+    model->host_losses = (float_acc*)malloc_or_fail(rows * sizeof(float_acc), "losses");
+    float_acc* table = (float_acc*)malloc_or_fail(angles * sizeof(float_acc), "rotary angles");
+    rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
+    copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
+    free(table);
+    gpt_set_uniform_map(model);
+}
+
+static void gpt_initialize(Model* model, uint64_t seed) {
+    const TensorTable* table = &model->layout.table;
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        floatX* values = (floatX*)calloc_or_fail(tensor->padded_count, sizeof(floatX), tensor->name);
+        tensor_initialize(values, tensor, seed);
+        copy_to_device(model->params + tensor->offset, values, tensor->padded_count * sizeof(floatX),
+                       model->stream);
+        free(values);
+    }
+}
+
+static void gpt_free(Model* model) {
+    arena_free(&model->parameters);
+    if (model->training) {
+        arena_free(&model->gradients);
+        arena_free(&model->optimizer);
+    }
+    arena_free(&model->activations);
+    parameter_layout_free(&model->layout);
+    free(model->acts.layers);
+    free(model->host_losses);
+}
+
+// ----------------------------------------------------------------------------
+// Forward
+
+// Runs tokens (B, T) through the layers, up to the last norm. With start > 0 (and B = 1) the rows before it are there
+// already, keys and values included, and only start..T-1 are computed: so a generation adds a token.
+static void gpt_forward(Model* model, const int* tokens, int B, int T, int start) {
+    assert(B <= model->B && (size_t)B * T <= (size_t)model->B * model->T && T <= model->T);
+    assert(start == 0 || B == 1);
+    const ModelConfig* config = &model->config;
+    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
+              F = config->ffn;
+    const int rows = B * (T - start), QKV = qkv_heads(config) * D;
+    const size_t first = start; // the first row computed, of every activation
+    const float eps = config->norm_eps;
+    const floatX* params = model->params;
+    Activations* acts = &model->acts;
+    stream_t stream = model->stream;
+
+    copy_to_device(acts->tokens + first, tokens + first, (size_t)rows * sizeof(int), stream);
+    floatX* residual = acts->layers[0].residual;
+    const LayerParameters* weights = &model->layout.layers[0];
+    embedding_forward(residual + first * C, acts->tokens + first, params + model->layout.embedding, rows, C,
+                      stream);
+    rmsnorm_forward(acts->layers[0].norm1 + first * C, acts->layers[0].rstd1 + first, residual + first * C,
+                    params + weights->input_norm, rows, C, eps, stream);
+
+    for (int l = 0; l < config->layers; l++) {
+        LayerActivations* layer = &acts->layers[l];
+        weights = &model->layout.layers[l];
+        const int last_layer = l + 1 == config->layers;
+
+        // attention
+        matmul_forward(layer->qkv + first * QKV, layer->norm1 + first * C, params + weights->qkv_proj, rows,
+                       C, QKV, stream);
+        if (layer_has_rope(config, l))
+            rope_forward(layer->qkv + first * QKV, acts->rope + first * D, B, T - start, H, G, D, stream);
+        attention_forward(layer->attention, layer->lse, layer->qkv, acts->kv_of_q + (size_t)l * H, B, T,
+                          start, H, G, D, layer_window(config, l), stream);
+        matmul_forward(acts->branch + first * C, layer->attention + first * H * D, params + weights->o_proj,
+                       rows, H * D, C, stream);
+        residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C,
+                                 layer->rstd2 + first, layer->residual + first * C, acts->branch + first * C,
+                                 params + weights->post_norm, rows, C, eps, stream);
+
+        // feed-forward; the norm that follows is the next layer's first, or the model's last
+        matmul_forward(layer->gate_up + first * 2 * F, layer->norm2 + first * C,
+                       params + weights->gate_up_proj, rows, C, 2 * F, stream);
+        swiglu_forward(layer->swiglu + first * F, layer->gate_up + first * 2 * F, rows, F, stream);
+        matmul_forward(acts->branch + first * C, layer->swiglu + first * F, params + weights->down_proj, rows,
+                       F, C, stream);
+        floatX* next_residual = last_layer ? acts->residual : acts->layers[l + 1].residual;
+        floatX* next_norm = last_layer ? acts->norm : acts->layers[l + 1].norm1;
+        float_acc* next_rstd = last_layer ? acts->rstd : acts->layers[l + 1].rstd1;
+        size_t next_gain = last_layer ? model->layout.final_norm : model->layout.layers[l + 1].input_norm;
+        residual_rmsnorm_forward(next_residual + first * C, next_norm + first * C, next_rstd + first,
+                                 layer->residual_mid + first * C, acts->branch + first * C,
+                                 params + next_gain, rows, C, eps, stream);
+    }
+}
+
+// The sum of the losses of the rows that gpt_forward() left, in nats. With gradients, also dnorm and the head's part of the
+// gradient, scaled by dloss: logits are computed, used and overwritten a few rows at a time, so they are never all there.
+static double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients, float_acc dloss) {
+    const int C = model->config.channels, V = model->config.vocab_size, Vp = model->config.padded_vocab,
+              rows = B * T;
+    const floatX* head = model->params + model->layout.head;
+    Activations* acts = &model->acts;
+    stream_t stream = model->stream;
+
+    copy_to_device(acts->targets, targets, (size_t)rows * sizeof(int), stream);
+    for (int first = 0; first < rows; first += model->logit_rows) {
+        const int some = rows - first < model->logit_rows ? rows - first : model->logit_rows;
+        const floatX* norm = acts->norm + (size_t)first * C;
+        matmul_forward(acts->logits, norm, head, some, C, Vp, stream);
+        fused_classifier(acts->logits, acts->losses + first, acts->targets + first, dloss, some, V, Vp,
+                         with_gradients, stream);
+        if (with_gradients)
+            matmul_backward(acts->dnorm + (size_t)first * C, model->grads + model->layout.head, acts->logits,
+                            norm, head, some, C, Vp, stream);
+    }
+    copy_to_host(model->host_losses, acts->losses, (size_t)rows * sizeof(float_acc), stream);
+    stream_synchronize(stream);
+    double sum = 0;
+    for (int row = 0; row < rows; row++) sum += (double)model->host_losses[row];
+    return sum;
+}
+
+// ----------------------------------------------------------------------------
+// Backward
+
+// From dnorm, which gpt_loss() left, to the gradients of all parameters, which accumulate. The forward pass in reverse.
+static void gpt_backward(Model* model, int B, int T) {
+    const ModelConfig* config = &model->config;
+    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
+              F = config->ffn;
+    const int rows = B * T, QKV = qkv_heads(config) * D;
+    const floatX* params = model->params;
+    float_acc* grads = model->grads;
+    Activations* acts = &model->acts;
+    stream_t stream = model->stream;
+
+    device_zero(acts->dresidual, (size_t)rows * C * sizeof(floatX), stream);
+    rmsnorm_backward(acts->dresidual, grads + model->layout.final_norm, acts->dnorm, acts->residual,
+                     params + model->layout.final_norm, acts->rstd, rows, C, stream);
+    for (int l = config->layers - 1; l >= 0; l--) {
+        const LayerParameters* weights = &model->layout.layers[l];
+        LayerActivations* layer = &acts->layers[l];
+
+        // feed-forward
+        matmul_backward(acts->dswiglu, grads + weights->down_proj, acts->dresidual, layer->swiglu,
+                        params + weights->down_proj, rows, F, C, stream);
+        swiglu_backward(acts->dgate_up, acts->dswiglu, layer->gate_up, rows, F, stream);
+        matmul_backward(acts->dnorm, grads + weights->gate_up_proj, acts->dgate_up, layer->norm2,
+                        params + weights->gate_up_proj, rows, C, 2 * F, stream);
+        rmsnorm_backward(acts->dresidual, grads + weights->post_norm, acts->dnorm, layer->residual_mid,
+                         params + weights->post_norm, layer->rstd2, rows, C, stream);
+
+        // attention
+        matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, layer->attention,
+                        params + weights->o_proj, rows, H * D, C, stream);
+        attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv,
+                           acts->kv_of_q + (size_t)l * H, acts->attention_workspace, B, T, H, G, D,
+                           layer_window(config, l), stream);
+        if (layer_has_rope(config, l)) rope_backward(acts->dqkv, acts->rope, B, T, H, G, D, stream);
+        matmul_backward(acts->dnorm, grads + weights->qkv_proj, acts->dqkv, layer->norm1,
+                        params + weights->qkv_proj, rows, C, QKV, stream);
+        rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,
+                         params + weights->input_norm, layer->rstd1, rows, C, stream);
+    }
+    embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, rows, C, stream);
+}
+
+static void gpt_zero_gradients(Model* model) {
+    device_zero(model->grads, model->layout.table.elements * sizeof(float_acc), model->stream);
+}
+
+// One step of AdamW over every tensor. Returns the gradient's norm before clipping.
+static double gpt_update(Model* model, AdamW settings) {
+    const TensorTable* table = &model->layout.table;
+    global_norm(model->norm, model->partials, model->grads, table->elements, model->stream);
+    const float decay = settings.weight_decay;
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        const size_t at = tensor->offset;
+        settings.weight_decay = tensor->weight_decay ? decay : 0;
+        adamw_update(model->params + at, model->exp_avg + at, model->exp_avg_sq + at, model->grads + at,
+                     model->norm, tensor->padded_count, settings, model->stream);
+    }
+    float_acc norm = 0;
+    copy_to_host(&norm, model->norm, sizeof(norm), model->stream);
+    stream_synchronize(model->stream);
+    return (double)norm;
+}
+
+// ----------------------------------------------------------------------------
+// Generation
+
+// The logits (V) that follow the T tokens of one sequence, of which `start` were there at the last call.
+static void gpt_next_logits(Model* model, float* logits, const int* tokens, int T, int start,
+                            floatX* scratch) {
+    const int C = model->config.channels, Vp = model->config.padded_vocab;
+    gpt_forward(model, tokens, 1, T, start);
+    matmul_forward(model->acts.logits, model->acts.norm + (size_t)(T - 1) * C,
+                   model->params + model->layout.head, 1, C, Vp, model->stream);
+    copy_to_host(scratch, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
+    stream_synchronize(model->stream);
+    for (int v = 0; v < model->config.vocab_size; v++) logits[v] = (float)scratch[v];
+}
+
+#ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
+
+// Where sampled text goes: the terminal, and as tokens where there is no tokenizer.
+static void print_token(const Tokenizer* tokenizer, int token) {
+    size_t length = 0;
+    const char* bytes = tokenizer ? tokenizer_token_bytes(tokenizer, token, &length) : NULL;
+    if (bytes) (void)fwrite(bytes, 1, length, stdout);
+    else printf("%d ", token);
+    fflush(stdout);
+}
+
+// Continues the prompt by up to --sample-length tokens, as far as the model's sequence reaches or until the text ends, and
+// prints both. `name` and `number` key the random stream, so a sample is the same however the run came to it.
+static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* options, const char* name,
+                       uint64_t number) {
+    const int V = model->config.vocab_size, most = model->T;
+    const int end_of_text = tokenizer ? tokenizer_special_id(tokenizer, "<|endoftext|>") : -1;
+    TokenBuffer prompt = {NULL, 0, 0};
+    int32_t first = end_of_text >= 0 ? end_of_text : 0;
+    token_buffer_append(&prompt, &first, 1);
+    if (options->prompt) tokenizer_encode(tokenizer, options->prompt, strlen(options->prompt), 1, &prompt);
+    if (prompt.count >= (size_t)most)
+        fail("--prompt: %zu tokens, the model's sequences have %d", prompt.count, most);
+
+    int* tokens = (int*)malloc_or_fail((size_t)most * sizeof(int), "a sample");
+    float* logits = (float*)malloc_or_fail((size_t)V * sizeof(float), "a sample's logits");
+    floatX* scratch =
+        (floatX*)malloc_or_fail((size_t)model->config.padded_vocab * sizeof(floatX), "a sample's logits");
+    int* workspace = (int*)malloc_or_fail(sampling_workspace_bytes(V), "sampling");
+    int count = 0, done = 0;
+    for (size_t i = 0; i < prompt.count; i++) {
+        tokens[count++] = prompt.ids[i];
+        if (i > 0) print_token(tokenizer, prompt.ids[i]);
+    }
+    uint64_t stream = random_stream(name) ^ number;
+    for (int i = 0; i < options->sample_length && count < most; i++) {
+        gpt_next_logits(model, logits, tokens, count, done, scratch);
+        done = count;
+        double uniform = random_uniform(options->seed, stream, (uint64_t)i);
+        int token = sample_token(logits, V, (float)options->temperature, options->top_k,
+                                 (float)options->top_p, uniform, workspace);
+        if (token == end_of_text) break;
+        tokens[count++] = token;
+        print_token(tokenizer, token);
+    }
+    printf("\n");
+    token_buffer_free(&prompt);
+    free(tokens);
+    free(logits);
+    free(scratch);
+    free(workspace);
+}
+
+// Runs the model over --tokens and writes all logits: how other programs are compared with this one.
+static void write_logits(Model* model, const Options* options) {
+    const int V = model->config.vocab_size, Vp = model->config.padded_vocab, C = model->config.channels;
+    int* tokens = (int*)malloc_or_fail((size_t)model->T * sizeof(int), "tokens");
+    int T = 0;
+    for (const char* text = options->tokens; *text;) {
+        char* end;
+        long token = strtol(text, &end, 10);
+        if (end == text || (*end && *end != ','))
+            fail_usage("--tokens %s: want ids separated by commas", options->tokens);
+        if (token < 0 || token >= V) fail_usage("--tokens: %ld is outside the vocabulary of %d", token, V);
+        if (T == model->T) fail_usage("--tokens: more than the %d tokens of the model's sequences", model->T);
+        tokens[T++] = (int)token;
+        text = end + (*end == ',');
+    }
+    if (T == 0) fail_usage("--tokens: want at least one id");
+    gpt_forward(model, tokens, 1, T, 0);
+    floatX* logits = (floatX*)malloc_or_fail((size_t)T * Vp * sizeof(floatX), "logits");
+    for (int t = 0; t < T; t++) {
+        matmul_forward(model->acts.logits, model->acts.norm + (size_t)t * C,
+                       model->params + model->layout.head, 1, C, Vp, model->stream);
+        copy_to_host(logits + (size_t)t * Vp, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
+    }
+    stream_synchronize(model->stream);
+    logits_write(options->write_logits, logits, tokens, T, V, Vp);
+    free(tokens);
+    free(logits);
+}
+
+// ----------------------------------------------------------------------------
+// What a run is made of, and the checks that join its parts
+
+typedef struct {
+    Options options;
+    ModelConfig config;
+    char resume_from[PATH_MAX];    // the checkpoint to go on from, or ""
+    char init_from[PATH_MAX];      // the checkpoint whose weights to start with, or ""
+    char tokenizer_path[PATH_MAX]; // "" where there is none
+    Tokenizer* tokenizer;          // NULL where there is none
+    DataLoader* train;
+    DataLoader* val; // NULL where there is none
+    long sequences_per_step;
+    int steps;
+    Schedule schedule;
+    TrainingState state;
+} Run;
+
+static void find_checkpoints(Run* run) {
+    const Options* options = &run->options;
+    if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
+    if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
+    if (options->resume && checkpoint_latest(options->output, run->resume_from)) return;
+    run->resume_from[0] = 0;
+    if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
+}
+
+// The model's sizes: a checkpoint's, or a descriptor's, with what the user gave in their place.
+static void choose_model(Run* run) {
+    const Options* options = &run->options;
+    const char* directory = run->resume_from[0] ? run->resume_from : run->init_from;
+    ModelConfig base;
+    if (directory[0] && !options->model) {
+        base = checkpoint_read_config(directory);
+    } else {
+        char descriptor[16] = "d12";
+        if (options->layers) snprintf(descriptor, sizeof(descriptor), "d%d", options->layers);
+        base = model_config_from_descriptor(options->model ? options->model : descriptor);
+    }
+    run->config = options_model(options, base);
+
+    if (options->tokenizer) path_format(run->tokenizer_path, "%s", options->tokenizer);
+    else if (directory[0]) path_format(run->tokenizer_path, "%s/tokenizer.json", directory);
+    if (options->tokenizer || path_exists(run->tokenizer_path))
+        run->tokenizer = tokenizer_load(run->tokenizer_path);
+    else run->tokenizer_path[0] = 0;
+    if (options->prompt && !run->tokenizer) fail_usage("--prompt: needs --tokenizer, to read it");
+
+    int* V = &run->config.vocab_size;
+    if (!*V && run->tokenizer) *V = tokenizer_vocab_size(run->tokenizer);
+    if (!*V && options->train_data) *V = loader_peek_vocabulary(options->train_data);
+    if (!*V)
+        fail_usage(
+            "--vocab: neither a tokenizer nor the shards tell the vocabulary; give --vocab or --tokenizer");
+    if (run->tokenizer && tokenizer_vocab_size(run->tokenizer) != *V)
+        fail("%s: a vocabulary of %d tokens, the model's has %d", run->tokenizer_path,
+             (int)tokenizer_vocab_size(run->tokenizer), *V);
+    model_config_complete(&run->config);
+    model_config_check(&run->config);
+    if (directory[0]) checkpoint_check_same_model(directory, &run->config);
+}
+
+static void open_data(Run* run) {
+    Options* options = &run->options;
+    const int T = run->config.sequence_length, B = options->batch;
+    if (!options->train_data) fail_usage("--train-data: needed to train (a glob of token shards)");
+    if (!options->total_batch) options->total_batch = (long)B * T;
+    if (options->total_batch % ((long)B * T) != 0)
+        fail_usage("--total-batch %ld: must be a multiple of --batch %d x --sequence-length %d = %ld tokens",
+                   options->total_batch, B, T, (long)B * T);
+    run->sequences_per_step = options->total_batch / T;
+    uint32_t hash = run->tokenizer ? tokenizer_hash(run->tokenizer) : 0;
+    run->train = loader_open(options->train_data, T, run->config.vocab_size, hash, options->seed, 1);
+    if (options->val_data) {
+        if (!hash) hash = loader_tokenizer_hash(run->train);
+        run->val = loader_open(options->val_data, T, run->config.vocab_size, hash, options->seed, 0);
+    }
+    uint64_t one_epoch = loader_sequences(run->train) / (uint64_t)run->sequences_per_step;
+    if (options->steps < 0 && one_epoch == 0)
+        fail_usage("--total-batch %ld: larger than the %llu tokens of one pass over the data; give --steps",
+                   options->total_batch, (unsigned long long)(loader_sequences(run->train) * (uint64_t)T));
+    if (options->steps < 0 && one_epoch > INT_MAX)
+        fail_usage("--steps: one pass over the data is too many; give --steps");
+    run->steps = options->steps < 0 ? (int)one_epoch : (int)options->steps;
+    if (options->warmup > run->steps)
+        fail_usage("--warmup %d: more than the %d steps of the run", (int)options->warmup, run->steps);
+    run->schedule.kind = options->schedule;
+    run->schedule.max_lr = options->learning_rate;
+    run->schedule.warmup = (int)options->warmup;
+    run->schedule.steps = run->steps;
+    run->schedule.final_fraction = options->final_lr_fraction;
+    run->schedule.decay_fraction = options->decay_fraction;
+}
+
+// A run is never overwritten by accident, and its directory can be written to before hours are spent.
+static void prepare_output(const Run* run) {
+    const Options* options = &run->options;
+    if (!options->output) return;
+    char path[PATH_MAX];
+    path_format(path, "%s/metrics.jsonl", options->output);
+    char latest[PATH_MAX];
+    int occupied = path_exists(path) || checkpoint_latest(options->output, latest);
+    if (occupied && !options->resume && !options->overwrite)
+        fail_usage("--output %s: holds a run; go on with --resume, delete it with --overwrite, or name "
+                   "another directory",
+                   options->output);
+    if (options->dry_run) return;
+    make_directories_or_fail(options->output);
+    if (options->overwrite) {
+        checkpoint_remove_all(options->output);
+        remove_path(path);
+    }
+    path_format(path, "%s/.writable", options->output);
+    FILE* file = open_or_fail(path, "wb");
+    fclose(file);
+    remove_path(path);
+}
+
+// ----------------------------------------------------------------------------
+// What the run will take
+
+// Bytes that come on top of the model's four blocks: the process itself and its libraries as they are now, what the loader
+// and a checkpoint need.
+static size_t other_bytes(const Run* run, const Model* model) {
+    size_t losses = (size_t)model->B * model->T * sizeof(float_acc);
+    return memory_resident() + loader_bytes(run->train, run->options.batch) + losses;
+}
+
+static size_t planned_bytes(const Run* run, const Model* model) {
+    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
+           model->activations.bytes + other_bytes(run, model);
+}
+
+static void print_plan(const Run* run, const Model* model) {
+    const ModelConfig* config = &run->config;
+    const Options* options = &run->options;
+    printf("model    %d layers (%s), %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, "
+           "%s head\n",
+           config->layers, config->pattern, config->channels, config->heads, config->head_dim,
+           config->kv_heads, config->ffn, config->vocab_size, config->sequence_length,
+           config->tied ? "tied" : "untied");
+    printf("         %.2f M parameters, %.2f MFLOP a token\n",
+           (double)table_parameter_count(&model->layout.table) / 1e6,
+           flops_per_token(config, config->sequence_length) / 1e6);
+    printf("build    device %s, attention %s, heads %s, kconv %d, %s, %d threads\n", DEVICE_NAME, ATTN_NAME,
+           GQA_NAME, KCONV, PRECISION_NAME, omp_get_max_threads());
+    printf("data     %s: %llu tokens, %llu sequences", options->train_data,
+           (unsigned long long)loader_tokens(run->train), (unsigned long long)loader_sequences(run->train));
+    if (run->val) printf("; validation %llu tokens", (unsigned long long)loader_tokens(run->val));
+    printf("\nsteps    %d of %ld tokens: %ld x (%d, %d), %.2f passes over the data\n", run->steps,
+           options->total_batch, run->sequences_per_step / options->batch, options->batch,
+           config->sequence_length,
+           (double)run->steps * (double)run->sequences_per_step / (double)loader_sequences(run->train));
+    printf("memory\n");
+    arena_print(&model->parameters);
+    arena_print(&model->gradients);
+    arena_print(&model->optimizer);
+    arena_print(&model->activations);
+    printf("  %-34s %10.1f MB\n", "program, libraries, data", (double)other_bytes(run, model) / 1e6);
+    printf("  %-34s %10.1f MB\n", "planned peak", (double)planned_bytes(run, model) / 1e6);
+    fflush(stdout);
+}
+
+// A plan that does not fit is refused before anything is taken, with the micro-batch that would fit.
+static void check_plan_fits(const Run* run, const Model* model) {
+    size_t available = memory_available() + memory_resident(), planned = planned_bytes(run, model);
+    if (!available || planned <= available) return;
+    for (int B = run->options.batch - 1; B >= 1; B--) {
+        if (run->sequences_per_step % B != 0) continue;
+        Model smaller;
+        gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1);
+        size_t bytes = planned_bytes(run, &smaller);
+        if (bytes <= available)
+            fail("the plan takes %.1f GB and %.1f GB are free; --batch %d takes %.1f GB and trains the same "
+                 "(gradients "
+                 "accumulate)",
+                 (double)planned / 1e9, (double)available / 1e9, B, (double)bytes / 1e9);
+    }
+    fail("the plan takes %.1f GB and %.1f GB are free, and no smaller --batch fits: choose fewer --layers or "
+         "--channels, "
+         "or a shorter --sequence-length",
+         (double)planned / 1e9, (double)available / 1e9);
+}
+
+// ----------------------------------------------------------------------------
+// The loop
+
+static volatile sig_atomic_t stop_requested = 0;
+
+// The first signal lets the step end and a checkpoint be written; the second one kills.
+static void request_stop(int number) {
+    stop_requested = number;
+    signal(number, SIG_DFL);
+}
+
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+// The mean loss over the first --val-batches total batches of the validation data, or all of it: the same tokens whatever
+// the micro-batch.
+static double validate(Model* model, const Run* run) {
+    const int T = run->config.sequence_length, B = run->options.batch;
+    uint64_t count = (uint64_t)run->options.val_batches * (uint64_t)run->sequences_per_step;
+    if (count > loader_sequences(run->val)) count = loader_sequences(run->val);
+    int* tokens = (int*)malloc_or_fail((size_t)2 * B * T * sizeof(int), "a validation batch");
+    double sum = 0;
+    for (uint64_t first = 0; first < count; first += (uint64_t)B) {
+        int rows = count - first < (uint64_t)B ? (int)(count - first) : B;
+        loader_read(run->val, first, rows, tokens, tokens + (size_t)B * T);
+        gpt_forward(model, tokens, rows, T, 0);
+        sum += gpt_loss(model, tokens + (size_t)B * T, rows, T, 0, 0);
+    }
+    free(tokens);
+    return sum / ((double)count * T);
+}
+
+// One optimizer step over the next total batch. Returns the mean loss, and the gradient's norm through *norm.
+static double train_step(Model* model, const Run* run, double rate, int step, double* norm) {
+    const int T = run->config.sequence_length, B = run->options.batch;
+    const double total = (double)run->options.total_batch;
+    double sum = 0;
+    gpt_zero_gradients(model);
+    for (long micro = 0; micro < run->sequences_per_step / B; micro++) {
+        const int *tokens, *targets;
+        loader_next(run->train, &tokens, &targets);
+        gpt_forward(model, tokens, B, T, 0);
+        sum += gpt_loss(model, targets, B, T, 1, (float_acc)(1 / total));
+        gpt_backward(model, B, T);
+    }
+    AdamW settings;
+    settings.learning_rate = (float)rate;
+    settings.beta1 = (float)run->options.beta1;
+    settings.beta2 = (float)run->options.beta2;
+    settings.eps = (float)run->options.eps;
+    settings.weight_decay = (float)run->options.weight_decay;
+    settings.clip = (float)run->options.clip;
+    settings.step = step + 1;
+    *norm = gpt_update(model, settings);
+    return sum / total;
+}
+
+static void save_checkpoint(const Model* model, Run* run, Metrics* metrics, int step) {
+    double started = seconds_now();
+    run->state.step = step;
+    metrics_sync(metrics);
+    checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state, model->params,
+                    model->exp_avg, model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL,
+                    run->options.keep, model->stream);
+    metrics_event(metrics, "checkpoint", step, seconds_now() - started);
+}
+
+static void start_metrics(Metrics* metrics, const Run* run) {
+    const Options* options = &run->options;
+    const ModelConfig* config = &run->config;
+    static MetricsOptions to;
+    memset(&to, 0, sizeof(to));
+    to.directory = options->output;
+    to.resume_step = run->state.step;
+    to.total_steps = run->steps;
+    to.log_every = (int)options->log_every;
+    to.tokens_per_step = (uint64_t)options->total_batch;
+    to.flops_per_step = flops_per_token(config, config->sequence_length) * (double)options->total_batch;
+    metrics_describe_text(&to, "attn", ATTN_NAME);
+    metrics_describe_text(&to, "gqa", GQA_NAME);
+    metrics_describe_number(&to, "kconv", KCONV);
+    metrics_describe_text(&to, "precision", PRECISION_NAME);
+    metrics_describe_number(&to, "layers", config->layers);
+    metrics_describe_number(&to, "channels", config->channels);
+    metrics_describe_number(&to, "heads", config->heads);
+    metrics_describe_number(&to, "kv_heads", config->kv_heads);
+    metrics_describe_number(&to, "head_dim", config->head_dim);
+    metrics_describe_number(&to, "ffn", config->ffn);
+    metrics_describe_number(&to, "vocab", config->vocab_size);
+    metrics_describe_text(&to, "pattern", config->pattern);
+    metrics_describe_number(&to, "window", config->window);
+    metrics_describe_number(&to, "sequence_length", config->sequence_length);
+    metrics_describe_number(&to, "batch", options->batch);
+    metrics_describe_number(&to, "total_batch", (double)options->total_batch);
+    metrics_describe_number(&to, "steps", run->steps);
+    metrics_describe_text(&to, "schedule", schedule_name(options->schedule));
+    metrics_describe_number(&to, "learning_rate", options->learning_rate);
+    metrics_describe_number(&to, "seed", (double)options->seed);
+    metrics_start(metrics, &to);
+}
+
+// A step that is due every `every` steps, and at the last one; never with 0.
+static int is_due(long every, int step, int last) { return every > 0 && (step % every == 0 || last); }
+
+// From the step that the run stands at to its end, or until it is told to stop.
+static void train(Model* model, Run* run) {
+    const Options* options = &run->options;
+    static Metrics metrics;
+    start_metrics(&metrics, run);
+    loader_start(run->train, run->state.sequences_seen, (uint64_t)options->batch, options->batch);
+    signal(SIGINT, request_stop);
+    signal(SIGTERM, request_stop);
+    const double started = seconds_now();
+    const int first_step = run->state.step;
+    // What was done at the step that is resumed is not done again.
+    int fresh = run->resume_from[0] == 0;
+
+    for (int step = first_step;; step++) {
+        const int last = step == run->steps;
+        const int out_of_time = options->max_seconds > 0 && seconds_now() - started >= options->max_seconds;
+        const int stopping = stop_requested || out_of_time;
+        if (fresh && run->val && is_due(options->val_every, step, last)) {
+            double begun = seconds_now();
+            run->state.val_loss = validate(model, run);
+            metrics_validation(&metrics, step, run->state.val_loss, seconds_now() - begun);
+        }
+        if (fresh && step > 0 && is_due(options->sample_every, step, last)) {
+            metrics_message(&metrics, "step %d  sample:", step);
+            gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
+        }
+        if (fresh && options->output && step > 0 &&
+            (is_due(options->checkpoint_every, step, last) || last || stopping))
+            save_checkpoint(model, run, &metrics, step);
+        if (last || stopping) {
+            metrics_finish(&metrics);
+            if (last) break;
+            printf("stopped after step %d of %d%s\n", step, run->steps,
+                   out_of_time ? ": --max-seconds is over" : "");
+            if (options->output) printf("---> HINT: the same command with --resume goes on from here\n");
+            if (stop_requested) exit(128 + stop_requested);
+            break;
+        }
+        fresh = 1;
+
+        double begun = seconds_now(), norm = 0, rate = learning_rate(&run->schedule, step);
+        double loss = train_step(model, run, rate, step, &norm);
+        run->state.sequences_seen += (uint64_t)run->sequences_per_step;
+        if (!isfinite(loss) || !isfinite(norm)) {
+            metrics_finish(&metrics);
+            fail("step %d: the loss is %g and the gradient's norm %g: training has diverged; lower "
+                 "--learning-rate %g or "
+                 "lengthen --warmup, and go on from the last checkpoint",
+                 step + 1, loss, norm, options->learning_rate);
+        }
+        metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun);
+    }
+}
+
+int main(int argc, char** argv) {
+    program_name = "train_gpt";
+    static Run run;
+    run.options = options_parse(argc, argv);
+    const Options* options = &run.options;
+    find_checkpoints(&run);
+    choose_model(&run);
+    const int T = run.config.sequence_length;
+    static Model model;
+
+    if (options->generate || options->write_logits) {
+        const char* mode = options->generate ? "--generate" : "--write-logits";
+        if (!run.init_from[0]) fail_usage("%s: needs --init-from, the model to run", mode);
+        if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
+        gpt_plan(&model, &run.config, 1, T, 0);
+        gpt_allocate(&model);
+        checkpoint_load_model(run.init_from, &model.layout.table, model.params, model.stream);
+        if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
+        else write_logits(&model, options);
+        gpt_free(&model);
+        tokenizer_free(run.tokenizer);
+        return 0;
+    }
+
+    open_data(&run);
+    prepare_output(&run);
+    gpt_plan(&model, &run.config, options->batch, T, 1);
+    print_plan(&run, &model);
+    check_plan_fits(&run, &model);
+    if (options->dry_run) return 0;
+    gpt_allocate(&model);
+    if (run.resume_from[0]) {
+        run.state = checkpoint_load_state(run.resume_from);
+        if (run.state.seed != options->seed)
+            fail("--seed %llu: %s was begun with seed %llu", (unsigned long long)options->seed,
+                 run.resume_from, (unsigned long long)run.state.seed);
+        if (run.state.step > run.steps)
+            fail_usage("--steps %d: %s has done %d already", run.steps, run.resume_from, run.state.step);
+        checkpoint_load_model(run.resume_from, &model.layout.table, model.params, model.stream);
+        checkpoint_load_optimizer(run.resume_from, &model.layout.table, model.exp_avg, model.exp_avg_sq,
+                                  model.stream);
+        printf("resuming %s: step %d of %d\n", run.resume_from, run.state.step, run.steps);
+    } else {
+        if (options->resume)
+            printf("--resume: no checkpoint in %s yet, starting at step 0\n", options->output);
+        if (run.init_from[0])
+            checkpoint_load_model(run.init_from, &model.layout.table, model.params, model.stream);
+        else gpt_initialize(&model, options->seed);
+    }
+    run.state.seed = options->seed;
+    run.state.total_batch = options->total_batch;
+    run.state.sequence_length = T;
+
+    train(&model, &run);
+
+    printf("peak memory %.1f MB\n", (double)memory_peak() / 1e6);
+    if (options->output)
+        printf("---> HINT: %s --generate --init-from %s --prompt 'some text' continues a text\n", argv[0],
+               options->output);
+    loader_close(run.train);
+    loader_close(run.val);
+    tokenizer_free(run.tokenizer);
+    gpt_free(&model);
+    return 0;
+}
+
+#endif
