@@ -144,6 +144,16 @@ static void epochs_are_different_permutations(void** state) {
     loader_close(loader);
 }
 
+// The order is part of what a run means: a version that changes it cannot resume the runs of this one.
+static void the_order_is_this_one(void** state) {
+    (void)state;
+    const uint64_t order[2][9] = {{3, 6, 5, 1, 0, 2, 4, 7, 8}, {6, 0, 7, 1, 2, 3, 4, 5, 8}};
+    write_usual_shards();
+    DataLoader* loader = open_usual(5, 7, 1);
+    for (uint64_t s = 0; s < 18; s++) assert_int_equal(loader_window(loader, s), order[s / 9][s % 9]);
+    loader_close(loader);
+}
+
 static void batch_size_does_not_matter(void** state) {
     (void)state;
     write_usual_shards();
@@ -186,6 +196,16 @@ static void windows_end_at_shard_borders(void** state) {
     loader_close(loader);
 }
 
+static void the_vocabulary_can_be_asked_before(void** state) {
+    (void)state;
+    ShardRecipe said = recipe(2, 100, 0, 8192);
+    write_shard("b.bin", said);
+    assert_int_equal(loader_peek_vocabulary(in_folder("*.bin")), 0);
+    said.vocab_size = 8192;
+    write_shard("a.bin", said);
+    assert_int_equal(loader_peek_vocabulary(in_folder("*.bin")), 8192);
+}
+
 static void one_window_is_the_whole_shard(void** state) {
     (void)state;
     for (int kind = 2; kind <= 4; kind += 2) {
@@ -222,6 +242,15 @@ static void wide_tokens_and_the_last_of_the_vocabulary(void** state) {
     loader_close(loader);
 }
 
+static int open_files(void) {
+    DIR* directory = opendir("/proc/self/fd");
+    if (!directory) return 0; // then all counts agree
+    int count = 0;
+    while (readdir(directory)) count++;
+    closedir(directory);
+    return count;
+}
+
 static void many_shards_and_odd_names(void** state) {
     (void)state;
     enum { SHARDS = LOADER_OPEN_FILES + 40 };
@@ -230,15 +259,20 @@ static void many_shards_and_odd_names(void** state) {
         snprintf(name, sizeof(name), "s%04d.bin", i);
         write_shard(name, recipe(2, 4, 4 * i, 60000));
     }
+    int files_before = open_files();
     DataLoader* loader = open_usual(3, 5, 0);
+    int files_open = open_files();
+    assert_true(files_open - files_before <= LOADER_OPEN_FILES);
     assert_int_equal(loader_sequences(loader), SHARDS);
     int tokens[3], targets[3];
     for (int i = 0; i < SHARDS; i++) {
         assert_int_equal(loader_read(loader, (uint64_t)i, 1, tokens, targets), 1);
         assert_int_equal(tokens[0], 4 * i);
     }
+    assert_int_equal(open_files(), files_open);
     assert_true(loader_bytes(loader, 2) - loader_bytes(loader, 0) == 4 * 2 * 3 * sizeof(int));
     loader_close(loader);
+    assert_int_equal(open_files(), files_before);
 
     write_shard("[x].odd", recipe(2, 4, 1, 60000));
     loader = loader_open(in_folder("[x].odd"), 3, 60000, 0, 0, 0);
@@ -570,8 +604,10 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(permutation_is_a_bijection),
         in_own_folder(epochs_are_different_permutations),
+        in_own_folder(the_order_is_this_one),
         in_own_folder(batch_size_does_not_matter),
         in_own_folder(windows_end_at_shard_borders),
+        in_own_folder(the_vocabulary_can_be_asked_before),
         in_own_folder(one_window_is_the_whole_shard),
         in_own_folder(wide_tokens_and_the_last_of_the_vocabulary),
         in_own_folder(many_shards_and_odd_names),

@@ -80,8 +80,8 @@ static void schedules_at_the_edges(void** state) {
     assert_int_equal(schedule_decay_start(&s), 9);
     Schedule odd = {SCHEDULE_WSD, 1.0, 0, 7, 0.0, 0.2}; // 5.6 steps before the decay, rounded down
     assert_int_equal(schedule_decay_start(&odd), 5);
-    Schedule whole = {SCHEDULE_WSD, 1.0, 0, 10, 0.0, 0.3}; // 1 - 0.3 is a little below 0.7
-    assert_int_equal(schedule_decay_start(&whole), 7);
+    Schedule whole = {SCHEDULE_WSD, 1.0, 0, 5, 0.0, 0.8}; // (1 - 0.8) * 5 is a little below 1
+    assert_int_equal(schedule_decay_start(&whole), 1);
 }
 
 static void name_a_schedule(void* name) { (void)schedule_kind_from_name((const char*)name); }
@@ -204,6 +204,9 @@ static void sampling_edges(void** state) {
         int token = sample_token(logits, 8, 1.0f, ks[k], 1.0f, below_one, workspace);
         assert_true(token >= 0 && token != 4 && token != 6);
     }
+    float last[3] = {-INFINITY, 0,
+                     1}; // a draw that rounding puts at the very end is still a token with weight
+    assert_true(sample_token(last, 3, 1.0f, 0, 1.0f, 1.0, workspace) > 0);
     float infinite[4] = {1, INFINITY, 2, INFINITY};
     assert_int_equal(sample_token(infinite, 4, 1.0f, 0, 0.5f, 0.9, workspace), 1);
     int seen[4] = {0};
@@ -431,14 +434,15 @@ static void metrics_resume_oddities(void** state) {
     assert_null(strstr(text, "resume"));
     free(text);
     // Rubbish, zeros at the end as after a power cut, lines of nothing.
-    append("metrics.jsonl",
-           "\n\nrubbish\n{\n}\n{\"step\":}\n{\"event\":\"x\"}\n{\"step\":3,\"x\":1}\n{\"step\":99,}\n");
+    append("metrics.jsonl", "\n\nrubbish\n{\n}\n{\"step\":}\n{\"event\":\"x\"}\n{\"step\":3,\"x\":1}\n{"
+                            "\"step\":99,}\n{\"step\":2,\"cut\n");
     o = run_options(5, 1);
     metrics_start(m, &o);
     metrics_finish(m);
     text = contents("metrics.jsonl");
     assert_null(strstr(text, "rubbish"));
     assert_null(strstr(text, "\"step\":99"));
+    assert_null(strstr(text, "cut"));
     assert_non_null(strstr(text, "{\"step\":3,\"x\":1}\n"));
     free(text);
     // A run without description, and one without files.
