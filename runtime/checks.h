@@ -37,6 +37,7 @@ static const char* program_name = "moba.c";
 __attribute__((format(printf, 2, 0), noreturn)) static inline void
 fail_with(int exit_code, const char* format, va_list arguments) {
     fflush(stdout);
+    if (live_line_shown) fputc('\n', stderr);
     fprintf(stderr, "%s: ", program_name);
     vfprintf(stderr, format, arguments);
     fputc('\n', stderr);

@@ -137,7 +137,8 @@ static void residual_rmsnorm_backward_case(floatX* const* din, const floatX* dou
 
 static void test_rmsnorm(void** state) {
     (void)state;
-    const int widths[] = {2, 5, 64, 97, 130}; // of one channel the norm is a sign: its gradient is all cancellation
+    const int widths[] = {2, 5, 64, 97,
+                          130}; // of one channel the norm is a sign: its gradient is all cancellation
     for (int i = 0; i < 5; i++) {
         size_t C = (size_t)widths[i], rows = 3;
         Operation norm = {"rmsnorm",
