@@ -1,11 +1,10 @@
 /*
 Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes the files.
 
-    checkpoint_clean("out");                                      // at start: what a killed run left
-half-written checkpoint_save("out", &config, &layout.table, &state, params, exp_avg, exp_avg_sq, tokenizer, 3,
-stream);
+    checkpoint_clean("out");                           // at start: removes what a killed run left half-written
+    checkpoint_save("out", &config, &layout.table, &state, params, exp_avg, exp_avg_sq, tokenizer, 3, stream);
 
-    char path[PATH_MAX];                                          // at --resume
+    char path[PATH_MAX];                               // at --resume
     if (checkpoint_latest("out", path)) {
         checkpoint_check_same_model(path, &config);
         TrainingState state = checkpoint_load_state(path);
@@ -13,12 +12,13 @@ stream);
         checkpoint_load_optimizer(path, &layout.table, exp_avg, exp_avg_sq, stream);
     }
 
-    checkpoint_resolve("out", path);      // what a user names: a checkpoint, an output directory, a Llama
-model ModelConfig config = checkpoint_read_config(path);
+    checkpoint_resolve("out", path);                   // a checkpoint, an output directory or a saved Llama
+    ModelConfig config = checkpoint_read_config(path);
 
 Include the device's header (dev/cpu/device.h or its CUDA twin) first: parameters and optimizer state live in
-device memory and are touched only by copy_to_host() and copy_to_device(), in pieces of CHECKPOINT_CHUNK
-bytes. Everything that cannot be read or written ends the program with one line and exit code 1.
+device memory and are touched only by copy_to_host(), copy_to_device() and device_zero(), the copies in pieces
+of CHECKPOINT_CHUNK bytes. Everything that cannot be read or written ends the program with one line and exit
+code 1.
 */
 #ifndef RUNTIME_CHECKPOINT_H
 #define RUNTIME_CHECKPOINT_H

@@ -110,7 +110,8 @@ static inline void json_add_double(cJSON* object, const char* key, double value)
         snprintf(digits, sizeof(digits), "%.*g", precision, value);
         if (strtod(digits, NULL) == value) break;
     }
-    if (!strpbrk(digits, ".e")) strcat(digits, ".0"); // 10000.0: Python, too, reads it as a float
+    if (fabs(value) < 1e15 && value == floor(value)) // 10000.0, which Python, too, reads as a float
+        snprintf(digits, sizeof(digits), "%.1f", value);
     cJSON_AddRawToObject(object, key, digits);
 }
 
