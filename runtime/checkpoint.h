@@ -449,8 +449,10 @@ static inline void checkpoint_check_same_model(const char* directory, const Mode
     same_number(directory, "--vocab", saved.vocab_size, want->vocab_size);
     same_number(directory, "--sequence-length", saved.sequence_length, want->sequence_length);
     same_number(directory, "--tied", saved.tied, want->tied);
-    same_number(directory, "--norm-eps", (double)saved.norm_eps, (double)want->norm_eps);
-    same_number(directory, "--rope-theta", (double)saved.rope_theta, (double)want->rope_theta);
+    same_number(directory, "--norm-eps", json_float_as_double(saved.norm_eps),
+                json_float_as_double(want->norm_eps));
+    same_number(directory, "--rope-theta", json_float_as_double(saved.rope_theta),
+                json_float_as_double(want->rope_theta));
     for (int l = 0; l < want->layers; l++) {
         if (layer_kind(&saved, l) != layer_kind(want, l))
             same_text(directory, "--pattern", saved.pattern, want->pattern);
@@ -827,14 +829,16 @@ static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
 // checkpoint, or a model saved by transformers), else the latest checkpoint in it. Fails when there is
 // neither.
 static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
-    path_format(path, "%s/config.json", given);
-    if (path_exists(path)) {
-        path_format(path, "%s", given);
+    char directory[PATH_MAX], config_path[PATH_MAX];
+    path_format(directory, "%s", given); // the caller may pass one buffer for both
+    path_format(config_path, "%s/config.json", directory);
+    if (path_exists(config_path)) {
+        path_format(path, "%s", directory);
         return;
     }
-    if (!path_exists(given)) fail("%s: %s", given, strerror(errno));
-    if (!checkpoint_latest(given, path))
-        fail("%s: no checkpoint: neither a config.json nor a step_* directory in it", given);
+    if (!path_exists(directory)) fail("%s: %s", directory, strerror(errno));
+    if (!checkpoint_latest(directory, path))
+        fail("%s: no checkpoint: neither a config.json nor a step_* directory in it", directory);
 }
 
 static inline void checkpoint_write_latest(const char* output, int step) {

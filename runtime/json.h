@@ -115,14 +115,25 @@ static inline void json_add_double(cJSON* object, const char* key, double value)
     cJSON_AddRawToObject(object, key, digits);
 }
 
-// Likewise of a float: 1e-05, not its neighbour among the doubles.
-static inline void json_add_float(cJSON* object, const char* key, float value) {
-    char digits[40] = "0";
+// The fewest digits that read back as the same float: 1e-05, not its neighbour among the doubles.
+static inline double json_float_as_double(float value) {
+    char digits[40];
     for (int precision = 1; precision <= 9 && isfinite(value); precision++) {
         snprintf(digits, sizeof(digits), "%.*g", precision, (double)value);
-        if (strtof(digits, NULL) == value) break;
+        if (strtof(digits, NULL) == value) return strtod(digits, NULL);
     }
-    json_add_double(object, key, isfinite(value) ? strtod(digits, NULL) : (double)value);
+    return (double)value;
+}
+
+static inline void json_add_float(cJSON* object, const char* key, float value) {
+    json_add_double(object, key, json_float_as_double(value));
+}
+
+// A whole number up to 2^53; cJSON's own printing may be one off from 2^52 on.
+static inline void json_add_whole(cJSON* object, const char* key, long value) {
+    char digits[24];
+    snprintf(digits, sizeof(digits), "%ld", value);
+    cJSON_AddRawToObject(object, key, digits);
 }
 
 static inline void json_add_uint64(cJSON* object, const char* key, uint64_t value) {
