@@ -103,10 +103,10 @@ static inline void checkpoint_write_state(const char* path, const TrainingState*
         const void* value = (const char*)state + field->offset;
         switch (field->type) {
         case STATE_INT:
-            cJSON_AddNumberToObject(json, field->name, *(const int*)value);
+            json_add_whole(json, field->name, *(const int*)value);
             break;
         case STATE_LONG:
-            cJSON_AddNumberToObject(json, field->name, (double)*(const long*)value);
+            json_add_whole(json, field->name, *(const long*)value);
             break;
         case STATE_UINT64:
             json_add_uint64(json, field->name, *(const uint64_t*)value);
