@@ -126,7 +126,7 @@ static inline void checkpoint_write_state(const char* path, const TrainingState*
 static inline void checkpoint_parse_field(void* value, const StateField* field, const cJSON* item,
                                           const char* path) {
     uint64_t whole = 0;
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     int good = 0;
     switch (field->type) {
     case STATE_INT:
@@ -228,7 +228,7 @@ static inline int tokenizer_end_of_text(const char* tokenizer_path, int vocab_si
     const cJSON* added = json_get(tokenizer, "added_tokens");
     uint64_t id = UINT64_MAX;
     for (const cJSON* token = added ? added->child : NULL; token; token = token->next) {
-        const char* content = cJSON_GetStringValue((cJSON*)json_get(token, "content"));
+        const char* content = json_text(json_get(token, "content"));
         if (content && !strcmp(content, "<|endoftext|>") && json_get_whole(json_get(token, "id"), &id)) break;
     }
     cJSON_Delete(tokenizer);
@@ -280,7 +280,7 @@ static inline void config_want_text(const cJSON* json, const char* key, const ch
                                     const char* path) {
     const cJSON* item = json_get(json, key);
     if (!item || cJSON_IsNull(item)) return;
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     if (!text || strcmp(text, wanted))
         fail("%s: %s is %s, but only %s is computed here", path, key, text ? json_shown(text) : "not a text",
              wanted);
@@ -346,9 +346,9 @@ static inline void config_read_variant(ModelConfig* config, ModelVariant* varian
     strcpy(variant->gqa, "gqa");
     const cJSON* moba = json_get(json, "moba");
     if (!moba) return;
-    const char* attn = cJSON_GetStringValue((cJSON*)json_get(moba, "attn"));
-    const char* gqa = cJSON_GetStringValue((cJSON*)json_get(moba, "gqa"));
-    const char* pattern = cJSON_GetStringValue((cJSON*)json_get(moba, "pattern"));
+    const char* attn = json_text(json_get(moba, "attn"));
+    const char* gqa = json_text(json_get(moba, "gqa"));
+    const char* pattern = json_text(json_get(moba, "pattern"));
     if (!attn || strlen(attn) >= sizeof(variant->attn) || !gqa || strlen(gqa) >= sizeof(variant->gqa))
         fail("%s: moba must have attn and gqa, both short texts", path);
     if (!pattern || !pattern[0] || strlen(pattern) > PATTERN_MAX || strspn(pattern, "GS") != strlen(pattern))
@@ -383,7 +383,7 @@ static inline ModelConfig checkpoint_read_config_and_variant(const char* directo
     char path[PATH_MAX];
     path_format(path, "%s/config.json", directory);
     cJSON* json = json_read_object(path);
-    const char* type = cJSON_GetStringValue((cJSON*)json_get(json, "model_type"));
+    const char* type = json_text(json_get(json, "model_type"));
     if (!type) fail("%s: no model_type: not a model's configuration", path);
     if (strcmp(type, "llama") && strcmp(type, "moba"))
         fail("%s: model_type %s, but only llama and this program's own models (moba) are read", path,

@@ -63,6 +63,11 @@ static inline const cJSON* json_get(const cJSON* object, const char* key) {
     return cJSON_GetObjectItemCaseSensitive(object, key);
 }
 
+// NULL where the item is no string, or not there.
+static inline const char* json_text(const cJSON* item) {
+    return cJSON_IsString(item) ? item->valuestring : NULL;
+}
+
 // 1 and the value where the item is a whole number from 0 to 2^53, which doubles hold exactly; else 0.
 static inline int json_get_whole(const cJSON* item, uint64_t* value) {
     if (!cJSON_IsNumber(item)) return 0;
@@ -78,7 +83,7 @@ static inline int json_get_double(const cJSON* item, double* value) {
         *value = item->valuedouble;
         return isfinite(*value);
     }
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     if (!text) return 0;
     if (!strcmp(text, "inf")) return *value = INFINITY, 1;
     if (!strcmp(text, "-inf")) return *value = -INFINITY, 1;
@@ -88,7 +93,7 @@ static inline int json_get_double(const cJSON* item, double* value) {
 
 // As json_add_uint64() writes it: a string of decimal digits.
 static inline int json_get_uint64(const cJSON* item, uint64_t* value) {
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     if (!text || !isdigit((unsigned char)text[0])) return 0;
     char* end;
     errno = 0;
