@@ -40,7 +40,6 @@ typedef struct {
     uint64_t seed;
     long total_batch;    // tokens a step
     int sequence_length; // T
-    long tokens_seen;
     // schedule and optimizer
     char schedule[16]; // cosine, linear, constant, wsd
     long max_steps;
@@ -53,8 +52,6 @@ typedef struct {
     // results
     double train_loss;      // of the last step
     double val_loss;        // the last one measured; nan before the first
-    double best_val_loss;   // likewise
-    double elapsed_seconds; // of training, over all the runs that led here
 } TrainingState;
 
 // The one list that writing and reading share. A new member of TrainingState needs one line here, with the
@@ -76,7 +73,6 @@ static const StateField state_fields[] = {
     STATE_FIELD(STATE_UINT64, seed, 1),
     STATE_FIELD(STATE_LONG, total_batch, 1),
     STATE_FIELD(STATE_INT, sequence_length, 1),
-    STATE_FIELD(STATE_LONG, tokens_seen, 1),
     STATE_FIELD(STATE_TEXT, schedule, 1),
     STATE_FIELD(STATE_LONG, max_steps, 1),
     STATE_FIELD(STATE_LONG, warmup_steps, 1),
@@ -90,8 +86,6 @@ static const StateField state_fields[] = {
     STATE_FIELD(STATE_DOUBLE, grad_clip, 1),
     STATE_FIELD(STATE_DOUBLE, train_loss, 1),
     STATE_FIELD(STATE_DOUBLE, val_loss, 1),
-    STATE_FIELD(STATE_DOUBLE, best_val_loss, 1),
-    STATE_FIELD(STATE_DOUBLE, elapsed_seconds, 1),
 };
 #define STATE_FIELDS ((int)(sizeof(state_fields) / sizeof(state_fields[0])))
 
