@@ -33,7 +33,8 @@ typedef struct {
     long total_batch;
     // Optimizer
     long steps; // -1: one epoch
-    double learning_rate, warmup, final_lr_fraction, decay_fraction;
+    double learning_rate, final_lr_fraction, decay_fraction;
+    int warmup; // steps
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
     // Life
@@ -175,7 +176,8 @@ static const struct argp_option option_table[] = {
 // An option as a user types it, for messages.
 static inline const char* option_name(int key) {
     static char name[64];
-    for (const struct argp_option* option = option_table; option->name || option->key || option->doc; option++) {
+    for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
+         option++) {
         if (option->key != key) continue;
         if (option->name) snprintf(name, sizeof(name), "--%s", option->name);
         else snprintf(name, sizeof(name), "-%c", key);
@@ -283,7 +285,7 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->schedule = schedule_kind_from_name(text);
         break;
     case 'u':
-        options->warmup = (double)option_integer(key, text, 0, INT_MAX);
+        options->warmup = (int)option_integer(key, text, 0, INT_MAX);
         break;
     case 'q':
         options->final_lr_fraction = option_number(key, text, 0, 1);
@@ -384,14 +386,16 @@ static inline const struct argp_option* option_find(const char* argument, const 
     const size_t length = strcspn(argument + 2, "=");
     const struct argp_option* found = NULL;
     int matches = 0;
-    for (const struct argp_option* option = option_table; option->name || option->key || option->doc; option++) {
+    for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
+         option++) {
         if (!is_long && option->key == argument[1]) found = option;
         if (!is_long || !option->name || strncmp(option->name, argument + 2, length) != 0) continue;
         found = option;
         if (strlen(option->name) == length) matches = -1000; // a whole name beats the beginnings of others
         if (++matches < 0) break;
     }
-    *value = is_long ? (argument[2 + length] ? argument + 3 + length : NULL) : (argument[2] ? argument + 2 : NULL);
+    *value =
+        is_long ? (argument[2 + length] ? argument + 3 + length : NULL) : (argument[2] ? argument + 2 : NULL);
     return matches > 1 ? NULL : found;
 }
 

@@ -304,8 +304,7 @@ static void run_fill(Run* run, int step) {
     state->epsilon = 5e-324;
     state->weight_decay = -0.0;
     state->val_loss = step % 2 ? NAN : 3.25;
-    state->best_val_loss = INFINITY;
-    state->elapsed_seconds = 1e22 / 3;
+    state->train_loss = INFINITY;
 }
 
 static Run run_make(ModelConfig config) {
@@ -834,9 +833,9 @@ static void test_bad_config(void** unused) {
         {"\"seed\":\t\"", "\"seed\":\"-", "seed must be decimal digits"},
         {"\"seed\":\t\"", "\"seed\":\"x", "seed must be decimal digits"},
         {"\"cosine\"", "\"a schedule with a long name\"", "schedule must be a short text"},
-        {"\"best_val_loss\":\t\"inf\"", "\"best_val_loss\":\"many\"", "best_val_loss must be a number"},
-        {"\"best_val_loss\":\t\"inf\"", "\"best_val_loss\":1e999", "best_val_loss must be a number"},
-        {"\"best_val_loss\":\t\"inf\"", "\"best_val_loss\":[]", "best_val_loss must be a number"},
+        {"\"train_loss\":\t\"inf\"", "\"train_loss\":\"many\"", "train_loss must be a number"},
+        {"\"train_loss\":\t\"inf\"", "\"train_loss\":1e999", "train_loss must be a number"},
+        {"\"train_loss\":\t\"inf\"", "\"train_loss\":[]", "train_loss must be a number"},
         {"{", "{\"later\":3,", NULL},
     };
     expect_edits(directory, "state.json", call_state, state_edits,
