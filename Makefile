@@ -5,7 +5,9 @@
 #
 # Binaries lie side by side in build/, named by their flags; build/train_gpt is the one built last.
 
-CC ?= gcc
+ifeq ($(origin CC),default)
+  CC := gcc
+endif
 BUILD ?= build
 
 # ----------------------------------------------------------------------------

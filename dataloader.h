@@ -436,7 +436,10 @@ static inline int loader_next(DataLoader* loader, const int** tokens, const int*
     while (loader->filled <= i && !loader->failed) pthread_cond_wait(&loader->changed, &loader->lock);
     int missing = loader->filled <= i;
     pthread_mutex_unlock(&loader->lock);
-    if (missing) fail("%s", loader->message);
+    if (missing) {
+        loader_stop(loader); // the thread has returned already
+        fail("%s", loader->message);
+    }
     *tokens = loader->tokens_of[i % 2];
     *targets = loader->targets_of[i % 2];
     return loader->rows_of[i % 2];

@@ -392,6 +392,8 @@ static void gpt_next_logits(Model* model, float* logits, const int* tokens, int 
     for (int v = 0; v < model->config.vocab_size; v++) logits[v] = (float)scratch[v];
 }
 
+#ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
+
 // Where sampled text goes: the terminal, and as tokens where there is no tokenizer.
 static void print_token(const Tokenizer* tokenizer, int token) {
     size_t length = 0;
@@ -442,8 +444,6 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
     free(scratch);
     free(workspace);
 }
-
-#ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
 
 // Runs the model over --tokens and writes all logits: how other programs are compared with this one.
 static void write_logits(Model* model, const Options* options) {
@@ -559,10 +559,10 @@ static void open_data(Run* run) {
         fail_usage("--steps: one pass over the data is too many; give --steps");
     run->steps = options->steps < 0 ? (int)one_epoch : (int)options->steps;
     if (options->warmup > run->steps)
-        fail_usage("--warmup %d: more than the %d steps of the run", (int)options->warmup, run->steps);
+        fail_usage("--warmup %d: more than the %d steps of the run", options->warmup, run->steps);
     run->schedule.kind = options->schedule;
     run->schedule.max_lr = options->learning_rate;
-    run->schedule.warmup = (int)options->warmup;
+    run->schedule.warmup = options->warmup;
     run->schedule.steps = run->steps;
     run->schedule.final_fraction = options->final_lr_fraction;
     run->schedule.decay_fraction = options->decay_fraction;
@@ -765,6 +765,27 @@ static void start_metrics(Metrics* metrics, const Run* run) {
 // A step that is due every `every` steps, and at the last one; never with 0.
 static int is_due(long every, int step, int last) { return every > 0 && (step % every == 0 || last); }
 
+// What a checkpoint's state.json says of the settings; where the run stands is added as it goes.
+static void describe_state(Run* run) {
+    const Options* options = &run->options;
+    TrainingState* state = &run->state;
+    state->seed = options->seed;
+    state->total_batch = options->total_batch;
+    state->sequence_length = run->config.sequence_length;
+    snprintf(state->schedule, sizeof(state->schedule), "%s", schedule_name(options->schedule));
+    state->max_steps = run->steps;
+    state->warmup_steps = run->schedule.warmup;
+    state->learning_rate = options->learning_rate;
+    state->final_lr_fraction = options->final_lr_fraction;
+    state->decay_fraction = options->decay_fraction;
+    state->beta1 = options->beta1;
+    state->beta2 = options->beta2;
+    state->epsilon = options->eps;
+    state->weight_decay = options->weight_decay;
+    state->grad_clip = options->clip;
+    if (run->state.step == 0) state->train_loss = state->val_loss = NAN;
+}
+
 // From the step that the run stands at to its end, or until it is told to stop.
 static void train(Model* model, Run* run) {
     const Options* options = &run->options;
@@ -808,6 +829,7 @@ static void train(Model* model, Run* run) {
         double begun = seconds_now(), norm = 0, rate = learning_rate(&run->schedule, step);
         double loss = train_step(model, run, rate, step, &norm);
         run->state.sequences_seen += (uint64_t)run->sequences_per_step;
+        run->state.train_loss = loss;
         if (!isfinite(loss) || !isfinite(norm)) {
             metrics_finish(&metrics);
             fail("step %d: the loss is %g and the gradient's norm %g: training has diverged; lower "
@@ -868,9 +890,7 @@ int main(int argc, char** argv) {
             checkpoint_load_model(run.init_from, &model.layout.table, model.params, model.stream);
         else gpt_initialize(&model, options->seed);
     }
-    run.state.seed = options->seed;
-    run.state.total_batch = options->total_batch;
-    run.state.sequence_length = T;
+    describe_state(&run);
 
     train(&model, &run);
 

@@ -1,11 +1,10 @@
 /*
 Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes the files.
 
-    checkpoint_clean("out");                                      // at start: what a killed run left
-half-written checkpoint_save("out", &config, &layout.table, &state, params, exp_avg, exp_avg_sq, tokenizer, 3,
-stream);
+    checkpoint_clean("out");                           // at start: removes what a killed run left half-written
+    checkpoint_save("out", &config, &layout.table, &state, params, exp_avg, exp_avg_sq, tokenizer, 3, stream);
 
-    char path[PATH_MAX];                                          // at --resume
+    char path[PATH_MAX];                               // at --resume
     if (checkpoint_latest("out", path)) {
         checkpoint_check_same_model(path, &config);
         TrainingState state = checkpoint_load_state(path);
@@ -13,12 +12,13 @@ stream);
         checkpoint_load_optimizer(path, &layout.table, exp_avg, exp_avg_sq, stream);
     }
 
-    checkpoint_resolve("out", path);      // what a user names: a checkpoint, an output directory, a Llama
-model ModelConfig config = checkpoint_read_config(path);
+    checkpoint_resolve("out", path);                   // a checkpoint, an output directory or a saved Llama
+    ModelConfig config = checkpoint_read_config(path);
 
 Include the device's header (dev/cpu/device.h or its CUDA twin) first: parameters and optimizer state live in
-device memory and are touched only by copy_to_host() and copy_to_device(), in pieces of CHECKPOINT_CHUNK
-bytes. Everything that cannot be read or written ends the program with one line and exit code 1.
+device memory and are touched only by copy_to_host(), copy_to_device() and device_zero(), the copies in pieces
+of CHECKPOINT_CHUNK bytes. Everything that cannot be read or written ends the program with one line and exit
+code 1.
 */
 #ifndef RUNTIME_CHECKPOINT_H
 #define RUNTIME_CHECKPOINT_H
@@ -40,7 +40,6 @@ typedef struct {
     uint64_t seed;
     long total_batch;    // tokens a step
     int sequence_length; // T
-    long tokens_seen;
     // schedule and optimizer
     char schedule[16]; // cosine, linear, constant, wsd
     long max_steps;
@@ -53,8 +52,6 @@ typedef struct {
     // results
     double train_loss;      // of the last step
     double val_loss;        // the last one measured; nan before the first
-    double best_val_loss;   // likewise
-    double elapsed_seconds; // of training, over all the runs that led here
 } TrainingState;
 
 // The one list that writing and reading share. A new member of TrainingState needs one line here, with the
@@ -76,7 +73,6 @@ static const StateField state_fields[] = {
     STATE_FIELD(STATE_UINT64, seed, 1),
     STATE_FIELD(STATE_LONG, total_batch, 1),
     STATE_FIELD(STATE_INT, sequence_length, 1),
-    STATE_FIELD(STATE_LONG, tokens_seen, 1),
     STATE_FIELD(STATE_TEXT, schedule, 1),
     STATE_FIELD(STATE_LONG, max_steps, 1),
     STATE_FIELD(STATE_LONG, warmup_steps, 1),
@@ -90,8 +86,6 @@ static const StateField state_fields[] = {
     STATE_FIELD(STATE_DOUBLE, grad_clip, 1),
     STATE_FIELD(STATE_DOUBLE, train_loss, 1),
     STATE_FIELD(STATE_DOUBLE, val_loss, 1),
-    STATE_FIELD(STATE_DOUBLE, best_val_loss, 1),
-    STATE_FIELD(STATE_DOUBLE, elapsed_seconds, 1),
 };
 #define STATE_FIELDS ((int)(sizeof(state_fields) / sizeof(state_fields[0])))
 
@@ -103,10 +97,10 @@ static inline void checkpoint_write_state(const char* path, const TrainingState*
         const void* value = (const char*)state + field->offset;
         switch (field->type) {
         case STATE_INT:
-            cJSON_AddNumberToObject(json, field->name, *(const int*)value);
+            json_add_whole(json, field->name, *(const int*)value);
             break;
         case STATE_LONG:
-            cJSON_AddNumberToObject(json, field->name, (double)*(const long*)value);
+            json_add_whole(json, field->name, *(const long*)value);
             break;
         case STATE_UINT64:
             json_add_uint64(json, field->name, *(const uint64_t*)value);
@@ -126,7 +120,7 @@ static inline void checkpoint_write_state(const char* path, const TrainingState*
 static inline void checkpoint_parse_field(void* value, const StateField* field, const cJSON* item,
                                           const char* path) {
     uint64_t whole = 0;
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     int good = 0;
     switch (field->type) {
     case STATE_INT:
@@ -228,7 +222,7 @@ static inline int tokenizer_end_of_text(const char* tokenizer_path, int vocab_si
     const cJSON* added = json_get(tokenizer, "added_tokens");
     uint64_t id = UINT64_MAX;
     for (const cJSON* token = added ? added->child : NULL; token; token = token->next) {
-        const char* content = cJSON_GetStringValue((cJSON*)json_get(token, "content"));
+        const char* content = json_text(json_get(token, "content"));
         if (content && !strcmp(content, "<|endoftext|>") && json_get_whole(json_get(token, "id"), &id)) break;
     }
     cJSON_Delete(tokenizer);
@@ -280,7 +274,7 @@ static inline void config_want_text(const cJSON* json, const char* key, const ch
                                     const char* path) {
     const cJSON* item = json_get(json, key);
     if (!item || cJSON_IsNull(item)) return;
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     if (!text || strcmp(text, wanted))
         fail("%s: %s is %s, but only %s is computed here", path, key, text ? json_shown(text) : "not a text",
              wanted);
@@ -346,9 +340,9 @@ static inline void config_read_variant(ModelConfig* config, ModelVariant* varian
     strcpy(variant->gqa, "gqa");
     const cJSON* moba = json_get(json, "moba");
     if (!moba) return;
-    const char* attn = cJSON_GetStringValue((cJSON*)json_get(moba, "attn"));
-    const char* gqa = cJSON_GetStringValue((cJSON*)json_get(moba, "gqa"));
-    const char* pattern = cJSON_GetStringValue((cJSON*)json_get(moba, "pattern"));
+    const char* attn = json_text(json_get(moba, "attn"));
+    const char* gqa = json_text(json_get(moba, "gqa"));
+    const char* pattern = json_text(json_get(moba, "pattern"));
     if (!attn || strlen(attn) >= sizeof(variant->attn) || !gqa || strlen(gqa) >= sizeof(variant->gqa))
         fail("%s: moba must have attn and gqa, both short texts", path);
     if (!pattern || !pattern[0] || strlen(pattern) > PATTERN_MAX || strspn(pattern, "GS") != strlen(pattern))
@@ -383,7 +377,7 @@ static inline ModelConfig checkpoint_read_config_and_variant(const char* directo
     char path[PATH_MAX];
     path_format(path, "%s/config.json", directory);
     cJSON* json = json_read_object(path);
-    const char* type = cJSON_GetStringValue((cJSON*)json_get(json, "model_type"));
+    const char* type = json_text(json_get(json, "model_type"));
     if (!type) fail("%s: no model_type: not a model's configuration", path);
     if (strcmp(type, "llama") && strcmp(type, "moba"))
         fail("%s: model_type %s, but only llama and this program's own models (moba) are read", path,
@@ -449,8 +443,10 @@ static inline void checkpoint_check_same_model(const char* directory, const Mode
     same_number(directory, "--vocab", saved.vocab_size, want->vocab_size);
     same_number(directory, "--sequence-length", saved.sequence_length, want->sequence_length);
     same_number(directory, "--tied", saved.tied, want->tied);
-    same_number(directory, "--norm-eps", (double)saved.norm_eps, (double)want->norm_eps);
-    same_number(directory, "--rope-theta", (double)saved.rope_theta, (double)want->rope_theta);
+    same_number(directory, "--norm-eps", json_float_as_double(saved.norm_eps),
+                json_float_as_double(want->norm_eps));
+    same_number(directory, "--rope-theta", json_float_as_double(saved.rope_theta),
+                json_float_as_double(want->rope_theta));
     for (int l = 0; l < want->layers; l++) {
         if (layer_kind(&saved, l) != layer_kind(want, l))
             same_text(directory, "--pattern", saved.pattern, want->pattern);
@@ -827,14 +823,16 @@ static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
 // checkpoint, or a model saved by transformers), else the latest checkpoint in it. Fails when there is
 // neither.
 static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
-    path_format(path, "%s/config.json", given);
-    if (path_exists(path)) {
-        path_format(path, "%s", given);
+    char directory[PATH_MAX], config_path[PATH_MAX];
+    path_format(directory, "%s", given); // the caller may pass one buffer for both
+    path_format(config_path, "%s/config.json", directory);
+    if (path_exists(config_path)) {
+        path_format(path, "%s", directory);
         return;
     }
-    if (!path_exists(given)) fail("%s: %s", given, strerror(errno));
-    if (!checkpoint_latest(given, path))
-        fail("%s: no checkpoint: neither a config.json nor a step_* directory in it", given);
+    if (!path_exists(directory)) fail("%s: %s", directory, strerror(errno));
+    if (!checkpoint_latest(directory, path))
+        fail("%s: no checkpoint: neither a config.json nor a step_* directory in it", directory);
 }
 
 static inline void checkpoint_write_latest(const char* output, int step) {

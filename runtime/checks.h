@@ -34,9 +34,13 @@ whatever way the process exits, what is registered then is removed, so that noth
 // The name that opens every message; a program's main sets it first thing.
 static const char* program_name = "moba.c";
 
+// 1 while a live line stands on the terminal: a message then begins on a line of its own.
+static int live_line_shown = 0;
+
 __attribute__((format(printf, 2, 0), noreturn)) static inline void
 fail_with(int exit_code, const char* format, va_list arguments) {
     fflush(stdout);
+    if (live_line_shown) fputc('\n', stderr);
     fprintf(stderr, "%s: ", program_name);
     vfprintf(stderr, format, arguments);
     fputc('\n', stderr);

@@ -63,6 +63,11 @@ static inline const cJSON* json_get(const cJSON* object, const char* key) {
     return cJSON_GetObjectItemCaseSensitive(object, key);
 }
 
+// NULL where the item is no string, or not there.
+static inline const char* json_text(const cJSON* item) {
+    return cJSON_IsString(item) ? item->valuestring : NULL;
+}
+
 // 1 and the value where the item is a whole number from 0 to 2^53, which doubles hold exactly; else 0.
 static inline int json_get_whole(const cJSON* item, uint64_t* value) {
     if (!cJSON_IsNumber(item)) return 0;
@@ -78,7 +83,7 @@ static inline int json_get_double(const cJSON* item, double* value) {
         *value = item->valuedouble;
         return isfinite(*value);
     }
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     if (!text) return 0;
     if (!strcmp(text, "inf")) return *value = INFINITY, 1;
     if (!strcmp(text, "-inf")) return *value = -INFINITY, 1;
@@ -88,7 +93,7 @@ static inline int json_get_double(const cJSON* item, double* value) {
 
 // As json_add_uint64() writes it: a string of decimal digits.
 static inline int json_get_uint64(const cJSON* item, uint64_t* value) {
-    const char* text = cJSON_GetStringValue((cJSON*)item);
+    const char* text = json_text(item);
     if (!text || !isdigit((unsigned char)text[0])) return 0;
     char* end;
     errno = 0;
@@ -110,18 +115,30 @@ static inline void json_add_double(cJSON* object, const char* key, double value)
         snprintf(digits, sizeof(digits), "%.*g", precision, value);
         if (strtod(digits, NULL) == value) break;
     }
-    if (!strpbrk(digits, ".e")) strcat(digits, ".0"); // 10000.0: Python, too, reads it as a float
+    if (fabs(value) < 1e15 && value == floor(value)) // 10000.0, which Python, too, reads as a float
+        snprintf(digits, sizeof(digits), "%.1f", value);
     cJSON_AddRawToObject(object, key, digits);
 }
 
-// Likewise of a float: 1e-05, not its neighbour among the doubles.
-static inline void json_add_float(cJSON* object, const char* key, float value) {
-    char digits[40] = "0";
+// The fewest digits that read back as the same float: 1e-05, not its neighbour among the doubles.
+static inline double json_float_as_double(float value) {
+    char digits[40];
     for (int precision = 1; precision <= 9 && isfinite(value); precision++) {
         snprintf(digits, sizeof(digits), "%.*g", precision, (double)value);
-        if (strtof(digits, NULL) == value) break;
+        if (strtof(digits, NULL) == value) return strtod(digits, NULL);
     }
-    json_add_double(object, key, isfinite(value) ? strtod(digits, NULL) : (double)value);
+    return (double)value;
+}
+
+static inline void json_add_float(cJSON* object, const char* key, float value) {
+    json_add_double(object, key, json_float_as_double(value));
+}
+
+// A whole number up to 2^53; cJSON's own printing may be one off from 2^52 on.
+static inline void json_add_whole(cJSON* object, const char* key, long value) {
+    char digits[24];
+    snprintf(digits, sizeof(digits), "%ld", value);
+    cJSON_AddRawToObject(object, key, digits);
 }
 
 static inline void json_add_uint64(cJSON* object, const char* key, uint64_t value) {

@@ -5,11 +5,11 @@ Where a run is watched: three files in its output directory, and the terminal.
     metrics_describe_text(&options, "model", "d12");  metrics_start(&metrics, &options);
     metrics_step(&metrics, step + 1, loss, grad_norm, lr, seconds);  ...  metrics_finish(&metrics);
 
-metrics.jsonl   the run's description, {"event":"start", ...}, then a line a logged step (step, tokens, loss,
+metrics.jsonl   the run's description, {"event":"start", ...}, then a line a step (step, tokens, loss,
                 grad_norm, lr) and a validation (step, tokens, val_loss). Only what the flags determine is in it:
                 two runs with the same flags write the same bytes, interrupted and resumed or not. Every number
                 reads back as the same float or double; one that is not a number is null.
-timings.jsonl   what the clock says: a line a logged step (step, tokens, seconds, tokens_per_second, step_ms, and
+timings.jsonl   what the clock says: a line a step (step, tokens, seconds, tokens_per_second, step_ms, and
                 flops_per_second and mfu where they are known) and one an event (validation, checkpoint, ...; with
                 the seconds spent). "seconds" counts from the start of the run, and goes on over resumes.
 main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validation, "s:0 trl:..." for training.
@@ -44,10 +44,10 @@ A file that cannot be written ends the run with one line (exit code 1).
 
 // All zero is a run without files, with a line every step.
 typedef struct {
-    const char* directory; // where the files are; NULL: none
-    int resume_step;       // steps done before; 0: a new run, whose files begin empty
-    int total_steps;       // where the run ends
-    int log_every;         // steps between two logged ones; 0 is 1. The first and the last are always logged
+    const char* directory;    // where the files are; NULL: none
+    int resume_step;          // steps done before; 0: a new run, whose files begin empty
+    int total_steps;          // where the run ends
+    int log_every;            // steps between two plain lines of a display that is no terminal; 0 is 1
     uint64_t tokens_per_step; // of all ranks
     double flops_per_step;    // floating-point operations a step, forward and backward; 0: not known
     double peak_flops;        // of the machine, a second, all ranks; 0: not known, and MFU is left out
@@ -68,17 +68,13 @@ typedef struct {
 
     double clock_start;    // of this process's part of the run
     double seconds_before; // of the parts before
-    // Since the last logged step:
-    double interval_seconds;
-    int interval_steps;
     // For the display:
     int steps_here;         // in this process
     double first_step_done; // clock
     double smooth_seconds;  // a step's, averaged over about the last 20, without the first, which warms up
     int live;               // the terminal is one
     double redrawn;         // clock of the last time
-    int line_shown;
-    char line[256]; // the live line
+    char line[256];         // the live line
 } Metrics;
 
 // ----------------------------------------------------------------------------
@@ -246,21 +242,21 @@ static inline void metrics_draw(Metrics* m) {
     // The last column stays free: a terminal may wrap once it is written.
     fprintf(m->options.terminal, "\r%.*s\033[K", metrics_terminal_width(m) - 1, m->line);
     fflush(m->options.terminal);
-    m->line_shown = 1;
+    live_line_shown = 1;
     m->redrawn = metrics_clock();
 }
 
 // Takes the live line away, for something else to be printed in its place.
 static inline void metrics_clear(Metrics* m) {
-    if (m->line_shown) fprintf(m->options.terminal, "\r\033[K");
-    m->line_shown = 0;
+    if (live_line_shown) fprintf(m->options.terminal, "\r\033[K");
+    live_line_shown = 0;
 }
 
 // A line for the reader, above the live one. Quiet runs print none.
 __attribute__((format(printf, 2, 3))) static inline void metrics_message(Metrics* m, const char* format,
                                                                          ...) {
     if (m->options.quiet) return;
-    int redraw = m->line_shown;
+    int redraw = live_line_shown;
     metrics_clear(m);
     va_list arguments;
     va_start(arguments, format);
@@ -311,10 +307,10 @@ static inline void metrics_compose(Metrics* m, int step, double loss, double gra
              m->live ? "" : "step ", step, o->total_steps, loss, grad_norm, lr, tokens, flops, eta);
 }
 
-static inline void metrics_show(Metrics* m, int step, int logged, double loss, double grad_norm, double lr) {
+static inline void metrics_show(Metrics* m, int step, int shown, double loss, double grad_norm, double lr) {
     if (m->options.quiet) return;
-    int draw = m->live && (logged || metrics_clock() - m->redrawn >= METRICS_REDRAW_SECONDS);
-    if (!draw && (m->live || !logged)) return;
+    int draw = m->live && (shown || metrics_clock() - m->redrawn >= METRICS_REDRAW_SECONDS);
+    if (!draw && (m->live || !shown)) return;
     metrics_compose(m, step, loss, grad_norm, lr);
     if (m->live) {
         metrics_draw(m);
@@ -353,35 +349,29 @@ static inline void metrics_step(Metrics* m, int step, double loss, double grad_n
     const MetricsOptions* o = &m->options;
     if (++m->steps_here == 1) m->first_step_done = metrics_clock();
     m->smooth_seconds = m->steps_here <= 2 ? seconds : 0.95 * m->smooth_seconds + 0.05 * seconds;
-    m->interval_seconds += seconds;
-    m->interval_steps++;
-    int logged = step == 1 || step == o->total_steps || step % o->log_every == 0;
-    if (logged) {
-        char loss_text[METRICS_NUMBER_BYTES], norm_text[METRICS_NUMBER_BYTES], lr_text[METRICS_NUMBER_BYTES];
-        metrics_number(loss_text, loss);
-        metrics_number(norm_text, grad_norm);
-        metrics_number(lr_text, lr);
-        unsigned long long tokens = (unsigned long long)o->tokens_per_step * (unsigned long long)step;
-        metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"loss\":%s,\"grad_norm\":%s,\"lr\":%s}\n",
-                      step, tokens, loss_text, norm_text, lr_text);
+    char loss_text[METRICS_NUMBER_BYTES], norm_text[METRICS_NUMBER_BYTES], lr_text[METRICS_NUMBER_BYTES];
+    metrics_number(loss_text, loss);
+    metrics_number(norm_text, grad_norm);
+    metrics_number(lr_text, lr);
+    unsigned long long tokens = (unsigned long long)o->tokens_per_step * (unsigned long long)step;
+    metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"loss\":%s,\"grad_norm\":%s,\"lr\":%s}\n", step,
+                  tokens, loss_text, norm_text, lr_text);
 
-        double mean = m->interval_seconds / m->interval_steps, rate = mean > 0 ? 1.0 / mean : 0.0;
-        char speed[96] = "";
-        int used = 0;
-        if (o->flops_per_step > 0)
-            used = snprintf(speed, sizeof(speed), ",\"flops_per_second\":%.5g", o->flops_per_step * rate);
-        if (o->flops_per_step > 0 && o->peak_flops > 0)
-            snprintf(speed + used, sizeof(speed) - (size_t)used, ",\"mfu\":%.4f",
-                     o->flops_per_step * rate / o->peak_flops);
-        metrics_write(&m->timings,
-                      "{\"step\":%d,\"tokens\":%llu,\"seconds\":%.3f,\"tokens_per_second\":%.1f,"
-                      "\"step_ms\":%.3f%s}\n",
-                      step, tokens, metrics_seconds(m), (double)o->tokens_per_step * rate, 1e3 * mean, speed);
-        metrics_write(&m->log, "s:%d trl:%.4f lr:%.6f norm:%.2f\n", step - 1, loss, lr, grad_norm);
-        m->interval_seconds = 0;
-        m->interval_steps = 0;
-    }
-    metrics_show(m, step, logged, loss, grad_norm, lr);
+    double rate = seconds > 0 ? 1.0 / seconds : 0.0;
+    char speed[96] = "";
+    int used = 0;
+    if (o->flops_per_step > 0)
+        used = snprintf(speed, sizeof(speed), ",\"flops_per_second\":%.5g", o->flops_per_step * rate);
+    if (o->flops_per_step > 0 && o->peak_flops > 0)
+        snprintf(speed + used, sizeof(speed) - (size_t)used, ",\"mfu\":%.4f",
+                 o->flops_per_step * rate / o->peak_flops);
+    metrics_write(&m->timings,
+                  "{\"step\":%d,\"tokens\":%llu,\"seconds\":%.3f,\"tokens_per_second\":%.1f,"
+                  "\"step_ms\":%.3f%s}\n",
+                  step, tokens, metrics_seconds(m), (double)o->tokens_per_step * rate, 1e3 * seconds, speed);
+    metrics_write(&m->log, "s:%d trl:%.4f lr:%.6f norm:%.2f\n", step - 1, loss, lr, grad_norm);
+    int shown = step == 1 || step == o->total_steps || step % o->log_every == 0;
+    metrics_show(m, step, shown, loss, grad_norm, lr);
 }
 
 // Something other than a step that took `spent` seconds, such as a "checkpoint": timings only. `name` is a plain
@@ -409,9 +399,9 @@ static inline void metrics_validation(Metrics* m, int step, double val_loss, dou
 
 // Closes the files and leaves the terminal at the start of a new line.
 static inline void metrics_finish(Metrics* m) {
-    if (m->line_shown) fputc('\n', m->options.terminal);
+    if (live_line_shown) fputc('\n', m->options.terminal);
     if (!m->options.quiet) fflush(m->options.terminal);
-    m->line_shown = 0;
+    live_line_shown = 0;
     MetricsFile* files[] = {&m->metrics, &m->timings, &m->log};
     for (int i = 0; i < 3; i++) {
         if (files[i]->file) close_written_or_fail(files[i]->file, files[i]->path);

@@ -33,7 +33,8 @@ typedef struct {
     long total_batch;
     // Optimizer
     long steps; // -1: one epoch
-    double learning_rate, warmup, final_lr_fraction, decay_fraction;
+    double learning_rate, final_lr_fraction, decay_fraction;
+    int warmup; // steps
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
     // Life
@@ -172,23 +173,25 @@ static const struct argp_option option_table[] = {
     {0, 0, 0, 0, 0, 0},
 };
 
-// The long name of an option, for messages.
+// An option as a user types it, for messages.
 static inline const char* option_name(int key) {
-    static char letter[3] = "-?";
+    static char name[64];
     for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
-         option++)
-        if (option->key == key && option->name) return option->name;
-    letter[1] = (char)key;
-    return letter + 1;
+         option++) {
+        if (option->key != key) continue;
+        if (option->name) snprintf(name, sizeof(name), "--%s", option->name);
+        else snprintf(name, sizeof(name), "-%c", key);
+    }
+    return name;
 }
 
 static inline long option_integer(int key, const char* text, long low, long high) {
     char* end;
     errno = 0;
     long value = strtol(text, &end, 10);
-    if (end == text || *end || errno) fail_usage("--%s %s: want a whole number", option_name(key), text);
+    if (end == text || *end || errno) fail_usage("%s %s: want a whole number", option_name(key), text);
     if (value < low || value > high)
-        fail_usage("--%s %s: must be from %ld to %ld", option_name(key), text, low, high);
+        fail_usage("%s %s: must be from %ld to %ld", option_name(key), text, low, high);
     return value;
 }
 
@@ -196,9 +199,9 @@ static inline double option_number(int key, const char* text, double low, double
     char* end;
     double value = strtod(text, &end);
     if (end == text || *end || !(value - value == 0))
-        fail_usage("--%s %s: want a number", option_name(key), text);
+        fail_usage("%s %s: want a number", option_name(key), text);
     if (value < low || value > high)
-        fail_usage("--%s %s: must be from %g to %g", option_name(key), text, low, high);
+        fail_usage("%s %s: must be from %g to %g", option_name(key), text, low, high);
     return value;
 }
 
@@ -282,7 +285,7 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->schedule = schedule_kind_from_name(text);
         break;
     case 'u':
-        options->warmup = (double)option_integer(key, text, 0, INT_MAX);
+        options->warmup = (int)option_integer(key, text, 0, INT_MAX);
         break;
     case 'q':
         options->final_lr_fraction = option_number(key, text, 0, 1);
@@ -376,23 +379,39 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
     return 0;
 }
 
+// The option that an argument such as "--batch=4", "-b" or "-b4" means: its entry, or NULL where there is none or more than
+// one. *value tells where a value begins that stands in the same argument, or is NULL.
+static inline const struct argp_option* option_find(const char* argument, const char** value) {
+    const int is_long = argument[1] == '-';
+    const size_t length = strcspn(argument + 2, "=");
+    const struct argp_option* found = NULL;
+    int matches = 0;
+    for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
+         option++) {
+        if (!is_long && option->key == argument[1]) found = option;
+        if (!is_long || !option->name || strncmp(option->name, argument + 2, length) != 0) continue;
+        found = option;
+        if (strlen(option->name) == length) matches = -1000; // a whole name beats the beginnings of others
+        if (++matches < 0) break;
+    }
+    *value =
+        is_long ? (argument[2 + length] ? argument + 3 + length : NULL) : (argument[2] ? argument + 2 : NULL);
+    return matches > 1 ? NULL : found;
+}
+
 // argp answers a bad option with two lines; ours is one, in the words of every other error.
 static inline void reject_unknown_options(int argc, char** argv) {
+    static const char* const of_argp[] = {"--help", "--usage", "-?"};
     for (int i = 1; i < argc; i++) {
-        if (strncmp(argv[i], "--", 2) != 0 || !argv[i][2]) continue;
-        size_t length = strcspn(argv[i] + 2, "=");
-        int matches = 0, takes_value = 0;
-        static const char* const of_argp[] = {"help", "usage", "version"};
-        for (size_t k = 0; k < sizeof(of_argp) / sizeof(*of_argp); k++)
-            matches += !strncmp(of_argp[k], argv[i] + 2, length);
-        for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
-             option++) {
-            if (!option->name || strncmp(option->name, argv[i] + 2, length) != 0) continue;
-            matches += strlen(option->name) == length ? 1000 : 1;
-            takes_value = option->arg != NULL;
-        }
-        if (matches == 0) fail_usage("%s: unknown option (see --help)", argv[i]);
-        if (takes_value && !argv[i][2 + length] && ++i == argc) fail_usage("%s: needs a value", argv[i - 1]);
+        if (argv[i][0] != '-' || !argv[i][1] || !strcmp(argv[i], "--")) continue;
+        int known = 0;
+        for (int k = 0; k < 3; k++) known |= !strcmp(argv[i], of_argp[k]);
+        if (known) continue;
+        const char* value;
+        const struct argp_option* option = option_find(argv[i], &value);
+        if (!option) fail_usage("%s: unknown option (see --help)", argv[i]);
+        if (!option->arg && value) fail_usage("%s: takes no value", argv[i]);
+        if (option->arg && !value && ++i == argc) fail_usage("%s: needs a value", argv[i - 1]);
     }
 }
 

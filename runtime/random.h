@@ -39,8 +39,8 @@ static inline void random_bits(uint64_t bits[2], uint64_t seed, uint64_t stream,
     bits[1] = (uint64_t)counter[3] << 32 | counter[2];
 }
 
-// Uniform in the open interval (0, 1): 53 bits, centred, never 0 or 1.
-static inline double random_unit(uint64_t bits) { return ((double)(bits >> 11) + 0.5) * 0x1p-53; }
+// Uniform in the open interval (0, 1): 52 bits and a half, so that the sum is exact, and never 0 or 1.
+static inline double random_unit(uint64_t bits) { return ((double)(bits >> 12) + 0.5) * 0x1p-52; }
 
 static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t element) {
     uint64_t bits[2];

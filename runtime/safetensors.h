@@ -255,7 +255,7 @@ static inline void safetensors_parse_entry(SafetensorsEntry* entry, const cJSON*
             fail("%s: tensor \"%s\": control character in the name", path, json_shown(name));
     strcpy(entry->name, name);
     name = json_shown(name);
-    const char* dtype = cJSON_GetStringValue((cJSON*)json_get(item, "dtype"));
+    const char* dtype = json_text(json_get(item, "dtype"));
     if (!cJSON_IsObject(item) || !dtype) fail("%s: tensor %s: no dtype", path, name);
     if (!strcmp(dtype, "F64")) entry->dtype = DTYPE_F64;
     else if (!strcmp(dtype, "F32")) entry->dtype = DTYPE_F32;
@@ -361,7 +361,7 @@ static inline const SafetensorsEntry* safetensors_find(const SafetensorsFile* fi
 
 // A string of the metadata; NULL where there is none of that name.
 static inline const char* safetensors_get_metadata(const SafetensorsFile* file, const char* key) {
-    return cJSON_GetStringValue((cJSON*)json_get(json_get(file->header, "__metadata__"), key));
+    return json_text(json_get(json_get(file->header, "__metadata__"), key));
 }
 
 // Elements first .. first + count of an entry into `values`, converted to `dtype`.

@@ -1,0 +1,193 @@
+/*
+A whole training step, timed: forward, loss, backward and update of one model, against the peak of matrix products that is
+measured in the same run, before and after.
+
+    build/bench/step                              a 124M model: 12 layers, 768 channels, V 50304, T 1024, B 4
+    build/bench/step --model d6 --batch 8 --sequence-length 512 --steps 5 --json step.json
+
+The useful operations of a token are counted by flops_per_token() of runtime/model.h; recomputation and padding do not count.
+*/
+#define TRAIN_GPT_NO_MAIN
+#include <argp.h>
+#include "train_gpt.cu"
+
+typedef struct {
+    const char *model, *json;
+    int batch, sequence_length, vocab_size, kv_heads, steps;
+} Settings;
+
+static const struct argp_option settings_table[] = {
+    {"model", 'e', "dN", 0, "descriptor (default d12)", 0},
+    {"batch", 'b', "B", 0, "sequences (default 4)", 0},
+    {"sequence-length", 't', "T", 0, "tokens of a sequence (default 1024)", 0},
+    {"vocab", 'V', "V", 0, "vocabulary (default 50304)", 0},
+    {"kv-heads", 'G', "G", 0, "key/value heads (default: as many as heads)", 0},
+    {"steps", 'x', "N", 0, "timed steps; the median counts (default 3)", 0},
+    {"json", 'J', "FILE", 0, "write the result there too", 0},
+    {0, 0, 0, 0, 0, 0},
+};
+
+static error_t settings_parse(int key, char* text, struct argp_state* state) {
+    Settings* settings = (Settings*)state->input;
+    switch (key) {
+    case 'e':
+        settings->model = text;
+        break;
+    case 'b':
+        settings->batch = atoi(text);
+        break;
+    case 't':
+        settings->sequence_length = atoi(text);
+        break;
+    case 'V':
+        settings->vocab_size = atoi(text);
+        break;
+    case 'G':
+        settings->kv_heads = atoi(text);
+        break;
+    case 'x':
+        settings->steps = atoi(text);
+        break;
+    case 'J':
+        settings->json = text;
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static double now_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+static int compare_doubles(const void* a, const void* b) {
+    double x = *(const double*)a, y = *(const double*)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double* values, int count) {
+    qsort(values, (size_t)count, sizeof(double), compare_doubles);
+    return values[count / 2];
+}
+
+// The best of the sizes that a step is made of, in operations a second: the ceiling that a step could reach.
+static double matmul_peak(void) {
+    const int shapes[][3] = {{1024, 1024, 1024}, {2048, 2048, 2048}, {4096, 2304, 768}, {4096, 4096, 768}};
+    const size_t most = (size_t)4096 * 4096;
+    floatX *a = (floatX*)malloc_or_fail(most * sizeof(floatX), "a matrix"),
+           *b = (floatX*)malloc_or_fail(most * sizeof(floatX), "a matrix");
+    floatX* c = (floatX*)malloc_or_fail(most * sizeof(floatX), "a matrix");
+    for (size_t i = 0; i < most; i++) {
+        a[i] = (floatX)(random_uniform(1, 1, i) - 0.5);
+        b[i] = (floatX)(random_uniform(1, 2, i) - 0.5);
+        c[i] = 0;
+    }
+    double best = 0;
+    for (int s = 0; s < 4; s++) {
+        for (int repeat = 0; repeat < 5; repeat++) {
+            double begun = now_seconds();
+            matmul_forward(c, a, b, shapes[s][0], shapes[s][2], shapes[s][1], 0);
+            double rate = 2.0 * shapes[s][0] * shapes[s][1] * shapes[s][2] / (now_seconds() - begun);
+            if (rate > best) best = rate;
+        }
+    }
+    free(a);
+    free(b);
+    free(c);
+    return best;
+}
+
+int main(int argc, char** argv) {
+    Settings settings = {"d12", NULL, 4, 1024, 50304, 0, 3};
+    const struct argp parser = {settings_table, settings_parse, 0, "Times a training step.", 0, 0, 0};
+    argp_err_exit_status = 2;
+    argp_parse(&parser, argc, argv, 0, 0, &settings);
+    if (settings.batch < 1 || settings.steps < 1) fail_usage("--batch and --steps: must be at least 1");
+    if (settings.sequence_length < 32)
+        fail_usage("--sequence-length %d: must be at least 32", settings.sequence_length);
+    const int B = settings.batch, T = settings.sequence_length;
+    ModelConfig config = model_config_from_descriptor(settings.model);
+    config.vocab_size = settings.vocab_size;
+    config.kv_heads = settings.kv_heads;
+    config.sequence_length = T;
+    model_config_complete(&config);
+    model_config_check(&config);
+
+    double peak = matmul_peak();
+    static Model model;
+    gpt_plan(&model, &config, B, T, 1);
+    gpt_allocate(&model);
+    gpt_initialize(&model, 1);
+    int* tokens = (int*)malloc_or_fail((size_t)B * (T + 1) * sizeof(int), "tokens");
+    for (int i = 0; i < B * (T + 1); i++)
+        tokens[i] = (int)(random_uniform(2, 1, (uint64_t)i) * config.vocab_size);
+
+    enum { FORWARD, LOSS, BACKWARD, UPDATE, STEP, STAGES };
+    const char* names[STAGES] = {"forward", "head and loss", "backward", "update", "step"};
+    double* times[STAGES];
+    for (int i = 0; i < STAGES; i++)
+        times[i] = (double*)malloc_or_fail((size_t)settings.steps * sizeof(double), "times");
+    for (int step = -1; step < settings.steps; step++) { // the first one warms up
+        double at[STAGES + 1];
+        at[0] = now_seconds();
+        gpt_zero_gradients(&model);
+        gpt_forward(&model, tokens, B, T, 0);
+        at[1] = now_seconds();
+        gpt_loss(&model, tokens + 1, B, T, 1, 1.0f / (float)(B * T));
+        at[2] = now_seconds();
+        gpt_backward(&model, B, T);
+        at[3] = now_seconds();
+        AdamW update = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, step + 2};
+        gpt_update(&model, update);
+        at[4] = now_seconds();
+        for (int i = 0; i < STEP && step >= 0; i++) times[i][step] = at[i + 1] - at[i];
+        if (step >= 0) times[STEP][step] = at[4] - at[0];
+    }
+    // Generation: a token at a time behind half a sequence.
+    enum { GENERATED = 16 };
+    float* logits = (float*)malloc_or_fail((size_t)config.vocab_size * sizeof(float), "logits");
+    floatX* scratch = (floatX*)malloc_or_fail((size_t)config.padded_vocab * sizeof(floatX), "logits");
+    double token_seconds[GENERATED];
+    gpt_next_logits(&model, logits, tokens, T / 2, 0, scratch);
+    for (int i = 0; i < GENERATED && T / 2 + i < T; i++) {
+        double begun = now_seconds();
+        gpt_next_logits(&model, logits, tokens, T / 2 + i + 1, T / 2 + i, scratch);
+        token_seconds[i] = now_seconds() - begun;
+    }
+    double peak_after = matmul_peak();
+    if (peak_after > peak) peak = peak_after;
+
+    const double flops = flops_per_token(&config, T) * B * T;
+    double seconds[STAGES];
+    for (int i = 0; i < STAGES; i++) seconds[i] = median(times[i], settings.steps);
+    const double rate = flops / seconds[STEP];
+    printf("%s, %.1f M parameters, B %d, T %d, V %d, %d threads, %s\n", settings.model,
+           (double)table_parameter_count(&model.layout.table) / 1e6, B, T, config.vocab_size,
+           omp_get_max_threads(), PRECISION_NAME);
+    for (int i = 0; i < STAGES; i++)
+        printf("  %-14s %8.3f s  %5.1f %%\n", names[i], seconds[i], 100 * seconds[i] / seconds[STEP]);
+    printf("  %.0f tokens/s, %.2f TFLOP a step, %.1f GFLOP/s: %.1f %% of the matrix-product peak of %.1f "
+           "GFLOP/s\n",
+           B * T / seconds[STEP], flops / 1e12, rate / 1e9, 100 * rate / peak, peak / 1e9);
+    printf("  generation: %.2f ms a token behind %d tokens\n", 1e3 * median(token_seconds, GENERATED), T / 2);
+    if (settings.json) {
+        FILE* file = open_or_fail(settings.json, "wb");
+        fprintf(
+            file,
+            "{\"model\": \"%s\", \"batch\": %d, \"sequence_length\": %d, \"vocab\": %d, \"threads\": %d, "
+            "\"step_seconds\": %.6f, \"tokens_per_second\": %.1f, \"gflops\": %.2f, \"peak_gflops\": %.2f, "
+            "\"fraction_of_peak\": %.4f}\n",
+            settings.model, B, T, config.vocab_size, omp_get_max_threads(), seconds[STEP],
+            B * T / seconds[STEP], rate / 1e9, peak / 1e9, rate / peak);
+        close_written_or_fail(file, settings.json);
+    }
+    for (int i = 0; i < STAGES; i++) free(times[i]);
+    free(tokens);
+    free(logits);
+    free(scratch);
+    gpt_free(&model);
+    return 0;
+}

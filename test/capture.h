@@ -1,0 +1,50 @@
+/*
+Running a function in a child process, for what ends the process: its exit code and what it wrote to stderr.
+
+    struct Captured c = capture(open_a_broken_shard, &arguments);
+    assert_int_equal(c.exit_code, 1);
+    assert_string_equal(c.text, "moba.c: ...\n");
+*/
+#ifndef TEST_CAPTURE_H
+#define TEST_CAPTURE_H
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+struct Captured {
+    int exit_code;   // of the child, or -1 when a signal ended it
+    char text[8192]; // what it wrote to stderr, up to this length
+};
+
+// The child is given 20 seconds: a deadlock shows as -1.
+static inline struct Captured capture(void (*function)(void*), void* argument) {
+    struct Captured captured = {-1, ""};
+    int ends[2];
+    fflush(NULL);
+    if (pipe(ends) != 0) abort();
+    pid_t child = fork();
+    if (child < 0) abort();
+    if (child == 0) {
+        close(ends[0]);
+        dup2(ends[1], STDERR_FILENO);
+        alarm(20);
+        function(argument);
+        exit(0);
+    }
+    close(ends[1]);
+    size_t used = 0;
+    ssize_t got;
+    while (used + 1 < sizeof(captured.text) &&
+           (got = read(ends[0], captured.text + used, sizeof(captured.text) - used - 1)) > 0)
+        used += (size_t)got;
+    captured.text[used] = 0;
+    close(ends[0]);
+    int status;
+    if (waitpid(child, &status, 0) != child) abort();
+    if (WIFEXITED(status)) captured.exit_code = WEXITSTATUS(status);
+    return captured;
+}
+
+#endif

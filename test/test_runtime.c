@@ -1,0 +1,638 @@
+/*
+The host-side headers of runtime/: learning-rate schedules, sampling, metrics.
+*/
+// for posix_openpt, of the tests of the terminal
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
+#include "runtime/checks.h"
+#include "runtime/metrics.h"
+#include "runtime/random.h"
+#include "runtime/sampling.h"
+#include "runtime/schedule.h"
+#include "test/capture.h"
+
+// last, as it has a macro `fail` of its own
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+// ----------------------------------------------------------------------------
+// Schedules
+
+static void assert_close(double a, double b, double tolerance) {
+    if (!(fabs(a - b) <= tolerance)) fail_msg("%.17g is not %.17g within %g", a, b, tolerance);
+}
+
+static void schedules_by_hand(void** state) {
+    (void)state;
+    Schedule s = {SCHEDULE_COSINE, 1.0, 10, 110, 0.1, SCHEDULE_DECAY_FRACTION};
+    for (int kind = SCHEDULE_COSINE; kind <= SCHEDULE_WSD; kind++) {
+        s.kind = (ScheduleKind)kind;
+        for (int step = 0; step < 10; step++) assert_close(learning_rate(&s, step), (step + 1) / 10.0, 1e-15);
+        assert_close(learning_rate(&s, 10), 1.0, 1e-15);
+        double end = kind == SCHEDULE_CONSTANT ? 1.0 : 0.1;
+        assert_close(learning_rate(&s, 110), end, 1e-15);
+        assert_close(learning_rate(&s, 5000), end, 1e-15);
+        for (int step = 10; step < 110; step++) // never up, never below the end
+            assert_true(learning_rate(&s, step + 1) <= learning_rate(&s, step) &&
+                        learning_rate(&s, step) >= end);
+        s.max_lr = 3e-4; // in proportion
+        double scaled = learning_rate(&s, 95);
+        s.max_lr = 1.0;
+        assert_close(scaled, 3e-4 * learning_rate(&s, 95), 1e-18);
+    }
+    s.kind = SCHEDULE_COSINE;
+    assert_close(learning_rate(&s, 60), 0.55, 1e-15);                           // half way
+    assert_close(learning_rate(&s, 35), 0.1 + 0.9 * 0.8535533905932737, 1e-15); // (1 + cos(pi/4)) / 2
+    assert_close(learning_rate(&s, 109), 0.1 + 0.9 * 0.00024671981713422, 1e-12);
+    s.kind = SCHEDULE_LINEAR;
+    assert_close(learning_rate(&s, 60), 0.55, 1e-15);
+    assert_close(learning_rate(&s, 35), 0.775, 1e-15);
+    s.kind = SCHEDULE_CONSTANT;
+    assert_close(learning_rate(&s, 109), 1.0, 0.0);
+    s.kind = SCHEDULE_WSD; // decays over 22 steps, from 88 on
+    assert_int_equal(schedule_decay_start(&s), 88);
+    assert_close(learning_rate(&s, 88), 1.0, 0.0);
+    assert_close(learning_rate(&s, 89), 0.1 + 0.9 * (1 - sqrt(1 / 22.0)), 1e-15);
+    assert_close(learning_rate(&s, 99), 0.1 + 0.9 * (1 - sqrt(0.5)), 1e-15);
+}
+
+static void schedules_at_the_edges(void** state) {
+    (void)state;
+    for (int kind = SCHEDULE_COSINE; kind <= SCHEDULE_WSD; kind++) {
+        for (int steps = 1; steps <= 12; steps++) {
+            for (int warmup = 0; warmup <= 14; warmup++) {
+                Schedule s = {(ScheduleKind)kind, 1.0, warmup, steps, 0.0, 0.5};
+                for (int step = 0; step <= steps + 2; step++) {
+                    double lr = learning_rate(&s, step);
+                    assert_true(lr >= 0.0 && lr <= 1.0);
+                    assert_true(step >= steps || lr > 0.0); // every step that is taken learns
+                    if (step < warmup) assert_close(lr, (step + 1.0) / warmup, 1e-15);
+                }
+            }
+        }
+    }
+    Schedule s = {SCHEDULE_WSD, 1.0, 9, 10, 0.0, 0.2}; // the warm-up reaches into the decay
+    assert_int_equal(schedule_decay_start(&s), 9);
+    Schedule odd = {SCHEDULE_WSD, 1.0, 0, 7, 0.0, 0.2}; // 5.6 steps before the decay, rounded down
+    assert_int_equal(schedule_decay_start(&odd), 5);
+    Schedule whole = {SCHEDULE_WSD, 1.0, 0, 5, 0.0, 0.8}; // (1 - 0.8) * 5 is a little below 1
+    assert_int_equal(schedule_decay_start(&whole), 1);
+}
+
+static void name_a_schedule(void* name) { (void)schedule_kind_from_name((const char*)name); }
+
+static void schedule_names(void** state) {
+    (void)state;
+    for (int kind = SCHEDULE_COSINE; kind <= SCHEDULE_WSD; kind++)
+        assert_int_equal(schedule_kind_from_name(schedule_name((ScheduleKind)kind)), kind);
+    struct Captured c = capture(name_a_schedule, (void*)"cosin");
+    assert_string_equal(c.text, "moba.c: --schedule cosin: must be one of cosine, linear, constant, wsd\n");
+    assert_int_equal(c.exit_code, 2);
+}
+
+// ----------------------------------------------------------------------------
+// Sampling
+
+enum { SMALL = 12 };
+
+// The probabilities that are left after temperature, top-k and top-p, by sorting and in the plainest way.
+static void brute_probabilities(double* p, const float* logits, int n, float temperature, int top_k,
+                                float top_p) {
+    int order[SMALL], count = 0;
+    double weight[SMALL], top = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        p[i] = 0.0;
+        if (isnan(logits[i])) continue;
+        order[count++] = i;
+        if (logits[i] > top) top = logits[i];
+    }
+    for (int i = 1; i < count; i++) // insertion sort, stable
+        for (int j = i; j > 0 && logits[order[j]] > logits[order[j - 1]]; j--) {
+            int swap = order[j];
+            order[j] = order[j - 1];
+            order[j - 1] = swap;
+        }
+    if (top_k > 0 && top_k < count) count = top_k;
+    double total = 0.0, mass = 0.0;
+    for (int i = 0; i < count; i++)
+        total += weight[i] = exp(((double)logits[order[i]] - top) / (double)temperature);
+    int kept = 0;
+    while (kept < count && (kept == 0 || top_p >= 1.0f || mass < (double)top_p * total))
+        mass += weight[kept++];
+    for (int i = 0; i < kept; i++) p[order[i]] = weight[i] / mass;
+}
+
+static float random_logit(uint64_t seed, uint64_t i) {
+    float x = (float)(3.0 * random_normal(seed, 1, i));
+    if (seed % 3 == 0) x = roundf(x);                                  // ties
+    if (seed % 5 == 0 && random_uniform(seed, 2, i) < 0.2) x = NAN;    // holes
+    if (seed % 7 == 0 && random_uniform(seed, 3, i) < 0.2) x = -1e30f; // a weight of zero
+    return x;
+}
+
+// Over a fine grid of `uniform`, each token must come as often as its probability says: what is drawn is a
+// partition of [0, 1) into one interval a token.
+static void sampling_against_brute_force(void** state) {
+    (void)state;
+    const float temperatures[] = {0.3f, 1.0f, 2.5f}, top_ps[] = {1.0f, 0.9f, 0.5f, 0.1f, 1e-6f, 0.0f};
+    const int top_ks[] = {0, 1, 3, SMALL - 1, SMALL, SMALL + 5, -1};
+    enum { GRID = 500 };
+    int workspace[SMALL];
+    for (uint64_t seed = 1; seed <= 40; seed++) {
+        float logits[SMALL];
+        for (uint64_t i = 0; i < SMALL; i++) logits[i] = random_logit(seed, i);
+        logits[seed % SMALL] = 1.0f; // one number at least
+        for (int t = 0; t < 3; t++)
+            for (int k = 0; k < 7; k++)
+                for (int q = 0; q < 6; q++) {
+                    double p[SMALL];
+                    int hits[SMALL] = {0}, changes = 0, before = -1;
+                    brute_probabilities(p, logits, SMALL, temperatures[t], top_ks[k], top_ps[q]);
+                    for (int g = 0; g < GRID; g++) {
+                        int token = sample_token(logits, SMALL, temperatures[t], top_ks[k], top_ps[q],
+                                                 (g + 0.5) / GRID, workspace);
+                        assert_true(token >= 0 && token < SMALL);
+                        hits[token]++;
+                        changes += token != before;
+                        before = token;
+                    }
+                    assert_true(changes <= SMALL);
+                    for (int i = 0; i < SMALL; i++) {
+                        assert_true(hits[i] == 0 || p[i] > 0.0);
+                        assert_close(hits[i] / (double)GRID, p[i], 1.01 / GRID);
+                    }
+                }
+    }
+}
+
+static void sampling_frequencies(void** state) {
+    (void)state;
+    enum { V = 50, DRAWS = 200000 };
+    static float logits[V];
+    static int hits[V], workspace[V];
+    for (uint64_t i = 0; i < V; i++) logits[i] = (float)random_normal(5, 5, i);
+    for (uint64_t draw = 0; draw < DRAWS; draw++)
+        hits[sample_token(logits, V, 0.9f, 0, 1.0f, random_uniform(11, 12, draw), workspace)]++;
+    double total = 0.0, chi2 = 0.0;
+    for (int i = 0; i < V; i++) total += exp((double)logits[i] / (double)0.9f);
+    for (int i = 0; i < V; i++) {
+        double expected = DRAWS * exp((double)logits[i] / (double)0.9f) / total;
+        chi2 += (hits[i] - expected) * (hits[i] - expected) / expected;
+    }
+    assert_true(chi2 > 20.0 && chi2 < 95.0); // 49 degrees of freedom: outside with a chance of about 1e-4
+}
+
+static void sampling_edges(void** state) {
+    (void)state;
+    int workspace[8];
+    const double below_one = 1.0 - 0x1p-53;
+    float logits[8] = {0, 2, 5, 5, NAN, 5, -INFINITY, 1};
+    for (double u = 0.0; u < 1.0; u += 0.1) {
+        assert_int_equal(sample_token(logits, 8, 0.0f, 0, 1.0f, u, workspace), 2);  // the lowest of the ties
+        assert_int_equal(sample_token(logits, 8, 1.0f, 1, 1.0f, u, workspace), 2);  // k = 1
+        assert_int_equal(sample_token(logits, 8, 1.0f, 0, 1e-9f, u, workspace), 2); // p tiny
+        assert_int_equal(sample_token(logits, 8, 1e-30f, 2, 1.0f, u, workspace), u < 0.5 ? 2 : 3);
+    }
+    const int ks[] = {0, 3, 100};
+    for (int k = 0; k < 3; k++) {
+        assert_true(sample_token(logits, 8, 1.0f, ks[k], 1.0f, 0.0, workspace) >= 0);
+        int token = sample_token(logits, 8, 1.0f, ks[k], 1.0f, below_one, workspace);
+        assert_true(token >= 0 && token != 4 && token != 6);
+    }
+    float last[3] = {-INFINITY, 0,
+                     1}; // a draw that rounding puts at the very end is still a token with weight
+    assert_true(sample_token(last, 3, 1.0f, 0, 1.0f, 1.0, workspace) > 0);
+    float infinite[4] = {1, INFINITY, 2, INFINITY};
+    assert_int_equal(sample_token(infinite, 4, 1.0f, 0, 0.5f, 0.9, workspace), 1);
+    int seen[4] = {0};
+    for (int g = 0; g < 10; g++) seen[sample_token(infinite, 4, 1.0f, 0, 1.0f, g / 10.0, workspace)]++;
+    assert_int_equal(seen[1], 5);
+    assert_int_equal(seen[3], 5);
+    float none[3] = {NAN, NAN, NAN}, masked[3] = {-INFINITY, NAN, -INFINITY};
+    assert_int_equal(sample_token(none, 3, 1.0f, 0, 1.0f, 0.5, workspace), -1);
+    assert_int_equal(sample_token(none, 3, 0.0f, 0, 1.0f, 0.5, workspace), -1);
+    assert_int_equal(sample_token(masked, 3, 0.0f, 0, 1.0f, 0.5, workspace), 0);
+    assert_true(sample_token(masked, 3, 1.0f, 0, 1.0f, 0.5, workspace) % 2 == 0);
+    assert_int_equal(sample_token(logits, 1, 1.0f, 0, 0.9f, below_one, workspace), 0);
+    assert_int_equal(sampling_workspace_bytes(8), sizeof(workspace));
+}
+
+// ----------------------------------------------------------------------------
+// Metrics
+
+static char folder[] = "/tmp/test_runtime_XXXXXX";
+
+static int setup_folder(void** state) {
+    (void)state;
+    strcpy(folder + strlen(folder) - 6, "XXXXXX");
+    return mkdtemp(folder) ? 0 : -1;
+}
+
+static int remove_folder(void** state) {
+    (void)state;
+    remove_path(folder);
+    return path_exists(folder) ? -1 : 0;
+}
+
+static char* contents(const char* name) {
+    char path[PATH_MAX];
+    path_format(path, "%s/%s", folder, name);
+    return read_file_or_fail(path, NULL);
+}
+
+static void append(const char* name, const char* text) {
+    char path[PATH_MAX];
+    path_format(path, "%s/%s", folder, name);
+    FILE* file = open_or_fail(path, "ab");
+    write_or_fail(text, strlen(text), file, path);
+    close_written_or_fail(file, path);
+}
+
+static MetricsOptions run_options(int resume_step, int log_every) {
+    MetricsOptions o;
+    memset(&o, 0, sizeof(o));
+    o.directory = folder;
+    o.resume_step = resume_step;
+    o.total_steps = 20;
+    o.log_every = log_every;
+    o.tokens_per_step = 1000;
+    o.quiet = 1;
+    metrics_describe_text(&o, "model", "d\"1\\2\n");
+    metrics_describe_number(&o, "seed", 1234567890123.0);
+    metrics_describe_number(&o, "lr", 3e-4);
+    return o;
+}
+
+// Losses that print alike as floats and as doubles.
+static double loss_of(int step) { return round(256.0 / sqrt(step + 1.0)) / 64.0; }
+
+// Training from `first` steps done to `last`, validating every 5 steps (before a step, as a training loop does,
+// and after the last one). validate_again: a resumed loop that validates once more where it goes on.
+static void run_steps(Metrics* m, int first, int last, int validate_again) {
+    for (int step = first; step <= last; step++) {
+        if ((step % 5 == 0 && (step > first || step == 0 || validate_again)) || step == 20)
+            metrics_validation(m, step, loss_of(step) / 4.0, 0.25);
+        if (step == last) break;
+        metrics_step(m, step + 1, loss_of(step), 1.0 / (step + 3), 3e-4 * (20 - step) / 20, 0.125);
+    }
+}
+
+// How many lines a text has.
+static int line_count(const char* text) {
+    int lines = 0;
+    for (; *text; text++) lines += *text == '\n';
+    return lines;
+}
+
+// A line for every step in the files, however seldom the display has one.
+static void metrics_lines(void** state) {
+    (void)state;
+    MetricsOptions o = run_options(0, 10);
+    o.flops_per_step = 1e9;
+    o.peak_flops = 1e12;
+    Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
+    metrics_start(m, &o);
+    run_steps(m, 0, 20, 0);
+    metrics_event(m, "checkpoint", 20, 1.5);
+    metrics_sync(m);
+    metrics_finish(m);
+    char* text = contents("metrics.jsonl");
+    assert_int_equal(line_count(text), 1 + 20 + 5);
+    assert_ptr_equal(
+        text,
+        strstr(text,
+               "{\"event\":\"start\",\"model\":\"d\\\"1\\\\2\\u000a\",\"seed\":1234567890123,\"lr\":0.0003}\n"
+               "{\"step\":0,\"tokens\":0,\"val_loss\":1}\n"
+               "{\"step\":1,\"tokens\":1000,\"loss\":4,\"grad_norm\":0.3333333333333333,\"lr\":0.0003}\n"
+               "{\"step\":2,\"tokens\":2000,\"loss\":2.828125,\"grad_norm\":0.25,\"lr\":0.000285}\n"));
+    assert_non_null(
+        strstr(text, "{\"step\":20,\"tokens\":20000,\"loss\":0.890625,\"grad_norm\":0.045454545454545456,"
+                     "\"lr\":1.4999999999999999e-05}\n"
+                     "{\"step\":20,\"tokens\":20000,\"val_loss\":0.21875}\n"));
+    free(text);
+    text = contents("main.log");
+    assert_int_equal(line_count(text), 20 + 5);
+    assert_ptr_equal(text, strstr(text, "s:0 tel:1.0000\n"
+                                        "s:0 trl:4.0000 lr:0.000300 norm:0.33\n"));
+    assert_non_null(strstr(text, "s:9 trl:1.2656 lr:0.000165 norm:0.08\n"
+                                 "s:10 tel:0.3008\n"));
+    free(text);
+    text = contents("timings.jsonl");
+    assert_non_null(strstr(text,
+                           ",\"tokens_per_second\":8000.0,\"step_ms\":125.000,\"flops_per_second\":8e+09,"
+                           "\"mfu\":0.0080}\n"));
+    assert_non_null(strstr(text, "{\"event\":\"checkpoint\",\"step\":20,\"seconds\":0.0"));
+    assert_non_null(strstr(text, "\"spent\":1.500}\n"));
+    free(text);
+    free(m);
+}
+
+static void metrics_numbers_read_back(void** state) {
+    (void)state;
+    char text[METRICS_NUMBER_BYTES];
+    for (uint64_t i = 0; i < 20000; i++) {
+        uint64_t bits[2];
+        random_bits(bits, 3, 4, i);
+        double x;
+        float f;
+        memcpy(&x, &bits[0], sizeof(x));
+        memcpy(&f, &bits[1], sizeof(f));
+        if (isfinite(x)) {
+            metrics_number(text, x);
+            double back = strtod(text, NULL);
+            assert_memory_equal(&back, &x, sizeof(x));
+        }
+        if (isfinite(f)) {
+            metrics_number(text, (double)f);
+            float back = strtof(text, NULL);
+            assert_memory_equal(&back, &f, sizeof(f));
+        }
+    }
+    metrics_number(text, NAN);
+    assert_string_equal(text, "null");
+    metrics_number(text, -INFINITY);
+    assert_string_equal(text, "-1e999");
+    metrics_number(text, 0.0);
+    assert_string_equal(text, "0");
+}
+
+// A run that is killed some steps after its checkpoint, with a line half written, and resumed: in the end the
+// same bytes as a run that was never interrupted.
+static void metrics_resume_is_seamless(void** state) {
+    (void)state;
+    Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
+    const int log_everys[] = {1, 3};
+    for (int l = 0; l < 2; l++) {
+        MetricsOptions o = run_options(0, log_everys[l]);
+        metrics_start(m, &o);
+        run_steps(m, 0, 20, 0);
+        metrics_finish(m);
+        char *metrics = contents("metrics.jsonl"), *log = contents("main.log");
+        for (int checkpoint = 1; checkpoint <= 20; checkpoint += 3 + l) {
+            for (int killed = checkpoint; killed <= 20; killed += 3 + checkpoint % 7) {
+                o = run_options(0, log_everys[l]);
+                metrics_start(m, &o);
+                run_steps(m, 0, killed, 0);
+                m->clock_start -= 100.0; // as if it had taken so long
+                metrics_event(m, "checkpoint", checkpoint, 0.0);
+                m->clock_start -= 1000.0;
+                metrics_event(m, "checkpoint", killed + 1, 0.0);
+                metrics_finish(m);
+                append("metrics.jsonl", "{\"step\":1,\"tok");
+                append("timings.jsonl", "{\"step\":1,\"tokens\":1000,\"seconds\":777777");
+                append("main.log", "s:1 tr");
+
+                o = run_options(checkpoint, log_everys[l]);
+                metrics_start(m, &o);
+                assert_close(m->seconds_before, 100.0, 5.0);
+                run_steps(m, checkpoint, 20, killed % 2);
+                metrics_finish(m);
+                char *again = contents("metrics.jsonl"), *log_again = contents("main.log");
+                assert_string_equal(again, metrics);
+                assert_string_equal(log_again, log);
+                free(again);
+                free(log_again);
+            }
+        }
+        free(metrics);
+        free(log);
+    }
+    char path[PATH_MAX];
+    path_format(path, "%s/metrics.jsonl.partial", folder);
+    assert_false(path_exists(path));
+    free(m);
+}
+
+static void metrics_resume_oddities(void** state) {
+    (void)state;
+    Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
+    // Nothing there to resume: the files begin here.
+    MetricsOptions o = run_options(4, 1);
+    metrics_start(m, &o);
+    run_steps(m, 4, 6, 0);
+    metrics_finish(m);
+    char* text = contents("metrics.jsonl");
+    assert_ptr_equal(strstr(text, "{\"event\":\"start\","), text);
+    assert_non_null(strstr(text, "\n{\"step\":5,"));
+    free(text);
+    // Another description: said once, however often it is resumed with it, and gone with an earlier resume.
+    for (int i = 0; i < 3; i++) {
+        o = run_options(6, 1);
+        metrics_describe_text(&o, "more", "}\"step\":3,");
+        metrics_start(m, &o);
+        metrics_finish(m);
+    }
+    text = contents("metrics.jsonl");
+    char* resumed = strstr(text, "{\"event\":\"resume\",\"step\":6,\"model\":");
+    assert_non_null(resumed);
+    assert_null(strstr(resumed + 8, "\"event\""));
+    free(text);
+    o = run_options(5, 1);
+    metrics_start(m, &o);
+    metrics_finish(m);
+    text = contents("metrics.jsonl");
+    assert_null(strstr(text, "resume"));
+    free(text);
+    // Rubbish, zeros at the end as after a power cut, lines of nothing.
+    append("metrics.jsonl", "\n\nrubbish\n{\n}\n{\"step\":}\n{\"event\":\"x\"}\n{\"step\":3,\"x\":1}\n{"
+                            "\"step\":99,}\n{\"step\":2,\"cut\n");
+    o = run_options(5, 1);
+    metrics_start(m, &o);
+    metrics_finish(m);
+    text = contents("metrics.jsonl");
+    assert_null(strstr(text, "rubbish"));
+    assert_null(strstr(text, "\"step\":99"));
+    assert_null(strstr(text, "cut"));
+    assert_non_null(strstr(text, "{\"step\":3,\"x\":1}\n"));
+    free(text);
+    // A run without description, and one without files.
+    memset(&o, 0, sizeof(o));
+    o.quiet = 1;
+    metrics_start(m, &o);
+    run_steps(m, 0, 20, 0);
+    metrics_sync(m);
+    metrics_finish(m);
+    o.directory = folder;
+    metrics_start(m, &o);
+    metrics_finish(m);
+    text = contents("metrics.jsonl");
+    assert_string_equal(text, "{\"event\":\"start\"}\n");
+    free(text);
+    free(m);
+}
+
+static void write_to_a_full_disk(void* name) {
+    char path[PATH_MAX];
+    path_format(path, "%s/%s", folder, (const char*)name);
+    unlink(path);
+    if (symlink("/dev/full", path) != 0) exit(9);
+    static Metrics m;
+    MetricsOptions o = run_options(0, 1);
+    metrics_start(&m, &o);
+    run_steps(&m, 0, 20, 0);
+}
+
+static void metrics_on_a_full_disk(void** state) {
+    (void)state;
+    const char* names[] = {"metrics.jsonl", "timings.jsonl", "main.log"};
+    for (int i = 0; i < 3; i++) {
+        struct Captured c = capture(write_to_a_full_disk, (void*)names[i]);
+        char expected[PATH_MAX + 64], path[PATH_MAX];
+        path_format(path, "%s/%s", folder, names[i]);
+        snprintf(expected, sizeof(expected), "moba.c: %s: cannot write: No space left on device\n", path);
+        assert_string_equal(c.text, expected);
+        assert_int_equal(c.exit_code, 1);
+        unlink(path);
+    }
+}
+
+static void describe_too_much(void* unused) {
+    (void)unused;
+    static MetricsOptions o;
+    for (int i = 0; i < 100; i++)
+        metrics_describe_text(&o, "key", "a value of some fifty bytes, again and again ....");
+    assert_true(strlen(o.description) < METRICS_DESCRIPTION_BYTES);
+    for (int i = 0; i < 100; i++)
+        metrics_describe_text(&o, "key", "a value of some fifty bytes, again and again ....");
+}
+
+static void metrics_description_is_bounded(void** state) {
+    (void)state;
+    struct Captured c = capture(describe_too_much, NULL);
+    assert_string_equal(c.text, "moba.c: the run's description is longer than 8192 bytes at \"key\"\n");
+    assert_int_equal(c.exit_code, 1);
+}
+
+// ----------------------------------------------------------------------------
+// The terminal
+
+// What metrics show in a file: a plain line every log_every steps.
+static void metrics_in_a_file(void** state) {
+    (void)state;
+    char* text = NULL;
+    size_t length = 0;
+    char path[PATH_MAX];
+    path_format(path, "%s/shown", folder);
+    MetricsOptions o = run_options(0, 10);
+    o.directory = NULL;
+    o.quiet = 0;
+    o.terminal = open_or_fail(path, "wb");
+    o.flops_per_step = 1e9;
+    Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
+    metrics_start(m, &o);
+    assert_false(m->live);
+    run_steps(m, 0, 20, 0);
+    metrics_message(m, "a message, %d", 7);
+    metrics_finish(m);
+    fclose(o.terminal);
+    text = read_file_or_fail(path, &length);
+    assert_null(strchr(text, '\r'));
+    assert_null(strchr(text, '\033'));
+    assert_int_equal(line_count(text), 5 + 3 + 1); // validations, steps 1, 10, 20, the message
+    assert_non_null(
+        strstr(text, "step 10/20  loss 1.2656  norm 0.08  lr 1.65e-04  8.00k tok/s  8.0 GFLOP/s  ETA 0s\n"));
+    assert_non_null(strstr(text, "step 5/20  validation loss 0.4102  (0.2 s)\n"));
+    assert_non_null(strstr(text, "\na message, 7\n"));
+    free(text);
+    free(m);
+}
+
+// What they show on a terminal of 60 columns, and what such a terminal would hold in the end.
+static void metrics_on_a_terminal(void** state) {
+    (void)state;
+    int screen = posix_openpt(O_RDWR | O_NOCTTY);
+    if (screen < 0 || grantpt(screen) != 0 || unlockpt(screen) != 0) skip();
+    struct winsize size = {24, 60, 0, 0};
+    ioctl(screen, TIOCSWINSZ, &size);
+    int program = open(ptsname(screen), O_RDWR | O_NOCTTY);
+    if (program < 0) skip();
+    MetricsOptions o = run_options(0, 5);
+    o.directory = NULL;
+    o.quiet = 0;
+    o.terminal = fdopen(program, "w");
+    Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
+    metrics_start(m, &o);
+    assert_true(m->live);
+    metrics_message(m, "hello");
+    run_steps(m, 0, 20, 0);
+    metrics_message(m, "goodbye");
+    metrics_finish(m);
+    fputs("$ ", o.terminal);
+    fflush(o.terminal);
+    char got[16384], row[128] = "", rows[64][128];
+    ssize_t length = 0;
+    while (length < 2 || memcmp(got + length - 2, "$ ", 2) != 0) { // a terminal gives what it has so far
+        ssize_t more = read(screen, got + length, sizeof(got) - (size_t)length);
+        assert_true(more > 0);
+        length += more;
+    }
+    int column = 0, count = 0;
+    for (ssize_t i = 0; i < length && count < 64; i++) {
+        if (got[i] == '\r') {
+            column = 0;
+        } else if (got[i] == '\n') {
+            strcpy(rows[count++], row);
+            memset(row, 0, sizeof(row));
+        } else if (!strncmp(got + i, "\033[K", 3)) {
+            memset(row + column, 0, sizeof(row) - (size_t)column);
+            i += 2;
+        } else {
+            assert_true(column < 59); // the last column stays free
+            row[column++] = got[i];
+        }
+    }
+    assert_int_equal(count, 1 + 5 + 1 + 1); // hello, validations, goodbye, the last live line
+    assert_string_equal(rows[0], "hello");
+    assert_string_equal(rows[2], "step 5/20  validation loss 0.4102  (0.2 s)");
+    assert_string_equal(rows[6], "goodbye");
+    assert_ptr_equal(strstr(rows[7], "20/20  loss 0.8906  norm 0.05  lr 1.50e-05  8.00k tok/s  "), rows[7]);
+    assert_string_equal(row, "$ ");
+    fclose(o.terminal);
+    close(screen);
+    free(m);
+}
+
+static void metrics_short_forms(void** state) {
+    (void)state;
+    char text[METRICS_NUMBER_BYTES];
+    const double numbers[] = {0, 7.4, 999, 999.6, 1234, 99960, 999600, 1234567, 4.2e13};
+    const char* shorts[] = {"0", "7", "999", "1.00k", "1.23k", "100k", "1.00M", "1.23M", "42.0T"};
+    for (int i = 0; i < 9; i++) {
+        metrics_short(text, numbers[i]);
+        assert_string_equal(text, shorts[i]);
+    }
+    const double durations[] = {0, 59.4, 59.6, 3599, 3723, 86399, 86400 * 3 + 3600 * 4, INFINITY};
+    const char* spoken[] = {"0s", "59s", "1m00s", "59m59s", "1h02m", "23h59m", "3d04h", "0s"};
+    for (int i = 0; i < 8; i++) {
+        metrics_duration(text, durations[i]);
+        assert_string_equal(text, spoken[i]);
+    }
+}
+
+#define in_own_folder(test) cmocka_unit_test_setup_teardown(test, setup_folder, remove_folder)
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(schedules_by_hand),
+        cmocka_unit_test(schedules_at_the_edges),
+        cmocka_unit_test(schedule_names),
+        cmocka_unit_test(sampling_against_brute_force),
+        cmocka_unit_test(sampling_frequencies),
+        cmocka_unit_test(sampling_edges),
+        in_own_folder(metrics_lines),
+        cmocka_unit_test(metrics_numbers_read_back),
+        in_own_folder(metrics_resume_is_seamless),
+        in_own_folder(metrics_resume_oddities),
+        in_own_folder(metrics_on_a_full_disk),
+        cmocka_unit_test(metrics_description_is_bounded),
+        in_own_folder(metrics_in_a_file),
+        cmocka_unit_test(metrics_on_a_terminal),
+        cmocka_unit_test(metrics_short_forms),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
