@@ -20,7 +20,7 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "dev/cpu/device.h"     // defines stream_t, device_malloc, copy_to_device, copy_to_host
 #include "dev/cpu/embedding.h"  // defines embedding_forward, embedding_backward
 #include "dev/cpu/rmsnorm.h"    // defines rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward
-#include "dev/cpu/matmul.h"     // defines matmul_forward, matmul_backward
+#include "dev/cpu/matmul.h"     // defines matmul_start, matmul_forward, matmul_backward
 #include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
@@ -489,6 +489,7 @@ typedef struct {
     long sequences_per_step;
     int steps;
     Schedule schedule;
+    size_t resident; // bytes of main memory before the model's are taken
     TrainingState state;
 } Run;
 
@@ -533,7 +534,15 @@ static void choose_model(Run* run) {
              (int)tokenizer_vocab_size(run->tokenizer), *V);
     model_config_complete(&run->config);
     model_config_check(&run->config);
-    if (directory[0]) checkpoint_check_same_model(directory, &run->config);
+    if (!directory[0]) return;
+    checkpoint_check_same_model(directory, &run->config);
+    char path[PATH_MAX];
+    path_format(path, "%s/tokenizer.json", directory);
+    if (!options->tokenizer || !path_exists(path)) return;
+    Tokenizer* theirs = tokenizer_load(path);
+    if (tokenizer_hash(theirs) != tokenizer_hash(run->tokenizer))
+        fail("%s: not the tokenizer that %s was trained with", run->tokenizer_path, directory);
+    tokenizer_free(theirs);
 }
 
 static void open_data(Run* run) {
@@ -580,8 +589,8 @@ static void prepare_output(const Run* run) {
         fail_usage("--output %s: holds a run; go on with --resume, delete it with --overwrite, or name "
                    "another directory",
                    options->output);
-    if (options->dry_run) return;
     make_directories_or_fail(options->output);
+    checkpoint_clean(options->output);
     if (options->overwrite) {
         checkpoint_remove_all(options->output);
         remove_path(path);
@@ -595,11 +604,15 @@ static void prepare_output(const Run* run) {
 // ----------------------------------------------------------------------------
 // What the run will take
 
-// Bytes that come on top of the model's four blocks: the process itself and its libraries as they are now, what the loader
-// and a checkpoint need.
+// Bytes that come on top of the model's four blocks: the process and its libraries as they are now, batches, and what writing
+// a checkpoint takes.
 static size_t other_bytes(const Run* run, const Model* model) {
-    size_t losses = (size_t)model->B * model->T * sizeof(float_acc);
-    return memory_resident() + loader_bytes(run->train, run->options.batch) + losses;
+    size_t rows = (size_t)model->B * model->T,
+           bytes = run->resident + loader_bytes(run->train, run->options.batch);
+    bytes += rows * sizeof(float_acc);                  // losses
+    if (run->val) bytes += rows * 2 * sizeof(int);      // validation batch
+    if (run->options.output) bytes += CHECKPOINT_CHUNK; // piece of a checkpoint on its way to the disk
+    return bytes;
 }
 
 static size_t planned_bytes(const Run* run, const Model* model) {
@@ -639,7 +652,7 @@ static void print_plan(const Run* run, const Model* model) {
 
 // A plan that does not fit is refused before anything is taken, with the micro-batch that would fit.
 static void check_plan_fits(const Run* run, const Model* model) {
-    size_t available = memory_available() + memory_resident(), planned = planned_bytes(run, model);
+    size_t available = memory_available() + run->resident, planned = planned_bytes(run, model);
     if (!available || planned <= available) return;
     for (int B = run->options.batch - 1; B >= 1; B--) {
         if (run->sequences_per_step % B != 0) continue;
@@ -866,7 +879,8 @@ int main(int argc, char** argv) {
     }
 
     open_data(&run);
-    prepare_output(&run);
+    matmul_start();
+    run.resident = memory_resident();
     gpt_plan(&model, &run.config, options->batch, T, 1);
     print_plan(&run, &model);
     check_plan_fits(&run, &model);
@@ -891,6 +905,7 @@ int main(int argc, char** argv) {
         else gpt_initialize(&model, options->seed);
     }
     describe_state(&run);
+    prepare_output(&run);
 
     train(&model, &run);
 

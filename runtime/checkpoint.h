@@ -50,8 +50,8 @@ typedef struct {
     double beta1, beta2, epsilon, weight_decay;
     double grad_clip; // largest gradient norm; 0: not clipped
     // results
-    double train_loss;      // of the last step
-    double val_loss;        // the last one measured; nan before the first
+    double train_loss; // of the last step
+    double val_loss;   // the last one measured; nan before the first
 } TrainingState;
 
 // The one list that writing and reading share. A new member of TrainingState needs one line here, with the

@@ -129,6 +129,12 @@ __attribute__((noreturn)) static void exit_or_jump(int code) {
 
 static char root[PATH_MAX]; // of everything this test writes
 
+static int remove_entry(const char* path, const struct stat* info, int kind, struct FTW* place) {
+    (void)info, (void)kind, (void)place;
+    return remove(path);
+}
+static void remove_tree(const char* path) { nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS); }
+
 // ----------------------------------------------------------------------------
 // Children
 
@@ -140,10 +146,11 @@ typedef struct {
 static int in_child;
 
 // Registered before anything else and so called last: a child ends here, without the sanitizer's search for
-// leaks, since a program that fails does not free.
+// leaks, since a program that fails does not free; the test itself removes what it wrote.
 static void leave_child(int status, void* unused) {
     (void)unused;
     if (in_child) _exit(status);
+    remove_tree(root);
 }
 
 static Outcome run_child(void (*body)(void*), void* argument) {
@@ -195,12 +202,6 @@ static void expect_failure(void (*body)(void*), void* argument, const char* part
 
 // ----------------------------------------------------------------------------
 // Files
-
-static int remove_entry(const char* path, const struct stat* info, int kind, struct FTW* place) {
-    (void)info, (void)kind, (void)place;
-    return remove(path);
-}
-static void remove_tree(const char* path) { nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS); }
 
 // A fresh directory's name below the root; the directory is not made.
 static const char* fresh(const char* name) {
@@ -381,6 +382,18 @@ static int assert_whole(const char* path, const ModelConfig* config) {
 static int latest_whole_step(const char* output, const ModelConfig* config) {
     char path[PATH_MAX];
     return checkpoint_latest(output, path) ? assert_whole(path, config) : -1;
+}
+
+// What has a checkpoint's name is whole, the latest or not.
+static void assert_all_whole(const char* output, const ModelConfig* config) {
+    char path[PATH_MAX];
+    int* steps;
+    int count = checkpoint_list_steps(output, "", &steps);
+    for (int i = 0; i < count; i++) {
+        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
+        assert_int_equal(assert_whole(path, config), steps[i]);
+    }
+    free(steps);
 }
 
 // ----------------------------------------------------------------------------
@@ -1177,6 +1190,7 @@ static void test_kill_at_each_call(void** unused) {
             Outcome outcome = run_child(save_and_die, &run);
             int latest = latest_whole_step(run.output, &run.config);
             assert_true(latest == 2 || latest == step);
+            assert_all_whole(run.output, &run.config);
             run_fill_and_save(&run, 4);
             assert_int_equal(latest_whole_step(run.output, &run.config), 4);
             assert_false(directory_has(run.output, ".tmp") || directory_has(run.output, ".old"));
@@ -1207,6 +1221,7 @@ static void test_kill_at_random(void** unused) {
         waitpid(child, NULL, 0);
         int latest = latest_whole_step(run.output, &run.config);
         assert_true(latest >= before);
+        assert_all_whole(run.output, &run.config);
         before = latest;
     }
     assert_true(before > 3);
@@ -1456,6 +1471,5 @@ int main(void) {
         cmocka_unit_test(test_transformers),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
-    remove_tree(root);
     return failed;
 }

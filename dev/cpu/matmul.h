@@ -37,6 +37,17 @@ static inline void gemm(int transA, int transB, int M, int N, int K, const float
 #endif
 }
 
+// One small product of each kind: the library loads, compiles its kernels and starts its threads now, so that the memory it
+// takes can be seen before a plan is made.
+static inline void matmul_start(void) {
+    enum { SIZE = 256 };
+    floatX* matrices = (floatX*)calloc_or_fail((size_t)3 * SIZE * SIZE, sizeof(floatX), "a product");
+    floatX *a = matrices, *b = a + SIZE * SIZE, *c = b + SIZE * SIZE;
+    for (int kind = 0; kind < 3; kind++)
+        gemm(kind == 2, kind == 0, SIZE, SIZE, SIZE, a, SIZE, b, SIZE, 0, c, SIZE);
+    free(matrices);
+}
+
 static inline void matmul_forward(floatX* out,          // (rows, out_channels)
                                   const floatX* inp,    // (rows, in_channels)
                                   const floatX* weight, // (out_channels, in_channels)
