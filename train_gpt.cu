@@ -497,6 +497,7 @@ static void find_checkpoints(Run* run) {
     const Options* options = &run->options;
     if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
     if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
+    if (options->resume && !options->dry_run) checkpoint_clean(options->output);
     if (options->resume && checkpoint_latest(options->output, run->resume_from)) return;
     run->resume_from[0] = 0;
     if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
@@ -577,8 +578,8 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
-// A run is never overwritten by accident, and its directory can be written to before hours are spent.
-static void prepare_output(const Run* run) {
+// A run is never overwritten by accident.
+static void prepare_output(Run* run) {
     const Options* options = &run->options;
     if (!options->output) return;
     char path[PATH_MAX];
@@ -595,10 +596,12 @@ static void prepare_output(const Run* run) {
         checkpoint_remove_all(options->output);
         remove_path(path);
     }
-    path_format(path, "%s/.writable", options->output);
-    FILE* file = open_or_fail(path, "wb");
-    fclose(file);
-    remove_path(path);
+    // The run keeps its own copy, which every checkpoint gets.
+    path_format(path, "%s/tokenizer.json", options->output);
+    if (run->tokenizer) {
+        tokenizer_save_json(run->tokenizer, path);
+        path_format(run->tokenizer_path, "%s", path);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -607,11 +610,12 @@ static void prepare_output(const Run* run) {
 // Bytes that come on top of the model's four blocks: the process and its libraries as they are now, batches, and what writing
 // a checkpoint takes.
 static size_t other_bytes(const Run* run, const Model* model) {
-    size_t rows = (size_t)model->B * model->T,
-           bytes = run->resident + loader_bytes(run->train, run->options.batch);
-    bytes += rows * sizeof(float_acc);                  // losses
-    if (run->val) bytes += rows * 2 * sizeof(int);      // validation batch
-    if (run->options.output) bytes += CHECKPOINT_CHUNK; // piece of a checkpoint on its way to the disk
+    size_t rows = (size_t)model->B * model->T, piece = model->parameters.bytes;
+    size_t bytes = run->resident + matmul_scratch_bytes() + loader_bytes(run->train, run->options.batch);
+    bytes += rows * sizeof(float_acc);             // losses
+    if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
+    if (run->options.output)
+        bytes += piece < CHECKPOINT_CHUNK ? piece : CHECKPOINT_CHUNK; // on its way to the disk
     return bytes;
 }
 
