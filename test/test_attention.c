@@ -207,8 +207,8 @@ static void test_shapes(void** state) {
     for (int t = 0; t < 8; t++) {
         for (int m = 0; m < NUM_HEAD_MAPS; m++) {
             for (int w = 0; w < 5; w++, i++) {
-                // Large ones with every second map; head dimensions and batch sizes take turns.
-                if (Ts[t] > 100 && (m + t) % 2) continue;
+                // Large ones with every fourth map; head dimensions and batch sizes take turns.
+                if (Ts[t] > 100 && (m + t) % 4) continue;
                 check_against_reference(&head_maps[m], Ts[t] > 100 ? 1 : 1 + i % 3, Ts[t],
                                         Ds[(i + i / 4) % 4], windows[w]);
             }
@@ -242,11 +242,15 @@ static double weighted_sum_of_outputs(attention_case_t* c) {
 
 static void test_central_differences(void** state) {
     (void)state;
+    // Thousands of tiny calls: threads would mostly wait for each other, and the bits are the same (test_bitwise).
+    const int threads_before = omp_get_max_threads();
+    omp_set_num_threads(1);
     // B, T, D, window; the last two cross the border of a tile.
-    const int shapes[][4] = {{2, 9, 4, 0}, {1, 17, 8, 3}, {1, 9, 8, 1}, {1, 67, 1, 0}, {1, 67, 2, 20}};
+    const int shapes[][4] = {{2, 9, 4, 0}, {1, 17, 8, 3}, {1, 9, 8, 1}, {1, 67, 1, 0}, {1, 67, 1, 20}};
     for (int m = 0; m < NUM_HEAD_MAPS; m++) {
         for (int s = 0; s < 5; s++) {
             const int* shape = shapes[s];
+            if (shape[1] > 17 && m % 3) continue; // the long ones with some of the maps
             attention_case_t c = new_case(&head_maps[m], shape[0], shape[1], shape[2], shape[3]);
             run_forward(&c);
             run_backward(&c);
@@ -265,6 +269,7 @@ static void test_central_differences(void** state) {
             free_case(&c);
         }
     }
+    omp_set_num_threads(threads_before);
 }
 #endif
 
@@ -294,7 +299,7 @@ static void test_start(void** state) {
     const int T = 257, starts[] = {0, 1, 100, 192, 255, 256}, windows[] = {0, 3, 64};
     for (int i = 0; i < 18; i++) {
         const int start = starts[i % 6];
-        attention_case_t c = new_case(&head_maps[4 + i % 4], 2, T, 32, windows[i / 6]);
+        attention_case_t c = new_case(&head_maps[4 + i % 4], 1 + i % 2, T, 16, windows[i / 6]);
         run_reference(&c);
         attention_forward(c.out, c.lse, c.qkv, c.kv_of_q, c.forward_workspace, c.B, T, start, c.H, c.G, c.D,
                           c.window, 0);
@@ -325,7 +330,7 @@ static void test_bitwise(void** state) {
             floatX* out = new_floats(c.out_count);
             floatX* lse = new_floats(c.lse_count);
             floatX* dqkv = new_floats(c.qkv_count);
-            for (int threads = 1; threads <= 9; threads++) {
+            for (int threads = 1; threads <= 9; threads += 2) {
                 omp_set_num_threads(threads);
                 free(c.workspace), free(c.forward_workspace);
                 const size_t bytes = attention_backward_workspace(c.B, c.T, c.H, c.G, c.D);
