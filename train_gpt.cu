@@ -70,13 +70,13 @@ typedef struct {
     float_acc* rope;          // (T, D/2, 2)
     int* kv_of_q;             // (L, H) the KV head that each query head reads
     // gradients, shared by all layers
-    floatX* dresidual;  // (B, T, C)
-    floatX* dnorm;      // (B, T, C)
-    floatX* dqkv;       // (B, T, H + 2G, D)
-    floatX* dattention; // (B, T, H, D)
-    floatX* dgate_up;   // (B, T, 2F)
-    floatX* dswiglu;    // (B, T, F)
-    void* attention_workspace;
+    floatX* dresidual;         // (B, T, C)
+    floatX* dnorm;             // (B, T, C)
+    floatX* dqkv;              // (B, T, H + 2G, D)
+    floatX* dattention;        // (B, T, H, D)
+    floatX* dgate_up;          // (B, T, 2F)
+    floatX* dswiglu;           // (B, T, F)
+    void* attention_workspace; // of both directions, one after the other
 } Activations;
 
 typedef struct {
@@ -161,6 +161,12 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->targets, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->rope, (size_t)T * D * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
+    size_t workspace = attention_forward_workspace(B, T, (int)H, (int)G, (int)D);
+    if (training) {
+        size_t backward = attention_backward_workspace(B, T, (int)H, (int)G, (int)D);
+        if (backward > workspace) workspace = backward;
+    }
+    arena_reserve(arena, &acts->attention_workspace, workspace, "attention workspace");
     if (!training) return;
     arena_reserve(arena, (void**)&acts->dresidual, rows * C * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dnorm, rows * C * sizeof(floatX), "activation gradients");
@@ -169,8 +175,6 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->dattention, rows * H * D * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dgate_up, rows * 2 * F * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
-    arena_reserve(arena, &acts->attention_workspace,
-                  attention_backward_workspace(B, T, (int)H, (int)G, (int)D), "attention workspace");
 }
 
 // The map of grouped attention: H/G query heads in a row share a KV head.
@@ -259,8 +263,8 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
                        C, QKV, stream);
         if (layer_has_rope(config, l))
             rope_forward(layer->qkv + first * QKV, acts->rope + first * D, B, T - start, H, G, D, stream);
-        attention_forward(layer->attention, layer->lse, layer->qkv, acts->kv_of_q + (size_t)l * H, B, T,
-                          start, H, G, D, layer_window(config, l), stream);
+        attention_forward(layer->attention, layer->lse, layer->qkv, acts->kv_of_q + (size_t)l * H,
+                          acts->attention_workspace, B, T, start, H, G, D, layer_window(config, l), stream);
         matmul_forward(acts->branch + first * C, layer->attention + first * H * D, params + weights->o_proj,
                        rows, H * D, C, stream);
         residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C,
