@@ -70,13 +70,13 @@ typedef struct {
     float_acc* rope;          // (T, D/2, 2)
     int* kv_of_q;             // (L, H) the KV head that each query head reads
     // gradients, shared by all layers
-    floatX* dresidual;  // (B, T, C)
-    floatX* dnorm;      // (B, T, C)
-    floatX* dqkv;       // (B, T, H + 2G, D)
-    floatX* dattention; // (B, T, H, D)
-    floatX* dgate_up;   // (B, T, 2F)
-    floatX* dswiglu;    // (B, T, F)
-    void* attention_workspace;
+    floatX* dresidual;         // (B, T, C)
+    floatX* dnorm;             // (B, T, C)
+    floatX* dqkv;              // (B, T, H + 2G, D)
+    floatX* dattention;        // (B, T, H, D)
+    floatX* dgate_up;          // (B, T, 2F)
+    floatX* dswiglu;           // (B, T, F)
+    void* attention_workspace; // of both directions, one after the other
 } Activations;
 
 typedef struct {
@@ -161,6 +161,12 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->targets, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->rope, (size_t)T * D * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
+    size_t workspace = attention_forward_workspace(B, T, (int)H, (int)G, (int)D);
+    if (training) {
+        size_t backward = attention_backward_workspace(B, T, (int)H, (int)G, (int)D);
+        if (backward > workspace) workspace = backward;
+    }
+    arena_reserve(arena, &acts->attention_workspace, workspace, "attention workspace");
     if (!training) return;
     arena_reserve(arena, (void**)&acts->dresidual, rows * C * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dnorm, rows * C * sizeof(floatX), "activation gradients");
@@ -169,8 +175,6 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->dattention, rows * H * D * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dgate_up, rows * 2 * F * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
-    arena_reserve(arena, &acts->attention_workspace,
-                  attention_backward_workspace(B, T, (int)H, (int)G, (int)D), "attention workspace");
 }
 
 // The map of grouped attention: H/G query heads in a row share a KV head.
@@ -259,8 +263,8 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
                        C, QKV, stream);
         if (layer_has_rope(config, l))
             rope_forward(layer->qkv + first * QKV, acts->rope + first * D, B, T - start, H, G, D, stream);
-        attention_forward(layer->attention, layer->lse, layer->qkv, acts->kv_of_q + (size_t)l * H, B, T,
-                          start, H, G, D, layer_window(config, l), stream);
+        attention_forward(layer->attention, layer->lse, layer->qkv, acts->kv_of_q + (size_t)l * H,
+                          acts->attention_workspace, B, T, start, H, G, D, layer_window(config, l), stream);
         matmul_forward(acts->branch + first * C, layer->attention + first * H * D, params + weights->o_proj,
                        rows, H * D, C, stream);
         residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C,
@@ -497,6 +501,7 @@ static void find_checkpoints(Run* run) {
     const Options* options = &run->options;
     if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
     if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
+    if (options->resume && !options->dry_run) checkpoint_clean(options->output);
     if (options->resume && checkpoint_latest(options->output, run->resume_from)) return;
     run->resume_from[0] = 0;
     if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
@@ -577,8 +582,8 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
-// A run is never overwritten by accident, and its directory can be written to before hours are spent.
-static void prepare_output(const Run* run) {
+// A run is never overwritten by accident.
+static void prepare_output(Run* run) {
     const Options* options = &run->options;
     if (!options->output) return;
     char path[PATH_MAX];
@@ -595,10 +600,12 @@ static void prepare_output(const Run* run) {
         checkpoint_remove_all(options->output);
         remove_path(path);
     }
-    path_format(path, "%s/.writable", options->output);
-    FILE* file = open_or_fail(path, "wb");
-    fclose(file);
-    remove_path(path);
+    // The run keeps its own copy, which every checkpoint gets.
+    path_format(path, "%s/tokenizer.json", options->output);
+    if (run->tokenizer) {
+        tokenizer_save_json(run->tokenizer, path);
+        path_format(run->tokenizer_path, "%s", path);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -607,11 +614,12 @@ static void prepare_output(const Run* run) {
 // Bytes that come on top of the model's four blocks: the process and its libraries as they are now, batches, and what writing
 // a checkpoint takes.
 static size_t other_bytes(const Run* run, const Model* model) {
-    size_t rows = (size_t)model->B * model->T,
-           bytes = run->resident + loader_bytes(run->train, run->options.batch);
-    bytes += rows * sizeof(float_acc);                  // losses
-    if (run->val) bytes += rows * 2 * sizeof(int);      // validation batch
-    if (run->options.output) bytes += CHECKPOINT_CHUNK; // piece of a checkpoint on its way to the disk
+    size_t rows = (size_t)model->B * model->T, piece = model->parameters.bytes;
+    size_t bytes = run->resident + matmul_scratch_bytes() + loader_bytes(run->train, run->options.batch);
+    bytes += rows * sizeof(float_acc);             // losses
+    if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
+    if (run->options.output)
+        bytes += piece < CHECKPOINT_CHUNK ? piece : CHECKPOINT_CHUNK; // on its way to the disk
     return bytes;
 }
 

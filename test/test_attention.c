@@ -47,7 +47,7 @@ typedef struct {
     size_t qkv_count, out_count, lse_count;
     floatX *qkv, *dout, *out, *dqkv;
     float_acc* lse;
-    void* workspace;
+    void *workspace, *forward_workspace;
     double *ref_out, *ref_lse, *ref_dqkv;
 } attention_case_t;
 
@@ -80,6 +80,7 @@ static attention_case_t new_case(const head_map_t* map, int B, int T, int D, int
     c.dqkv = new_floats(c.qkv_count);
     c.lse = new_floats(c.lse_count);
     c.workspace = malloc_or_fail(attention_backward_workspace(B, T, c.H, c.G, D), "a workspace");
+    c.forward_workspace = malloc_or_fail(attention_forward_workspace(B, T, c.H, c.G, D), "a workspace");
     c.ref_out = new_doubles(c.out_count);
     c.ref_lse = new_doubles(c.lse_count);
     c.ref_dqkv = new_doubles(c.qkv_count);
@@ -92,12 +93,14 @@ static attention_case_t new_case(const head_map_t* map, int B, int T, int D, int
 }
 
 static void free_case(attention_case_t* c) {
-    free(c->qkv), free(c->dout), free(c->out), free(c->dqkv), free(c->lse), free(c->workspace);
+    free(c->qkv), free(c->dout), free(c->out), free(c->dqkv), free(c->lse), free(c->workspace),
+        free(c->forward_workspace);
     free(c->ref_out), free(c->ref_lse), free(c->ref_dqkv);
 }
 
 static void run_forward(attention_case_t* c) {
-    attention_forward(c->out, c->lse, c->qkv, c->kv_of_q, c->B, c->T, 0, c->H, c->G, c->D, c->window, 0);
+    attention_forward(c->out, c->lse, c->qkv, c->kv_of_q, c->forward_workspace, c->B, c->T, 0, c->H, c->G,
+                      c->D, c->window, 0);
 }
 
 static void run_backward(attention_case_t* c) {
@@ -204,8 +207,8 @@ static void test_shapes(void** state) {
     for (int t = 0; t < 8; t++) {
         for (int m = 0; m < NUM_HEAD_MAPS; m++) {
             for (int w = 0; w < 5; w++, i++) {
-                // Large ones with every second map; head dimensions and batch sizes take turns.
-                if (Ts[t] > 100 && (m + t) % 2) continue;
+                // Large ones with every fourth map; head dimensions and batch sizes take turns.
+                if (Ts[t] > 100 && (m + t) % 4) continue;
                 check_against_reference(&head_maps[m], Ts[t] > 100 ? 1 : 1 + i % 3, Ts[t],
                                         Ds[(i + i / 4) % 4], windows[w]);
             }
@@ -225,7 +228,7 @@ static void test_odd_head_dimensions(void** state) {
 // Windows around the tile sizes, long enough that whole tiles fall out of the band on both sides.
 static void test_windows_and_tiles(void** state) {
     (void)state;
-    const int windows[] = {2, 63, 65, 127, 128, 129, 192, 256, 299, 300, 599, 600, 601};
+    const int windows[] = {2, 63, 65, 127, 128, 191, 192, 193, 255, 256, 599, 600, 601};
     for (int w = 0; w < 13; w++) check_against_reference(&head_maps[3], 1, 600, 8, windows[w]);
 }
 
@@ -239,11 +242,15 @@ static double weighted_sum_of_outputs(attention_case_t* c) {
 
 static void test_central_differences(void** state) {
     (void)state;
+    // Thousands of tiny calls: threads would mostly wait for each other, and the bits are the same (test_bitwise).
+    const int threads_before = omp_get_max_threads();
+    omp_set_num_threads(1);
     // B, T, D, window; the last two cross the border of a tile.
-    const int shapes[][4] = {{2, 9, 4, 0}, {1, 17, 8, 3}, {1, 9, 8, 1}, {1, 67, 1, 0}, {1, 67, 2, 20}};
+    const int shapes[][4] = {{2, 9, 4, 0}, {1, 17, 8, 3}, {1, 9, 8, 1}, {1, 67, 1, 0}, {1, 67, 1, 20}};
     for (int m = 0; m < NUM_HEAD_MAPS; m++) {
         for (int s = 0; s < 5; s++) {
             const int* shape = shapes[s];
+            if (shape[1] > 17 && m % 3) continue; // the long ones with some of the maps
             attention_case_t c = new_case(&head_maps[m], shape[0], shape[1], shape[2], shape[3]);
             run_forward(&c);
             run_backward(&c);
@@ -262,6 +269,7 @@ static void test_central_differences(void** state) {
             free_case(&c);
         }
     }
+    omp_set_num_threads(threads_before);
 }
 #endif
 
@@ -288,12 +296,13 @@ static void test_large_scores(void** state) {
 // Rows start..T-1 alone are those of the whole, and no other row is touched.
 static void test_start(void** state) {
     (void)state;
-    const int T = 257, starts[] = {0, 1, 100, 128, 255, 256}, windows[] = {0, 3, 64};
+    const int T = 257, starts[] = {0, 1, 100, 192, 255, 256}, windows[] = {0, 3, 64};
     for (int i = 0; i < 18; i++) {
         const int start = starts[i % 6];
-        attention_case_t c = new_case(&head_maps[4 + i % 4], 2, T, 32, windows[i / 6]);
+        attention_case_t c = new_case(&head_maps[4 + i % 4], 1 + i % 2, T, 16, windows[i / 6]);
         run_reference(&c);
-        attention_forward(c.out, c.lse, c.qkv, c.kv_of_q, c.B, T, start, c.H, c.G, c.D, c.window, 0);
+        attention_forward(c.out, c.lse, c.qkv, c.kv_of_q, c.forward_workspace, c.B, T, start, c.H, c.G, c.D,
+                          c.window, 0);
         for (int b = 0; b < c.B; b++) {
             const size_t rows = (size_t)b * T * c.H * c.D, done = (size_t)start * c.H * c.D;
             for (size_t j = 0; j < done; j++) assert_true(isnan((double)c.out[rows + j]));
@@ -321,12 +330,14 @@ static void test_bitwise(void** state) {
             floatX* out = new_floats(c.out_count);
             floatX* lse = new_floats(c.lse_count);
             floatX* dqkv = new_floats(c.qkv_count);
-            for (int threads = 1; threads <= 9; threads++) {
+            for (int threads = 1; threads <= 9; threads += 2) {
                 omp_set_num_threads(threads);
-                free(c.workspace);
-                c.workspace =
-                    malloc_or_fail(attention_backward_workspace(c.B, c.T, c.H, c.G, c.D), "a workspace");
-                memset(c.workspace, 0xff, attention_backward_workspace(c.B, c.T, c.H, c.G, c.D));
+                free(c.workspace), free(c.forward_workspace);
+                const size_t bytes = attention_backward_workspace(c.B, c.T, c.H, c.G, c.D);
+                const size_t forward_bytes = attention_forward_workspace(c.B, c.T, c.H, c.G, c.D);
+                c.workspace = memset(malloc_or_fail(bytes, "a workspace"), 0xff, bytes);
+                c.forward_workspace =
+                    memset(malloc_or_fail(forward_bytes, "a workspace"), 0xff, forward_bytes);
                 fill_nan(c.out, c.out_count);
                 fill_nan(c.lse, c.lse_count);
                 fill_nan(c.dqkv, c.qkv_count);

@@ -89,7 +89,8 @@ typedef struct {
     const char* separator; // NULL: each file is one document
     const char* text_key;  // of *.jsonl
     int64_t bytes_left;    // of --max-bytes
-    int64_t bytes_read;    // of the files, for progress
+    int64_t bytes_given;   // of text
+    int64_t bytes_read;    // of the files
     size_t next_file;
     char* text; // the open file, when it is plain text
     size_t text_bytes, text_at;
@@ -200,10 +201,19 @@ static inline int document_reader_next(DocumentReader* reader, const char** text
         if (!found || *bytes == 0) continue;
         size_t cut = cut_at_character(*text, *bytes, reader->bytes_left);
         reader->bytes_left = cut < *bytes ? 0 : reader->bytes_left - (int64_t)cut;
+        reader->bytes_given += (int64_t)cut;
         *bytes = cut;
         return cut > 0;
     }
     return 0;
+}
+
+// How much of the input has been read, for progress: by the bytes of the files or by --max-bytes.
+static inline double part_read(const DocumentReader* reader) {
+    double of_files = (double)reader->bytes_read / (double)reader->files->bytes;
+    double of_limit =
+        (double)reader->bytes_given / ((double)reader->bytes_given + (double)reader->bytes_left);
+    return of_limit > of_files ? of_limit : of_files;
 }
 
 // ----------------------------------------------------------------------------

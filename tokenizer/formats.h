@@ -179,7 +179,8 @@ static inline void read_merges(Tokenizer* t, const cJSON* merges) {
         const cJSON *left = merge->child, *right = left ? left->next : NULL;
         if (cJSON_IsString(merge)) {
             read_merge_line(t, &alphabet, merge->valuestring, strlen(merge->valuestring));
-        } else if (cJSON_IsArray(merge) && cJSON_IsString(left) && cJSON_IsString(right) && !right->next) {
+        } else if (cJSON_IsArray(merge) && cJSON_IsString(left) && right && cJSON_IsString(right) &&
+                   !right->next) {
             read_merge(t, &alphabet, left->valuestring, strlen(left->valuestring), right->valuestring,
                        strlen(right->valuestring));
         } else {

@@ -43,7 +43,7 @@ static void progress_show(Progress* progress, double part, int last, const char*
     if (progress->quiet || (!last && now - progress->shown < (progress->terminal ? 0.1 : 10))) return;
     progress->shown = now;
     char bar[25], remaining[32] = "";
-    part = part < 0 ? 0 : part > 1 ? 1 : part;
+    part = part > 1 ? 1 : part > 0 ? part : 0; // not a number where the size of the input is unknown
     for (int i = 0; i < 24; i++) bar[i] = i < part * 24 ? '#' : '.';
     bar[24] = 0;
     if (!last && part > 0.02)
@@ -280,7 +280,7 @@ static int64_t count_words(const Options* options, WordCounts* counts) {
         }
         bytes += (int64_t)batch.text.count;
         snprintf(note, sizeof(note), "%.1f MB", (double)bytes / 1e6);
-        progress_show(&progress, (double)reader.bytes_read / (double)options->files.bytes, 0, note);
+        progress_show(&progress, part_read(&reader), 0, note);
     }
     for (int i = 0; i < threads; i++) {
         word_counts_add_counts(counts, &own[i]);
@@ -554,7 +554,7 @@ static void prepare_files(Preparation* work, ShardSet* shards, const FileList* f
         }
         snprintf(note, sizeof(note), "%lld documents, %.1f MB",
                  (long long)(work->documents - documents_before), (double)work->bytes / 1e6);
-        progress_show(&progress, (double)reader.bytes_read / (double)files->bytes, 0, note);
+        progress_show(&progress, part_read(&reader), 0, note);
     }
     divider_finish(&divider);
     progress_show(&progress, 1, 1, note);

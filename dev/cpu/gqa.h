@@ -2,8 +2,9 @@
 Causal attention, dense or in a sliding window, of H query heads over G key/value heads through any map (MATH.md
 sections 1 and 4): the CPU twin of dev/cuda/gqa.cuh.
 
-    attention_forward(out, lse, qkv, kv_of_q, B, T, 0, H, G, D, window, stream);
-    void* workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
+    void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
+    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, stream);
+    workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
     attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
 
 One row of qkv holds a token's H query heads, then its G key heads, then its G value heads. window = 0 sees the whole
@@ -23,10 +24,15 @@ who computes it.
 // exp_fast
 #include "dev/cpu/math.h"
 
-// Tile sizes, in rows (queries) and columns (keys) of the score matrix.
-enum { ATTENTION_QUERIES = 128, ATTENTION_BACKWARD_QUERIES = 64, ATTENTION_KEYS = 128 };
-// Rows of a task of the backward that is not a whole head; a multiple of all of the above.
-enum { ATTENTION_TASK = 256 };
+// Tiles of the score matrix: rows (queries) by columns (keys). At 64 x 192 the products of a tile, with one operand
+// transposed beforehand, run at about 95 % of the speed of large products; narrower tiles lose to the overhead of a
+// call, taller ones compute more of what the mask throws away.
+enum { ATTENTION_QUERIES = 64, ATTENTION_KEYS = 192 };
+// Rows of one head that are one unit of parallel work: they share the transposed keys. A multiple of both of the
+// above; twice as many are 2 % faster on few cores and leave half of many cores idle.
+enum { ATTENTION_TASK = 192 };
+// With fewer queries than this (generation) transposing the keys costs more than it saves.
+enum { ATTENTION_FEW_QUERIES = 32 };
 
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
@@ -50,10 +56,22 @@ static inline void visible_columns(int* begin, int* end, int query, int first_ke
     *end = min_int(keys, query - first_key + 1);
 }
 
+static inline void transpose_tile(floatX* out,       // (columns, out_stride)
+                                  const floatX* inp, // (rows, columns), stride inp_stride
+                                  int rows, int columns, int out_stride, int inp_stride) {
+    // A few rows at a time: at the strides of qkv more of them would share too few sets of the cache.
+    for (int first = 0; first < rows; first += 16) {
+        const int end = min_int(rows, first + 16);
+        for (int c = 0; c < columns; c++)
+            for (int r = first; r < end; r++)
+                out[(size_t)c * out_stride + r] = inp[(size_t)r * inp_stride + c];
+    }
+}
+
 // Takes one row of raw scores into a running softmax: the row becomes exp(scale * score - row_max), 0 outside
 // begin..end-1. What was summed with the old maximum has to be multiplied by the value returned.
-static inline floatX softmax_row_update(floatX* row, float_acc* row_max, float_acc* row_sum, int begin, int end,
-                                        int keys, floatX scale) {
+static inline floatX softmax_row_update(floatX* row, float_acc* row_max, float_acc* row_sum, int begin,
+                                        int end, int keys, floatX scale) {
     for (int k = 0; k < begin && k < keys; k++) row[k] = 0;
     for (int k = max_int(end, 0); k < keys; k++) row[k] = 0;
     if (begin >= end) return 1;
@@ -74,7 +92,7 @@ static inline floatX softmax_row_update(floatX* row, float_acc* row_max, float_a
 }
 
 // One row of raw scores becomes probabilities, and the gradient of its probabilities that of its raw scores.
-static inline void softmax_row_backward(floatX* probs,  // (keys) in: raw scores
+static inline void softmax_row_backward(floatX* probs,   // (keys) in: raw scores
                                         floatX* dscores, // (keys) in: gradient of the probabilities
                                         float_acc lse, float_acc delta, int begin, int end, int keys,
                                         floatX scale) {
@@ -92,22 +110,26 @@ static inline void scale_row(floatX* row, floatX factor, int D) {
 }
 
 // One step of the online softmax: takes `keys` keys and values from first_key on into the unnormalised output of
-// `rows` neighbouring queries. The first step of a row (is_first) overwrites out.
-static inline void attention_tile_forward(floatX* out,        // (rows, D), stride out_stride
-                                          float_acc* row_max, // (rows)
-                                          float_acc* row_sum, // (rows)
-                                          floatX* scores,     // (rows, keys) scratch
-                                          const floatX* q,    // (rows, D), stride qkv_stride
-                                          const floatX* k,    // (keys, D), stride qkv_stride
-                                          const floatX* v,    // (keys, D), stride qkv_stride
-                                          int is_first, int first_query, int rows, int first_key, int keys,
-                                          int D, int out_stride, int qkv_stride, int window) {
-    gemm(0, 1, rows, keys, D, q, qkv_stride, k, qkv_stride, 0, scores, keys);
+// `rows` neighbouring queries. The first step of a row (is_first) overwrites out. With many rows the product with the
+// transposed key is the faster one; k_t may be NULL.
+static inline void
+attention_tile_forward(floatX* out,        // (rows, D), stride out_stride
+                       float_acc* row_max, // (rows)
+                       float_acc* row_sum, // (rows)
+                       floatX* scores,     // (rows, keys) scratch
+                       const floatX* q,    // (rows, D), stride qkv_stride
+                       const floatX* k,    // (keys, D), stride qkv_stride
+                       const floatX* k_t,  // (D, ATTENTION_KEYS) columns 0..keys-1: k transposed
+                       const floatX* v,    // (keys, D), stride qkv_stride
+                       int is_first, int first_query, int rows, int first_key, int keys, int D,
+                       int out_stride, int qkv_stride, int window) {
+    if (k_t) gemm(0, 0, rows, keys, D, q, qkv_stride, k_t, ATTENTION_KEYS, 0, scores, keys);
+    if (!k_t) gemm(0, 1, rows, keys, D, q, qkv_stride, k, qkv_stride, 0, scores, keys);
     for (int r = 0; r < rows; r++) {
         int begin, end;
         visible_columns(&begin, &end, first_query + r, first_key, keys, window);
-        floatX correction = softmax_row_update(scores + (size_t)r * keys, &row_max[r], &row_sum[r], begin, end,
-                                               keys, attention_scale(D));
+        floatX correction = softmax_row_update(scores + (size_t)r * keys, &row_max[r], &row_sum[r], begin,
+                                               end, keys, attention_scale(D));
         if (!is_first && correction != 1) scale_row(out + (size_t)r * out_stride, correction, D);
     }
     gemm(0, 0, rows, D, keys, scores, keys, v, qkv_stride, !is_first, out, out_stride);
@@ -115,28 +137,29 @@ static inline void attention_tile_forward(floatX* out,        // (rows, D), stri
 
 // One tile of the backward: `rows` neighbouring queries against `keys` keys. Adds to dq, dk and dv; dq may be NULL, or
 // dk and dv may be.
-static inline void attention_tile_backward(floatX* dq,            // (rows, D), stride qkv_stride
-                                           floatX* dk,            // (keys, D)
-                                           floatX* dv,            // (keys, D)
-                                           floatX* probs,         // (rows, keys) scratch
-                                           floatX* dscores,       // (rows, keys) scratch
-                                           const floatX* dout,    // (rows, D), stride out_stride
-                                           const floatX* q,       // (rows, D), stride qkv_stride
-                                           const floatX* k,       // (keys, D), stride qkv_stride
-                                           const floatX* k_t,     // (D, ATTENTION_KEYS) columns 0..keys-1: k transposed
-                                           const floatX* v_t,     // (D, ATTENTION_KEYS)
-                                           const float_acc* lse,  // (rows)
-                                           const float_acc* delta, // (rows) sum over d of dout * out
-                                           int first_query, int rows, int first_key, int keys, int D,
-                                           int out_stride, int qkv_stride, int window) {
+static inline void
+attention_tile_backward(floatX* dq,             // (rows, D), stride qkv_stride
+                        floatX* dk,             // (keys, D)
+                        floatX* dv,             // (keys, D)
+                        floatX* probs,          // (rows, keys) scratch
+                        floatX* dscores,        // (rows, keys) scratch
+                        const floatX* dout,     // (rows, D), stride out_stride
+                        const floatX* q,        // (rows, D), stride qkv_stride
+                        const floatX* k,        // (keys, D), stride qkv_stride
+                        const floatX* k_t,      // (D, ATTENTION_KEYS) columns 0..keys-1: k transposed
+                        const floatX* v_t,      // (D, ATTENTION_KEYS)
+                        const float_acc* lse,   // (rows)
+                        const float_acc* delta, // (rows) sum over d of dout * out
+                        int first_query, int rows, int first_key, int keys, int D, int out_stride,
+                        int qkv_stride, int window) {
     const floatX scale = attention_scale(D);
     gemm(0, 0, rows, keys, D, q, qkv_stride, k_t, ATTENTION_KEYS, 0, probs, keys);
     gemm(0, 0, rows, keys, D, dout, out_stride, v_t, ATTENTION_KEYS, 0, dscores, keys);
     for (int r = 0; r < rows; r++) {
         int begin, end;
         visible_columns(&begin, &end, first_query + r, first_key, keys, window);
-        softmax_row_backward(probs + (size_t)r * keys, dscores + (size_t)r * keys, lse[r], delta[r], begin, end,
-                             keys, scale);
+        softmax_row_backward(probs + (size_t)r * keys, dscores + (size_t)r * keys, lse[r], delta[r], begin,
+                             end, keys, scale);
     }
     if (dq) gemm(0, 0, rows, D, keys, dscores, keys, k, qkv_stride, 1, dq, qkv_stride);
     if (dv) gemm(1, 0, keys, D, rows, probs, keys, dout, out_stride, 1, dv, D);
@@ -146,54 +169,83 @@ static inline void attention_tile_backward(floatX* dq,            // (rows, D), 
 // ----------------------------------------------------------------------------
 // Forward
 
-// All keys of one tile of queries of one head.
+// The outputs of the queries first_query..end_query-1 of one head.
 static inline void attention_rows_forward(floatX* out,     // (rows, D), stride out_stride
                                           float_acc* lse,  // (rows)
+                                          floatX* tiles,   // scratch
                                           const floatX* q, // (rows, D), stride qkv_stride
                                           const floatX* k, // (T, D), stride qkv_stride: from token 0
                                           const floatX* v, // (T, D), stride qkv_stride
-                                          int first_query, int rows, int D, int out_stride, int qkv_stride,
-                                          int window) {
-    floatX scores[ATTENTION_QUERIES * ATTENTION_KEYS];
-    float_acc row_max[ATTENTION_QUERIES], row_sum[ATTENTION_QUERIES];
-    for (int r = 0; r < rows; r++) {
+                                          int first_query, int end_query, int D, int out_stride,
+                                          int qkv_stride, int window) {
+    floatX* scores = tiles;
+    floatX* k_t =
+        end_query - first_query < ATTENTION_FEW_QUERIES ? NULL : scores + ATTENTION_QUERIES * ATTENTION_KEYS;
+    float_acc row_max[ATTENTION_TASK], row_sum[ATTENTION_TASK];
+    for (int r = 0; r < end_query - first_query; r++) {
         row_max[r] = -INFINITY;
         row_sum[r] = 0;
     }
-    int begin = first_visible_key(first_query, window), end = first_query + rows;
-    for (int key = begin; key < end; key += ATTENTION_KEYS) {
-        attention_tile_forward(out, row_max, row_sum, scores, q, k + (size_t)key * qkv_stride,
-                               v + (size_t)key * qkv_stride, key == begin, first_query, rows, key,
-                               min_int(ATTENTION_KEYS, end - key), D, out_stride, qkv_stride, window);
+    for (int first_key = first_visible_key(first_query, window); first_key < end_query;
+         first_key += ATTENTION_KEYS) {
+        const int end_key = min_int(first_key + ATTENTION_KEYS, end_query);
+        if (k_t)
+            transpose_tile(k_t, k + (size_t)first_key * qkv_stride, end_key - first_key, D, ATTENTION_KEYS,
+                           qkv_stride);
+        for (int query = first_query; query < end_query; query += ATTENTION_QUERIES) {
+            const int rows = min_int(ATTENTION_QUERIES, end_query - query), row = query - first_query;
+            const int first_seen = first_visible_key(query, window), key = max_int(first_key, first_seen);
+            const int keys = min_int(end_key, query + rows) - key;
+            if (keys <= 0) continue;
+            attention_tile_forward(out + (size_t)row * out_stride, row_max + row, row_sum + row, scores,
+                                   q + (size_t)row * qkv_stride, k + (size_t)key * qkv_stride,
+                                   k_t ? k_t + (key - first_key) : NULL, v + (size_t)key * qkv_stride,
+                                   key == first_seen, query, rows, key, keys, D, out_stride, qkv_stride,
+                                   window);
+        }
     }
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < end_query - first_query; r++) {
         scale_row(out + (size_t)r * out_stride, 1 / row_sum[r], D);
         lse[r] = row_max[r] + log(row_sum[r]);
     }
 }
 
+// Scratch of one thread, in numbers of floatX: scores and the transposed key.
+static inline size_t attention_forward_tiles(int D) {
+    return (size_t)ATTENTION_KEYS * (ATTENTION_QUERIES + D);
+}
+
+// Bytes of the workspace of attention_forward, for as many threads as omp_get_max_threads() says now or fewer.
+static inline size_t attention_forward_workspace(int B, int T, int H, int G, int D) {
+    (void)B, (void)T, (void)H, (void)G;
+    return omp_get_max_threads() * attention_forward_tiles(D) * sizeof(floatX);
+}
+
 // Rows start..T-1 of out and lse, given queries of these rows and keys and values of all; start > 0 continues a
-// sequence whose earlier keys and values are in qkv already.
-static inline void attention_forward(floatX* out,        // (B, T, H, D)
-                                     float_acc* lse,     // (B, H, T) natural log of the sum of exp(scaled scores)
+// sequence whose earlier keys and values are in qkv already. The workspace needs no initial value.
+static inline void attention_forward(floatX* out,    // (B, T, H, D)
+                                     float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      const floatX* qkv,  // (B, T, H + 2G, D)
                                      const int* kv_of_q, // (H) non-decreasing
-                                     int B, int T, int start, int H, int G, int D, int window, stream_t stream) {
+                                     void* workspace, int B, int T, int start, int H, int G, int D,
+                                     int window, stream_t stream) {
     (void)stream;
     const int row_stride = (H + 2 * G) * D;
-    const int tiles = (T - start + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES;
+    const int tasks = (T - start + ATTENTION_TASK - 1) / ATTENTION_TASK;
     // The last queries see the most keys: long tasks first, short ones fill the gaps.
-#pragma omp parallel for collapse(3) schedule(dynamic)
-    for (int i = 0; i < tiles; i++) {
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
+    for (int i = 0; i < tasks; i++) {
         for (int b = 0; b < B; b++) {
             for (int h = 0; h < H; h++) {
-                int t = start + (tiles - 1 - i) * ATTENTION_QUERIES;
+                const int t = start + (tasks - 1 - i) * ATTENTION_TASK;
                 const floatX* sequence = qkv + (size_t)b * T * row_stride;
                 const floatX* k = sequence + (size_t)(H + kv_of_q[h]) * D;
+                floatX* tiles = (floatX*)workspace + attention_forward_tiles(D) * omp_get_thread_num();
                 assert(kv_of_q[h] >= 0 && kv_of_q[h] < G && (h == 0 || kv_of_q[h - 1] <= kv_of_q[h]));
-                attention_rows_forward(out + (((size_t)b * T + t) * H + h) * D, lse + ((size_t)b * H + h) * T + t,
-                                       sequence + (size_t)t * row_stride + (size_t)h * D, k, k + (size_t)G * D, t,
-                                       min_int(ATTENTION_QUERIES, T - t), D, H * D, row_stride, window);
+                attention_rows_forward(
+                    out + (((size_t)b * T + t) * H + h) * D, lse + ((size_t)b * H + h) * T + t, tiles,
+                    sequence + (size_t)t * row_stride + (size_t)h * D, k, k + (size_t)G * D, t,
+                    min_int(T, t + ATTENTION_TASK), D, H * D, row_stride, window);
             }
         }
     }
@@ -215,7 +267,7 @@ static inline attention_workspace_t attention_workspace_layout(int B, int T, int
     attention_workspace_t sizes;
     sizes.delta = ((size_t)B * H * T + 15) / 16 * 16;
     sizes.kv = (size_t)B * H * T * D;
-    sizes.tiles = 2 * (size_t)ATTENTION_KEYS * (ATTENTION_BACKWARD_QUERIES + D);
+    sizes.tiles = 2 * (size_t)ATTENTION_KEYS * (ATTENTION_QUERIES + D);
     sizes.all_tiles = sizes.tiles * omp_get_max_threads();
     return sizes;
 }
@@ -225,13 +277,6 @@ static inline size_t attention_backward_workspace(int B, int T, int H, int G, in
     (void)G;
     const attention_workspace_t sizes = attention_workspace_layout(B, T, H, D);
     return (sizes.delta + sizes.all_tiles + 2 * sizes.kv) * sizeof(floatX);
-}
-
-static inline void transpose_tile(floatX* out,       // (columns, out_stride)
-                                  const floatX* inp, // (rows, columns), stride inp_stride
-                                  int rows, int columns, int out_stride, int inp_stride) {
-    for (int c = 0; c < columns; c++)
-        for (int r = 0; r < rows; r++) out[(size_t)c * out_stride + r] = inp[(size_t)r * inp_stride + c];
 }
 
 // Everything one head needs; the pointers are those of this head, at token 0.
@@ -253,17 +298,17 @@ typedef struct {
 static inline void attention_keys_backward(const attention_head_t* head, floatX* tiles, int first_key,
                                            int first_query, int end_query, int with_dq, int with_dkv) {
     floatX* probs = tiles;
-    floatX* dscores = probs + ATTENTION_BACKWARD_QUERIES * ATTENTION_KEYS;
-    floatX* k_t = dscores + ATTENTION_BACKWARD_QUERIES * ATTENTION_KEYS;
+    floatX* dscores = probs + ATTENTION_QUERIES * ATTENTION_KEYS;
+    floatX* k_t = dscores + ATTENTION_QUERIES * ATTENTION_KEYS;
     floatX* v_t = k_t + (size_t)head->D * ATTENTION_KEYS;
     const int D = head->D, end_key = min_int(first_key + ATTENTION_KEYS, head->T);
     const size_t kv = (size_t)first_key * head->qkv_stride;
     transpose_tile(k_t, head->k + kv, end_key - first_key, D, ATTENTION_KEYS, head->qkv_stride);
     transpose_tile(v_t, head->v + kv, end_key - first_key, D, ATTENTION_KEYS, head->qkv_stride);
-    first_query = max_int(first_query, first_key / ATTENTION_BACKWARD_QUERIES * ATTENTION_BACKWARD_QUERIES);
+    first_query = max_int(first_query, first_key / ATTENTION_QUERIES * ATTENTION_QUERIES);
     end_query = min_int(end_query, end_visible_query(end_key - 1, head->window, head->T));
-    for (int query = first_query; query < end_query; query += ATTENTION_BACKWARD_QUERIES) {
-        const int rows = min_int(ATTENTION_BACKWARD_QUERIES, end_query - query);
+    for (int query = first_query; query < end_query; query += ATTENTION_QUERIES) {
+        const int rows = min_int(ATTENTION_QUERIES, end_query - query);
         // Only the columns that some row of the tile sees.
         const int key = max_int(first_key, first_visible_key(query, head->window));
         const int keys = min_int(end_key, query + rows) - key;
@@ -272,17 +317,18 @@ static inline void attention_keys_backward(const attention_head_t* head, floatX*
                                 with_dkv ? head->dv + (size_t)key * D : NULL, probs, dscores,
                                 head->dout + (size_t)query * head->out_stride, head->q + row,
                                 head->k + (size_t)key * head->qkv_stride, k_t + (key - first_key),
-                                v_t + (key - first_key), head->lse + query, head->delta + query, query, rows, key,
-                                keys, D, head->out_stride, head->qkv_stride, head->window);
+                                v_t + (key - first_key), head->lse + query, head->delta + query, query, rows,
+                                key, keys, D, head->out_stride, head->qkv_stride, head->window);
     }
 }
 
 // Writes the rows dq_begin..dq_end-1 of dq, and dkv_begin..dkv_end-1 of dk and dv; the ranges start at multiples of
 // ATTENTION_TASK, and both are the whole sequence unless one of them is empty.
-static inline void attention_head_backward(const attention_head_t* head, floatX* tiles, int dq_begin, int dq_end,
-                                           int dkv_begin, int dkv_end) {
+static inline void attention_head_backward(const attention_head_t* head, floatX* tiles, int dq_begin,
+                                           int dq_end, int dkv_begin, int dkv_end) {
     const int with_dq = dq_begin < dq_end, with_dkv = dkv_begin < dkv_end, D = head->D;
-    for (int t = dq_begin; t < dq_end; t++) memset(head->dq + (size_t)t * head->qkv_stride, 0, sizeof(floatX) * D);
+    for (int t = dq_begin; t < dq_end; t++)
+        memset(head->dq + (size_t)t * head->qkv_stride, 0, sizeof(floatX) * D);
     memset(head->dk + (size_t)dkv_begin * D, 0, sizeof(floatX) * (dkv_end - dkv_begin) * D);
     memset(head->dv + (size_t)dkv_begin * D, 0, sizeof(floatX) * (dkv_end - dkv_begin) * D);
     const int first_seen = first_visible_key(dq_begin, head->window) / ATTENTION_KEYS * ATTENTION_KEYS;

@@ -40,12 +40,18 @@ static inline void gemm(int transA, int transB, int M, int N, int K, const float
 // One small product of each kind: the library loads, compiles its kernels and starts its threads now, so that the memory it
 // takes can be seen before a plan is made.
 static inline void matmul_start(void) {
-    enum { SIZE = 256 };
+    enum { SIZE = 1024 };
     floatX* matrices = (floatX*)calloc_or_fail((size_t)3 * SIZE * SIZE, sizeof(floatX), "a product");
     floatX *a = matrices, *b = a + SIZE * SIZE, *c = b + SIZE * SIZE;
     for (int kind = 0; kind < 3; kind++)
         gemm(kind == 2, kind == 0, SIZE, SIZE, SIZE, a, SIZE, b, SIZE, 0, c, SIZE);
     free(matrices);
+}
+
+// What products take beyond that, for packed copies of their operands: measured, a thread.
+#define MATMUL_SCRATCH_BYTES ((size_t)2 << 20)
+static inline size_t matmul_scratch_bytes(void) {
+    return MATMUL_SCRATCH_BYTES * (size_t)omp_get_max_threads();
 }
 
 static inline void matmul_forward(floatX* out,          // (rows, out_channels)

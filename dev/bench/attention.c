@@ -1,0 +1,221 @@
+/*
+Time of attention, forward and backward, as a share of what the matrix products of the same process reach.
+
+    attention --json attention.json
+
+GFLOP/s count the useful work: two products of 2 D operations for every pair of query and visible key in the forward,
+five in the backward. The peak is a product of two 2048 x 2048 matrices, measured before every round, because other
+work on the machine slows both.
+*/
+#include <argp.h>
+// attention_forward, attention_backward, gemm
+#include "dev/cpu/gqa.h"
+
+typedef struct {
+    int T, H, G, D, window;
+} shape_t;
+
+static const shape_t default_shapes[] = {
+    {1024, 8, 8, 64, 0}, {1024, 8, 2, 64, 0},   {4096, 8, 8, 64, 0}, {4096, 8, 2, 64, 0},
+    {4096, 8, 1, 64, 0}, {4096, 8, 8, 64, 256}, {4096, 8, 8, 32, 0}, {4096, 8, 8, 128, 0},
+};
+
+typedef struct {
+    int rounds;
+    shape_t shape; // T = 0: the default shapes
+    const char* json_path;
+} options_t;
+
+static const struct argp_option option_table[] = {
+    {"json", 'j', "FILE", 0, "Also write the results to FILE as JSON", 0},
+    {"rounds", 'r', "N", 0, "Rounds, of which the median counts (default 5)", 0},
+    {"tokens", 't', "T", 0, "One shape instead of the table: tokens, and with it", 0},
+    {"query-heads", 'q', "H", 0, "query heads (default 8)", 0},
+    {"kv-heads", 'k', "G", 0, "key/value heads (default 8)", 0},
+    {"head-dimension", 'd', "D", 0, "head dimension (default 64)", 0},
+    {"window", 'w', "W", 0, "sliding window, 0 for none (default 0)", 0},
+    {0, 0, 0, 0, 0, 0},
+};
+
+static int parse_number(const char* text, const char* name, int minimum) {
+    char* end;
+    errno = 0;
+    const long value = strtol(text, &end, 10);
+    if (errno || *end || end == text || value < minimum || value > 1 << 24)
+        fail_usage("--%s %s: must be a number from %d to %d", name, text, minimum, 1 << 24);
+    return (int)value;
+}
+
+static error_t parse_option(int key, char* argument, struct argp_state* state) {
+    options_t* options = (options_t*)state->input;
+    switch (key) {
+    case 'j':
+        options->json_path = argument;
+        return 0;
+    case 'r':
+        options->rounds = parse_number(argument, "rounds", 1);
+        return 0;
+    case 't':
+        options->shape.T = parse_number(argument, "tokens", 1);
+        return 0;
+    case 'q':
+        options->shape.H = parse_number(argument, "query-heads", 1);
+        return 0;
+    case 'k':
+        options->shape.G = parse_number(argument, "kv-heads", 1);
+        return 0;
+    case 'd':
+        options->shape.D = parse_number(argument, "head-dimension", 1);
+        return 0;
+    case 'w':
+        options->shape.window = parse_number(argument, "window", 0);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Measuring
+
+static floatX* new_random(size_t count) {
+    floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
+    uint32_t state = 12345;
+    for (size_t i = 0; i < count; i++) {
+        state = state * 1664525u + 1013904223u;
+        values[i] = (floatX)(state >> 8) / (floatX)(1 << 23) - 1;
+    }
+    return values;
+}
+
+static int compare_doubles(const void* a, const void* b) {
+    const double x = *(const double*)a, y = *(const double*)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double* values, int count) {
+    qsort(values, (size_t)count, sizeof(double), compare_doubles);
+    return values[count / 2];
+}
+
+enum { PEAK_SIZE = 2048 };
+
+// Operations a second of one large matrix product.
+static double measure_peak(floatX* out, const floatX* a, const floatX* b) {
+    const double start = omp_get_wtime();
+    gemm(0, 1, PEAK_SIZE, PEAK_SIZE, PEAK_SIZE, a, PEAK_SIZE, b, PEAK_SIZE, 0, out, PEAK_SIZE);
+    return 2.0 * PEAK_SIZE * PEAK_SIZE * PEAK_SIZE / (omp_get_wtime() - start);
+}
+
+typedef struct {
+    double forward_seconds, backward_seconds;          // medians
+    double rate;                                       // useful operations a second of both
+    double peak;                                       // operations a second of the large product
+    double of_peak, forward_of_peak, backward_of_peak; // medians of the quotients of each round
+} result_t;
+
+static double visible_pairs(const shape_t* shape) {
+    double pairs = 0;
+    for (int t = 0; t < shape->T; t++) pairs += t - first_visible_key(t, shape->window) + 1;
+    return pairs;
+}
+
+static result_t measure(const shape_t* shape, int rounds, floatX* peak_out, const floatX* a,
+                        const floatX* b) {
+    const int T = shape->T, H = shape->H, G = shape->G, D = shape->D;
+    const size_t qkv_count = (size_t)T * (H + 2 * G) * D, out_count = (size_t)T * H * D;
+    floatX *qkv = new_random(qkv_count), *dqkv = new_random(qkv_count);
+    floatX *out = new_random(out_count), *dout = new_random(out_count), *lse = new_random((size_t)H * T);
+    void* forward_workspace = device_malloc(attention_forward_workspace(1, T, H, G, D), "a workspace");
+    void* workspace = device_malloc(attention_backward_workspace(1, T, H, G, D), "a workspace");
+    int* kv_of_q = (int*)malloc_or_fail(sizeof(int) * (size_t)H, "the head map");
+    for (int h = 0; h < H; h++) kv_of_q[h] = (int)((long)h * G / H);
+
+    double* times = (double*)malloc_or_fail(sizeof(double) * 6 * (size_t)rounds, "the times");
+    double *forward = times, *backward = times + rounds, *peak = times + 2 * rounds;
+    double *of_peak = times + 3 * rounds, *forward_of_peak = times + 4 * rounds,
+           *backward_of_peak = times + 5 * rounds;
+    const double operations = 4 * visible_pairs(shape) * D * H;
+    for (int round = -1; round < rounds; round++) { // round -1 warms up
+        const int r = round < 0 ? 0 : round;
+        peak[r] = measure_peak(peak_out, a, b);
+        const double start = omp_get_wtime();
+        attention_forward(out, lse, qkv, kv_of_q, forward_workspace, 1, T, 0, H, G, D, shape->window, 0);
+        const double middle = omp_get_wtime();
+        attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, 1, T, H, G, D, shape->window, 0);
+        forward[r] = middle - start;
+        backward[r] = omp_get_wtime() - middle;
+        forward_of_peak[r] = operations / forward[r] / peak[r];
+        backward_of_peak[r] = 2.5 * operations / backward[r] / peak[r];
+        of_peak[r] = 3.5 * operations / (forward[r] + backward[r]) / peak[r];
+    }
+    result_t result;
+    result.forward_seconds = median(forward, rounds);
+    result.backward_seconds = median(backward, rounds);
+    result.rate = 3.5 * operations / (result.forward_seconds + result.backward_seconds);
+    result.peak = median(peak, rounds);
+    result.of_peak = median(of_peak, rounds);
+    result.forward_of_peak = median(forward_of_peak, rounds);
+    result.backward_of_peak = median(backward_of_peak, rounds);
+    device_free(qkv), device_free(dqkv), device_free(out), device_free(dout), device_free(lse);
+    device_free(forward_workspace), device_free(workspace), free(kv_of_q), free(times);
+    return result;
+}
+
+// ----------------------------------------------------------------------------
+// Reporting
+
+static void print_result(const shape_t* s, const result_t* r) {
+    printf("%6d %4d %4d %4d %7d %11.2f %11.2f %9.1f %9.1f %7.1f %7.1f %7.1f\n", s->T, s->H, s->G, s->D,
+           s->window, 1e3 * r->forward_seconds, 1e3 * r->backward_seconds, 1e-9 * r->rate, 1e-9 * r->peak,
+           100 * r->forward_of_peak, 100 * r->backward_of_peak, 100 * r->of_peak);
+    fflush(stdout);
+}
+
+static void write_result(FILE* json, const shape_t* s, const result_t* r, int is_first) {
+    fprintf(json,
+            "%s\n    {\"T\": %d, \"H\": %d, \"G\": %d, \"D\": %d, \"window\": %d, \"forward_ms\": %.4f, "
+            "\"backward_ms\": %.4f, \"gflops\": %.2f, \"peak_gflops\": %.2f, \"forward_of_peak\": %.4f, "
+            "\"backward_of_peak\": %.4f, \"of_peak\": %.4f}",
+            is_first ? "" : ",", s->T, s->H, s->G, s->D, s->window, 1e3 * r->forward_seconds,
+            1e3 * r->backward_seconds, 1e-9 * r->rate, 1e-9 * r->peak, r->forward_of_peak,
+            r->backward_of_peak, r->of_peak);
+}
+
+int main(int argc, char** argv) {
+    program_name = "attention";
+    options_t options = {5, {0, 8, 8, 64, 0}, NULL};
+    const struct argp parser = {option_table, parse_option, NULL, "Times attention on this machine.",
+                                NULL,         NULL,         NULL};
+    argp_err_exit_status = 2;
+    argp_parse(&parser, argc, argv, 0, NULL, &options);
+    if (options.shape.G > options.shape.H)
+        fail_usage("--kv-heads %d: must not exceed --query-heads %d", options.shape.G, options.shape.H);
+
+    const shape_t* shapes = options.shape.T ? &options.shape : default_shapes;
+    const int num_shapes = options.shape.T ? 1 : (int)(sizeof(default_shapes) / sizeof(default_shapes[0]));
+    const size_t peak_count = (size_t)PEAK_SIZE * PEAK_SIZE;
+    floatX *a = new_random(peak_count), *b = new_random(peak_count), *peak_out = new_random(peak_count);
+    FILE* json = options.json_path ? open_or_fail(options.json_path, "w") : NULL;
+    if (json) {
+        fprintf(json, "{\"precision\": \"%s\", \"threads\": %d, \"rounds\": %d, \"results\": [",
+                PRECISION_NAME, omp_get_max_threads(), options.rounds);
+    }
+    printf("%d threads, %s, B = 1; medians of %d rounds\n", omp_get_max_threads(), PRECISION_NAME,
+           options.rounds);
+    printf("                                                             useful      peak      %% of the "
+           "peak\n");
+    printf("     T    H    G    D  window  forward ms backward ms   GFLOP/s   GFLOP/s forward backw'd    "
+           "both\n");
+    for (int i = 0; i < num_shapes; i++) {
+        const result_t result = measure(&shapes[i], options.rounds, peak_out, a, b);
+        print_result(&shapes[i], &result);
+        if (json) write_result(json, &shapes[i], &result, i == 0);
+    }
+    if (json) {
+        fprintf(json, "\n]}\n");
+        close_written_or_fail(json, options.json_path);
+    }
+    device_free(a), device_free(b), device_free(peak_out);
+    return 0;
+}
