@@ -19,10 +19,11 @@ variants=(
 
 # The model that they share, and how it is trained. Sizes and learning rate: docs/results/quickstart.md.
 model=(--layers 4 --channels 128 --heads 8)
-training=(--learning-rate 4e-3 --schedule cosine --final-lr-fraction 0.05 --weight-decay 0.1 --seed 1337)
-step_tokens=2048
+training=(--learning-rate 2e-3 --schedule cosine --final-lr-fraction 0.05 --weight-decay 0.1 --seed 1337)
+step_tokens=512
 text_bytes=32000000 # at most so much of the text is read
 passes=10           # at most so often is it read
+val_bytes=120000    # about so much of it is kept for validation, and at most a tenth
 
 # ----------------------------------------------------------------------------
 # Options
@@ -71,6 +72,10 @@ for i in "${!texts[@]}"; do
     head -c 1000000 "$text" | LC_ALL=C grep -qaP '\x00' && fail "--text ${texts[i]}: holds zero bytes: not a text file"
     texts[i]=$text
 done
+if [ ${#texts[@]} -gt 0 ]; then
+    bytes=$(cat "${texts[@]}" | wc -c)
+    [ "$bytes" -ge 10000 ] || fail "--text: $bytes bytes in all are too few to train and to validate on; 10000 are the least"
+fi
 
 # ----------------------------------------------------------------------------
 # What it says while it works
@@ -110,6 +115,9 @@ out=quickstart/$(printf %02d $number)
 mkdir -p "$out"
 if [ $number -gt 1 ]; then say "earlier results stay where they are in quickstart/; this time everything goes to $out"; fi
 
+# Threads that wait sleep after some microseconds: others may be using this machine too.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+
 # ----------------------------------------------------------------------------
 # Install, build
 
@@ -138,22 +146,24 @@ else
     prompt="#ifndef"
 fi
 bytes=$(tr '\n' '\0' <"$out/files.txt" | xargs -0 cat | wc -c)
-[ "$bytes" -ge 10000 ] || fail "--text: $bytes bytes are too few; 10000 are the least that a model can be trained and tested on"
 
 # A small text has few words to learn: it gets a smaller vocabulary and shorter sequences.
-vocabulary=2048 T=256
+vocabulary=4096 T=256
 if [ "$bytes" -lt 3000000 ]; then vocabulary=1024; fi
 if [ "$bytes" -lt 300000 ]; then vocabulary=512 T=128; fi
 if [ "$bytes" -lt 50000 ]; then vocabulary=320 T=64; fi
 used=$((bytes < text_bytes ? bytes : text_bytes))
 say "training a tokenizer of $vocabulary tokens on $(wc -l <"$out/files.txt") files, $(awk -v b=$used 'BEGIN { printf "%.2f", b / 1e6 }') MB"
+fraction=$(awk -v b="$used" -v v=$val_bytes 'BEGIN { print (v / b > 0.1 ? 0.1 : v / b) }')
 source=(--files-from "$out/files.txt" --max-bytes "$text_bytes")
 quietly "$out/tokenizer.log" build/tokenizer train --vocab-size "$vocabulary" -o "$out/tokenizer.json" "${source[@]}"
 say "writing token shards"
-quietly "$out/prepare.log" build/tokenizer prepare -t "$out/tokenizer.json" --output-prefix "$out/text" "${source[@]}"
+quietly "$out/prepare.log" build/tokenizer prepare -t "$out/tokenizer.json" --output-prefix "$out/text" \
+    --validation-fraction "$fraction" "${source[@]}"
+val_tokens=$(sed -n 's/.*_val_\*\.bin: \([0-9]*\) tokens.*/\1/p' "$out/prepare.log")
 tokens=$(sed -n 's/.*_train_\*\.bin: \([0-9]*\) tokens.*/\1/p' "$out/prepare.log")
 token_bytes=$(sed -n 's/.* \([0-9.]*\) bytes a token.*/\1/p' "$out/prepare.log")
-say "  $tokens tokens to train on, $token_bytes bytes each"
+say "  $tokens tokens to train on, $val_tokens to validate on, $token_bytes bytes each"
 
 # ----------------------------------------------------------------------------
 # How fast is this machine?
@@ -163,12 +173,12 @@ shared=("${model[@]}" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --toke
     -t "$T" -b "$batch" "${training[@]}")
 
 say "measuring the speed of this machine"
-speed_of() { # milliseconds a step of one variant, after the first two
+speed_of() { # milliseconds a step of one variant, after the first two where there are more
     local name=$1 i=$2
     read -ra options <<<"${variants[i]##*|}"
     quietly "$out/speed.log" "$out/train_gpt_$name" "${shared[@]}" "${options[@]}" \
         --steps 1000 --val-every 0 --log-every 1 --max-seconds 4 --output "$out/speed_$name"
-    awk -F'"step_ms":' '/"step_ms"/ && ++n > 2 { sum += $2; count++ } END { print sum / count }' "$out/speed_$name/timings.jsonl"
+    awk -F'"step_ms":' '/"step_ms"/ { if (++n == 3) sum = count = 0; sum += $2; count++ } END { printf "%.1f", sum / count }' "$out/speed_$name/timings.jsonl"
     rm -rf "$out/speed_$name"
 }
 milliseconds=0
@@ -179,15 +189,15 @@ for i in "${!variants[@]}"; do
     milliseconds=$(awk -v a="$milliseconds" -v b="$speed" 'BEGIN { print a + b }')
 done
 
-# What is left, less 10 s for the table and the sample; 8 validations over 16 batches take the time of about 43 steps.
+# What is left, less 10 s for the table and the sample. Of a step, a forward pass is a third: so long take 7 validations.
 budget=$(awk -v m="$minutes" -v e="$(elapsed)" 'BEGIN { left = 60 * m - e - 10; print (left < 5 ? 5 : left) }')
 most=$((passes * tokens / step_tokens + 1))
-steps=$(awk -v left="$budget" -v ms="$milliseconds" -v most="$most" 'BEGIN {
-    steps = int((left * 1000 / ms - 43) / 10) * 10
+steps=$(awk -v left="$budget" -v ms="$milliseconds" -v most="$most" -v val="$((7 * val_tokens / 3 / step_tokens))" 'BEGIN {
+    steps = int((left * 1000 / ms - val) / 10) * 10
     if (steps > most) steps = most
     print (steps < 20 ? 20 : steps)
 }')
-every=$((steps / 8 > 0 ? steps / 8 : 1))
+every=$(((steps + 5) / 6))
 log_every=$((steps / 200 > 0 ? steps / 200 : 1))
 say "each variant is trained for $steps steps of $step_tokens tokens: all the same, about ${budget%.*} s together$(
     [ "$steps" -lt "$most" ] || echo " or less (after $passes passes over the text it ends)"
@@ -203,7 +213,7 @@ for variant in "${variants[@]}"; do
     read -ra options <<<"$options"
     say "training $name: $flags ${options[*]}"
     if ! "$out/train_gpt_$name" "${shared[@]}" "${options[@]}" --steps "$steps" --warmup $((steps / 20)) \
-        --val-every "$every" --val-batches 16 --log-every "$log_every" --max-seconds "$longest" --output "$out/$name" \
+        --val-every "$every" --val-batches 1000000 --log-every "$log_every" --max-seconds "$longest" --output "$out/$name" \
         2>"$out/$name.errors" | tee "$out/$name.log" | show_progress; then
         cat "$out/$name.errors" >&2
         fail "$name: training failed; its output is in $out/$name.log"
