@@ -10,9 +10,9 @@ mapfile -t scripts < <(git ls-files '*.sh' '.ci/run')
 
 clang-format --dry-run --Werror "${sources[@]}"
 echo "clang-format: ${#sources[@]} files"
-for program in "${programs[@]}"; do
-    clang-tidy --quiet "$program" -- -x c -std=gnu11 -fopenmp -DPRECISION_FP32 -DDEVICE_CPU -I. 2> >(grep -v 'warnings generated\|^Suppressed\|^Use -header-filter' >&2)
-done
+printf '%s\0' "${programs[@]}" | xargs -0 -P "$(nproc)" -I {} clang-tidy --quiet {} -- \
+    -x c -std=gnu11 -fopenmp -DPRECISION_FP32 -DDEVICE_CPU -I. \
+    2> >(grep -vE 'warnings? generated|^Suppressed|^Use -header-filter' >&2)
 echo "clang-tidy: ${#programs[@]} programs"
 shellcheck "${scripts[@]}"
 echo "shellcheck: ${#scripts[@]} scripts"

@@ -59,7 +59,7 @@ static inline void assert_close(const char* what, const floatX* a, const double*
 // d loss / d values[i] by central differences of fourth order: (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h.
 typedef double (*LossFunction)(void* context);
 static inline double central_difference(LossFunction loss, void* context, double* value) {
-    const double h = 1e-3, kept = *value;
+    const double h = 2e-4, kept = *value;
     double at[4];
     const double offsets[4] = {-2 * h, -h, h, 2 * h};
     for (int i = 0; i < 4; i++) {

@@ -198,8 +198,7 @@ static size_t random_text(char* text, size_t most) {
         if (kind == 0 || used + length > wanted) text[used++] = (char)random_below(256);
         else if (kind == 1 && random_below(2)) text[used++] = (char)('a' + random_below(4));
         else {
-            memcpy(text + used, piece, length);
-            used += length;
+            for (size_t i = 0; i < length; i++) text[used++] = piece[i];
         }
     }
     return used;
@@ -310,7 +309,7 @@ static void special_tokens_are_text_unless_allowed(void** state) {
     int found = 0;
     for (size_t i = 0; i < tokens.count; i++) found += tokens.ids[i] == end;
     assert_int_equal(found, 2);
-    size_t length;
+    size_t length = 0;
     assert_memory_equal(tokenizer_token_bytes(t, end, &length), END_OF_TEXT, strlen(END_OF_TEXT));
     assert_int_equal(length, strlen(END_OF_TEXT));
     assert_null(tokenizer_token_bytes(t, -1, &length));
@@ -324,6 +323,7 @@ static void special_tokens_are_text_unless_allowed(void** state) {
 
 // The definition, in O(n^2): of all neighbours that can merge the lowest rank merges, the leftmost among equals.
 static size_t naive_encode_word(const Tokenizer* t, const char* word, size_t length, int32_t* ids) {
+    assert(length > 0);
     for (size_t i = 0; i < length; i++) ids[i] = t->byte_ids[(unsigned char)word[i]];
     for (;;) {
         const Merge* best = NULL;
@@ -661,6 +661,24 @@ static void rank_files_merge_by_rank(void** state) {
     free(corpus);
 }
 
+static const char* changed_fixture(const char* from, const char* to);
+
+// "!~!" is a token that no merge makes: a whole word becomes it with ignore_merges only, a part of a word never.
+static void words_that_are_tokens_ignore_merges(void** state) {
+    (void)state;
+    static const char* const models[] = {"\"ignore_merges\":false,\"vocab\":{\"!~!\":900,",
+                                         "\"ignore_merges\":true,\"vocab\":{\"!~!\":900,"};
+    for (int ignore = 0; ignore < 2; ignore++) {
+        Tokenizer* t = tokenizer_load(changed_fixture("\"ignore_merges\":false,\"vocab\":{", models[ignore]));
+        TokenBuffer tokens = {NULL, 0, 0};
+        assert_int_equal(tokenizer_encode(t, "!~!", 3, 0, &tokens), ignore ? 1 : 3);
+        if (ignore) assert_int_equal(tokens.ids[0], 900);
+        assert_true(tokenizer_encode(t, "!~!~", 4, 0, &tokens) > 1);
+        token_buffer_free(&tokens);
+        tokenizer_free(t);
+    }
+}
+
 static void fingerprints_differ(void** state) {
     (void)state;
     const char text[] = "the cat sat on the mat with the other cat";
@@ -684,6 +702,7 @@ static const char* changed_fixture(const char* from, const char* to) {
     char* json = read_file_or_fail(FIXTURES "cl100k.json", &bytes);
     char* place = strstr(json, from);
     if (!place) fail_msg("the fixture has no %s", from);
+    assert(place); // fail_msg does not return, which the analyzer cannot know
     ByteBuffer changed = {NULL, 0, 0};
     byte_buffer_append(&changed, json, (size_t)(place - json));
     byte_buffer_append(&changed, to, strlen(to));
@@ -812,7 +831,7 @@ static void damage(ByteBuffer* file) {
             memcpy(file->data + at, word, strlen(word) < file->count - at ? strlen(word) : file->count - at);
             break;
         default:
-            memmove(file->data + at, file->data + random_below((uint32_t)(file->count - span)), span);
+            memmove(file->data + at, file->data + random_below((uint32_t)(file->count - span) + 1), span);
         }
     }
 }
@@ -1198,6 +1217,7 @@ int main(void) {
         cmocka_unit_test(recorded_encodings_of_hugging_face),
         cmocka_unit_test(three_formats_give_the_same),
         cmocka_unit_test(rank_files_merge_by_rank),
+        cmocka_unit_test(words_that_are_tokens_ignore_merges),
         cmocka_unit_test(fingerprints_differ),
         cmocka_unit_test(malformed_json_is_refused),
         cmocka_unit_test(malformed_other_files_are_refused),

@@ -66,6 +66,7 @@ static inline void word_counts_add(WordCounts* counts, const char* word, size_t 
     uint64_t hash = hash_bytes(word, length);
     size_t slot = hash & (counts->slot_count - 1);
     for (; counts->slots[slot]; slot = (slot + 1) & (counts->slot_count - 1)) {
+        assert(counts->words && counts->text.data);
         CountedWord* known = &counts->words[counts->slots[slot] - 1];
         if (known->hash != hash || known->length != length) continue;
         if (memcmp(counts->text.data + known->offset, word, length) != 0) continue;

@@ -17,16 +17,24 @@ Matrix products: oneDNN's dnnl_sgemm in fp32, plain loops in fp64. Row-major, we
 static inline void gemm(int transA, int transB, int M, int N, int K, const floatX* A, int lda,
                         const floatX* B, int ldb, floatX beta, floatX* C, int ldc) {
 #if defined(PRECISION_FP64)
-#pragma omp parallel for schedule(static) if (!omp_in_parallel())
+    const double work = (double)M * N * K; // below some size, threads cost more than they bring
+#pragma omp parallel for schedule(static) if (work > 1e5 && !omp_in_parallel())
     for (int m = 0; m < M; m++) {
-        for (int n = 0; n < N; n++) {
-            double sum = beta == 0 ? 0 : beta * C[(size_t)m * ldc + n];
-            for (int k = 0; k < K; k++) {
-                double a = transA ? A[(size_t)k * lda + m] : A[(size_t)m * lda + k];
-                double b = transB ? B[(size_t)n * ldb + k] : B[(size_t)k * ldb + n];
-                sum += a * b;
-            }
-            C[(size_t)m * ldc + n] = sum;
+        floatX* row = C + (size_t)m * ldc;
+        for (int n = 0; n < N; n++) row[n] = beta == 0 ? 0 : beta * row[n];
+        for (int k = 0; k < K && !transB; k++) {
+            const floatX a = transA ? A[(size_t)k * lda + m] : A[(size_t)m * lda + k];
+            const floatX* from = B + (size_t)k * ldb;
+#pragma omp simd
+            for (int n = 0; n < N; n++) row[n] += a * from[n];
+        }
+        for (int n = 0; n < N && transB; n++) {
+            const floatX* from = B + (size_t)n * ldb;
+            floatX sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int k = 0; k < K; k++)
+                sum += (transA ? A[(size_t)k * lda + m] : A[(size_t)m * lda + k]) * from[k];
+            row[n] += sum;
         }
     }
 #else
