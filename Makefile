@@ -103,6 +103,10 @@ $(BUILD)/test/%: test/%.c Makefile
 test: all $(TESTS)
 	@BUILD=$(BUILD) scripts/run_tests.sh $(TESTS)
 
+# What takes longer: the scripts as a user calls them.
+test-long: all
+	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
+
 # ----------------------------------------------------------------------------
 # Benchmarks
 

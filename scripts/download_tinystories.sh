@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Downloads TinyStories, two million short stories in simple English (Eldan and Li, 2023; CDLA-Sharing-1.0): 1.9 GB to train
+# on and 19 MB for validation. Stories are separated by <|endoftext|>.
+#
+#   scripts/download_tinystories.sh [DIRECTORY]       default: data/tinystories
+#   scripts/download_tinystories.sh --small           the validation file only: enough to try things out
+#
+# TINYSTORIES_URL names another place that holds the files. A download that was cut off goes on where it ended; a file gets
+# its name when it is whole.
+set -euo pipefail
+
+url=${TINYSTORIES_URL:-https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main}
+files=(TinyStoriesV2-GPT4-valid.txt TinyStoriesV2-GPT4-train.txt)
+directory=data/tinystories
+
+fail() {
+    echo "download_tinystories.sh: $1" >&2
+    exit "${2:-1}"
+}
+
+while [ $# -gt 0 ]; do
+    case "$1" in
+    -h | --help)
+        sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+    --small) files=("${files[0]}") ;;
+    -*) fail "$1: unknown option (see --help)" 2 ;;
+    *) directory=$1 ;;
+    esac
+    shift
+done
+command -v curl >/dev/null || fail "curl is missing: apt-get install curl"
+mkdir -p "$directory" || fail "$directory: cannot make the directory"
+
+# The file's size by its server, or nothing where it does not say.
+remote_size() {
+    curl -sSfIL --retry 3 "$1" | tr -d '\r' | awk 'tolower($1) == "content-length:" { size = $2 } END { print size }'
+}
+
+for file in "${files[@]}"; do
+    target=$directory/$file
+    if [ -e "$target" ]; then
+        echo "$target is there"
+        continue
+    fi
+    size=$(remote_size "$url/$file") || fail "$url/$file: cannot be had (see above)"
+    [ "${size:-0}" -gt 0 ] || fail "$url/$file: the server does not say how long it is"
+    free=$(df -P --block-size=1 "$directory" | awk 'NR == 2 { print $4 }')
+    have=$(stat -c %s "$target.partial" 2>/dev/null || echo 0)
+    if [ "$have" -gt "$size" ]; then
+        rm "$target.partial"
+        have=0
+    fi
+    [ "$free" -gt $((size - have)) ] || fail "$directory: $((size - have)) bytes are needed, $free are free"
+    echo "$target: $size bytes, $have of them are there"
+    if [ "$have" -lt "$size" ]; then
+        status=0
+        curl -fL --progress-bar --retry 3 -C - -o "$target.partial" "$url/$file" || status=$?
+        if [ $status -eq 33 ]; then # this server gives files from their beginning only
+            rm "$target.partial"
+            status=0
+            curl -fL --progress-bar --retry 3 -o "$target.partial" "$url/$file" || status=$?
+        fi
+        [ $status -eq 0 ] || fail "$url/$file: cut off; the same command goes on from what is there"
+    fi
+    have=$(stat -c %s "$target.partial")
+    [ "$have" -eq "$size" ] || fail "$target.partial: $have bytes, must be $size; delete it and start again"
+    mv "$target.partial" "$target"
+done
+echo "---> HINT: scripts/pretrain_tinystories.sh trains on it"

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Pretrains a small model on TinyStories, from the download to a story: every step is one command, and one that was done
+# before is not done again. Interrupt it at any time; the same line goes on.
+#
+#   scripts/pretrain_tinystories.sh                                            a 6-layer model (384 channels), one pass over the data
+#   scripts/pretrain_tinystories.sh --layers 4 --channels 128 --steps 2000     options of train_gpt, after those below
+#
+# DATA and RUN name other directories for the data and the run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${DATA:-data/tinystories}
+run=${RUN:-runs/tinystories}
+
+# Threads that wait sleep after some microseconds: others may be using this machine too.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+
+scripts/install.sh
+make tokenizer train
+
+scripts/download_tinystories.sh "$data"
+train=$data/TinyStoriesV2-GPT4-train.txt valid=$data/TinyStoriesV2-GPT4-valid.txt
+
+# A vocabulary for simple English; 100 MB of it are enough to know the words.
+if [ ! -e "$data/tokenizer.json" ]; then
+    build/tokenizer train --vocab-size 4096 --max-bytes 100000000 --separator '<|endoftext|>' -o "$data/tokenizer.json" "$train"
+fi
+# The empty file says that the shards are all there.
+if [ ! -e "$data/prepared" ]; then
+    build/tokenizer prepare -t "$data/tokenizer.json" --separator '<|endoftext|>' --output-prefix "$data/stories" \
+        --validation "$valid" "$train"
+    touch "$data/prepared"
+fi
+
+command=(build/train_gpt -i "$data/stories_train_*.bin" -j "$data/stories_val_*.bin" --tokenizer "$data/tokenizer.json"
+    --layers 6 --channels 384 --heads 6 --kv-heads 2 -t 512 -b 8 -d 32768
+    -l 1e-3 -u 200 -k cosine -v 250 -m 10 -s 500 -n 250 --keep 2 --prompt "Once upon a time"
+    --temperature 0.8 --output "$run" --resume)
+
+# A run that is killed (by the system, or by its time being over) goes on from its last checkpoint; one that fails by itself,
+# or is interrupted from the keyboard, does not.
+until "${command[@]}" "$@"; do
+    status=$?
+    case $status in
+    137 | 143) echo "ended by a signal; going on from the last checkpoint" ;;
+    *) exit "$status" ;;
+    esac
+    sleep 5
+done
+
+build/train_gpt --generate --init-from "$run" --prompt "Once upon a time" --sample-length 200 --temperature 0.8 --top-k 50

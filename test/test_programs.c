@@ -1,0 +1,747 @@
+/*
+The built programs from end to end, as a user runs them: train, be killed, resume, compare; what bad input gets; memory
+against the plan; generation; the plot.
+
+    BUILD=build build/test/test_programs          from the top of the tree
+
+Each program runs as a process of its own in a temporary directory, on tiny token shards made here. What must be equal is
+compared as bytes.
+*/
+#define _GNU_SOURCE
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+// snprintf that must fit.
+__attribute__((format(printf, 3, 4))) static void print_to(char* out, size_t size, const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(out, size, format, arguments);
+    va_end(arguments);
+    assert_true(length >= 0 && (size_t)length < size);
+}
+
+// ----------------------------------------------------------------------------
+// Running a program
+
+typedef struct {
+    int exit_code;   // 128 + the signal where one ended it
+    double peak;     // bytes of resident memory
+    char out[65536]; // what it printed, cut where longer
+    char err[8192];
+} Result;
+
+// What is done to the process while it runs; all zero is nothing.
+typedef struct {
+    long kill_after_ms; // SIGKILL so long after its start; 0: not
+    int signal;         // sent once `until_file` has `until_lines` lines; 0: none
+    const char* until_file;
+    int until_lines;
+    rlim_t file_bytes; // largest file it may write; 0: no limit
+} Treatment;
+
+static char top[PATH_MAX];     // of the source tree
+static char trainer[PATH_MAX]; // the programs
+static char tokenizer[PATH_MAX];
+static char directory[] = "/tmp/test_programs_XXXXXX";
+
+static void read_text(char* text, size_t size, const char* path) {
+    FILE* file = fopen(path, "rb");
+    assert_non_null(file);
+    text[fread(text, 1, size - 1, file)] = 0;
+    fclose(file);
+}
+
+static int count_lines(const char* path) {
+    FILE* file = fopen(path, "rb");
+    int lines = 0, c;
+    while (file && (c = fgetc(file)) != EOF) lines += c == '\n';
+    if (file) fclose(file);
+    return lines;
+}
+
+static void sleep_ms(long ms) {
+    struct timespec wait = {ms / 1000, ms % 1000 * 1000000};
+    nanosleep(&wait, NULL);
+}
+
+static void treat(pid_t child, const Treatment* treatment) {
+    if (treatment->kill_after_ms) {
+        sleep_ms(treatment->kill_after_ms);
+        kill(child, SIGKILL);
+    }
+    for (int i = 0; treatment->signal && i < 4000; i++) {
+        siginfo_t info;
+        memset(&info, 0, sizeof(info));
+        waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT);
+        if (info.si_pid) break;
+        if (count_lines(treatment->until_file) >= treatment->until_lines) {
+            kill(child, treatment->signal);
+            break;
+        }
+        sleep_ms(5);
+    }
+}
+
+// Runs a line of sh. The result is static: the next call overwrites it.
+static const Result* run_treated(const Treatment* treatment, const char* line) {
+    static Result result;
+    char command[16384];
+    print_to(command, sizeof(command), "exec %s", line);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        int out = open("stdout.txt", O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        int err = open("stderr.txt", O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        if (dup2(out, 1) < 0 || dup2(err, 2) < 0) _exit(126);
+        if (treatment->file_bytes) {
+            struct rlimit limit = {treatment->file_bytes, treatment->file_bytes};
+            if (setrlimit(RLIMIT_FSIZE, &limit) != 0) _exit(126);
+        }
+        execl("/bin/sh", "sh", "-c", command, (char*)NULL);
+        _exit(126);
+    }
+    treat(child, treatment);
+    int status;
+    struct rusage usage;
+    assert_int_equal(wait4(child, &status, 0, &usage), child);
+    result.exit_code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    result.peak = (double)usage.ru_maxrss * 1024;
+    read_text(result.out, sizeof(result.out), "stdout.txt");
+    read_text(result.err, sizeof(result.err), "stderr.txt");
+    return &result;
+}
+
+__attribute__((format(printf, 1, 2))) static const Result* run(const char* format, ...) {
+    char line[8192];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    const Treatment nothing = {0};
+    return run_treated(&nothing, line);
+}
+
+static void must_end_well(const Result* result) {
+    if (result->exit_code != 0) print_error("exit code %d: %s\n", result->exit_code, result->err);
+    assert_int_equal(result->exit_code, 0);
+    assert_string_equal(result->err, "");
+}
+
+// For preparing files: a line of sh that must succeed.
+__attribute__((format(printf, 1, 2))) static void shell(const char* format, ...) {
+    char line[4096];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    if (system(line) != 0) print_error("failed: %s\n", line);
+    assert_int_equal(system("true"), 0);
+}
+
+// ----------------------------------------------------------------------------
+// Files
+
+static int exists(const char* path) {
+    struct stat info;
+    return lstat(path, &info) == 0;
+}
+
+static void must_equal(const char* a, const char* b) {
+    const Result* result = run("cmp %s %s", a, b);
+    if (result->exit_code) print_error("%s and %s differ: %s%s\n", a, b, result->out, result->err);
+    assert_int_equal(result->exit_code, 0);
+}
+
+// The parts of a run that its flags determine.
+static void must_be_same_run(const char* a, const char* b, int steps) {
+    static const char* const parts[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors"};
+    char left[256], right[256];
+    for (int i = 0; i < 2; i++) {
+        print_to(left, sizeof(left), "%s/step_%08d/%s", a, steps, parts[i]);
+        print_to(right, sizeof(right), "%s/step_%08d/%s", b, steps, parts[i]);
+        must_equal(left, right);
+    }
+    print_to(left, sizeof(left), "%s/metrics.jsonl", a);
+    print_to(right, sizeof(right), "%s/metrics.jsonl", b);
+    must_equal(left, right);
+}
+
+// Neither a checkpoint nor part of one nor any other half-written file.
+static void must_hold_nothing_partial(const char* output) {
+    const Result* result = run("sh -c \"find %s -name '*.tmp' -o -name '*.partial' -o -name '*.old' -o -name "
+                               "'.writable' 2>&1 | grep -v 'No such file'\"",
+                               output);
+    if (result->out[0]) print_error("left behind: %s\n", result->out);
+    assert_string_equal(result->out, "");
+}
+
+enum { VOCABULARY = 97, TRAIN_TOKENS = 20000, VAL_TOKENS = 2000 };
+
+typedef struct {
+    int magic, version, tokens, vocabulary, hash; // the header's
+    int held;                                     // tokens that the file really holds
+    int bad_at, bad_token;                        // one token that is not of the text; bad_at -1: none
+} Shard;
+
+// A text with something to learn: after each token come two others far more often than all the rest.
+static void write_shard(const char* path, Shard shard) {
+    FILE* file = fopen(path, "wb");
+    assert_non_null(file);
+    int32_t header[256] = {shard.magic, shard.version, shard.tokens, shard.vocabulary, shard.hash};
+    fwrite(header, sizeof(header), 1, file);
+    uint64_t random = 12345 + (uint64_t)path[0];
+    int token = 1;
+    for (int i = 0; i < shard.held; i++) {
+        uint32_t wide = (uint32_t)(i == shard.bad_at ? shard.bad_token : token);
+        uint16_t narrow = (uint16_t)wide;
+        if (shard.magic == 20240801) fwrite(&wide, 4, 1, file);
+        else fwrite(&narrow, 2, 1, file);
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        int choice = (int)(random >> 60);
+        token = choice < 9 ? (token * 5 + 3) % VOCABULARY : choice < 15 ? (token + 7) % VOCABULARY : choice;
+    }
+    fclose(file);
+}
+
+static Shard good_shard(int tokens) {
+    Shard shard = {20240520, 1, tokens, VOCABULARY, 0, tokens, -1, 0};
+    return shard;
+}
+
+static void write_shards(void) {
+    write_shard("train_0.bin", good_shard(TRAIN_TOKENS));
+    write_shard("val.bin", good_shard(VAL_TOKENS));
+    Shard shard = good_shard(5000);
+    shard.magic = 20240801, shard.version = 7;
+    write_shard("train_1.bin", shard);
+
+    shard = good_shard(5000), shard.held = 4999;
+    write_shard("truncated.bin", shard);
+    shard = good_shard(5000), shard.held = 5001;
+    write_shard("overlong.bin", shard);
+    shard = good_shard(5000), shard.magic = 1718379891;
+    write_shard("foreign.bin", shard);
+    shard = good_shard(5000), shard.version = 2;
+    write_shard("version.bin", shard);
+    shard = good_shard(5000), shard.vocabulary = 50;
+    write_shard("vocabulary.bin", shard);
+    shard = good_shard(200), shard.bad_at = 77, shard.bad_token = VOCABULARY;
+    write_shard("outside.bin", shard);
+    write_shard("short.bin", good_shard(32));
+    shell("printf 'short' > stub.bin; : > empty.bin; printf x > file; mkdir directory.bin");
+}
+
+// ----------------------------------------------------------------------------
+// Training
+
+#define MODEL "--layers 2 --channels 32 --heads 4 --kv-heads 2 --ffn 64 --vocab 97 -t 32"
+#define DATA "-i 'train_*.bin' -j val.bin"
+#define SETTINGS "-l 1e-2 -u 3 -v 6 -m 2 --log-every 1 -n 4"
+enum { STEPS = 30 };
+
+// The command line that most tests vary: 30 steps of 8 sequences in micro-batches of 4.
+static const char* command(const char* output, const char* more) {
+    static char line[4096];
+    print_to(line, sizeof(line), "%s " MODEL " " DATA " -b 4 -d 256 " SETTINGS " -x %d -o %s %s", trainer,
+             STEPS, output, more);
+    return line;
+}
+
+static const Result* train(const char* output, const char* more) {
+    const Treatment nothing = {0};
+    return run_treated(&nothing, command(output, more));
+}
+
+// The values of "key" in metrics.jsonl, in order.
+static int read_metric(double* values, int most, const char* output, const char* key) {
+    char path[256], wanted[64];
+    static char text[1 << 20];
+    print_to(path, sizeof(path), "%s/metrics.jsonl", output);
+    print_to(wanted, sizeof(wanted), "\"%s\":", key);
+    read_text(text, sizeof(text), path);
+    int count = 0;
+    for (char* at = text; count < most && (at = strstr(at, wanted)); at++)
+        values[count++] = strtod(at + strlen(wanted), NULL);
+    return count;
+}
+
+static void test_training_learns_and_repeats_bitwise(void** state) {
+    (void)state;
+    must_end_well(train("whole", ""));
+    must_end_well(train("again", ""));
+    must_be_same_run("whole", "again", STEPS);
+    double losses[64], validations[64];
+    assert_int_equal(read_metric(losses, 64, "whole", "loss"), STEPS);
+    assert_int_equal(read_metric(validations, 64, "whole", "val_loss"), 1 + STEPS / 6);
+    assert_true(fabs(validations[0] - log(VOCABULARY)) < 0.3);
+    assert_true(validations[STEPS / 6] < validations[0] - 1);
+    must_hold_nothing_partial("whole");
+}
+
+static void test_killed_at_any_moment_it_resumes_bitwise(void** state) {
+    (void)state;
+    unsigned random = 1;
+    int kills = 0;
+    for (int i = 0; i < 80; i++) {
+        random = random * 1103515245 + 12345;
+        Treatment treatment = {0};
+        treatment.kill_after_ms = 20 + (long)(random >> 16) % 150 + 10 * i;
+        const Result* result = run_treated(&treatment, command("killed", "--resume"));
+        if (result->exit_code == 0) break;
+        if (result->exit_code != 128 + SIGKILL) print_error("%s", result->err);
+        assert_int_equal(result->exit_code, 128 + SIGKILL);
+        kills++;
+    }
+    assert_true(kills >= 2);
+    must_end_well(train("killed", "--resume"));
+    must_be_same_run("whole", "killed", STEPS);
+    must_hold_nothing_partial("killed");
+}
+
+static void test_a_signal_writes_a_checkpoint(void** state) {
+    (void)state;
+    static const int signals[] = {SIGTERM, SIGINT};
+    for (int i = 0; i < 2; i++) {
+        char output[32];
+        print_to(output, sizeof(output), "signalled_%d", i);
+        char metrics[64];
+        print_to(metrics, sizeof(metrics), "%s/metrics.jsonl", output);
+        Treatment treatment = {0};
+        treatment.signal = signals[i];
+        treatment.until_file = metrics;
+        treatment.until_lines = 5 + i;
+        const Result* result = run_treated(&treatment, command(output, "-n 0"));
+        assert_int_equal(result->exit_code, 128 + signals[i]);
+        assert_non_null(strstr(result->out, "stopped after step "));
+        assert_non_null(strstr(result->out, "--resume"));
+        int stopped = atoi(strstr(result->out, "stopped after step ") + 19);
+        assert_in_range(stopped, 1, STEPS - 1);
+        char checkpoint[64];
+        print_to(checkpoint, sizeof(checkpoint), "%s/step_%08d/model.safetensors", output, stopped);
+        assert_true(exists(checkpoint));
+        must_end_well(train(output, "--resume"));
+        must_be_same_run("whole", output, STEPS);
+    }
+}
+
+static void test_max_seconds_writes_a_checkpoint(void** state) {
+    (void)state;
+    int parts = 0;
+    for (; parts < 200; parts++) {
+        const Result* result = train("timed", "-n 0 --resume --max-seconds 0.05");
+        must_end_well(result);
+        if (!strstr(result->out, "--max-seconds is over")) break;
+    }
+    assert_in_range(parts, 1, 199);
+    must_be_same_run("whole", "timed", STEPS);
+}
+
+static void test_micro_batches_give_the_same_losses(void** state) {
+    (void)state;
+    double reference[64], losses[64];
+    static const int batches[] = {1, 2, 4, 8};
+    for (int i = 0; i < 4; i++) {
+        char output[32];
+        print_to(output, sizeof(output), "micro_%d", batches[i]);
+        must_end_well(
+            run("%s " MODEL " " DATA " -b %d -d 256 " SETTINGS " -x 12 -o %s", trainer, batches[i], output));
+        int count = read_metric(i ? losses : reference, 64, output, "loss");
+        assert_int_equal(count, 12);
+        for (int k = 0; i && k < count; k++)
+            if (fabs(losses[k] - reference[k]) > 1e-5 * reference[k])
+                fail_msg("batch %d, step %d: loss %.9g, with batch 1 %.9g", batches[i], k + 1, losses[k],
+                         reference[k]);
+        count = read_metric(losses, 64, output, "val_loss");
+        assert_int_equal(count, 3);
+    }
+}
+
+static void test_dry_run_leaves_nothing(void** state) {
+    (void)state;
+    const Result* result = train("dry", "--dry-run");
+    must_end_well(result);
+    assert_non_null(strstr(result->out, "planned peak"));
+    assert_non_null(strstr(result->out, "MFLOP a token"));
+    assert_false(exists("dry"));
+}
+
+static void test_a_run_is_not_overwritten_by_accident(void** state) {
+    (void)state;
+    const Result* result = train("whole", "");
+    assert_int_equal(result->exit_code, 2);
+    assert_non_null(strstr(result->err, "--overwrite"));
+    must_be_same_run("whole", "again", STEPS);
+    must_end_well(train("again", "--overwrite -x 5"));
+    assert_false(exists("again/step_00000030"));
+    assert_true(exists("again/step_00000005"));
+}
+
+// A model of about 10 M parameters: what the process held at its peak, against what was printed before it started.
+static void test_peak_memory_is_as_planned(void** state) {
+    (void)state;
+    write_shard("large.bin", good_shard(30000));
+    const Result* result =
+        run("%s --layers 6 --channels 320 --heads 5 --kv-heads 5 --vocab 4096 -t 256 -b 4 -i train_1.bin -j "
+            "train_1.bin -x 3 -v 1 -m 2 -o memory",
+            trainer);
+    // The shards know another vocabulary; these say none.
+    assert_int_equal(result->exit_code, 1);
+    Shard shard = good_shard(30000);
+    shard.vocabulary = 0;
+    write_shard("large.bin", shard);
+    result = run("%s --layers 6 --channels 320 --heads 5 --vocab 4096 -t 256 -b 4 -i large.bin -j large.bin "
+                 "-x 3 -v 1 -m 2 -o memory",
+                 trainer);
+    must_end_well(result);
+    const char* line = strstr(result->out, "planned peak");
+    assert_non_null(line);
+    double planned = 1e6 * strtod(line + strlen("planned peak"), NULL);
+    print_message("planned %.1f MB, held %.1f MB\n", planned / 1e6, result->peak / 1e6);
+    assert_true(fabs(result->peak - planned) < 0.05 * planned);
+}
+
+// ----------------------------------------------------------------------------
+// Generation
+
+// Greedy generation, which adds a token at a time to a cache, against the logits of the whole sequence at once.
+static void test_generation_is_that_of_the_logits(void** state) {
+    (void)state;
+    const char* generate = "%s --generate --init-from whole --temperature %s --sample-length 24 --seed %d";
+    char first[65536];
+    const Result* result = run(generate, trainer, "1", 7);
+    must_end_well(result);
+    print_to(first, sizeof(first), "%s", result->out);
+    assert_string_equal(run(generate, trainer, "1", 7)->out, first);
+    assert_string_not_equal(run(generate, trainer, "1", 8)->out, first);
+
+    result = run(generate, trainer, "0", 7);
+    must_end_well(result);
+    int tokens[64] = {0}, count = 1;
+    char list[1024] = "0";
+    for (char *at = (char*)result->out, *end; count < 64; at = end) {
+        tokens[count] = (int)strtol(at, &end, 10);
+        if (end == at) break;
+        print_to(list + strlen(list), 8, ",%d", tokens[count++]);
+    }
+    assert_int_equal(count, 25);
+    must_end_well(run("%s --init-from whole --write-logits logits --tokens %s", trainer, list));
+
+    FILE* file = fopen("logits", "rb");
+    assert_non_null(file);
+    uint64_t header;
+    assert_int_equal(fread(&header, 8, 1, file), 1);
+    fseek(file, (long)header, SEEK_CUR);
+    for (int t = 0; t + 1 < count; t++) {
+        float logits[VOCABULARY];
+        assert_int_equal(fread(logits, sizeof(logits), 1, file), 1);
+        int best = 0;
+        for (int v = 1; v < VOCABULARY; v++)
+            if (logits[v] > logits[best]) best = v;
+        assert_int_equal(best, tokens[t + 1]);
+    }
+    fclose(file);
+}
+
+// ----------------------------------------------------------------------------
+// Bad input
+
+typedef struct {
+    const char* options; // after the common ones, so that they win
+    int exit_code;
+    const char* says[3]; // in the one line on stderr: the thing, and the rule
+} BadInput;
+
+static const BadInput bad_inputs[] = {
+    // shards
+    {"-i missing.bin", 1, {"missing.bin", "no file matches", ""}},
+    {"-i 'missing_*.bin'", 1, {"missing_*.bin", "no file matches", ""}},
+    {"-i truncated.bin", 1, {"truncated.bin", "4999 of 5000 tokens", ""}},
+    {"-i overlong.bin", 1, {"overlong.bin", "2 bytes longer", ""}},
+    {"-i foreign.bin", 1, {"foreign.bin", "not a token shard", "20240520"}},
+    {"-i version.bin", 1, {"version.bin", "version 2", "must be 1"}},
+    {"-i stub.bin", 1, {"stub.bin", "5 bytes", "1024"}},
+    {"-i empty.bin", 1, {"empty.bin", "0 bytes", "1024"}},
+    {"-i directory.bin", 1, {"directory.bin", "not a regular file", ""}},
+    {"-i short.bin", 1, {"short.bin", "32 + 1", ""}},
+    {"-i vocabulary.bin", 1, {"vocabulary.bin", "vocabulary of 50", "97"}},
+    {"-i outside.bin", 1, {"outside.bin", "token 97 at offset 77", "vocabulary of 97"}},
+    {"-j outside.bin", 1, {"outside.bin", "token 97 at offset 77", "vocabulary of 97"}},
+    {"-j truncated.bin", 1, {"truncated.bin", "4999 of 5000 tokens", ""}},
+    // what must divide
+    {"-d 250", 2, {"--total-batch 250", "multiple", "128"}},
+    {"-d 64", 2, {"--total-batch 64", "multiple", "128"}},
+    {"--heads 5 --kv-heads 5", 2, {"--heads 5", "--channels 32", "divide"}},
+    {"--kv-heads 3", 2, {"--kv-heads 3", "--heads 4", "divide"}},
+    {"--kv-heads 8", 2, {"--kv-heads 8", "from 1 to 4", ""}},
+    {"--head-dim 7", 2, {"--head-dim 7", "even", ""}},
+    // values
+    {"--layers 0", 2, {"--layers 0", "from 1", ""}},
+    {"--layers two", 2, {"--layers two", "whole number", ""}},
+    {"--layers 2x", 2, {"--layers 2x", "whole number", ""}},
+    {"--layers ''", 2, {"--layers", "whole number", ""}},
+    {"-b 0", 2, {"--batch 0", "from 1", ""}},
+    {"-b 99999999999999999999", 2, {"--batch 99999999999999999999", "", ""}},
+    {"-l -1", 2, {"--learning-rate -1", "from 0", ""}},
+    {"-l nan", 2, {"--learning-rate nan", "number", ""}},
+    {"--beta1 1", 2, {"--beta1 1", "from 0", ""}},
+    {"--schedule sine", 2, {"--schedule sine", "cosine", ""}},
+    {"--model x12", 2, {"--model x12", "dN", ""}},
+    {"--model d", 2, {"--model d", "dN", ""}},
+    {"--pattern GX", 2, {"--pattern GX", "S (sliding window)", ""}},
+    {"--position turn", 2, {"--position turn", "rope", ""}},
+    {"--warmup 31", 2, {"--warmup 31", "30 steps", ""}},
+    {"--steps -2", 2, {"--steps -2", "from -1", ""}},
+    {"--seed -1", 2, {"--seed -1", "from 0", ""}},
+    {"--top-p 2", 2, {"--top-p 2", "from 0 to 1", ""}},
+    {"-y 2", 2, {"-y 2", "from 0 to 1", ""}},
+    // options
+    {"--layer-count 3", 2, {"--layer-count", "unknown option", ""}},
+    {"-Z", 2, {"-Z", "unknown option", ""}},
+    {"-Z3", 2, {"-Z", "unknown option", ""}},
+    {"--l 3", 2, {"--l", "unknown option", ""}},
+    {"--resume=1", 2, {"--resume", "takes no value", ""}},
+    {"--layers", 2, {"--layers", "needs a value", ""}},
+    {"-b", 2, {"-b", "needs a value", ""}},
+    {"word", 2, {"word", "not an option", ""}},
+    {"-- word", 2, {"word", "not an option", ""}},
+    {"--prompt hello", 2, {"--prompt", "--tokenizer", ""}},
+    {"--generate", 2, {"--generate", "--init-from", ""}},
+    {"--resume --overwrite", 2, {"--resume", "--overwrite", ""}},
+    {"--tokenizer missing.json", 1, {"missing.json", "No such file", ""}},
+    {"--tokenizer file", 1, {"file", "", ""}},
+    // output
+    {"-o file/run", 1, {"file", "", ""}},
+    {"-o file", 1, {"file", "not a directory", ""}},
+    {"-o /proc/run", 1, {"/proc/run", "cannot make the directory", ""}},
+    // checkpoints
+    {"--init-from missing", 1, {"missing", "", ""}},
+    {"--init-from file", 1, {"file", "", ""}},
+    {"--init-from whole --channels 64", 1, {"whole/step_00000030", "--channels 32", "64"}},
+    {"--init-from whole -t 16", 1, {"whole/step_00000030", "--sequence-length 32", "16"}},
+    {"--init-from cut_model", 1, {"cut_model/step_00000030/model.safetensors", "", ""}},
+    {"--resume -o cut_model", 1, {"cut_model/step_00000030/model.safetensors", "", ""}},
+    {"--resume -o cut_optimizer", 1, {"cut_optimizer/step_00000030/optimizer-00000-of-00001", "", ""}},
+    {"--resume -o no_optimizer", 1, {"no_optimizer/step_00000030", "optimizer", ""}},
+    {"--resume -o cut_state", 1, {"cut_state/step_00000030/state.json", "", ""}},
+    {"--resume -o cut_config", 1, {"cut_config/step_00000030/config.json", "", ""}},
+    {"--resume -o whole_copy --layers 3", 1, {"whole_copy/step_00000030", "--layers 2", "3"}},
+    {"--resume -o whole_copy --seed 5", 1, {"--seed 5", "1337", ""}},
+    {"--resume -o whole_copy -x 20", 2, {"--steps 20", "30", ""}},
+    {"--resume -o bad_latest", 1, {"bad_latest", "", ""}},
+};
+
+// One line on stderr, the program's name in front, everything in it that `bad` wants; nothing partial anywhere.
+static int is_answered_well(const BadInput* bad, const Result* result) {
+    const char* end = strchr(result->err, '\n');
+    int good = result->exit_code == bad->exit_code && end && !end[1];
+    good = good && !strncmp(result->err, "train_gpt: ", 11);
+    for (int i = 0; i < 3; i++) good = good && strstr(result->err, bad->says[i]) != NULL;
+    if (!good)
+        print_error("%s\n  exit code %d, want %d: %s\n", bad->options, result->exit_code, bad->exit_code,
+                    result->err);
+    return good;
+}
+
+static void damage_checkpoints(void) {
+    static const char* const copies[] = {"cut_model",  "cut_optimizer", "no_optimizer", "cut_state",
+                                         "cut_config", "whole_copy",    "bad_latest"};
+    for (int i = 0; i < 7; i++) shell("cp -r whole %s", copies[i]);
+    shell("truncate -s -1 cut_model/step_00000030/model.safetensors");
+    shell("truncate -s -1 cut_optimizer/step_00000030/optimizer-00000-of-00001.safetensors");
+    shell("rm no_optimizer/step_00000030/optimizer-00000-of-00001.safetensors");
+    shell("truncate -s -9 cut_state/step_00000030/state.json");
+    shell("truncate -s -9 cut_config/step_00000030/config.json");
+    shell("echo step_00000099 > bad_latest/latest");
+}
+
+static void test_bad_input_gets_one_clear_line(void** state) {
+    (void)state;
+    damage_checkpoints();
+    int wrong = 0;
+    const int count = (int)(sizeof(bad_inputs) / sizeof(bad_inputs[0]));
+    for (int i = 0; i < count; i++) {
+        shell("rm -rf bad");
+        const Result* result = train("bad", bad_inputs[i].options);
+        wrong += !is_answered_well(&bad_inputs[i], result);
+        // What is seen while the data are read leaves the metrics so far; all else is seen before.
+        if (exists("bad") && !strstr(bad_inputs[i].options, "outside")) {
+            print_error("%s: made the output directory\n", bad_inputs[i].options);
+            wrong++;
+        }
+        if (exists("bad")) must_hold_nothing_partial("bad");
+    }
+    shell("rm -rf bad");
+    assert_int_equal(wrong, 0);
+}
+
+static void test_tokenizers_data_and_checkpoints_must_fit(void** state) {
+    (void)state;
+    shell("seq 1 3000 | tr '\\n' ' ' > one.txt; seq -f 'line %%g' 7000 9000 > two.txt");
+    static const char* const names[] = {"one", "two"};
+    for (int i = 0; i < 2; i++) {
+        must_end_well(run("%s train -q --vocab-size 300 -o %s.json %s.txt", tokenizer, names[i], names[i]));
+        must_end_well(run("%s prepare -q -t %s.json --output-prefix %s %s.txt", tokenizer, names[i], names[i],
+                          names[i]));
+    }
+    must_end_well(run("%s train -q --vocab-size 280 -o small.json one.txt", tokenizer));
+    const char* small = "--layers 1 --channels 32 --heads 2 -t 16 -b 2 -x 2 -v 0";
+    must_end_well(run("%s %s -i 'one_train_*.bin' --tokenizer one.json -o fits", trainer, small));
+    assert_true(exists("fits/step_00000002/tokenizer.json"));
+    must_end_well(run("%s --generate --init-from fits --prompt '1 2 3' --sample-length 3", trainer));
+
+    static const BadInput cases[] = {
+        {"-i 'two_train_*.bin' --tokenizer one.json -o unfit", 1, {"two_train_", "another tokenizer", ""}},
+        {"-i 'one_train_*.bin' -j 'two_val_*.bin' -o unfit", 1, {"two_val_", "another tokenizer", ""}},
+        {"-i 'one_train_*.bin' --tokenizer small.json -o unfit", 1, {"one_train_", "300", "280"}},
+        {"-i 'one_train_*.bin' --init-from fits --tokenizer small.json -o unfit",
+         1,
+         {"small.json", "280", "300"}},
+        {"-i 'one_train_*.bin' --init-from fits --tokenizer two.json -o unfit",
+         1,
+         {"two.json", "not the tokenizer", "fits"}},
+        {"-i train_0.bin --init-from fits -o unfit", 1, {"train_0.bin", "97", "300"}},
+        {"-i train_0.bin --vocab 97 --tokenizer one.json -o unfit", 1, {"one.json", "300", "97"}},
+    };
+    int wrong = 0;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+        wrong += !is_answered_well(&cases[i], run("%s %s %s", trainer, small, cases[i].options));
+    assert_int_equal(wrong, 0);
+    assert_false(exists("unfit"));
+}
+
+// A file that may not grow: whatever was being written when it ended is gone, what was whole before stays.
+static void test_a_full_disk_leaves_no_partial_checkpoint(void** state) {
+    (void)state;
+    for (rlim_t bytes = 500; bytes < 200000; bytes *= 5) { // the message itself goes to a file
+        Treatment treatment = {0};
+        treatment.file_bytes = bytes;
+        shell("rm -rf full");
+        const Result* result = run_treated(&treatment, command("full", "> /dev/null"));
+        if (result->exit_code == 0) break;
+        BadInput wanted = {"full disk", 1, {"full", "cannot write", "File too large"}};
+        assert_true(is_answered_well(&wanted, result));
+        must_hold_nothing_partial("full");
+        assert_false(exists("full/latest"));
+    }
+    must_end_well(train("full", "--overwrite"));
+    must_be_same_run("whole", "full", STEPS);
+}
+
+static void test_a_full_file_system_leaves_no_partial_checkpoint(void** state) {
+    (void)state;
+    mkdir("small", 0777);
+    if (mount("tmpfs", "small", "tmpfs", 0, "size=300k") != 0) {
+        print_message("SKIPPED: a small file system cannot be mounted: %s\n", strerror(errno));
+        skip();
+    }
+    const Result* result = train("small/run", "");
+    BadInput wanted = {"full file system", 1, {"small/run", "No space left on device", ""}};
+    int good = is_answered_well(&wanted, result);
+    shell("cp -r small/run rescued");
+    umount("small");
+    assert_true(good);
+    must_hold_nothing_partial("rescued");
+    // What had been written before is a run that goes on.
+    must_end_well(train("rescued", "--resume"));
+    must_be_same_run("whole", "rescued", STEPS);
+}
+
+// ----------------------------------------------------------------------------
+// Scripts
+
+static void must_fail_with(const Result* result, int exit_code, const char* says) {
+    if (result->exit_code != exit_code || !strstr(result->err, says)) print_error("%s", result->err);
+    assert_int_equal(result->exit_code, exit_code);
+    assert_non_null(strstr(result->err, says));
+    assert_ptr_equal(strchr(result->err, '\n'), result->err + strlen(result->err) - 1);
+}
+
+static void test_plot(void** state) {
+    (void)state;
+    must_fail_with(run("%s/scripts/plot.sh -o curves", top), 2, "no run given");
+    must_fail_with(run("%s/scripts/plot.sh whole", top), 2, "--output");
+    must_fail_with(run("%s/scripts/plot.sh whole --colour -o curves", top), 2, "--colour: unknown option");
+    if (run("gnuplot --version")->exit_code != 0) {
+        print_message("SKIPPED: gnuplot is missing\n");
+        skip();
+    }
+    must_fail_with(run("%s/scripts/plot.sh nowhere -o curves", top), 1, "nowhere: no such directory");
+    shell("mkdir hollow; mkdir young; head -n 1 whole/metrics.jsonl > young/metrics.jsonl");
+    must_fail_with(run("%s/scripts/plot.sh whole hollow -o curves", top), 1, "hollow: holds no run");
+    must_fail_with(run("%s/scripts/plot.sh young -o curves", top), 1, "has no loss yet");
+    assert_false(exists("curves.png"));
+    must_end_well(
+        run("%s/scripts/plot.sh 'a \"name\", it'\\''s=whole' killed --output sub/curves --title 'x_1'", top));
+    char head[64];
+    read_text(head, sizeof(head), "sub/curves.png");
+    assert_memory_equal(head, "\x89PNG", 4);
+    must_end_well(run("grep -q 'validation loss' sub/curves.svg"));
+    // Without timings the seconds are unknown, and the first panel is all there is.
+    shell("cp -r whole untimed; rm untimed/timings.jsonl");
+    must_end_well(run("%s/scripts/plot.sh untimed -o untimed_curves", top));
+}
+
+// ----------------------------------------------------------------------------
+// All of them
+
+static int set_up(void** state) {
+    (void)state;
+    const char* build = getenv("BUILD") ? getenv("BUILD") : "build";
+    char path[PATH_MAX];
+    print_to(path, sizeof(path), "%s/train_gpt_cpu_%s_%s_kconv%d_fp32", build, ATTN_NAME, GQA_NAME, KCONV);
+    if (!realpath(".", top) || !realpath(path, trainer)) {
+        print_error("%s: %s (run this from the top of the tree, after make)\n", path, strerror(errno));
+        return -1;
+    }
+    print_to(path, sizeof(path), "%s/tokenizer", build);
+    if (!realpath(path, tokenizer) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
+    // Threads that spin while they wait are slow where others compute too.
+    setenv("OMP_WAIT_POLICY", "passive", 0);
+    setenv("LC_ALL", "C", 1);
+    write_shards();
+    return 0;
+}
+
+static int tear_down(void** state) {
+    (void)state;
+    if (chdir(top) != 0) return -1;
+    if (!getenv("KEEP")) shell("rm -rf %s", directory);
+    return 0;
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_training_learns_and_repeats_bitwise),
+        cmocka_unit_test(test_killed_at_any_moment_it_resumes_bitwise),
+        cmocka_unit_test(test_a_signal_writes_a_checkpoint),
+        cmocka_unit_test(test_max_seconds_writes_a_checkpoint),
+        cmocka_unit_test(test_micro_batches_give_the_same_losses),
+        cmocka_unit_test(test_dry_run_leaves_nothing),
+        cmocka_unit_test(test_bad_input_gets_one_clear_line),
+        cmocka_unit_test(test_tokenizers_data_and_checkpoints_must_fit),
+        cmocka_unit_test(test_a_full_disk_leaves_no_partial_checkpoint),
+        cmocka_unit_test(test_a_full_file_system_leaves_no_partial_checkpoint),
+        cmocka_unit_test(test_generation_is_that_of_the_logits),
+        cmocka_unit_test(test_plot),
+        cmocka_unit_test(test_a_run_is_not_overwritten_by_accident),
+        cmocka_unit_test(test_peak_memory_is_as_planned),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}

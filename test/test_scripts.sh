@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# The scripts as a user calls them, on tiny texts: quickstart with good and bad texts, the download from a server of its own,
+# the recipe from download to story. In cmocka's words, so that scripts/run_tests.sh counts them. A minute or two; used by
+# make test-long.
+# shellcheck disable=SC2317 # the functions are called by way of check()
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+top=$PWD
+scratch=$(mktemp -d)
+server=""
+trap 'if [ -n "$server" ]; then kill "$server" 2>/dev/null; fi; rm -rf "$scratch"' EXIT
+failed=0
+
+check() { # name, command...
+    local name=$1
+    shift
+    echo "[ RUN      ] $name"
+    if "$@" >"$scratch/output" 2>&1; then
+        echo "[       OK ] $name"
+    else
+        tail -n 20 "$scratch/output"
+        echo "[  FAILED  ] $name"
+        failed=1
+    fi
+}
+
+# The command must fail with this exit code and one line that holds the text.
+refuses() { # exit code, text, command...
+    local wanted=$1 text=$2 status=0
+    shift 2
+    "$@" >"$scratch/refused" 2>"$scratch/errors" || status=$?
+    echo "$* : exit code $status"
+    cat "$scratch/errors"
+    [ "$status" -eq "$wanted" ] && [ "$(wc -l <"$scratch/errors")" -eq 1 ] && grep -qF -- "$text" "$scratch/errors"
+}
+
+# ----------------------------------------------------------------------------
+# Quickstart, in a copy of the tree: the results of the user's own stay as they are.
+
+mkdir "$scratch/tree"
+git ls-files -z | xargs -0 cp --parents -t "$scratch/tree"
+[ ! -d build ] || cp -a build "$scratch/tree/build"
+seq -f "The number %g comes before the number that follows it." 1 1700 >"$scratch/small text.txt"
+: >"$scratch/empty.txt"
+head -c 9000 "$scratch/small text.txt" >"$scratch/short.txt"
+head -c 50000 /dev/zero >"$scratch/binary"
+
+quickstart() { (cd "$scratch" && tree/scripts/quickstart.sh "$@"); }
+
+bad_texts() {
+    refuses 1 "missing.txt: no such file" quickstart --text missing.txt &&
+        refuses 1 "is empty" quickstart --text empty.txt &&
+        refuses 1 "not a regular file" quickstart --text tree &&
+        refuses 1 "not a text file" quickstart --text binary &&
+        refuses 1 "10000 are the least" quickstart --text short.txt &&
+        refuses 2 "needs at least one file" quickstart --text &&
+        refuses 2 "want a number" quickstart --minutes soon &&
+        refuses 2 "unknown option" quickstart --fast &&
+        [ ! -e "$scratch/tree/quickstart" ]
+}
+check quickstart_refuses_bad_texts bad_texts
+
+small_text() {
+    quickstart --text "small text.txt" --minutes 0.3 || return 1
+    local out=$scratch/tree/quickstart/01
+    [ "$(wc -l <"$out/table.txt")" -eq 4 ] && [ -s "$out/loss.png" ] && [ -s "$out/loss.svg" ] && [ -s "$out/sample.txt" ] &&
+        ! grep -q nan "$out/table.txt"
+}
+check quickstart_on_a_small_text small_text
+
+second_time() {
+    cp -a "$scratch/tree/quickstart/01" "$scratch/before"
+    quickstart --text "small text.txt" --minutes 0.2 && diff -r "$scratch/before" "$scratch/tree/quickstart/01" &&
+        [ -s "$scratch/tree/quickstart/02/table.txt" ]
+}
+check quickstart_keeps_earlier_results second_time
+
+# ----------------------------------------------------------------------------
+# Download and recipe, from a server on this machine
+
+mkdir "$scratch/site"
+for i in $(seq 1 2000); do
+    echo "Once upon a time there were $i little cats. They saw $((i * 7 % 13)) dogs and were happy."
+    echo "<|endoftext|>"
+done >"$scratch/site/TinyStoriesV2-GPT4-train.txt"
+head -n 200 "$scratch/site/TinyStoriesV2-GPT4-train.txt" >"$scratch/site/TinyStoriesV2-GPT4-valid.txt"
+if ! command -v python3 >/dev/null || ! command -v curl >/dev/null; then
+    echo "SKIPPED: downloads are not tested, since python3 or curl is missing"
+    exit $failed
+fi
+python3 -u -m http.server 0 --bind 127.0.0.1 --directory "$scratch/site" >"$scratch/server" 2>&1 &
+server=$!
+for _ in $(seq 1 50); do
+    grep -q 'port [0-9]' "$scratch/server" && break
+    sleep 0.1
+done
+TINYSTORIES_URL=http://127.0.0.1:$(sed -n 's/.* port \([0-9]*\).*/\1/p' "$scratch/server" | head -n 1)
+export TINYSTORIES_URL
+
+download() {
+    "$top/scripts/download_tinystories.sh" "$scratch/data" || return 1
+    # Cut off, and with a server that cannot go on in the middle of a file.
+    rm "$scratch/data/TinyStoriesV2-GPT4-train.txt"
+    head -c 1000 "$scratch/site/TinyStoriesV2-GPT4-valid.txt" >"$scratch/data/TinyStoriesV2-GPT4-train.txt.partial"
+    "$top/scripts/download_tinystories.sh" "$scratch/data" || return 1
+    diff -r "$scratch/site" "$scratch/data"
+}
+check download download
+
+lost() {
+    TINYSTORIES_URL=$TINYSTORIES_URL/nowhere "$top/scripts/download_tinystories.sh" "$scratch/other" && return 1
+    [ -z "$(ls "$scratch/other")" ]
+}
+check download_of_what_is_not_there lost
+
+recipe() {
+    export DATA=$scratch/data RUN=$scratch/run
+    (cd "$scratch/tree" && scripts/pretrain_tinystories.sh --layers 2 --channels 64 --heads 2 --kv-heads 1 -t 64 -b 8 -d 512 \
+        --steps 20 -u 2 -v 10 -n 10) || return 1
+    [ -s "$scratch/run/step_00000020/model.safetensors" ]
+}
+check recipe_from_download_to_story recipe
+
+exit $failed
