@@ -123,10 +123,6 @@ __attribute__((noreturn)) static void exit_or_jump(int code) {
 #undef fopen
 #undef fwrite
 
-#ifndef FIXTURES
-#define FIXTURES "test/fixtures/checkpoint"
-#endif
-
 static char root[PATH_MAX]; // of everything this test writes
 
 static int remove_entry(const char* path, const struct stat* info, int kind, struct FTW* place) {
@@ -1318,127 +1314,6 @@ static void test_fuzz(void** unused) {
     run_free(&run);
 }
 
-// ----------------------------------------------------------------------------
-// Llamas that transformers saved
-
-// (rows, columns) times (columns), at an offset of the parameters.
-static void matvec(double* out, const floatX* weight, const double* x, int rows, int columns) {
-    for (int r = 0; r < rows; r++) {
-        out[r] = 0;
-        for (int c = 0; c < columns; c++) out[r] += (double)weight[r * columns + c] * x[c];
-    }
-}
-
-static void normalize(double* out, const floatX* gain, const double* x, int C, double eps) {
-    double sum = 0;
-    for (int c = 0; c < C; c++) sum += x[c] * x[c];
-    for (int c = 0; c < C; c++) out[c] = x[c] / sqrt(sum / C + eps) * (double)gain[c];
-}
-
-static void rotate(double* head, int position, int D, double theta) {
-    for (int i = 0; i < D / 2; i++) {
-        double angle = position * pow(theta, -2.0 * i / D), x = head[i], y = head[i + D / 2];
-        head[i] = x * cos(angle) - y * sin(angle);
-        head[i + D / 2] = y * cos(angle) + x * sin(angle);
-    }
-}
-
-enum { FIXTURE_WIDTH = 64, FIXTURE_TOKENS = 32 }; // bounds of the fixtures' sizes
-
-// MATH.md section 1, a token at a time, in fp64: logits (V) of each position.
-static void forward(double* logits, const Run* run, const int* tokens, int T) {
-    const ModelConfig* config = &run->config;
-    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
-              F = config->ffn;
-    static double keys[2][FIXTURE_TOKENS][FIXTURE_WIDTH], values[2][FIXTURE_TOKENS][FIXTURE_WIDTH];
-    for (int t = 0; t < T; t++) {
-        double x[FIXTURE_WIDTH], a[FIXTURE_WIDTH], q[FIXTURE_WIDTH], o[FIXTURE_WIDTH], gate[FIXTURE_WIDTH],
-            up[FIXTURE_WIDTH];
-        for (int c = 0; c < C; c++)
-            x[c] = (double)run->params[run->layout.embedding + (size_t)(tokens[t] * C + c)];
-        for (int l = 0; l < config->layers; l++) {
-            const LayerParameters* layer = &run->layout.layers[l];
-            const floatX* qkv = run->params + layer->qkv_proj;
-            normalize(a, run->params + layer->input_norm, x, C, (double)config->norm_eps);
-            matvec(q, qkv, a, H * D, C);
-            matvec(keys[l][t], qkv + H * D * C, a, G * D, C);
-            matvec(values[l][t], qkv + (H + G) * D * C, a, G * D, C);
-            for (int h = 0; h < H; h++) rotate(q + h * D, t, D, (double)config->rope_theta);
-            for (int g = 0; g < G; g++) rotate(keys[l][t] + g * D, t, D, (double)config->rope_theta);
-            for (int h = 0; h < H; h++) {
-                const int first = h / (H / G) * D;
-                double total = 0;
-                for (int d = 0; d < D; d++) o[h * D + d] = 0;
-                for (int s = 0; s <= t; s++) {
-                    double score = 0;
-                    for (int d = 0; d < D; d++) score += q[h * D + d] * keys[l][s][first + d];
-                    double weight = exp(score / sqrt(D));
-                    total += weight;
-                    for (int d = 0; d < D; d++) o[h * D + d] += weight * values[l][s][first + d];
-                }
-                for (int d = 0; d < D; d++) o[h * D + d] /= total;
-            }
-            matvec(a, run->params + layer->o_proj, o, C, H * D);
-            for (int c = 0; c < C; c++) x[c] += a[c];
-            normalize(a, run->params + layer->post_norm, x, C, (double)config->norm_eps);
-            matvec(gate, run->params + layer->gate_up_proj, a, F, C);
-            matvec(up, run->params + layer->gate_up_proj + F * C, a, F, C);
-            for (int f = 0; f < F; f++) gate[f] *= up[f] / (1 + exp(-gate[f]));
-            matvec(a, run->params + layer->down_proj, gate, C, F);
-            for (int c = 0; c < C; c++) x[c] += a[c];
-        }
-        normalize(a, run->params + run->layout.final_norm, x, C, (double)config->norm_eps);
-        matvec(logits + (size_t)t * (size_t)config->vocab_size, run->params + run->layout.head, a,
-               config->vocab_size, C);
-    }
-}
-
-// Writes the model under `output`, reads it back, and writes the logits beside: for compare_transformers.py.
-static void save_with_logits(Run* run, const char* output, const double* logits, const int* tokens, int T) {
-    char path[PATH_MAX];
-    run->output = output;
-    run->state.step = 1;
-    run_save(run);
-    const size_t count = (size_t)T * (size_t)run->config.vocab_size;
-    floatX* copy = (floatX*)malloc(count * sizeof(floatX));
-    for (size_t i = 0; i < count; i++) copy[i] = (floatX)logits[i];
-    path_format(path, "%s/logits.safetensors", output);
-    logits_write(path, copy, tokens, T, run->config.vocab_size, run->config.vocab_size);
-    free(copy);
-}
-
-static void test_transformers(void** unused) {
-    (void)unused;
-    const char* names[2] = {"untied", "tied"};
-    for (int tied = 0; tied < 2; tied++) {
-        char directory[PATH_MAX], path[PATH_MAX];
-        path_format(directory, "%s/%s", FIXTURES, names[tied]);
-        checkpoint_resolve(directory, path);
-        Run run = run_make(checkpoint_read_config(path));
-        assert_int_equal(run.config.tied, tied);
-        assert_true(run.config.rope_theta == (tied ? 10000.0f : 500.0f));
-        load_model_only((run.output = path, &run));
-        float* expected;
-        int *tokens, T, V;
-        path_format(directory, "%s/%s/expected.safetensors", FIXTURES, names[tied]);
-        logits_read(directory, &expected, &tokens, &T, &V);
-        assert_int_equal(V, run.config.vocab_size);
-        double* logits = (double*)malloc((size_t)T * (size_t)V * sizeof(double));
-        forward(logits, &run, tokens, T);
-        double worst = 0;
-        for (int i = 0; i < T * V; i++) worst = fmax(worst, fabs(logits[i] - (double)expected[i]));
-        print_message("%s: largest difference from transformers' logits %.2g\n", names[tied], worst);
-        assert_true(worst < 2e-5);
-        const char* kept = getenv("KEEP_CHECKPOINT"); // a directory for compare_transformers.py
-        if (kept) path_format(path, "%s/%s", kept, names[tied]);
-        save_with_logits(&run, kept ? path : fresh("resaved"), logits, tokens, T);
-        free(logits);
-        free(expected);
-        free(tokens);
-        run_free(&run);
-    }
-}
-
 int main(void) {
     on_exit(leave_child, NULL);
     omp_set_num_threads(1); // children of fork() must not wait for threads that they do not have
@@ -1468,7 +1343,6 @@ int main(void) {
         cmocka_unit_test(test_kill_at_each_call),
         cmocka_unit_test(test_kill_at_random),
         cmocka_unit_test(test_fuzz),
-        cmocka_unit_test(test_transformers),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     return failed;

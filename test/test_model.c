@@ -521,6 +521,38 @@ static void test_update(void** state) {
     }
 }
 
+// Two tiny Llamas that transformers made and saved, with the logits that it computes for them in fp32.
+static void test_transformers(void** state) {
+    (void)state;
+    const char* names[2] = {"untied", "tied"};
+    for (int tied = 0; tied < 2; tied++) {
+        char directory[PATH_MAX], path[PATH_MAX];
+        path_format(directory, "test/fixtures/checkpoint/%s", names[tied]);
+        ModelConfig config = checkpoint_read_config(directory);
+        assert_int_equal(config.tied, tied);
+        assert_true(config.rope_theta == (tied ? 10000.0f : 500.0f));
+        float* expected;
+        int *tokens, T, V;
+        path_format(path, "%s/expected.safetensors", directory);
+        logits_read(path, &expected, &tokens, &T, &V);
+        assert_int_equal(V, config.vocab_size);
+        static Model model;
+        gpt_plan(&model, &config, 1, T, 0);
+        gpt_allocate(&model);
+        checkpoint_load_model(directory, &model.layout.table, model.params, model.stream);
+        gpt_forward(&model, tokens, 1, T, 0);
+        floatX* logits = all_logits(&model, T);
+        double worst = 0;
+        for (int i = 0; i < T * V; i++) worst = fmax(worst, fabs((double)logits[i] - (double)expected[i]));
+        print_message("%s: largest difference from transformers' logits %.2g\n", names[tied], worst);
+        assert_true(worst <= 1e-4);
+        free(logits);
+        free(expected);
+        free(tokens);
+        gpt_free(&model);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_forward),
@@ -534,6 +566,7 @@ int main(void) {
         cmocka_unit_test(test_initialization),
         cmocka_unit_test(test_flops),
         cmocka_unit_test(test_update),
+        cmocka_unit_test(test_transformers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
