@@ -109,7 +109,7 @@ $(BUILD)/test/%: test/%.c Makefile
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
 test: all $(TESTS)
-	@BUILD=$(BUILD) scripts/run_tests.sh $(TESTS)
+	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
 
 # What takes longer: the scripts as a user calls them.
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
@@ -132,8 +132,8 @@ $(BUILD)/bench/%: dev/bench/%.c Makefile
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
 bench: $(BENCHES)
-	$(BUILD)/bench/attention
-	$(BUILD)/bench/step
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 
 # ----------------------------------------------------------------------------
 # Style

@@ -10,6 +10,7 @@ heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabular
 
 This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 */
+#include <malloc.h>
 #include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
@@ -862,8 +863,18 @@ static void train(Model* model, Run* run) {
     }
 }
 
+// Threads of OpenMP that wait spin for some milliseconds, and where another program has a core they eat its time and their
+// own. The library reads its setting before main(), so the program starts itself once more with it.
+static void yield_while_waiting(char** argv) {
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv); // where this fails, all is as it was
+}
+
 int main(int argc, char** argv) {
     program_name = "train_gpt";
+    yield_while_waiting(argv);
+    mallopt(M_ARENA_MAX, 1); // a heap for every thread would be memory that no plan knows of
     // A file that may not grow is then an error of write(), which cleans up and says so.
     signal(SIGXFSZ, SIG_IGN);
     static Run run;

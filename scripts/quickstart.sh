@@ -115,8 +115,6 @@ out=quickstart/$(printf %02d $number)
 mkdir -p "$out"
 if [ $number -gt 1 ]; then say "earlier results stay where they are in quickstart/; this time everything goes to $out"; fi
 
-# Threads that wait sleep after some microseconds: others may be using this machine too.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 
 # ----------------------------------------------------------------------------
 # Install, build
