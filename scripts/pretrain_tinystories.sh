@@ -11,7 +11,6 @@ cd "$(dirname "$0")/.."
 data=${DATA:-data/tinystories}
 run=${RUN:-runs/tinystories}
 
-
 scripts/install.sh
 make tokenizer train
 

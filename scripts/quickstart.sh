@@ -115,7 +115,6 @@ out=quickstart/$(printf %02d $number)
 mkdir -p "$out"
 if [ $number -gt 1 ]; then say "earlier results stay where they are in quickstart/; this time everything goes to $out"; fi
 
-
 # ----------------------------------------------------------------------------
 # Install, build
 
