@@ -81,9 +81,9 @@ static inline void moba_centroids(float_acc* centroids, // (B, T/S, G, D)
 // Scores of `rows` queries with `blocks` <= MOBA_CENTROIDS centroids. Every score is one sum in the order of d, in whatever
 // tile it is computed: a query has the same scores in training, prefill and decoding, and equal centroids tie. (The
 // library's products promise neither.)
-static inline void moba_scores(float_acc* scores,          // (rows, scores_stride), to a multiple of 16 columns
-                               float_acc* centroids_t,     // (D, MOBA_CENTROIDS) scratch
-                               const floatX* q,            // (rows, D), stride q_stride
+static inline void moba_scores(float_acc* scores,      // (rows, scores_stride), to a multiple of 16 columns
+                               float_acc* centroids_t, // (D, MOBA_CENTROIDS) scratch
+                               const floatX* q,        // (rows, D), stride q_stride
                                const float_acc* centroids, // (blocks, D), stride centroids_stride
                                int rows, int blocks, int D, int scores_stride, int q_stride,
                                int centroids_stride) {
@@ -326,9 +326,9 @@ static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                 for (int c = -1; c < choices; c++) {
                     const int block = c < 0 ? t / S : selected[row * choices + c];
                     if (block < 0) break;
-                    moba_attend_backward(dqkv + q, dqkv + k, dqkv + v, dout + (((size_t)b * T + t) * H + h) * D,
-                                         qkv + q, qkv + k, qkv + v, lse[row], delta[row], block, t, D, S,
-                                         stride);
+                    moba_attend_backward(dqkv + q, dqkv + k, dqkv + v,
+                                         dout + (((size_t)b * T + t) * H + h) * D, qkv + q, qkv + k, qkv + v,
+                                         lse[row], delta[row], block, t, D, S, stride);
                 }
             }
         }
@@ -443,8 +443,8 @@ static inline moba_scratch_t moba_scratch(char* memory, const moba_shape_t* s, i
     scratch.attention = (floatX*)moba_take(memory, &used, (1 + backward) * attention_forward_tiles(s->D), x);
     scratch.centroids_t =
         (float_acc*)moba_take(memory, &used, forward * D * MOBA_CENTROIDS, sizeof(float_acc));
-    scratch.block_scores = (float_acc*)moba_take(
-        memory, &used, forward * MOBA_ROUTE_QUERIES * MOBA_CENTROIDS, sizeof(float_acc));
+    scratch.block_scores = (float_acc*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * MOBA_CENTROIDS,
+                                                 sizeof(float_acc));
     scratch.best_scores =
         (float_acc*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * choices, sizeof(float_acc));
     scratch.best_blocks = (int*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * choices, sizeof(int));
@@ -521,14 +521,13 @@ static inline void moba_route_rows(int* selected,              // (rows, choices
     int count[MOBA_ROUTE_QUERIES] = {0};
     for (int end = (first_query + rows - 1) / s->S; end > 0; end -= MOBA_CENTROIDS) {
         const int first = max_int(0, end - MOBA_CENTROIDS);
-        moba_scores(scratch->block_scores, scratch->centroids_t, q, centroids + (size_t)first * s->G * s->D, rows,
-                    end - first, s->D, MOBA_CENTROIDS, q_stride, s->G * s->D);
+        moba_scores(scratch->block_scores, scratch->centroids_t, q, centroids + (size_t)first * s->G * s->D,
+                    rows, end - first, s->D, MOBA_CENTROIDS, q_stride, s->G * s->D);
         for (int r = 0; r < rows; r++) {
             const int eligible = min_int(end, (first_query + r) / s->S) - first;
-            count[r] = moba_take_best(scratch->best_scores + (size_t)r * choices,
-                                      scratch->best_blocks + (size_t)r * choices,
-                                      scratch->block_scores + (size_t)r * MOBA_CENTROIDS, count[r], choices,
-                                      first, eligible);
+            count[r] = moba_take_best(
+                scratch->best_scores + (size_t)r * choices, scratch->best_blocks + (size_t)r * choices,
+                scratch->block_scores + (size_t)r * MOBA_CENTROIDS, count[r], choices, first, eligible);
         }
     }
     for (int r = 0; r < rows; r++)
@@ -622,8 +621,7 @@ static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: nor
                                       const moba_scratch_t* scratch, const moba_chunk_t* chunk,
                                       const moba_shape_t* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D, num_rows = chunk->heads * chunk->tokens;
-    const floatX* keys_of_head =
-        qkv + (size_t)chunk->b * s->T * stride + (size_t)(s->H + chunk->g) * D;
+    const floatX* keys_of_head = qkv + (size_t)chunk->b * s->T * stride + (size_t)(s->H + chunk->g) * D;
     for (int r = 0; r < num_rows; r++) {
         scratch->row_max[r] = lse[moba_query(chunk, r, s).row];
         scratch->row_sum[r] = 1;
@@ -729,10 +727,20 @@ static inline void moba_block_backward(const moba_tensors_t* x, const moba_scrat
     }
     for (int h = first_head; h < first_head + heads; h++) {
         const size_t q = token * stride + (size_t)h * D, row = ((size_t)b * s->H + h) * s->T + first;
-        const attention_head_t head = {
-            x->dqkv + q,  scratch->dk,   scratch->dv,    x->dout + (token * s->H + h) * D,
-            x->qkv + q,   x->qkv + k,    x->qkv + v,     x->lse + row,
-            x->delta + row, tokens, D, s->H * D, stride, 0};
+        const attention_head_t head = {x->dqkv + q,
+                                       scratch->dk,
+                                       scratch->dv,
+                                       x->dout + (token * s->H + h) * D,
+                                       x->qkv + q,
+                                       x->qkv + k,
+                                       x->qkv + v,
+                                       x->lse + row,
+                                       x->delta + row,
+                                       tokens,
+                                       D,
+                                       s->H * D,
+                                       stride,
+                                       0};
         attention_head_backward(&head, scratch->attention, 0, tokens, 0, tokens);
         moba_add_rows(x->dqkv + k, scratch->dk, tokens, D, stride);
         moba_add_rows(x->dqkv + v, scratch->dv, tokens, D, stride);
