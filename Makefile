@@ -26,7 +26,7 @@ endif
 
 allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
 $(call allow,DEVICE,cpu)
-$(call allow,ATTN,dense)
+$(call allow,ATTN,dense moba flashmoba)
 $(call allow,GQA,gqa)
 $(call allow,KCONV,0)
 $(call allow,PRECISION,fp32 fp64)
