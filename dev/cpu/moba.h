@@ -33,7 +33,7 @@ enum { MOBA_ROUTE_QUERIES = 128, MOBA_CENTROIDS = 128 };
 enum { MOBA_KEYS = 256, MOBA_ROWS = 256, MOBA_SCORES = 64 * MOBA_KEYS };
 // Queries a key block is chosen by, on average, in one task of the routed passes. Longer lists fill the tiles, shorter
 // ones make more tasks whose queries stay in the cache.
-enum { MOBA_LIST = 128 };
+enum { MOBA_LIST = 256 };
 
 // Sizes of one call; the rows computed are start..T-1.
 typedef struct {
@@ -627,11 +627,14 @@ static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: nor
         scratch->row_sum[r] = 1;
     }
     const int blocks = (chunk->first_token + chunk->tokens - 1) / s->S;
+    // Not by the length of a list: products with and without transposing round differently, and how much later tokens
+    // choose a block must not change a bit of earlier outputs.
+    floatX* k_t = num_rows < ATTENTION_FEW_QUERIES ? NULL : scratch->k_t;
     for (int key = 0, keys; key < blocks * s->S; key += keys) {
         const int block = key / s->S, begin = scratch->begin[block], end = scratch->begin[block + 1];
         keys = min_int(MOBA_KEYS, (block + 1) * s->S - key);
         const floatX* k = keys_of_head + (size_t)key * stride;
-        floatX* k_t = end - begin < ATTENTION_FEW_QUERIES ? NULL : scratch->k_t;
+        if (begin == end) continue;
         if (k_t) transpose_tile(k_t, k, keys, D, MOBA_KEYS, stride);
         for (int i = begin; i < end; i += moba_tile_rows(keys))
             moba_tile_forward(out, qkv, k, k_t, k + (size_t)s->G * D, scratch->rows + i, scratch, chunk,
