@@ -99,7 +99,7 @@ typedef enum { SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS } StatisticSource;
 typedef enum { DGQA_EMA, DGQA_DIFF } DgqaKind;
 
 typedef struct {
-    int dynamic;            // 0: kdgqa, from the range of n at every step; 1: dgqa, from n's history at every window
+    int dynamic; // 0: kdgqa, from the range of n at every step; 1: dgqa, from n's history at every window
     StatisticSource source; // where n comes from
     DgqaKind kind;          // dgqa: a running average, or the change since the last window
     int window;             // dgqa: steps
