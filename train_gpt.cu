@@ -864,8 +864,8 @@ static void train(Model* model, Run* run) {
 
 int main(int argc, char** argv) {
     program_name = "train_gpt";
-    signal(SIGXFSZ,
-           SIG_IGN); // a file that may not grow is then an error of write(), which cleans up and says so
+    // A file that may not grow is then an error of write(), which cleans up and says so.
+    signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);
     const Options* options = &run.options;

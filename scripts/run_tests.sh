@@ -9,7 +9,7 @@ for program in "$@"; do
     status=$?
     seconds=$(echo "$(date +%s.%N) $started" | awk '{printf "%.1f", $1 - $2}')
     passed_here=$(grep -c '^\[       OK \]' <<<"$output")
-    failed_here=$(grep -cE '^\[  FAILED  \] [a-z].*[^.]$' <<<"$output")
+    failed_here=$(grep -oE '^\[  FAILED  \] [a-z][^ ]*$' <<<"$output" | sort -u | wc -l)
     # A program that dies, or that ran nothing, has failed even where no test says so.
     if [ $status -ne 0 ] || [ "$passed_here" -eq 0 ]; then
         [ "$failed_here" -gt 0 ] || failed_here=1
