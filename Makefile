@@ -27,8 +27,8 @@ endif
 allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
 $(call allow,DEVICE,cpu)
 $(call allow,ATTN,dense)
-$(call allow,GQA,gqa)
-$(call allow,KCONV,0)
+$(call allow,GQA,gqa kdgqa dgqa pgqa)
+$(call allow,KCONV,0 3 5)
 $(call allow,PRECISION,fp32 fp64)
 
 NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)

@@ -118,8 +118,7 @@ static inline AllocationSettings allocation_defaults(int dynamic) {
     return settings;
 }
 
-// All that later steps depend on; a checkpoint holds every array and counter but `sums` and `sequences`, which are empty
-// between steps.
+// All that later steps depend on; a checkpoint holds every array.
 typedef struct {
     AllocationSettings settings;
     int L, H, G;
@@ -130,8 +129,6 @@ typedef struct {
     int* measured;     // (L) 1 when statistic holds a step's, 0 before the first
     int* windows;      // (L) values of n that history was made from; 0: it has none
     long* moved;       // (L) query heads that changed their key/value head, since the start of the run
-    double* sums;      // (L, G) of the step so far: sums of the sequences' statistics
-    long sequences;    // how many sequences are in these sums
     int warned;        // 1 after the first warning of an n that is not finite
 } HeadAllocation;
 
@@ -146,7 +143,6 @@ static inline void allocation_start(HeadAllocation* a, AllocationSettings settin
     a->map = (int*)calloc_or_fail((size_t)L * H, sizeof(int), what);
     a->statistic = (double*)calloc_or_fail((size_t)L * G, sizeof(double), what);
     a->history = (double*)calloc_or_fail((size_t)L * G, sizeof(double), what);
-    a->sums = (double*)calloc_or_fail((size_t)L * G, sizeof(double), what);
     a->measured = (int*)calloc_or_fail((size_t)L, sizeof(int), what);
     a->windows = (int*)calloc_or_fail((size_t)L, sizeof(int), what);
     a->moved = (long*)calloc_or_fail((size_t)L, sizeof(long), what);
@@ -161,7 +157,6 @@ static inline void allocation_free(HeadAllocation* a) {
     free(a->map);
     free(a->statistic);
     free(a->history);
-    free(a->sums);
     free(a->measured);
     free(a->windows);
     free(a->moved);
@@ -183,24 +178,32 @@ static inline int allocation_is_due(const AllocationSettings* settings, int step
     return !settings->dynamic || step % settings->window == 0;
 }
 
+// What dgqa's history (G) becomes at a window whose statistic is n: the running average, which starts at the first n, or n.
+static inline void allocation_history(double* out, const HeadAllocation* a, int l, const double* n) {
+    const AllocationSettings* settings = &a->settings;
+    const double* history = a->history + (size_t)l * a->G;
+    for (int g = 0; g < a->G; g++) {
+        if (settings->kind == DGQA_DIFF || a->windows[l] == 0) out[g] = n[g];
+        else out[g] = settings->beta * history[g] + (1 - settings->beta) * n[g];
+    }
+}
+
 // The weights of layer l for the statistic n (G). Returns 0 where there are none and the map stays: the differences of dgqa
 // need a window before, and are no weights where nothing differs.
 static inline int allocation_weights(double* weights, const HeadAllocation* a, int l, const double* n) {
-    const AllocationSettings* settings = &a->settings;
     const double* history = a->history + (size_t)l * a->G;
-    const int first = a->windows[l] == 0;
-    if (!settings->dynamic) {
+    if (!a->settings.dynamic) {
         weights_of_range(weights, n, a->G);
         return 1;
     }
-    if (settings->kind == DGQA_DIFF && first) return 0;
+    allocation_history(weights, a, l, n);
+    if (a->settings.kind == DGQA_EMA) return 1;
     int any = 0;
-    for (int g = 0; g < a->G; g++) {
-        if (settings->kind == DGQA_DIFF) weights[g] = fabs(n[g] - history[g]);
-        else weights[g] = first ? n[g] : settings->beta * history[g] + (1 - settings->beta) * n[g];
+    for (int g = 0; g < a->G && a->windows[l] > 0; g++) {
+        weights[g] = fabs(n[g] - history[g]);
         any = any || weights[g] != 0;
     }
-    return any || settings->kind == DGQA_EMA;
+    return any;
 }
 
 static inline int all_finite(const double* values, int count) {
@@ -232,29 +235,16 @@ static inline void allocation_update(HeadAllocation* a, int l, const double* n, 
 static inline void allocation_remember(HeadAllocation* a, int l, const double* n, int step) {
     const AllocationSettings* settings = &a->settings;
     if (!settings->dynamic || !allocation_is_due(settings, step) || !all_finite(n, a->G)) return;
-    double* history = a->history + (size_t)l * a->G;
-    for (int g = 0; g < a->G; g++) {
-        if (settings->kind == DGQA_DIFF || a->windows[l] == 0) history[g] = n[g];
-        else history[g] = settings->beta * history[g] + (1 - settings->beta) * n[g];
-    }
+    allocation_history(a->history + (size_t)l * a->G, a, l, n);
     a->windows[l]++;
 }
 
-// Adds the statistics of B sequences, rms (B, G), to layer l's of the step.
-static inline void allocation_add(HeadAllocation* a, int l, const double* rms, int B) {
-    double* sums = a->sums + (size_t)l * a->G;
-    for (int i = 0; i < B * a->G; i++) sums[i % a->G] += rms[i];
-}
-
-// The mean over the step's sequences becomes the statistic of every layer, and the next step begins with nothing.
-static inline void allocation_end_step(HeadAllocation* a) {
-    if (a->sequences == 0) return;
-    for (int i = 0; i < a->L * a->G; i++) {
-        a->statistic[i] = a->sums[i] / (double)a->sequences;
-        a->sums[i] = 0;
-    }
+// The statistic of a step that is over: the mean over its sequences.
+static inline void allocation_end_step(HeadAllocation* a,
+                                       const double* sums, // (L, G) over the sequences
+                                       long sequences) {
+    for (int i = 0; i < a->L * a->G; i++) a->statistic[i] = sums[i] / (double)sequences;
     for (int l = 0; l < a->L; l++) a->measured[l] = 1;
-    a->sequences = 0;
 }
 
 // Key/value heads of layer l that no query head reads.

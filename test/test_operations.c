@@ -557,9 +557,9 @@ static void test_key_rms(void** state) {
     enum { B = 3, T = 7, H = 2, G = 4, D = 5, WIDTH = (H + 2 * G) * D };
     double exact[B * T * WIDTH], want[B * G];
     floatX qkv[B * T * WIDTH];
-    float_acc rms[B * G];
+    float_acc rms[B * G], sums[G] = {0}, halves[G] = {0};
     fill_normal(exact, qkv, B * T * WIDTH, 1, 1);
-    key_rms(rms, qkv, B, T, H, G, D, 0);
+    key_rms(rms, sums, qkv, B, T, H, G, D, 0);
     for (int b = 0; b < B; b++) {
         for (int g = 0; g < G; g++) {
             double sum = 0;
@@ -573,10 +573,15 @@ static void test_key_rms(void** state) {
     assert_close("key_rms", rms, want, B * G, FORWARD_BOUND);
     // A sequence's number does not depend on the sequences beside it.
     float_acc alone[G];
-    key_rms(alone, qkv + (size_t)T * WIDTH, 1, T, H, G, D, 0);
+    key_rms(alone, halves, qkv, 1, T, H, G, D, 0);
+    key_rms(alone, halves, qkv + (size_t)T * WIDTH, 1, T, H, G, D, 0);
     assert_memory_equal(alone, rms + G, sizeof(alone));
+    key_rms(rms, halves, qkv + (size_t)2 * T * WIDTH, 1, T, H, G, D, 0);
+    assert_memory_equal(sums, halves, sizeof(sums));
+    for (int g = 0; g < G; g++)
+        assert_true(fabs((double)sums[g] - want[g] - want[G + g] - want[2 * G + g]) < 1e-5);
     qkv[(T + 3) * WIDTH + (H + 2) * D] = NAN;
-    key_rms(rms, qkv, B, T, H, G, D, 0);
+    key_rms(rms, sums, qkv, B, T, H, G, D, 0);
     for (int i = 0; i < B * G; i++) assert_int_equal(rms[i] != rms[i], i == G + 2);
 }
 
@@ -636,6 +641,9 @@ static void test_attention_noise(void** state) {
         for (int i = 0; i < COUNT; i++) correlation += z[i] * ((double)out[i] - (double)again[i]) / COUNT;
         assert_true(fabs(correlation) < 4 * 1.6 / sqrt(COUNT)); // 0.5 std(out) is about 1.5
     }
+    for (int step = 0; step < 50; step++)
+        for (int layer = 0; layer < 50; layer++)
+            assert_int_equal(noise_stream(step, layer) == draws, step == 5 && layer == 2);
     for (int i = 0; i < D; i++) out[i] = 2; // a row without spread has no noise
     attention_noise(noised, out, 1, 1, 1, D, 1, 42, draws, 0, 0);
     assert_memory_equal(noised, out, D * sizeof(floatX));

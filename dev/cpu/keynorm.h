@@ -2,7 +2,7 @@
 How long the keys of each key/value head are: the number from which key-driven attention hands out its query heads
 (docs/math.md section 3).
 
-    key_rms(rms, qkv, B, T, H, G, D, stream);                  // of this batch's keys, a number per sequence and head
+    key_rms(rms, sums, qkv, B, T, H, G, D, stream);            // of this batch's keys, a number per sequence and head
     key_weight_norm(norm, wk, gain, G, D, C, stream);          // of the weights that make them: no data at all
 
 The keys are those that the projection gives, before convolution and RoPE.
@@ -12,9 +12,11 @@ The keys are those that the projection gives, before convolution and RoPE.
 
 #include "dev/cpu/device.h"
 
-// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2). Every sequence has T tokens: there is no
-// padding to leave out. Each sum runs over the tokens in order, in double, whatever the number of threads.
+// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of rms[b][g]. Every
+// sequence has T tokens: there is no padding to leave out. Each sum has one order, whatever the number of threads; the long
+// one, over the tokens, is taken in double.
 static inline void key_rms(float_acc* rms,    // (B, G)
+                           float_acc* sums,   // (G) accumulates
                            const floatX* qkv, // (B, T, H + 2G, D)
                            int B, int T, int H, int G, int D, stream_t stream) {
     (void)stream;
@@ -31,6 +33,7 @@ static inline void key_rms(float_acc* rms,    // (B, G)
         }
         rms[i] = (float_acc)sqrt(sum / ((double)T * D));
     }
+    for (int i = 0; i < B * G; i++) sums[i % G] += rms[i];
 }
 
 // norm[g] = Frobenius norm of the D rows of Wk that make the keys of head g, each column times the gain of the norm before.
