@@ -38,6 +38,14 @@ typedef enum {
     ATTENTION_FLASHMOBA, // the same function by gathered tiles
 } AttentionKind;
 
+// How query heads share key/value heads: docs/math.md section 3.
+typedef enum {
+    GQA_STATIC,    // gqa: H/G in a row
+    GQA_KEY,       // kdgqa: by the norms of the keys
+    GQA_DYNAMIC,   // dgqa: by how these norms went over the steps
+    GQA_PERTURBED, // pgqa: H/G in a row, with noise on attention's output while training
+} GqaKind;
+
 #define PATTERN_MAX 64
 
 typedef struct {
@@ -59,7 +67,9 @@ typedef struct {
     int moba_topk;                 // K, blocks that a query attends to, its own among them
     float rope_theta;
     float norm_eps;
-    int tied; // 1: the output head is the embedding
+    int tied;    // 1: the output head is the embedding
+    int kconv;   // taps of the key convolution in the global layers: 0 (none), 3 or 5
+    GqaKind gqa; // of every layer
 } ModelConfig;
 
 static inline char layer_kind(const ModelConfig* config, int layer) {
@@ -80,8 +90,28 @@ static inline AttentionKind attention_of_build(void) {
     if (!strcmp(ATTN_NAME, "moba")) return ATTENTION_MOBA;
     return strcmp(ATTN_NAME, "flashmoba") ? ATTENTION_DENSE : ATTENTION_FLASHMOBA;
 }
+// Taps of a layer's key convolution; 0: it has none.
+static inline int layer_taps(const ModelConfig* config, int layer) {
+    return layer_kind(config, layer) == 'G' ? config->kconv : 0;
+}
+// 1 where the map of query heads follows the keys.
+static inline int heads_are_key_driven(const ModelConfig* config) {
+    return config->gqa == GQA_KEY || config->gqa == GQA_DYNAMIC;
+}
 // Heads of a packed row of queries, keys and values.
 static inline int qkv_heads(const ModelConfig* config) { return config->heads + 2 * config->kv_heads; }
+
+static inline GqaKind gqa_of_build(void) {
+    if (!strcmp(GQA_NAME, "kdgqa")) return GQA_KEY;
+    if (!strcmp(GQA_NAME, "dgqa")) return GQA_DYNAMIC;
+    return strcmp(GQA_NAME, "pgqa") ? GQA_STATIC : GQA_PERTURBED;
+}
+
+// What the build decides of a model.
+static inline void model_config_of_build(ModelConfig* config) {
+    config->kconv = KCONV;
+    config->gqa = gqa_of_build();
+}
 
 // "d12" is 12 layers: 64 channels a layer, heads of 64, a feed-forward network of 8/3 C rounded up to a
 // multiple of 64. Sizes left 0 are filled in by model_config_complete(), after the user's own options have
@@ -106,6 +136,7 @@ static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
     config.norm_eps = 1e-5f;
     config.tied = 1;
     config.sequence_length = 1024;
+    model_config_of_build(&config);
     return config;
 }
 
@@ -169,7 +200,7 @@ typedef struct {
     size_t padded_count; // elements in the block: more than count where rows are padded (the vocabulary)
     Initializer initializer;
     float std;        // of INIT_NORMAL
-    int weight_decay; // 1: the optimizer decays it (matrices), 0: it does not (gains)
+    int weight_decay; // 1: the optimizer decays it (matrices), 0: it does not (gains, taps)
 } Tensor;
 
 typedef struct {
@@ -183,6 +214,7 @@ typedef struct {
 typedef struct {
     size_t input_norm;   // (C)
     size_t qkv_proj;     // ((H + 2G) D, C)
+    size_t k_conv;       // (taps, G D) in layers with a key convolution
     size_t o_proj;       // (C, H D)
     size_t post_norm;    // (C)
     size_t gate_up_proj; // (2F, C)
@@ -248,6 +280,13 @@ static inline LayerParameters table_add_layer(TensorTable* table, const ModelCon
     table_add_matrix(table, config->kv_heads * D, C, std, prefix, "self_attn.k_proj");
     table_add_matrix(table, config->kv_heads * D, C, std, prefix, "self_attn.v_proj");
     table_align(table);
+    layer.k_conv = table->elements;
+    if (layer_taps(config, l)) {
+        table_add(table, layer_taps(config, l), config->kv_heads * D, layer_taps(config, l), INIT_ZEROS, 0,
+                  "%sself_attn.k_conv.weight", prefix);
+        table->tensors[table->count - 1].weight_decay = 0; // it would pull the keys back to what they were
+        table_align(table);
+    }
     layer.o_proj = table_add_matrix(table, C, config->heads * D, residual_std, prefix, "self_attn.o_proj");
     layer.post_norm = table_add_gain(table, C, prefix, "post_attention_layernorm");
     table_align(table);

@@ -12,6 +12,7 @@ several options are checked where the things that they speak of come together (m
 
 #include <argp.h>
 #include <getopt.h>
+#include "runtime/allocation.h"
 #include "runtime/checks.h"
 #include "runtime/model.h"
 #include "runtime/schedule.h"
@@ -25,6 +26,9 @@ typedef struct {
     float rope_theta, norm_eps;
     int tied; // -1: not given
     const char* init_from;
+    // Heads
+    AllocationSettings heads_by_keys; // of GQA=kdgqa and dgqa
+    double pgqa_noise;
     // Data
     const char* train_data;
     const char* val_data;
@@ -76,6 +80,12 @@ enum {
     KEY_TIED,
     KEY_UNTIED,
     KEY_INIT_FROM,
+    KEY_KD_SOURCE,
+    KEY_KD_WINDOW,
+    KEY_KD_BETA,
+    KEY_KD_MIN_HEADS,
+    KEY_DGQA_KIND,
+    KEY_PGQA_NOISE,
     KEY_TOKENIZER,
     KEY_DECAY_FRACTION,
     KEY_BETA1,
@@ -122,6 +132,21 @@ static const struct argp_option option_table[] = {
     {"untied", KEY_UNTIED, 0, 0, "the output head is a matrix of its own", 1},
     {"init-from", KEY_INIT_FROM, "DIR", 0,
      "start from the weights of this checkpoint, ours or Hugging Face's", 1},
+
+    {0, 0, 0, 0, "Query heads by keys (builds of GQA=kdgqa, dgqa, pgqa)", 1},
+    {"kd-source", KEY_KD_SOURCE, "NAME", 0,
+     "kdgqa, dgqa: the keys that are measured: lagged (the step before's; default), forward (the batch's "
+     "own) or weights "
+     "(no data)",
+     1},
+    {"kd-min-heads", KEY_KD_MIN_HEADS, "N", 0,
+     "kdgqa, dgqa: query heads that every KV head has at least (default 1)", 1},
+    {"kd-window", KEY_KD_WINDOW, "N", 0, "dgqa: steps between two allocations (default 100)", 1},
+    {"kd-beta", KEY_KD_BETA, "X", 0, "dgqa: what a window keeps of the running average (default 0.9)", 1},
+    {"dgqa-kind", KEY_DGQA_KIND, "NAME", 0,
+     "dgqa: by the running average (ema, default) or by the last change (diff)", 1},
+    {"pgqa-noise", KEY_PGQA_NOISE, "X", 0,
+     "pgqa: noise on attention's output, in standard deviations of it (default 1)", 1},
 
     {0, 0, 0, 0, "Data", 2},
     {"train-data", 'i', "GLOB", 0, "token shards to train on", 2},
@@ -210,6 +235,35 @@ static inline double option_number(int key, const char* text, double low, double
     return value;
 }
 
+// An option of a variant that this build is not would change nothing: better to say so.
+static inline void option_needs_variant(int key, int variants, const char* names) {
+    if (!(1 << gqa_of_build() & variants))
+        fail_usage("%s: of builds with GQA=%s; this one is GQA=%s", option_name(key), names, GQA_NAME);
+}
+
+static inline int option_choice(int key, const char* text, const char* const* names, int count) {
+    char rule[128] = "";
+    for (int i = 0; i < count; i++) {
+        if (!strcmp(text, names[i])) return i;
+        snprintf(rule + strlen(rule), sizeof(rule) - strlen(rule), "%s%s", i ? " or " : "", names[i]);
+    }
+    fail_usage("%s %s: want %s", option_name(key), text, rule);
+}
+
+// The options of the key-driven variants.
+static inline void option_parse_heads(AllocationSettings* heads, int key, const char* text) {
+    static const char* const sources[] = {"lagged", "forward", "weights"};
+    static const char* const kinds[] = {"ema", "diff"};
+    const int dynamic_only = key == KEY_KD_WINDOW || key == KEY_KD_BETA || key == KEY_DGQA_KIND;
+    if (dynamic_only) option_needs_variant(key, 1 << GQA_DYNAMIC, "dgqa");
+    else option_needs_variant(key, 1 << GQA_KEY | 1 << GQA_DYNAMIC, "kdgqa or dgqa");
+    if (key == KEY_KD_SOURCE) heads->source = (StatisticSource)option_choice(key, text, sources, 3);
+    if (key == KEY_KD_MIN_HEADS) heads->least = (int)option_integer(key, text, 0, 1024);
+    if (key == KEY_KD_WINDOW) heads->window = (int)option_integer(key, text, 1, INT_MAX);
+    if (key == KEY_KD_BETA) heads->beta = option_number(key, text, 0, 1);
+    if (key == KEY_DGQA_KIND) heads->kind = (DgqaKind)option_choice(key, text, kinds, 2);
+}
+
 static inline error_t option_parse(int key, char* text, struct argp_state* state) {
     Options* options = (Options*)state->input;
     const long many = 1L << 40, millions = 1L << 24;
@@ -268,6 +322,17 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_INIT_FROM:
         options->init_from = text;
+        break;
+    case KEY_KD_SOURCE:
+    case KEY_KD_WINDOW:
+    case KEY_KD_BETA:
+    case KEY_KD_MIN_HEADS:
+    case KEY_DGQA_KIND:
+        option_parse_heads(&options->heads_by_keys, key, text);
+        break;
+    case KEY_PGQA_NOISE:
+        option_needs_variant(key, 1 << GQA_PERTURBED, "pgqa");
+        options->pgqa_noise = option_number(key, text, 0, 1e6);
         break;
     case 'i':
         options->train_data = text;
@@ -431,6 +496,8 @@ static inline Options options_parse(int argc, char** argv) {
     static Options options;
     memset(&options, 0, sizeof(options));
     options.tied = -1;
+    options.heads_by_keys = allocation_defaults(gqa_of_build() == GQA_DYNAMIC);
+    options.pgqa_noise = 1;
     options.batch = 4;
     options.steps = -1;
     options.learning_rate = 3e-4;

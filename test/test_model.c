@@ -219,7 +219,7 @@ static floatX* all_logits(Model* model, int rows) {
 static double loss_and_gradients(Fixture* fixture, int first_row, int B, double total) {
     Model* model = &fixture->model;
     const int T = model->T;
-    gpt_forward(model, fixture->tokens + first_row * T, B, T, 0);
+    gpt_forward(model, fixture->tokens + first_row * T, B, T, 0, NULL);
     double sum = gpt_loss(model, fixture->targets + first_row * T, B, T, 1, (float_acc)(1 / total));
     gpt_backward(model, B, T);
     return sum / total;
@@ -234,7 +234,7 @@ static void test_forward(void** state) {
         Fixture fixture;
         set_up(&fixture, &cases[i]);
         const int rows = BATCH * cases[i].T;
-        gpt_forward(&fixture.model, fixture.tokens, BATCH, cases[i].T, 0);
+        gpt_forward(&fixture.model, fixture.tokens, BATCH, cases[i].T, 0, NULL);
         floatX* logits = all_logits(&fixture.model, rows);
         double loss = gpt_loss(&fixture.model, fixture.targets, BATCH, cases[i].T, 0, 0) / rows;
         double want = reference_loss(&fixture.reference);
@@ -413,12 +413,12 @@ static void test_causality(void** state) {
         Fixture fixture;
         set_up(&fixture, &cases[i]);
         const int T = cases[i].T, V = cases[i].vocab_size;
-        gpt_forward(&fixture.model, fixture.tokens, 1, T, 0);
+        gpt_forward(&fixture.model, fixture.tokens, 1, T, 0, NULL);
         floatX* before = all_logits(&fixture.model, T);
         for (int changed = 0; changed < T; changed++) {
             int kept = fixture.tokens[changed];
             fixture.tokens[changed] = (kept + 1) % V;
-            gpt_forward(&fixture.model, fixture.tokens, 1, T, 0);
+            gpt_forward(&fixture.model, fixture.tokens, 1, T, 0, NULL);
             floatX* after = all_logits(&fixture.model, T);
             assert_memory_equal(before, after, (size_t)changed * V * sizeof(floatX));
             assert_memory_not_equal(before + (size_t)changed * V, after + (size_t)changed * V,
@@ -464,7 +464,7 @@ static void test_initialization(void** state) {
     }
     int tokens[32], targets[32];
     for (int t = 0; t < 32; t++) tokens[t] = targets[t] = t * 7 % 500;
-    gpt_forward(&model, tokens, 1, 32, 0);
+    gpt_forward(&model, tokens, 1, 32, 0, NULL);
     assert_true(fabs(gpt_loss(&model, targets, 1, 32, 0, 0) / 32 - log(500)) < 0.2);
     gpt_free(&model);
 }
@@ -540,7 +540,7 @@ static void test_transformers(void** state) {
         gpt_plan(&model, &config, 1, T, 0);
         gpt_allocate(&model);
         checkpoint_load_model(directory, &model.layout.table, model.params, model.stream);
-        gpt_forward(&model, tokens, 1, T, 0);
+        gpt_forward(&model, tokens, 1, T, 0, NULL);
         floatX* logits = all_logits(&model, T);
         double worst = 0;
         for (int i = 0; i < T * V; i++) worst = fmax(worst, fabs((double)logits[i] - (double)expected[i]));
