@@ -1087,7 +1087,9 @@ static void yield_while_waiting(char** argv) {
 int main(int argc, char** argv) {
     program_name = "train_gpt";
     yield_while_waiting(argv);
-    mallopt(M_ARENA_MAX, 1); // a heap for every thread would be memory that no plan knows of
+    // Otherwise the C library keeps a heap for every thread and what was freed, and no plan knows how much of it.
+    mallopt(M_ARENA_MAX, 1);
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);
     // A file that may not grow is then an error of write(), which cleans up and says so.
     signal(SIGXFSZ, SIG_IGN);
     static Run run;
