@@ -110,7 +110,7 @@ test-long: all
 # ----------------------------------------------------------------------------
 # Benchmarks
 
-BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/step
+BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
 $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@mkdir -p $(@D)
@@ -118,6 +118,7 @@ $(BUILD)/bench/%: dev/bench/%.c Makefile
 
 bench: $(BENCHES)
 	$(BUILD)/bench/attention
+	$(BUILD)/bench/moba
 	$(BUILD)/bench/step
 
 # ----------------------------------------------------------------------------
