@@ -4,9 +4,9 @@ Time of block-sparse attention, forward and backward, against dense attention on
     moba --tokens 32768 --json moba.json
 
 A round is flashmoba, dense, flashmoba: the ratio is dense over the mean of the two, because other work on the machine
-slows both. The plain algorithm runs once where --plain allows. "extra" is what flashmoba needs beyond dense attention
-(selection, centroids, and the difference of the workspaces, which may be negative), as a share of what dense attention
-keeps for its backward (qkv, out, lse).
+slows both. The plain algorithm runs once where --plain allows. "kept" is what a layer keeps for its backward beyond dense attention
+(selection and centroids), also as a share of what dense attention keeps (qkv, out, lse); the workspaces are shared by all
+layers.
 */
 #include <argp.h>
 // moba_forward, flashmoba_forward and its stages, attention_forward, gemm
@@ -98,7 +98,8 @@ static const char* stage_names[NUM_STAGES] = {"router", "local_forward", "routed
 typedef struct {
     double dense, flashmoba, plain, ratio; // seconds; plain is 0 where it was not timed
     double stages[NUM_STAGES];
-    double extra_bytes, extra_share;
+    double kept_bytes, kept_share; // of a layer, beyond dense attention
+    double workspace_bytes, dense_workspace_bytes;
     double peak, of_peak; // operations a second of large products, and the share of it in flashmoba's
 } result_t;
 
@@ -246,12 +247,12 @@ static result_t measure(const moba_shape_t* s, int rounds, int with_plain) {
     if (with_plain) result.plain = time_plain(&x, s);
     result.peak = measure_peak();
     result.of_peak = useful_operations(s) / result.flashmoba / result.peak;
-    const double kept = (double)s->T * s->D * (2 * s->H + 2 * s->G) * sizeof(floatX) +
-                        (double)s->H * s->T * sizeof(float_acc);
-    result.extra_bytes = (double)moba_selected_count(1, s->T, s->H, s->K) * sizeof(int) +
-                         (double)moba_centroids_count(1, s->T, s->G, s->D, s->S) * sizeof(float_acc) +
-                         (double)flashmoba_workspace(s) - (double)dense_workspace(s);
-    result.extra_share = result.extra_bytes / kept;
+    result.kept_bytes = (double)moba_selected_count(1, s->T, s->H, s->K) * sizeof(int) +
+                        (double)moba_centroids_count(1, s->T, s->G, s->D, s->S) * sizeof(float_acc);
+    result.kept_share = result.kept_bytes / ((double)s->T * s->D * (2 * s->H + 2 * s->G) * sizeof(floatX) +
+                                             (double)s->H * s->T * sizeof(float_acc));
+    result.workspace_bytes = (double)flashmoba_workspace(s);
+    result.dense_workspace_bytes = (double)dense_workspace(s);
     free(times);
     free_buffers(&x);
     return result;
@@ -265,7 +266,8 @@ static void print_result(int T, const result_t* r) {
     if (r->plain > 0) printf(" %9.1f", 1e3 * r->plain);
     if (r->plain <= 0) printf(" %9s", "-");
     for (int i = 0; i < NUM_STAGES; i++) printf(" %7.1f", 1e3 * r->stages[i]);
-    printf(" %7.1f %7.1f %7.1f\n", 100 * r->of_peak, 1e-6 * r->extra_bytes, 100 * r->extra_share);
+    printf(" %7.1f %7.2f %5.1f %7.1f %7.1f\n", 100 * r->of_peak, 1e-6 * r->kept_bytes, 100 * r->kept_share,
+           1e-6 * r->workspace_bytes, 1e-6 * r->dense_workspace_bytes);
     fflush(stdout);
 }
 
@@ -275,8 +277,11 @@ static void write_result(FILE* json, int T, const result_t* r, int is_first) {
     if (r->plain > 0) fprintf(json, "\"moba_ms\": %.3f, ", 1e3 * r->plain);
     for (int i = 0; i < NUM_STAGES; i++)
         fprintf(json, "\"%s_ms\": %.3f, ", stage_names[i], 1e3 * r->stages[i]);
-    fprintf(json, "\"peak_gflops\": %.2f, \"of_peak\": %.4f, \"extra_bytes\": %.0f, \"extra_share\": %.4f}",
-            1e-9 * r->peak, r->of_peak, r->extra_bytes, r->extra_share);
+    fprintf(json,
+            "\"peak_gflops\": %.2f, \"of_peak\": %.4f, \"kept_bytes\": %.0f, \"kept_share\": %.4f, "
+            "\"workspace_bytes\": %.0f, \"dense_workspace_bytes\": %.0f}",
+            1e-9 * r->peak, r->of_peak, r->kept_bytes, r->kept_share, r->workspace_bytes,
+            r->dense_workspace_bytes);
 }
 
 int main(int argc, char** argv) {
@@ -298,12 +303,12 @@ int main(int argc, char** argv) {
                 shape.K);
     printf("%d threads, %s, B 1, H %d, G %d, D %d, S %d, K %d; milliseconds of forward and backward\n",
            omp_get_max_threads(), PRECISION_NAME, shape.H, shape.G, shape.D, shape.S, shape.K);
-    printf(
-        "                                            of flashmoba: forward        backward         %% of   "
-        "extra\n");
+    printf("                                            of flashmoba: forward        backward         %% of  "
+           "kept "
+           "by a layer   workspace of\n");
     printf(
         "     T     dense flashmoba  ratio      moba  router   local  routed   local  routed    peak      MB"
-        "       %%\n");
+        "     %%    it MB  dense\n");
     const int num_lengths = shape.T ? 1 : (int)(sizeof(default_tokens) / sizeof(default_tokens[0]));
     for (int i = 0; i < num_lengths; i++) {
         if (options.shape.T == 0) shape.T = default_tokens[i];
