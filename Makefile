@@ -124,7 +124,7 @@ test-long: all
 # ----------------------------------------------------------------------------
 # Benchmarks
 
-BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/step
+BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
 $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@mkdir -p $(@D)
@@ -133,6 +133,7 @@ $(BUILD)/bench/%: dev/bench/%.c Makefile
 
 bench: $(BENCHES)
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 
 # ----------------------------------------------------------------------------

@@ -181,6 +181,7 @@ static inline float_acc moba_attend(floatX* out,       // (D)
         const int first = blocks[i] * S, end = min_int(first + S, t + 1);
         for (int key = first; key < end; key++) {
             const float_acc prob = probs[keys++] / row_sum;
+#pragma omp simd
             for (int d = 0; d < D; d++) out[d] += prob * v[(size_t)key * qkv_stride + d];
         }
     }
@@ -291,6 +292,7 @@ static inline void moba_attend_backward(floatX* dq,         // (D) added to
             dprob += dout[d] * v[row + d];
         }
         const float_acc prob = exp_fast(score * scale - lse), dscore = prob * (dprob - delta) * scale;
+#pragma omp simd
         for (int d = 0; d < D; d++) {
             dq[d] += dscore * k[row + d];
             dk[row + d] += dscore * q[d];
