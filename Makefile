@@ -26,7 +26,7 @@ endif
 
 allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
 $(call allow,DEVICE,cpu)
-$(call allow,ATTN,dense)
+$(call allow,ATTN,dense moba flashmoba)
 $(call allow,GQA,gqa kdgqa dgqa pgqa)
 $(call allow,KCONV,0 3 5)
 $(call allow,PRECISION,fp32 fp64)
@@ -91,7 +91,7 @@ $(BUILD)/tokenizer: tokenizer/tokenizer.c Makefile
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
-         $(foreach test,test_attention test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
+         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
 	@mkdir -p $(@D)
@@ -109,7 +109,7 @@ $(BUILD)/test/%: test/%.c Makefile
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
 test: all $(TESTS)
-	@BUILD=$(BUILD) scripts/run_tests.sh $(TESTS)
+	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
 
 # What takes longer: the scripts as a user calls them.
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
@@ -132,8 +132,8 @@ $(BUILD)/bench/%: dev/bench/%.c Makefile
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
 bench: $(BENCHES)
-	$(BUILD)/bench/attention
-	$(BUILD)/bench/step
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 
 # ----------------------------------------------------------------------------
 # Style

@@ -10,6 +10,7 @@ heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabular
 
 This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 */
+#include <malloc.h>
 #include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
@@ -25,6 +26,7 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "dev/cpu/keyconv.h"    // defines keyconv_forward, keyconv_backward
 #include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
+#include "dev/cpu/moba.h"       // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
 #include "dev/cpu/noise.h"      // defines attention_noise
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
@@ -56,6 +58,8 @@ typedef struct {
     floatX* attention;    // (B, T, H, D)
     floatX* noised;       // (B, T, H, D) what is multiplied by Wo: pgqa's noise added, else attention itself
     float_acc* lse;       // (B, H, T)
+    int* selected;        // (B, H, T, K-1) the blocks that each query attends to, in layers with MoBA
+    float_acc* centroids; // (B, T/S, G, D) the means of their blocks' keys
     floatX* residual_mid; // (B, T, C) between attention and feed-forward
     floatX* norm2;        // (B, T, C)
     float_acc* rstd2;     // (B, T)
@@ -110,6 +114,28 @@ typedef struct {
 // Logits are the widest activation by far; this much of them is held at once.
 #define LOGIT_BYTES ((size_t)128 << 20)
 
+// Bytes of scratch that the attention of a layer takes, forward and backward one after the other.
+static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
+    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
+              K = config->moba_topk;
+    size_t forward = 0, backward = 0;
+    switch (layer_attention(config, layer)) {
+    case ATTENTION_DENSE:
+        forward = attention_forward_workspace(B, T, H, G, D);
+        backward = attention_backward_workspace(B, T, H, G, D);
+        break;
+    case ATTENTION_MOBA:
+        forward = moba_forward_workspace(B, T, H, G, D, S, K);
+        backward = moba_backward_workspace(B, T, H, G, D, S, K);
+        break;
+    case ATTENTION_FLASHMOBA:
+        forward = flashmoba_forward_workspace(B, T, H, G, D, S, K);
+        backward = flashmoba_backward_workspace(B, T, H, G, D, S, K);
+        break;
+    }
+    return training && backward > forward ? backward : forward;
+}
+
 // Decides where everything lies; takes no memory yet but for the tables.
 static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training) {
     memset(model, 0, sizeof(*model));
@@ -145,8 +171,18 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena->name = "activations";
     Activations* acts = &model->acts;
     acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
+    size_t workspace = 0;
     for (size_t l = 0; l < L; l++) {
         LayerActivations* layer = &acts->layers[l];
+        size_t scratch = attention_workspace(config, (int)l, B, T, training);
+        if (scratch > workspace) workspace = scratch;
+        if (layer_attention(config, (int)l) != ATTENTION_DENSE) {
+            const int S = config->moba_block, K = config->moba_topk;
+            arena_reserve(arena, (void**)&layer->selected, moba_selected_count(B, T, (int)H, K) * sizeof(int),
+                          "chosen blocks");
+            arena_reserve(arena, (void**)&layer->centroids,
+                          moba_centroids_count(B, T, (int)G, (int)D, S) * sizeof(float_acc), "chosen blocks");
+        }
         arena_reserve(arena, (void**)&layer->residual, rows * C * sizeof(floatX), "residual stream");
         arena_reserve(arena, (void**)&layer->norm1, rows * C * sizeof(floatX), "norms");
         arena_reserve(arena, (void**)&layer->rstd1, rows * sizeof(float_acc), "norms");
@@ -177,11 +213,6 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_norms, B * G * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_sums, L * G * sizeof(float_acc), "tokens and tables");
-    size_t workspace = attention_forward_workspace(B, T, (int)H, (int)G, (int)D);
-    if (training) {
-        size_t backward = attention_backward_workspace(B, T, (int)H, (int)G, (int)D);
-        if (backward > workspace) workspace = backward;
-    }
     arena_reserve(arena, &acts->attention_workspace, workspace, "attention workspace");
     if (!training) return;
     arena_reserve(arena, (void**)&acts->dresidual, rows * C * sizeof(floatX), "activation gradients");
@@ -242,6 +273,57 @@ static void gpt_free(Model* model) {
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
     free(model->host_losses);
+}
+
+// ----------------------------------------------------------------------------
+// Attention, of the kind that the layer has
+
+static void layer_attention_forward(Model* model, int l, int B, int T, int start) {
+    const ModelConfig* config = &model->config;
+    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
+              K = config->moba_topk;
+    const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
+    LayerActivations* layer = &model->acts.layers[l];
+    void* workspace = model->acts.attention_workspace;
+    switch (layer_attention(config, l)) {
+    case ATTENTION_DENSE:
+        attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
+                          layer_window(config, l), model->stream);
+        break;
+    case ATTENTION_MOBA:
+        moba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv, kv_of_q,
+                     workspace, B, T, start, H, G, D, S, K, model->stream);
+        break;
+    case ATTENTION_FLASHMOBA:
+        flashmoba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv,
+                          kv_of_q, workspace, B, T, start, H, G, D, S, K, model->stream);
+        break;
+    }
+}
+
+// From dattention to dqkv.
+static void layer_attention_backward(Model* model, int l, int B, int T) {
+    const ModelConfig* config = &model->config;
+    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
+              K = config->moba_topk;
+    Activations* acts = &model->acts;
+    const int* kv_of_q = acts->kv_of_q + (size_t)l * H;
+    const LayerActivations* layer = &acts->layers[l];
+    switch (layer_attention(config, l)) {
+    case ATTENTION_DENSE:
+        attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv, kv_of_q,
+                           acts->attention_workspace, B, T, H, G, D, layer_window(config, l), model->stream);
+        break;
+    case ATTENTION_MOBA:
+        moba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected, layer->qkv,
+                      kv_of_q, acts->attention_workspace, B, T, H, G, D, S, K, model->stream);
+        break;
+    case ATTENTION_FLASHMOBA:
+        flashmoba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected,
+                           layer->qkv, kv_of_q, acts->attention_workspace, B, T, H, G, D, S, K,
+                           model->stream);
+        break;
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -364,8 +446,7 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
                             layer_taps(config, l), stream);
         if (layer_has_rope(config, l))
             rope_forward(layer->qkv + first * QKV, acts->rope + first * D, B, T - start, H, G, D, stream);
-        attention_forward(layer->attention, layer->lse, layer->qkv, acts->kv_of_q + (size_t)l * H,
-                          acts->attention_workspace, B, T, start, H, G, D, layer_window(config, l), stream);
+        layer_attention_forward(model, l, B, T, start);
         if (noisy)
             attention_noise(layer->noised, layer->attention, B, T, H, D, (float)pass->noise_alpha, pass->seed,
                             noise_stream(pass->step, l), pass->sequence, stream);
@@ -455,9 +536,7 @@ static void gpt_backward(Model* model, int B, int T) {
         const floatX* heads = config->gqa == GQA_PERTURBED ? layer->noised : layer->attention;
         matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, heads,
                         params + weights->o_proj, rows, H * D, C, stream);
-        attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv,
-                           acts->kv_of_q + (size_t)l * H, acts->attention_workspace, B, T, H, G, D,
-                           layer_window(config, l), stream);
+        layer_attention_backward(model, l, B, T);
         if (layer_has_rope(config, l)) rope_backward(acts->dqkv, acts->rope, B, T, H, G, D, stream);
         if (layer_taps(config, l))
             keyconv_backward(acts->dqkv, grads + weights->k_conv, layer->raw_keys, params + weights->k_conv,
@@ -548,6 +627,7 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
         double uniform = random_uniform(options->seed, stream, (uint64_t)i);
         int token = sample_token(logits, V, (float)options->temperature, options->top_k,
                                  (float)options->top_p, uniform, workspace);
+        if (token < 0) fail("the model's logits are not numbers");
         if (token == end_of_text) break;
         tokens[count++] = token;
         print_token(tokenizer, token);
@@ -655,7 +735,10 @@ static void choose_model(Run* run) {
         fail_usage("--kd-min-heads %d: %d KV heads would need %d query heads, --heads is %d", least, G,
                    least * G, H);
     if (!directory[0]) return;
-    checkpoint_check_same_model(directory, &run->config);
+    // Training may start from the weights of another kind of attention or another length; the weights' shapes are checked
+    // when they are read. What goes on, or is only run, must be the same model.
+    if (run->resume_from[0] || options->generate || options->write_logits)
+        checkpoint_check_same_model(directory, &run->config);
     char path[PATH_MAX];
     path_format(path, "%s/tokenizer.json", directory);
     if (!options->tokenizer || !path_exists(path)) return;
@@ -911,6 +994,10 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_describe_number(&to, "vocab", config->vocab_size);
     metrics_describe_text(&to, "pattern", config->pattern);
     metrics_describe_number(&to, "window", config->window);
+    if (config->attention != ATTENTION_DENSE) {
+        metrics_describe_number(&to, "moba_block", config->moba_block);
+        metrics_describe_number(&to, "moba_topk", config->moba_topk);
+    }
     metrics_describe_number(&to, "sequence_length", config->sequence_length);
     metrics_describe_number(&to, "batch", options->batch);
     metrics_describe_number(&to, "total_batch", (double)options->total_batch);
@@ -1023,8 +1110,20 @@ static void train(Model* model, Run* run) {
     }
 }
 
+// Threads of OpenMP that wait spin for some milliseconds, and where another program has a core they eat its time and their
+// own. The library reads its setting before main(), so the program starts itself once more with it.
+static void yield_while_waiting(char** argv) {
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv); // where this fails, all is as it was
+}
+
 int main(int argc, char** argv) {
     program_name = "train_gpt";
+    yield_while_waiting(argv);
+    // Otherwise the C library keeps a heap for every thread and what was freed, and no plan knows how much of it.
+    mallopt(M_ARENA_MAX, 1);
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);
     // A file that may not grow is then an error of write(), which cleans up and says so.
     signal(SIGXFSZ, SIG_IGN);
     static Run run;

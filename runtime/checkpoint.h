@@ -335,6 +335,10 @@ static inline void checkpoint_write_config(const char* path, const ModelConfig* 
     cJSON_AddNumberToObject(moba, "kconv", variant.kconv);
     cJSON_AddStringToObject(moba, "pattern", config->pattern);
     cJSON_AddNumberToObject(moba, "window", config->window);
+    if (config->attention != ATTENTION_DENSE) {
+        cJSON_AddNumberToObject(moba, "block", config->moba_block);
+        cJSON_AddNumberToObject(moba, "topk", config->moba_topk);
+    }
     cJSON_AddBoolToObject(moba, "rope_global", config->rope_global);
     cJSON_AddBoolToObject(moba, "rope_sliding", config->rope_sliding);
     json_write_file(path, json);
@@ -406,6 +410,9 @@ static inline void config_read_variant(ModelConfig* config, ModelVariant* varian
                                        const char* path) {
     strcpy(config->pattern, "G");
     config->window = 256;
+    config->attention = attention_of_build();
+    config->moba_block = 128;
+    config->moba_topk = 8;
     config->rope_global = config->rope_sliding = 1;
     memset(variant, 0, sizeof(*variant));
     strcpy(variant->attn, "dense");
@@ -424,6 +431,8 @@ static inline void config_read_variant(ModelConfig* config, ModelVariant* varian
     strcpy(config->pattern, pattern);
     variant->kconv = config_get_int(moba, "kconv", 0, 5, 0, path);
     config->window = config_get_int(moba, "window", 1, 1 << 24, 256, path);
+    config->moba_block = config_get_int(moba, "block", 1, 1 << 16, config->moba_block, path);
+    config->moba_topk = config_get_int(moba, "topk", 1, 1 << 10, config->moba_topk, path);
     config->rope_global = config_get_bool(moba, "rope_global", 1, path);
     config->rope_sliding = config_get_bool(moba, "rope_sliding", 1, path);
 }
@@ -530,6 +539,10 @@ static inline void checkpoint_check_same_model(const char* directory, const Mode
                  layer_has_rope(want, l) ? "rotary positions" : "none");
     }
     same_text(directory, "ATTN", saved_variant.attn, variant.attn);
+    if (want->attention != ATTENTION_DENSE) {
+        same_number(directory, "--moba-block", saved.moba_block, want->moba_block);
+        same_number(directory, "--moba-topk", saved.moba_topk, want->moba_topk);
+    }
     same_text(directory, "GQA", saved_variant.gqa, variant.gqa);
     same_number(directory, "KCONV", saved_variant.kconv, variant.kconv);
 }

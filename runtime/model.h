@@ -31,6 +31,13 @@ RMSNorm, rotary positions, grouped attention, SwiGLU, no biases.
 #define KCONV 0
 #endif
 
+// Attention of the global layers: docs/math.md section 2.
+typedef enum {
+    ATTENTION_DENSE,
+    ATTENTION_MOBA,      // block-sparse, by the original algorithm
+    ATTENTION_FLASHMOBA, // the same function by gathered tiles
+} AttentionKind;
+
 // How query heads share key/value heads: docs/math.md section 3.
 typedef enum {
     GQA_STATIC,    // gqa: H/G in a row
@@ -55,6 +62,9 @@ typedef struct {
     int window;                    // W of the S layers: a query at t sees keys t-W+1..t
     int rope_global;               // G layers: 1 rotary positions, 0 none
     int rope_sliding;              // S layers likewise
+    AttentionKind attention;       // of the G layers; S layers are dense within their window
+    int moba_block;                // S, keys of a block
+    int moba_topk;                 // K, blocks that a query attends to, its own among them
     float rope_theta;
     float norm_eps;
     int tied;    // 1: the output head is the embedding
@@ -71,6 +81,14 @@ static inline int layer_window(const ModelConfig* config, int layer) {
 }
 static inline int layer_has_rope(const ModelConfig* config, int layer) {
     return layer_kind(config, layer) == 'S' ? config->rope_sliding : config->rope_global;
+}
+// The kind of a layer's attention.
+static inline AttentionKind layer_attention(const ModelConfig* config, int layer) {
+    return layer_kind(config, layer) == 'G' ? config->attention : ATTENTION_DENSE;
+}
+static inline AttentionKind attention_of_build(void) {
+    if (!strcmp(ATTN_NAME, "moba")) return ATTENTION_MOBA;
+    return strcmp(ATTN_NAME, "flashmoba") ? ATTENTION_DENSE : ATTENTION_FLASHMOBA;
 }
 // Taps of a layer's key convolution; 0: it has none.
 static inline int layer_taps(const ModelConfig* config, int layer) {
@@ -111,6 +129,9 @@ static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
     strcpy(config.pattern, "G");
     config.window = 256;
     config.rope_global = config.rope_sliding = 1;
+    config.attention = attention_of_build();
+    config.moba_block = 128;
+    config.moba_topk = 8;
     config.rope_theta = 10000.0f;
     config.norm_eps = 1e-5f;
     config.tied = 1;
@@ -150,6 +171,8 @@ static inline void model_config_check(const ModelConfig* config) {
     check_range("--vocab", config->vocab_size, 2, 1 << 24);
     check_range("--sequence-length", config->sequence_length, 1, 1 << 24);
     check_range("--window", config->window, 1, 1 << 24);
+    check_range("--moba-block", config->moba_block, 1, 1 << 16);
+    check_range("--moba-topk", config->moba_topk, 1, 1 << 10);
     if (!config->pattern[0] || strspn(config->pattern, "GS") != strlen(config->pattern))
         fail_usage("--pattern %s: want letters G (global attention) and S (sliding window), such as SG",
                    config->pattern);
@@ -318,17 +341,27 @@ static inline void tensor_initialize(floatX* values, const Tensor* tensor, uint6
 // ----------------------------------------------------------------------------
 // Cost
 
-// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4
-// backward), and 12 H D for each key that the token's queries see, averaged over the positions of a sequence
-// of T tokens.
+// The keys that a query of a layer sees, averaged over the positions of a sequence of T tokens.
+static inline double keys_per_query(const ModelConfig* config, int layer, int T) {
+    const double window = layer_window(config, layer), block = config->moba_block;
+    if (window > 0 && window < T) return window - window * (window - 1) / (2.0 * T);
+    if (layer_attention(config, layer) == ATTENTION_DENSE) return (T + 1) / 2.0;
+    double sum = 0;
+    for (int t = 0; t < T; t++) {
+        int past = t / config->moba_block, chosen = config->moba_topk - 1;
+        sum += t % config->moba_block + 1 + block * (past < chosen ? past : chosen);
+    }
+    return sum / T;
+}
+
+// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4 backward),
+// and 12 H D for each key that its queries see. Choosing blocks is not counted, nor is what is computed twice.
 static inline double flops_per_token(const ModelConfig* config, int T) {
     double weights = (double)config->vocab_size * config->channels, attention = 0;
     for (int l = 0; l < config->layers; l++) {
         double C = config->channels, query_width = (double)config->heads * config->head_dim;
         weights += (double)qkv_heads(config) * config->head_dim * C + query_width * C + 3.0 * config->ffn * C;
-        double window = layer_window(config, l), keys = (T + 1) / 2.0;
-        if (window > 0 && window < T) keys = window - window * (window - 1) / (2.0 * T);
-        attention += 12.0 * query_width * keys;
+        attention += 12.0 * query_width * keys_per_query(config, l, T);
     }
     return 6.0 * weights + attention;
 }

@@ -20,7 +20,7 @@ several options are checked where the things that they speak of come together (m
 typedef struct {
     // Model. 0 or NULL: not given.
     const char* model;
-    int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window;
+    int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window, moba_block, moba_topk;
     const char* pattern;
     const char* position;
     float rope_theta, norm_eps;
@@ -72,6 +72,8 @@ enum {
     KEY_VOCAB,
     KEY_PATTERN,
     KEY_WINDOW,
+    KEY_MOBA_BLOCK,
+    KEY_MOBA_TOPK,
     KEY_POSITION,
     KEY_ROPE_THETA,
     KEY_NORM_EPS,
@@ -120,6 +122,9 @@ static const struct argp_option option_table[] = {
     {"pattern", KEY_PATTERN, "LETTERS", 0,
      "a letter a layer, repeated: G global, S sliding window (default G)", 1},
     {"window", KEY_WINDOW, "W", 0, "window of the S layers in tokens (default 256)", 1},
+    {"moba-block", KEY_MOBA_BLOCK, "S", 0,
+     "keys of a block, in builds of ATTN=moba and flashmoba (default 128)", 1},
+    {"moba-topk", KEY_MOBA_TOPK, "K", 0, "blocks that a query attends to, its own among them (default 8)", 1},
     {"position", KEY_POSITION, "KINDS", 0, "rope, none, or by letter: S=rope,G=none (default rope)", 1},
     {"rope-theta", KEY_ROPE_THETA, "X", 0, "base of the rotary angles (default 10000)", 1},
     {"norm-eps", KEY_NORM_EPS, "X", 0, "epsilon of RMSNorm (default 1e-5)", 1},
@@ -291,6 +296,13 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_WINDOW:
         options->window = (int)option_integer(key, text, 1, millions);
+        break;
+    case KEY_MOBA_BLOCK:
+    case KEY_MOBA_TOPK:
+        if (attention_of_build() == ATTENTION_DENSE)
+            fail_usage("%s: of builds with ATTN=moba or flashmoba; this one is ATTN=dense", option_name(key));
+        if (key == KEY_MOBA_BLOCK) options->moba_block = (int)option_integer(key, text, 1, 1 << 16);
+        else options->moba_topk = (int)option_integer(key, text, 1, 1 << 10);
         break;
     case KEY_POSITION:
         options->position = text;
@@ -555,6 +567,8 @@ static inline ModelConfig options_model(const Options* options, ModelConfig base
     if (options->ffn) config.ffn = options->ffn;
     if (options->vocab_size) config.vocab_size = options->vocab_size;
     if (options->window) config.window = options->window;
+    if (options->moba_block) config.moba_block = options->moba_block;
+    if (options->moba_topk) config.moba_topk = options->moba_topk;
     if (options->sequence_length) config.sequence_length = options->sequence_length;
     if (options->rope_theta != 0) config.rope_theta = options->rope_theta;
     if (options->norm_eps != 0) config.norm_eps = options->norm_eps;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs cmocka programs one after the other, shows what each prints, and ends with one line of totals. Used by make test.
 set -uo pipefail
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait leave the core to others
 
 passed=0 failed=0 broken=()
 for program in "$@"; do
