@@ -959,6 +959,15 @@ static void save_checkpoint(const Model* model, Run* run, Metrics* metrics, int 
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
+static void describe_heads(MetricsOptions* to, const AllocationSettings* heads) {
+    metrics_describe_text(to, "kd_source", statistic_source_names[heads->source]);
+    metrics_describe_number(to, "kd_min_heads", heads->least);
+    if (!heads->dynamic) return;
+    metrics_describe_text(to, "dgqa_kind", dgqa_kind_names[heads->kind]);
+    metrics_describe_number(to, "kd_window", heads->window);
+    metrics_describe_number(to, "kd_beta", heads->beta);
+}
+
 static void start_metrics(Metrics* metrics, const Run* run) {
     const Options* options = &run->options;
     const ModelConfig* config = &run->config;
@@ -973,6 +982,8 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_describe_text(&to, "attn", ATTN_NAME);
     metrics_describe_text(&to, "gqa", GQA_NAME);
     metrics_describe_number(&to, "kconv", KCONV);
+    if (heads_are_key_driven(config)) describe_heads(&to, &options->heads_by_keys);
+    if (config->gqa == GQA_PERTURBED) metrics_describe_number(&to, "pgqa_noise", options->pgqa_noise);
     metrics_describe_text(&to, "precision", PRECISION_NAME);
     metrics_describe_number(&to, "layers", config->layers);
     metrics_describe_number(&to, "channels", config->channels);
@@ -995,6 +1006,27 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_describe_number(&to, "learning_rate", options->learning_rate);
     metrics_describe_number(&to, "seed", (double)options->seed);
     metrics_start(metrics, &to);
+}
+
+// How the query heads stand after `step` steps. Of every layer: the statistic of the last one, the query heads of each KV
+// head, how many have changed their KV head since the start, and how many KV heads nobody reads.
+static void log_heads(Metrics* metrics, const Model* model, int step) {
+    const HeadAllocation* heads = &model->heads;
+    cJSON* layers = cJSON_CreateArray();
+    for (int l = 0; l < heads->L; l++) {
+        const size_t first = (size_t)l * heads->G;
+        cJSON* layer = cJSON_CreateObject();
+        json_add_doubles(layer, "statistic", heads->statistic + first, heads->G);
+        cJSON_AddItemToObject(layer, "allocation", cJSON_CreateIntArray(heads->heads + first, heads->G));
+        json_add_whole(layer, "moved", heads->moved[l]);
+        json_add_whole(layer, "empty", allocation_empty(heads, l));
+        cJSON_AddItemToArray(layers, layer);
+    }
+    char* text = cJSON_PrintUnformatted(layers);
+    if (!text) fail("out of memory: the heads' line of metrics.jsonl");
+    metrics_member(metrics, step, "heads", text);
+    cJSON_free(text);
+    cJSON_Delete(layers);
 }
 
 // A step that is due every `every` steps, and at the last one; never with 0.
@@ -1043,6 +1075,8 @@ static void train(Model* model, Run* run) {
             run->state.val_loss = validate(model, run);
             metrics_validation(&metrics, step, run->state.val_loss, seconds_now() - begun);
         }
+        if (fresh && heads_are_key_driven(&run->config) && is_due(options->val_every, step, last))
+            log_heads(&metrics, model, step);
         if (fresh && step > 0 && is_due(options->sample_every, step, last)) {
             metrics_message(&metrics, "step %d  sample:", step);
             gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);

@@ -97,6 +97,8 @@ static inline void weights_of_range(double* weights, const double* n, int G) {
 
 typedef enum { SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS } StatisticSource;
 typedef enum { DGQA_EMA, DGQA_DIFF } DgqaKind;
+static const char* const statistic_source_names[] = {"lagged", "forward", "weights"};
+static const char* const dgqa_kind_names[] = {"ema", "diff"};
 
 typedef struct {
     int dynamic; // 0: kdgqa, from the range of n at every step; 1: dgqa, from n's history at every window

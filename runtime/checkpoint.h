@@ -176,16 +176,6 @@ static inline TrainingState checkpoint_load_state(const char* directory) {
 // ----------------------------------------------------------------------------
 // heads.json: which query heads read which KV head, and what the next maps are made from (GQA=kdgqa and dgqa)
 
-static inline void heads_add_row(cJSON* layer, const char* key, const double* values, int count) {
-    cJSON* row = cJSON_AddArrayToObject(layer, key);
-    for (int i = 0; i < count; i++) {
-        cJSON* holder = cJSON_CreateObject();
-        json_add_double(holder, "value", values[i]);
-        cJSON_AddItemToArray(row, cJSON_DetachItemFromObject(holder, "value"));
-        cJSON_Delete(holder);
-    }
-}
-
 static inline void checkpoint_write_heads(const char* path, const HeadAllocation* heads) {
     cJSON* json = cJSON_CreateObject();
     cJSON* layers = cJSON_AddArrayToObject(json, "layers");
@@ -195,9 +185,9 @@ static inline void checkpoint_write_heads(const char* path, const HeadAllocation
         cJSON_AddItemToArray(layers, layer);
         cJSON_AddItemToObject(layer, "heads", cJSON_CreateIntArray(heads->heads + first, heads->G));
         json_add_whole(layer, "measured", heads->measured[l]);
-        heads_add_row(layer, "statistic", heads->statistic + first, heads->G);
+        json_add_doubles(layer, "statistic", heads->statistic + first, heads->G);
         json_add_whole(layer, "windows", heads->windows[l]);
-        heads_add_row(layer, "history", heads->history + first, heads->G);
+        json_add_doubles(layer, "history", heads->history + first, heads->G);
         json_add_whole(layer, "moved", heads->moved[l]);
     }
     json_write_file(path, json);

@@ -147,6 +147,17 @@ static inline void json_add_uint64(cJSON* object, const char* key, uint64_t valu
     cJSON_AddStringToObject(object, key, digits);
 }
 
+// A list of numbers, each as json_add_double() writes it.
+static inline void json_add_doubles(cJSON* object, const char* key, const double* values, int count) {
+    cJSON* list = cJSON_AddArrayToObject(object, key);
+    for (int i = 0; i < count; i++) {
+        cJSON* holder = cJSON_CreateObject();
+        json_add_double(holder, "value", values[i]);
+        cJSON_AddItemToArray(list, cJSON_DetachItemFromObject(holder, "value"));
+        cJSON_Delete(holder);
+    }
+}
+
 // Writes the object and syncs it to the disk.
 static inline void json_write_file(const char* path, const cJSON* object) {
     char* text = cJSON_Print(object);

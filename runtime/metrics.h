@@ -6,7 +6,8 @@ Where a run is watched: three files in its output directory, and the terminal.
     metrics_step(&metrics, step + 1, loss, grad_norm, lr, seconds);  ...  metrics_finish(&metrics);
 
 metrics.jsonl   the run's description, {"event":"start", ...}, then a line a step (step, tokens, loss,
-                grad_norm, lr) and a validation (step, tokens, val_loss). Only what the flags determine is in it:
+                grad_norm, lr) and a validation (step, tokens, val_loss), and what the variant has to tell at
+                validations (step, tokens, and a member of its own). Only what the flags determine is in it:
                 two runs with the same flags write the same bytes, interrupted and resumed or not. Every number
                 reads back as the same float or double; one that is not a number is null.
 timings.jsonl   what the clock says: a line a step (step, tokens, seconds, tokens_per_second, step_ms, and
@@ -372,6 +373,13 @@ static inline void metrics_step(Metrics* m, int step, double loss, double grad_n
     metrics_write(&m->log, "s:%d trl:%.4f lr:%.6f norm:%.2f\n", step - 1, loss, lr, grad_norm);
     int shown = step == 1 || step == o->total_steps || step % o->log_every == 0;
     metrics_show(m, step, shown, loss, grad_norm, lr);
+}
+
+// What a variant has to tell after `step` optimizer steps: a line of metrics.jsonl with one further member, whose value is
+// the JSON text `value`. Only what the flags determine belongs there.
+static inline void metrics_member(Metrics* m, int step, const char* key, const char* value) {
+    unsigned long long tokens = (unsigned long long)m->options.tokens_per_step * (unsigned long long)step;
+    metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"%s\":%s}\n", step, tokens, key, value);
 }
 
 // Something other than a step that took `spent` seconds, such as a "checkpoint": timings only. `name` is a plain

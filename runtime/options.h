@@ -252,16 +252,15 @@ static inline int option_choice(int key, const char* text, const char* const* na
 
 // The options of the key-driven variants.
 static inline void option_parse_heads(AllocationSettings* heads, int key, const char* text) {
-    static const char* const sources[] = {"lagged", "forward", "weights"};
-    static const char* const kinds[] = {"ema", "diff"};
     const int dynamic_only = key == KEY_KD_WINDOW || key == KEY_KD_BETA || key == KEY_DGQA_KIND;
     if (dynamic_only) option_needs_variant(key, 1 << GQA_DYNAMIC, "dgqa");
     else option_needs_variant(key, 1 << GQA_KEY | 1 << GQA_DYNAMIC, "kdgqa or dgqa");
-    if (key == KEY_KD_SOURCE) heads->source = (StatisticSource)option_choice(key, text, sources, 3);
+    if (key == KEY_KD_SOURCE)
+        heads->source = (StatisticSource)option_choice(key, text, statistic_source_names, 3);
     if (key == KEY_KD_MIN_HEADS) heads->least = (int)option_integer(key, text, 0, 1024);
     if (key == KEY_KD_WINDOW) heads->window = (int)option_integer(key, text, 1, INT_MAX);
     if (key == KEY_KD_BETA) heads->beta = option_number(key, text, 0, 1);
-    if (key == KEY_DGQA_KIND) heads->kind = (DgqaKind)option_choice(key, text, kinds, 2);
+    if (key == KEY_DGQA_KIND) heads->kind = (DgqaKind)option_choice(key, text, dgqa_kind_names, 2);
 }
 
 static inline error_t option_parse(int key, char* text, struct argp_state* state) {
