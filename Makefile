@@ -57,12 +57,12 @@ ifneq ($(BUILDING),)
   $(call needs,$(NEEDED))
 endif
 
-.PHONY: all train tokenizer test test-long bench lint format clean help
+.PHONY: all train tokenizer snr test test-long bench lint format clean help
 all: train tokenizer
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer test test-long bench lint format clean"
+	@echo "targets: all train tokenizer snr test test-long bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -81,11 +81,19 @@ $(BUILD)/tokenizer: tokenizer/tokenizer.c Makefile
 	@mkdir -p $(@D)
 	$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
 
+# The router's theory; for a checkpoint, built with the flags of the model.
+snr: $(BUILD)/$(NAME:train_gpt_%=snr_%)
+	@ln -sf $(NAME:train_gpt_%=snr_%) $(BUILD)/snr
+
+$(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
-         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_programs \
+         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_programs $(BUILD)/test/test_snr \
          $(foreach test,test_attention test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
