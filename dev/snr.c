@@ -1,5 +1,5 @@
 /*
-The router's theory, measured: why small blocks find the needle (MATH.md section 3; arXiv 2511.11571, section 3).
+The router's theory, measured: why small blocks find the needle (MATH.md section 3; arXiv 2511.11571).
 
     build/snr                                                     the table: Monte-Carlo beside its predictions
     build/snr --trials 100000 --blocks 256x4,64x16 --related 1,8 --json snr.json
@@ -179,7 +179,8 @@ static int measure_table(Cell cells[MOST_BLOCKINGS * MOST_BLOCKINGS], const Sett
         free(sums);
     }
     for (int c = 0; c < count; c++) {
-        double trials = (double)settings->trials, others = T / cells[c].blocking.S - 1;
+        const int others = T / cells[c].blocking.S - 1;
+        const double trials = (double)settings->trials;
         cells[c].failure = (double)cells[c].pairs_lost / (trials * others);
         cells[c].recall = (double)cells[c].found / trials;
     }
