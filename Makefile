@@ -57,12 +57,15 @@ ifneq ($(BUILDING),)
   $(call needs,$(NEEDED))
 endif
 
-.PHONY: all train tokenizer snr test test-long bench lint format clean help
-all: train tokenizer
+# make V=1 shows the commands.
+Q := $(if $(V),,@)
+
+.PHONY: all train tokenizer retrieval snr test test-long bench lint format clean help
+all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer snr test test-long bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr test test-long bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -73,13 +76,17 @@ train: $(BUILD)/$(NAME)
 
 tokenizer: $(BUILD)/tokenizer
 
+retrieval: $(BUILD)/retrieval
+
 $(BUILD)/$(NAME): train_gpt.cu Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d -x c $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d -x c $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
 
-$(BUILD)/tokenizer: tokenizer/tokenizer.c Makefile
+$(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
 
 # The router's theory; for a checkpoint, built with the flags of the model.
 snr: $(BUILD)/$(NAME:train_gpt_%=snr_%)
@@ -87,7 +94,8 @@ snr: $(BUILD)/$(NAME:train_gpt_%=snr_%)
 
 $(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
 
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
@@ -98,21 +106,30 @@ TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/tes
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp64) -MF $@.d $< -o $@ -lcmocka $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp64) -MF $@.d $< -o $@ -lcmocka $(TRAIN_LIBS)
 
 $(BUILD)/test/%_fp32: test/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
 $(BUILD)/test/%: test/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
 test: all $(TESTS)
-	@BUILD=$(BUILD) scripts/run_tests.sh $(TESTS)
+	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
 
 # What takes longer: the scripts as a user calls them.
+# The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
+# user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
+SANITIZED := CFLAGS="-O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+THREADED := CFLAGS="-O1 -march=native -g -fsanitize=thread"
 test-long: all
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) test
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) TESTS=$(BUILD)/thread/test/test_dataloader test
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 
 # ----------------------------------------------------------------------------
@@ -122,11 +139,12 @@ BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/step
 
 $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
 bench: $(BENCHES)
-	$(BUILD)/bench/attention
-	$(BUILD)/bench/step
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 
 # ----------------------------------------------------------------------------
 # Style
