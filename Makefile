@@ -101,7 +101,7 @@ $(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
-         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_programs $(BUILD)/test/test_snr \
+         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_programs $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
          $(foreach test,test_attention test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
