@@ -210,6 +210,32 @@ static void training_windows_are_samples_too(void** state) {
     shards_close(&shards);
 }
 
+static void several_questions_in_training_alone(void** state) {
+    (void)state;
+    const int lengths[] = {200};
+    must_run("%s/retrieval -t small.json --lengths 200 --samples 50 --pairs 3 --questions 3 "
+             "--evaluation-samples 5 "
+             "--output-prefix made/asked",
+             programs);
+    check_task("small.json", "made/asked", lengths, 1, 3, 25);
+    Shards shards = shards_open("small.json", "made/asked", "train", 200);
+    for (int s = 0; s < 50; s++) {
+        shards_read(&shards, s);
+        ByteBuffer text = shards_text(&shards, 1, 200);
+        byte_buffer_append(&text, ".", 2);
+        int found = 0; // pairs that are there twice: each is stated, and asked for with its answer
+        for (char* at = text.data; (at = strstr(at, " The code of ")); at++) {
+            char statement[64];
+            snprintf(statement, sizeof(statement), "%.*s", (int)(strcspn(at, ".") + 1), at);
+            assert_int_equal(count_text(text.data, text.count, statement), 2);
+            found++;
+        }
+        assert_int_equal(found, 6);
+        byte_buffer_free(&text);
+    }
+    shards_close(&shards);
+}
+
 // Marks the pairs "K=V", K a to j, V 0 to 9, that the windows hold, in a table of 100.
 static void mark_pairs(int* marks, const char* prefix, const char* split) {
     Shards shards = shards_open("small.json", prefix, split, 64);
@@ -276,6 +302,7 @@ static void bad_command_lines_and_files(void** state) {
         {"-t small.json --output-prefix x --template 'no places'", "must have {key}", 2},
         {"-t small.json --output-prefix x --key-alphabet aa", "there twice", 2},
         {"-t small.json --output-prefix x --filler short.txt", "short.txt: too short", 1},
+        {"-t small.json --output-prefix x --questions 5", "more than the 4 pairs", 2},
         {"-t absent.json --output-prefix x", "absent.json", 1},
     };
     must_run("echo one two three > short.txt");
@@ -426,15 +453,15 @@ static double evaluate(const char* options) {
 static void a_small_model_learns(void** state) {
     (void)state;
     must_run(
-        "%s/retrieval -t small.json --lengths 64 --pairs 1 --template ' Code {key}: {value}.' --key-length 1 "
+        "%s/retrieval -t small.json --lengths 32 --pairs 1 --template ' Code {key}: {value}.' --key-length 1 "
         "--value-length 1 --key-alphabet ABCDEFGHIJKLMNOPQRSTUVWXYZ --value-alphabet "
         "abcdefghijklmnopqrstuvwxyz "
         "--samples 20000 --evaluation-samples 60 --depths 0,0.5,1 --output-prefix task/learn",
         programs);
     const char* model =
-        "--layers 2 --channels 64 --heads 4 -t 64 -b 16 -d 1024 -l 3e-3 -u 50 --weight-decay 0 -v 0 "
-        "--tokenizer small.json -i task/learn_64_train_000000.bin -o learned";
-    must_run("%s/train_gpt %s -x 900", programs, model);
+        "--layers 2 --channels 64 --heads 4 -t 32 -b 32 -d 1024 -l 3e-3 -u 50 --weight-decay 0 -v 0 "
+        "--tokenizer small.json -i task/learn_32_train_000000.bin -o learned";
+    must_run("%s/train_gpt %s -x 800", programs, model);
     double accuracy = evaluate("-b 16");
     print_message("accuracy %.3f\n", accuracy);
     assert_true(accuracy > 0.3);
@@ -447,7 +474,9 @@ static void a_small_model_learns(void** state) {
 static void evaluation_needs_a_model(void** state) {
     (void)state;
     assert_int_equal(run("%s/train_gpt --eval-retrieval task/learn --vocab 300", programs), 2);
-    must_run("grep -e '--eval-retrieval: needs --init-from' err.txt");
+    char* text = read_file_or_fail("err.txt", NULL);
+    assert_non_null(strstr(text, "--eval-retrieval: needs --init-from"));
+    free(text);
 }
 
 // ----------------------------------------------------------------------------
@@ -462,9 +491,14 @@ static void write_texts(void) {
     fclose(file);
     file = open_or_fail("text.txt", "wb");
     for (int i = 0; i < 300; i++)
-        fprintf(file, " The old river follows the green garden. The quiet teacher crosses the narrow bridge. "
-                      "The code of "
-                      "the early market holds the warm letter. The plain road joins the distant village.");
+        fprintf(
+            file,
+            " The old river follows the quiet garden. The green window remembers the small teacher. The "
+            "heavy "
+            "village crosses the early road. The distant letter leaves the plain engine. The narrow mountain "
+            "watches the warm market. The bright bridge carries the slow winter. The old road reaches "
+            "changes "
+            "joins needs passes holds the code. Code");
     fclose(file);
 }
 
@@ -492,6 +526,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(samples_are_what_the_index_says),
         cmocka_unit_test(training_windows_are_samples_too),
+        cmocka_unit_test(several_questions_in_training_alone),
         cmocka_unit_test(training_and_evaluation_share_no_pair),
         cmocka_unit_test(the_seed_decides),
         cmocka_unit_test(bad_command_lines_and_files),
