@@ -210,30 +210,17 @@ static void training_windows_are_samples_too(void** state) {
     shards_close(&shards);
 }
 
-static void several_questions_in_training_alone(void** state) {
+// A filler that speaks of q: no sample may ask for it.
+static void a_key_that_the_filler_has_is_not_used(void** state) {
     (void)state;
-    const int lengths[] = {200};
-    must_run("%s/retrieval -t small.json --lengths 200 --samples 50 --pairs 3 --questions 3 "
-             "--evaluation-samples 5 "
-             "--output-prefix made/asked",
+    must_run("yes ' The code of q is 7.' | head -n 2000 > speaking.txt");
+    must_run("%s/retrieval -t small.json --lengths 96 --samples 0 --pairs 1 --key-alphabet pq --key-length 1 "
+             "--filler "
+             "speaking.txt --output-prefix made/speaking",
              programs);
-    check_task("small.json", "made/asked", lengths, 1, 3, 25);
-    Shards shards = shards_open("small.json", "made/asked", "train", 200);
-    for (int s = 0; s < 50; s++) {
-        shards_read(&shards, s);
-        ByteBuffer text = shards_text(&shards, 1, 200);
-        byte_buffer_append(&text, ".", 2);
-        int found = 0; // pairs that are there twice: each is stated, and asked for with its answer
-        for (char* at = text.data; (at = strstr(at, " The code of ")); at++) {
-            char statement[64];
-            snprintf(statement, sizeof(statement), "%.*s", (int)(strcspn(at, ".") + 1), at);
-            assert_int_equal(count_text(text.data, text.count, statement), 2);
-            found++;
-        }
-        assert_int_equal(found, 6);
-        byte_buffer_free(&text);
-    }
-    shards_close(&shards);
+    char* text = read_file_or_fail("made/speaking_index.jsonl", NULL);
+    assert_int_equal(count_text(text, strlen(text), "\"key\":\"p\""), 250);
+    free(text);
 }
 
 // Marks the pairs "K=V", K a to j, V 0 to 9, that the windows hold, in a table of 100.
@@ -302,7 +289,6 @@ static void bad_command_lines_and_files(void** state) {
         {"-t small.json --output-prefix x --template 'no places'", "must have {key}", 2},
         {"-t small.json --output-prefix x --key-alphabet aa", "there twice", 2},
         {"-t small.json --output-prefix x --filler short.txt", "short.txt: too short", 1},
-        {"-t small.json --output-prefix x --questions 5", "more than the 4 pairs", 2},
         {"-t absent.json --output-prefix x", "absent.json", 1},
     };
     must_run("echo one two three > short.txt");
@@ -526,7 +512,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(samples_are_what_the_index_says),
         cmocka_unit_test(training_windows_are_samples_too),
-        cmocka_unit_test(several_questions_in_training_alone),
+        cmocka_unit_test(a_key_that_the_filler_has_is_not_used),
         cmocka_unit_test(training_and_evaluation_share_no_pair),
         cmocka_unit_test(the_seed_decides),
         cmocka_unit_test(bad_command_lines_and_files),

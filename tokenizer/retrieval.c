@@ -36,7 +36,6 @@ typedef struct {
     int depth_count;
     int key_length, value_length; // characters
     int pairs;                    // in a sample, the one asked for included
-    int questions;                // at the end of a training sample; evaluation has one
     long samples;                 // of training, for each length
     long evaluation_samples;      // for each length and depth
     uint64_t seed;
@@ -247,38 +246,28 @@ static int count_text(const ByteBuffer* text, const ByteBuffer* wanted) {
 }
 
 // 1 where the words that state the key are there twice, in statement and question: not in the filler, nor across its seams.
-static int key_is_unique(const Generator* generator, const ByteBuffer* text, const Pair* pair) {
-    ByteBuffer wanted = {NULL, 0, 0};
+static int key_is_unique(const Generator* generator, const Sample* sample) {
+    ByteBuffer text = {NULL, 0, 0}, wanted = {NULL, 0, 0};
+    tokenizer_decode(generator->tokenizer, sample->tokens.ids, sample->tokens.count, &text);
     append_text(&wanted, generator->before);
     append_text(&wanted, generator->key_space ? " " : "");
-    append_text(&wanted, pair->key);
+    append_text(&wanted, sample->pair.key);
     append_text(&wanted, generator->between);
-    int count = count_text(text, &wanted);
+    int count = count_text(&text, &wanted);
+    byte_buffer_free(&text);
     byte_buffer_free(&wanted);
     return count == 2;
-}
-
-static int keys_are_unique(const Generator* generator, const Sample* sample, const Pair* pairs,
-                           int questions) {
-    ByteBuffer text = {NULL, 0, 0};
-    tokenizer_decode(generator->tokenizer, sample->tokens.ids, sample->tokens.count, &text);
-    int unique = 1;
-    for (int i = 0; i < questions; i++) unique &= key_is_unique(generator, &text, &pairs[i]);
-    byte_buffer_free(&text);
-    return unique;
 }
 
 // One try at a sample whose needle lies at `depth`: 0 behind the first token, 1 before the question.
 static int try_sample(Sample* sample, Workspace* work, const Generator* generator, int length, double depth,
                       int split, Draws* draws) {
     const int pairs = generator->settings->pairs;
-    const int questions = split == SHARD_TRAIN ? generator->settings->questions : 1;
     draw_pairs(work->pairs, generator->settings, split, draws);
     for (int i = 0; i < pairs; i++) state_pair(&work->statements[i], generator, &work->pairs[i]);
     const Statement* needle = &work->statements[0];
     const int question = (int)(needle->value_at + needle->value_count); // the statement up to its value
-    int rest = length - 1 - question - (int)needle->tokens.count;
-    for (int i = 1; i < questions; i++) rest -= (int)work->statements[i].tokens.count; // whole: stated again
+    const int rest = length - 1 - question - (int)needle->tokens.count;
     if (rest < 0) return 0;
     const int before = (int)(depth * rest + 0.5);
     int room[2] = {before, rest - before};
@@ -294,13 +283,10 @@ static int try_sample(Sample* sample, Workspace* work, const Generator* generato
     sample->needle_tokens = (int)needle->tokens.count;
     token_buffer_append(&sample->tokens, needle->tokens.ids, needle->tokens.count);
     append_side(sample, work, pairs, 1, room[1], &used, draws);
-    for (int i = 1; i < questions; i++)
-        token_buffer_append(&sample->tokens, work->statements[i].tokens.ids,
-                            work->statements[i].tokens.count);
     sample->answer_offset = (int)(sample->tokens.count + needle->value_at);
     sample->answer_tokens = (int)needle->value_count;
     token_buffer_append(&sample->tokens, needle->tokens.ids, (size_t)question);
-    return keys_are_unique(generator, sample, work->pairs, questions);
+    return key_is_unique(generator, sample);
 }
 
 static void make_sample(Sample* sample, Workspace* work, const Generator* generator, int length, double depth,
@@ -405,7 +391,6 @@ enum {
     KEY_SAMPLES,
     KEY_EVALUATION_SAMPLES,
     KEY_PAIRS,
-    KEY_QUESTIONS,
     KEY_FILLER,
     KEY_TEMPLATE,
     KEY_KEY_ALPHABET,
@@ -430,10 +415,6 @@ static const struct argp_option settings_table[] = {
     {"evaluation-samples", KEY_EVALUATION_SAMPLES, "N", 0,
      "Evaluation samples of each length and depth. Default: 50", 1},
     {"pairs", KEY_PAIRS, "N", 0, "Pairs in a sample, with the one asked for. Default: 4", 1},
-    {"questions", KEY_QUESTIONS, "N", 0,
-     "Questions at the end of a training sample, each with its answer: more to learn from in as many tokens. "
-     "Evaluation samples have one. Default: 1",
-     1},
     {"filler", KEY_FILLER, "FILE", 0, "Text between the pairs. Default: sentences made up here", 1},
     {"template", KEY_TEMPLATE, "TEXT", 0,
      "How a pair is stated; the question is its part up to {value}. Default: ' The code of {key} is "
@@ -517,9 +498,6 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
     case KEY_PAIRS:
         settings->pairs = (int)parse_whole("pairs", text, 1, MOST_PAIRS);
         break;
-    case KEY_QUESTIONS:
-        settings->questions = (int)parse_whole("questions", text, 1, MOST_PAIRS);
-        break;
     case KEY_FILLER:
         settings->filler = text;
         break;
@@ -582,9 +560,6 @@ static void check_settings(const Settings* settings) {
     if (!prefix) fail_usage("--output-prefix DIR/NAME is required");
     if (!*prefix || prefix[strlen(prefix) - 1] == '/')
         fail_usage("--output-prefix %s: must end in a name", prefix);
-    if (settings->questions > settings->pairs)
-        fail_usage("--questions %d: more than the %d pairs of a sample", settings->questions,
-                   settings->pairs);
     const long evaluation = settings->evaluation_samples * settings->depth_count;
     const long most = settings->samples > evaluation ? settings->samples : evaluation;
     for (int i = 0; i < settings->length_count; i++)
@@ -601,7 +576,6 @@ int main(int argc, char** argv) {
     settings.value_alphabet = "0123456789";
     settings.key_length = settings.value_length = 4;
     settings.pairs = 4;
-    settings.questions = 1;
     settings.samples = 10000;
     settings.evaluation_samples = 50;
     settings.seed = 1337;
