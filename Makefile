@@ -26,9 +26,9 @@ endif
 
 allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
 $(call allow,DEVICE,cpu)
-$(call allow,ATTN,dense)
-$(call allow,GQA,gqa)
-$(call allow,KCONV,0)
+$(call allow,ATTN,dense moba flashmoba)
+$(call allow,GQA,gqa kdgqa dgqa pgqa)
+$(call allow,KCONV,0 3 5)
 $(call allow,PRECISION,fp32 fp64)
 
 NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)
@@ -101,8 +101,9 @@ $(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
-         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_programs $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
-         $(foreach test,test_attention test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
+         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
+         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
 	@mkdir -p $(@D)

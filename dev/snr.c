@@ -369,7 +369,7 @@ static Head* measure_checkpoint(Model* model, const Settings* settings, const Da
     copy_to_host(map, model->acts.kv_of_q, (size_t)L * H * sizeof(int), model->stream);
     for (int s = 0; s < settings->sequences; s++) {
         if (!loader_read(loader, (uint64_t)s, 1, tokens, tokens + T)) break;
-        gpt_forward(model, tokens, 1, T, 0);
+        gpt_forward(model, tokens, 1, T, 0, NULL);
         for (int l = 0; l < L; l++) {
             if (layer_kind(config, l) != 'G') continue;
             copy_to_host(qkv, model->acts.layers[l].qkv, values * sizeof(floatX), model->stream);
@@ -484,6 +484,10 @@ static void run_checkpoint(Settings* settings, int T_given, int blocks_given) {
     gpt_plan(&model, &config, 1, T, 0);
     gpt_allocate(&model);
     checkpoint_load_model(directory, &model.layout.table, model.params, model.stream);
+    if (heads_are_key_driven(&config)) {
+        checkpoint_load_heads(directory, &model.heads);
+        gpt_upload_maps(&model, 0, config.layers);
+    }
     Head* heads = measure_checkpoint(&model, settings, loader);
     double rows = 0;
     for (int i = 0; i < config.layers * config.heads; i++)

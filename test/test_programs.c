@@ -557,8 +557,8 @@ static const BadInput bad_inputs[] = {
     // checkpoints
     {"--init-from missing", 1, {"missing", "", ""}},
     {"--init-from file", 1, {"file", "", ""}},
-    {"--init-from whole --channels 64", 1, {"whole/step_00000030", "--channels 32", "64"}},
-    {"--init-from whole -t 16", 1, {"whole/step_00000030", "--sequence-length 32", "16"}},
+    {"--init-from whole --channels 64", 1, {"whole/step_00000030", "has shape", "64"}},
+    {"--resume -o whole -t 16", 1, {"whole/step_00000030", "--sequence-length 32", "16"}},
     {"--init-from cut_model", 1, {"cut_model/step_00000030/model.safetensors", "", ""}},
     {"--resume -o cut_model", 1, {"cut_model/step_00000030/model.safetensors", "", ""}},
     {"--resume -o cut_optimizer", 1, {"cut_optimizer/step_00000030/optimizer-00000-of-00001", "", ""}},

@@ -1,0 +1,876 @@
+/*
+Mixture of block attention, forward and backward (MATH.md section 2): the CPU twin of dev/cuda/moba.cuh.
+
+Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean key scores
+highest with it; one softmax over all of them. The same function by two algorithms, with the same arguments:
+
+    moba_*        the original (Lu et al., MoBA, arXiv 2502.13189) written plainly, a query at a time: the matrix of
+                  scores, the selection, attention in the own block and in the selected ones, merged by log-sum-exp.
+    flashmoba_*   key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571): for every key block the
+                  list of the queries that chose it, gathered into tiles for dense matrix products.
+
+    void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
+    flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
+
+qkv is laid out as in gqa.h; its keys are final (after key convolution and RoPE). The forward writes the selection and
+the backward reads it: nothing is chosen twice, and no gradient flows through the choice. With start > 0 the forward
+continues a sequence: it computes the rows start..T-1 and the centroids of the blocks that these rows complete, so one
+more token costs K*S keys and T/S centroids a head.
+
+Results are the same bits for any number of threads.
+*/
+#ifndef DEV_CPU_MOBA_H
+#define DEV_CPU_MOBA_H
+
+// attention_rows_forward, attention_head_backward, attention_delta, softmax rows, transpose_tile, gemm
+#include "dev/cpu/gqa.h"
+
+// The router: queries of a task, and centroids whose scores exist at one time (a multiple of 16).
+enum { MOBA_ROUTE_QUERIES = 128, MOBA_CENTROIDS = 128 };
+// Tiles of gathered queries by keys of one block: as many rows as keep the tile in the cache, within limits.
+enum { MOBA_KEYS = 256, MOBA_ROWS = 256, MOBA_SCORES = 64 * MOBA_KEYS };
+// Queries a key block is chosen by, on average, in one task of the routed passes. Longer lists fill the tiles, shorter
+// ones make more tasks whose queries stay in the cache.
+enum { MOBA_LIST = 256 };
+
+// Sizes of one call; the rows computed are start..T-1.
+typedef struct {
+    int B, T, start, H, G, D, S, K;
+} moba_shape_t;
+
+// Blocks with all S keys: the ones that can be chosen, once the query is past them.
+static inline int moba_blocks(const moba_shape_t* s) { return s->T / s->S; }
+
+// Numbers of elements of what the caller keeps between forward and backward, or between two tokens.
+static inline size_t moba_selected_count(int B, int T, int H, int K) { return (size_t)B * H * T * (K - 1); }
+static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
+    return (size_t)B * (T / S) * G * D;
+}
+
+// The query heads of KV head g are first..first+heads-1.
+static inline void moba_group(int* first, int* heads, const int* kv_of_q, int H, int g) {
+    *first = 0;
+    while (*first < H && kv_of_q[*first] < g) (*first)++;
+    *heads = 0;
+    while (*first + *heads < H && kv_of_q[*first + *heads] == g) (*heads)++;
+}
+
+// ----------------------------------------------------------------------------
+// Centroids, scores and the order of choices: shared by both algorithms
+
+// The means of the blocks that the tokens start..T-1 complete; those before are left as they are.
+static inline void moba_centroids(float_acc* centroids, // (B, T/S, G, D)
+                                  const floatX* qkv,    // (B, T, H + 2G, D)
+                                  const moba_shape_t* s) {
+    const int row = s->G * s->D, stride = (s->H + 2 * s->G) * s->D, blocks = moba_blocks(s);
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < s->B; b++) {
+        for (int block = s->start / s->S; block < blocks; block++) {
+            float_acc* mean = centroids + ((size_t)b * blocks + block) * row;
+            const floatX* k = qkv + ((size_t)b * s->T + (size_t)block * s->S) * stride + (size_t)s->H * s->D;
+            for (int i = 0; i < row; i++) mean[i] = 0;
+            for (int t = 0; t < s->S; t++)
+                for (int i = 0; i < row; i++) mean[i] += k[(size_t)t * stride + i];
+            for (int i = 0; i < row; i++) mean[i] /= (float_acc)s->S;
+        }
+    }
+}
+
+// Scores of `rows` queries with `blocks` <= MOBA_CENTROIDS centroids. Every score is one sum in the order of d, in whatever
+// tile it is computed: a query has the same scores in training, prefill and decoding, and equal centroids tie. (The
+// library's products promise neither.)
+static inline void moba_scores(float_acc* scores,      // (rows, scores_stride), to a multiple of 16 columns
+                               float_acc* centroids_t, // (D, MOBA_CENTROIDS) scratch
+                               const floatX* q,        // (rows, D), stride q_stride
+                               const float_acc* centroids, // (blocks, D), stride centroids_stride
+                               int rows, int blocks, int D, int scores_stride, int q_stride,
+                               int centroids_stride) {
+    enum { M = MOBA_CENTROIDS };
+    const int columns = (blocks + 15) / 16 * 16;
+    memset(centroids_t, 0, sizeof(float_acc) * M * D);
+    transpose_tile(centroids_t, centroids, blocks, D, M, centroids_stride);
+    for (int r = 0; r < rows; r++) {
+        float_acc* row = scores + (size_t)r * scores_stride;
+        const floatX* query = q + (size_t)r * q_stride;
+        int d = 0;
+        for (int j = 0; j < columns; j++) row[j] = 0;
+        for (; d + 8 <= D; d += 8) {
+            const floatX* x = query + d;
+            const float_acc* c = centroids_t + (size_t)d * M;
+#pragma omp simd
+            for (int j = 0; j < columns; j++) {
+                float_acc sum = row[j];
+                sum += x[0] * c[j];
+                sum += x[1] * c[j + M];
+                sum += x[2] * c[j + 2 * M];
+                sum += x[3] * c[j + 3 * M];
+                sum += x[4] * c[j + 4 * M];
+                sum += x[5] * c[j + 5 * M];
+                sum += x[6] * c[j + 6 * M];
+                sum += x[7] * c[j + 7 * M];
+                row[j] = sum;
+            }
+        }
+        for (; d < D; d++) {
+            const float_acc* c = centroids_t + (size_t)d * M;
+#pragma omp simd
+            for (int j = 0; j < columns; j++) row[j] += query[d] * c[j];
+        }
+    }
+}
+
+// Writes a query's choices in the order in which `selected` has them: the newest block first, then -1.
+static inline void moba_write_selected(int* selected,     // (choices)
+                                       const int* blocks, // (count) in any order
+                                       int count, int choices) {
+    for (int i = 0; i < count; i++) {
+        int at = i;
+        for (; at > 0 && selected[at - 1] < blocks[i]; at--) selected[at] = selected[at - 1];
+        selected[at] = blocks[i];
+    }
+    for (int i = count; i < choices; i++) selected[i] = -1;
+}
+
+// ----------------------------------------------------------------------------
+// ATTN=moba: a query at a time
+
+// Takes the best of a row of scores again and again, the more recent of equal ones. Scores taken become NaN, which is
+// never selected.
+static inline void moba_select_row(int* selected,     // (choices)
+                                   int* taken,        // (choices) scratch
+                                   float_acc* scores, // (eligible)
+                                   int eligible, int choices) {
+    int count = 0;
+    for (; count < choices; count++) {
+        int best = -1;
+        for (int j = eligible - 1; j >= 0; j--)
+            if (scores[j] == scores[j] && (best < 0 || scores[j] > scores[best])) best = j;
+        if (best < 0) break;
+        taken[count] = best;
+        scores[best] = (float_acc)NAN;
+    }
+    moba_write_selected(selected, taken, count, choices);
+}
+
+// Attention of query t to its keys in the given blocks (-1 for none). Returns the log of the sum of exp(scaled scores).
+static inline float_acc moba_attend(floatX* out,       // (D)
+                                    float_acc* probs,  // (count * S) scratch
+                                    const floatX* q,   // (D)
+                                    const floatX* k,   // (T, D), stride qkv_stride
+                                    const floatX* v,   // (T, D), stride qkv_stride
+                                    const int* blocks, // (count)
+                                    int count, int t, int D, int S, int qkv_stride) {
+    float_acc row_max = -INFINITY, row_sum = 0;
+    int keys = 0;
+    for (int i = 0; i < count && blocks[i] >= 0; i++) {
+        const int first = blocks[i] * S, end = min_int(first + S, t + 1);
+        for (int key = first; key < end; key++) {
+            float_acc score = 0;
+#pragma omp simd reduction(+ : score)
+            for (int d = 0; d < D; d++) score += q[d] * k[(size_t)key * qkv_stride + d];
+            probs[keys++] = score * attention_scale(D);
+        }
+    }
+    for (int i = 0; i < keys; i++) row_max = probs[i] > row_max ? probs[i] : row_max;
+    for (int i = 0; i < keys; i++) row_sum += probs[i] = exp_fast(probs[i] - row_max);
+    for (int d = 0; d < D; d++) out[d] = 0;
+    keys = 0;
+    for (int i = 0; i < count && blocks[i] >= 0; i++) {
+        const int first = blocks[i] * S, end = min_int(first + S, t + 1);
+        for (int key = first; key < end; key++) {
+            const float_acc prob = probs[keys++] / row_sum;
+            for (int d = 0; d < D; d++) out[d] += prob * v[(size_t)key * qkv_stride + d];
+        }
+    }
+    return row_max + log(row_sum);
+}
+
+// Two attentions over different keys become one over all of them.
+static inline void moba_merge(floatX* out,         // (D) in and out
+                              float_acc* lse,      // in and out
+                              const floatX* other, // (D)
+                              float_acc other_lse, int D) {
+    const float_acc largest = other_lse > *lse ? other_lse : *lse;
+    const float_acc mine = exp(*lse - largest), theirs = exp(other_lse - largest), sum = mine + theirs;
+    for (int d = 0; d < D; d++) out[d] = (mine * out[d] + theirs * other[d]) / sum;
+    *lse = largest + log(sum);
+}
+
+// One thread's share of the workspace, in numbers of float_acc, of the scores of one head and of what one query needs.
+static inline size_t moba_forward_scratch(int T, int D, int S, int K) {
+    const size_t columns = (size_t)(T / S + 15) / 16 * 16;
+    return (size_t)T * columns + (size_t)D * (MOBA_CENTROIDS + 1) + (size_t)min_int(K, T / S + 1) * S + K;
+}
+
+// Bytes of the workspace of moba_forward, for as many threads as omp_get_max_threads() says now or fewer. The score
+// matrix makes it quadratic in T.
+static inline size_t moba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    (void)B, (void)H, (void)G;
+    return omp_get_max_threads() * moba_forward_scratch(T, D, S, K) * sizeof(float_acc);
+}
+
+// The rows start..T-1 of head h of sequence b.
+static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected, const float_acc* centroids,
+                                     const floatX* qkv, float_acc* scratch, int b, int h, int g,
+                                     const moba_shape_t* s) {
+    const int D = s->D, S = s->S, choices = s->K - 1, stride = (s->H + 2 * s->G) * D;
+    const int blocks = moba_blocks(s), columns = (blocks + 15) / 16 * 16;
+    const floatX* q = qkv + (size_t)b * s->T * stride + (size_t)h * D;
+    const floatX* k = qkv + (size_t)b * s->T * stride + (size_t)(s->H + g) * D;
+    const floatX* v = k + (size_t)s->G * D;
+    float_acc* matrix = scratch; // (T - start, columns)
+    float_acc* centroids_t = matrix + (size_t)s->T * columns;
+    floatX* other = (floatX*)(centroids_t + (size_t)D * MOBA_CENTROIDS);
+    float_acc* probs = (float_acc*)(other + D);
+    int* taken = (int*)(probs + (size_t)min_int(s->K, blocks + 1) * S);
+    for (int first = 0; first < blocks && choices > 0; first += MOBA_CENTROIDS)
+        moba_scores(matrix + first, centroids_t, q + (size_t)s->start * stride,
+                    centroids + (((size_t)b * blocks + first) * s->G + g) * D, s->T - s->start,
+                    min_int(MOBA_CENTROIDS, blocks - first), D, columns, stride, s->G * D);
+    for (int t = s->start; t < s->T; t++) {
+        const size_t row = ((size_t)b * s->H + h) * s->T + t;
+        floatX* output = out + (((size_t)b * s->T + t) * s->H + h) * D;
+        const int own = t / S;
+        lse[row] = moba_attend(output, probs, q + (size_t)t * stride, k, v, &own, 1, t, D, S, stride);
+        if (choices == 0) continue;
+        int* chosen = selected + row * choices;
+        moba_select_row(chosen, taken, matrix + (size_t)(t - s->start) * columns, own, choices);
+        if (chosen[0] < 0) continue;
+        const float_acc other_lse =
+            moba_attend(other, probs, q + (size_t)t * stride, k, v, chosen, choices, t, D, S, stride);
+        moba_merge(output, &lse[row], other, other_lse, D);
+    }
+}
+
+// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already, and the
+// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected.
+static inline void moba_forward(floatX* out,    // (B, T, H, D)
+                                float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
+                                int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
+                                float_acc* centroids, // (B, T/S, G, D)
+                                const floatX* qkv,    // (B, T, H + 2G, D)
+                                const int* kv_of_q,   // (H) non-decreasing
+                                void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
+                                stream_t stream) {
+    (void)stream;
+    const moba_shape_t shape = {B, T, start, H, G, D, S, K};
+    const size_t scratch = moba_forward_scratch(T, D, S, K);
+    moba_centroids(centroids, qkv, &shape);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(omp_get_max_threads())
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++)
+            moba_head_forward(out, lse, selected, centroids, qkv,
+                              (float_acc*)workspace + scratch * omp_get_thread_num(), b, h, kv_of_q[h],
+                              &shape);
+}
+
+static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    (void)G, (void)D, (void)S, (void)K;
+    return (size_t)B * H * T * sizeof(float_acc);
+}
+
+// What query t and its keys in one block give each other.
+static inline void moba_attend_backward(floatX* dq,         // (D) added to
+                                        floatX* dk,         // (T, D), stride qkv_stride, added to
+                                        floatX* dv,         // (T, D), stride qkv_stride, added to
+                                        const floatX* dout, // (D)
+                                        const floatX* q,    // (D)
+                                        const floatX* k,    // (T, D), stride qkv_stride
+                                        const floatX* v,    // (T, D), stride qkv_stride
+                                        float_acc lse, float_acc delta, int block, int t, int D, int S,
+                                        int qkv_stride) {
+    const floatX scale = attention_scale(D);
+    for (int key = block * S; key < min_int(block * S + S, t + 1); key++) {
+        const size_t row = (size_t)key * qkv_stride;
+        float_acc score = 0, dprob = 0;
+#pragma omp simd reduction(+ : score, dprob)
+        for (int d = 0; d < D; d++) {
+            score += q[d] * k[row + d];
+            dprob += dout[d] * v[row + d];
+        }
+        const float_acc prob = exp_fast(score * scale - lse), dscore = prob * (dprob - delta) * scale;
+        for (int d = 0; d < D; d++) {
+            dq[d] += dscore * k[row + d];
+            dk[row + d] += dscore * q[d];
+            dv[row + d] += prob * dout[d];
+        }
+    }
+}
+
+// Every element of dqkv is written: exact zeros for a KV head without queries.
+static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
+                                 const floatX* dout,   // (B, T, H, D)
+                                 const floatX* out,    // (B, T, H, D)
+                                 const float_acc* lse, // (B, H, T)
+                                 const int* selected,  // (B, H, T, K-1)
+                                 const floatX* qkv,    // (B, T, H + 2G, D)
+                                 const int* kv_of_q,   // (H)
+                                 void* workspace, int B, int T, int H, int G, int D, int S, int K,
+                                 stream_t stream) {
+    float_acc* delta = (float_acc*)workspace; // (B, H, T)
+    const int stride = (H + 2 * G) * D, choices = K - 1;
+    attention_delta(delta, dout, out, B, T, H, D);
+    device_zero(dqkv, sizeof(floatX) * B * T * stride, stream);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++) {
+        for (int g = 0; g < G; g++) {
+            const size_t k = (size_t)b * T * stride + (size_t)(H + g) * D, v = k + (size_t)G * D;
+            int first_head, heads;
+            moba_group(&first_head, &heads, kv_of_q, H, g);
+            for (int i = 0; i < heads * T; i++) {
+                const int h = first_head + i / T, t = i % T;
+                const size_t row = ((size_t)b * H + h) * T + t;
+                const size_t q = ((size_t)b * T + t) * stride + (size_t)h * D;
+                for (int c = -1; c < choices; c++) {
+                    const int block = c < 0 ? t / S : selected[row * choices + c];
+                    if (block < 0) break;
+                    moba_attend_backward(dqkv + q, dqkv + k, dqkv + v,
+                                         dout + (((size_t)b * T + t) * H + h) * D, qkv + q, qkv + k, qkv + v,
+                                         lse[row], delta[row], block, t, D, S, stride);
+                }
+            }
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// ATTN=flashmoba: what one thread works in
+
+// Queries of all heads of one KV head, of neighbouring tokens: the unit of work of the routed passes. Row r is head
+// first_head + r / tokens at token first_token + r % tokens.
+typedef struct {
+    int b, g, first_head, heads;
+    int first_token, tokens;
+} moba_chunk_t;
+
+// A query of a chunk: where it is in qkv, in out, and in (B, H, T).
+typedef struct {
+    size_t q, out, row;
+} moba_query_t;
+
+static inline moba_query_t moba_query(const moba_chunk_t* chunk, int r, const moba_shape_t* s) {
+    const int h = chunk->first_head + r / chunk->tokens, t = chunk->first_token + r % chunk->tokens;
+    const size_t token = (size_t)chunk->b * s->T + t;
+    const moba_query_t query = {(token * (s->H + 2 * s->G) + h) * s->D, (token * s->H + h) * s->D,
+                                ((size_t)chunk->b * s->H + h) * s->T + t};
+    return query;
+}
+
+// Rows of a chunk with which a block's list is MOBA_LIST long on average.
+static inline int moba_chunk_rows(const moba_shape_t* s) {
+    const int blocks = max_int(1, moba_blocks(s)), choices = max_int(1, min_int(s->K - 1, blocks));
+    return (int)(((size_t)MOBA_LIST * blocks + choices - 1) / choices);
+}
+
+static inline int moba_chunk_tokens(const moba_shape_t* s, int heads) {
+    return min_int(s->T, (moba_chunk_rows(s) + heads - 1) / heads);
+}
+
+// Chunk i of KV head g; false when there is none, because it has no queries or all of them are in earlier chunks.
+static inline int moba_chunk(moba_chunk_t* chunk, const int* kv_of_q, int b, int g, int i,
+                             const moba_shape_t* s) {
+    chunk->b = b, chunk->g = g;
+    moba_group(&chunk->first_head, &chunk->heads, kv_of_q, s->H, g);
+    if (chunk->heads == 0) return 0;
+    const int tokens = moba_chunk_tokens(s, chunk->heads);
+    if ((size_t)i * tokens >= (size_t)(s->T - s->start)) return 0;
+    chunk->first_token = s->start + i * tokens;
+    chunk->tokens = min_int(tokens, s->T - chunk->first_token);
+    return 1;
+}
+
+// No KV head has more chunks than this.
+static inline int moba_max_chunks(const moba_shape_t* s) {
+    const int tokens = moba_chunk_tokens(s, s->H);
+    return (s->T - s->start + tokens - 1) / tokens;
+}
+
+typedef struct {
+    // Lists of a chunk: block j was chosen by the rows rows[begin[j]..begin[j + 1]-1], ascending
+    int* begin; // (T/S + 2)
+    int* rows;  // (rows of a chunk * choices)
+    // Softmax of a chunk so far
+    float_acc* row_max; // (rows of a chunk)
+    float_acc* row_sum; // (rows of a chunk)
+    // A tile
+    floatX* q;         // (MOBA_ROWS, D) gathered queries
+    floatX* dout;      // (MOBA_ROWS, D) gathered output gradients
+    floatX* result;    // (MOBA_ROWS, D) to be scattered
+    floatX* scores;    // (tile rows, keys), then probabilities
+    floatX* dscores;   // (tile rows, keys)
+    floatX* k_t;       // (D, MOBA_KEYS)
+    floatX* v_t;       // (D, MOBA_KEYS)
+    floatX* dk;        // (MOBA_KEYS, D), or of a whole block in the local pass
+    floatX* dv;        // (MOBA_KEYS, D), likewise
+    floatX* attention; // what the tiles of gqa.h need
+    // The router, whose best choices so far are sorted, the worst last
+    float_acc* centroids_t;  // (D, MOBA_CENTROIDS)
+    float_acc* block_scores; // (MOBA_ROUTE_QUERIES, MOBA_CENTROIDS)
+    float_acc* best_scores;  // (MOBA_ROUTE_QUERIES, choices)
+    int* best_blocks;        // (MOBA_ROUTE_QUERIES, choices)
+    size_t bytes;            // of all of the above
+} moba_scratch_t;
+
+static inline void* moba_take(char* memory, size_t* used, size_t count, size_t size) {
+    void* taken = memory ? memory + *used : NULL;
+    *used += (count * size + 63) / 64 * 64;
+    return taken;
+}
+
+// Lays out one thread's share of the workspace, or without memory only counts its bytes.
+static inline moba_scratch_t moba_scratch(char* memory, const moba_shape_t* s, int is_backward) {
+    const size_t blocks = (size_t)moba_blocks(s), choices = (size_t)s->K - 1, D = (size_t)s->D;
+    const size_t rows = (size_t)moba_chunk_rows(s) + s->H; // a chunk is rounded up to whole tokens
+    const size_t keys = (size_t)max_int(MOBA_KEYS, min_int(s->S, s->T)), x = sizeof(floatX);
+    const size_t backward = is_backward ? 1 : 0, forward = 1 - backward;
+    moba_scratch_t scratch;
+    size_t used = 0;
+    scratch.begin = (int*)moba_take(memory, &used, blocks + 2, sizeof(int));
+    scratch.rows = (int*)moba_take(memory, &used, rows * min_int(s->K - 1, (int)blocks), sizeof(int));
+    scratch.row_max = (float_acc*)moba_take(memory, &used, forward * rows, sizeof(float_acc));
+    scratch.row_sum = (float_acc*)moba_take(memory, &used, forward * rows, sizeof(float_acc));
+    scratch.q = (floatX*)moba_take(memory, &used, MOBA_ROWS * D, x);
+    scratch.dout = (floatX*)moba_take(memory, &used, backward * MOBA_ROWS * D, x);
+    scratch.result = (floatX*)moba_take(memory, &used, MOBA_ROWS * D, x);
+    scratch.scores = (floatX*)moba_take(memory, &used, MOBA_SCORES, x);
+    scratch.dscores = (floatX*)moba_take(memory, &used, backward * MOBA_SCORES, x);
+    scratch.k_t = (floatX*)moba_take(memory, &used, MOBA_KEYS * D, x);
+    scratch.v_t = (floatX*)moba_take(memory, &used, backward * MOBA_KEYS * D, x);
+    scratch.dk = (floatX*)moba_take(memory, &used, backward * keys * D, x);
+    scratch.dv = (floatX*)moba_take(memory, &used, backward * keys * D, x);
+    scratch.attention = (floatX*)moba_take(memory, &used, (1 + backward) * attention_forward_tiles(s->D), x);
+    scratch.centroids_t =
+        (float_acc*)moba_take(memory, &used, forward * D * MOBA_CENTROIDS, sizeof(float_acc));
+    scratch.block_scores = (float_acc*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * MOBA_CENTROIDS,
+                                                 sizeof(float_acc));
+    scratch.best_scores =
+        (float_acc*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * choices, sizeof(float_acc));
+    scratch.best_blocks = (int*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * choices, sizeof(int));
+    scratch.bytes = used;
+    return scratch;
+}
+
+// Of the calling thread.
+static inline moba_scratch_t moba_my_scratch(char* memory, const moba_shape_t* s, int is_backward) {
+    const size_t bytes = moba_scratch(NULL, s, is_backward).bytes;
+    return moba_scratch(memory + bytes * omp_get_thread_num(), s, is_backward);
+}
+
+// Counts, adds up, fills: the lists of the blocks first_block..end_block-1.
+static inline void moba_build_lists(int* begin,          // (T/S + 2)
+                                    int* rows,           // (rows of a chunk * choices)
+                                    const int* selected, // (B, H, T, K-1)
+                                    const moba_chunk_t* chunk, int first_block, int end_block,
+                                    const moba_shape_t* s) {
+    const int choices = s->K - 1, num_rows = chunk->heads * chunk->tokens;
+    memset(begin, 0, sizeof(int) * (moba_blocks(s) + 2));
+    for (int pass = 0; pass < 2; pass++) {
+        for (int r = 0; r < num_rows; r++) {
+            const int* chosen = selected + moba_query(chunk, r, s).row * choices;
+            for (int c = 0; c < choices && chosen[c] >= first_block; c++) {
+                if (chosen[c] >= end_block) continue;
+                if (pass == 0) begin[chosen[c] + 2]++;
+                if (pass == 1) rows[begin[chosen[c] + 1]++] = r;
+            }
+        }
+        for (int j = 0; pass == 0 && j < moba_blocks(s); j++) begin[j + 2] += begin[j + 1];
+    }
+}
+
+// Keys of a tile of a block, and rows of a tile of that many keys.
+static inline int moba_tile_rows(int keys) { return max_int(1, min_int(MOBA_ROWS, MOBA_SCORES / keys)); }
+
+// ----------------------------------------------------------------------------
+// ATTN=flashmoba, forward
+
+// Takes the scores of consecutive blocks, the newest first, into a query's best so far; returns how many there are.
+static inline int moba_take_best(float_acc* best,         // (choices) sorted, the worst last
+                                 int* blocks,             // (choices)
+                                 const float_acc* scores, // (num)
+                                 int count, int choices, int first_block, int num) {
+    for (int end = num; end > 0; end -= 16) {
+        const int begin = max_int(0, end - 16);
+        float_acc largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+        for (int j = begin; j < end; j++) largest = scores[j] > largest ? scores[j] : largest;
+        if (count == choices && !(largest > best[choices - 1])) continue;
+        for (int j = end - 1; j >= begin; j--) {
+            // An equal score is of an older block and loses; NaN compares false.
+            if (count == choices ? !(scores[j] > best[choices - 1]) : scores[j] != scores[j]) continue;
+            int at = count < choices ? count++ : choices - 1;
+            for (; at > 0 && best[at - 1] < scores[j]; at--) {
+                best[at] = best[at - 1];
+                blocks[at] = blocks[at - 1];
+            }
+            best[at] = scores[j];
+            blocks[at] = first_block + j;
+        }
+    }
+    return count;
+}
+
+// The choices of neighbouring queries of one head.
+static inline void moba_route_rows(int* selected,              // (rows, choices)
+                                   const floatX* q,            // (rows, D), stride q_stride
+                                   const float_acc* centroids, // (T/S, D), stride G * D
+                                   const moba_scratch_t* scratch, int first_query, int rows, int q_stride,
+                                   const moba_shape_t* s) {
+    const int choices = s->K - 1;
+    int count[MOBA_ROUTE_QUERIES] = {0};
+    for (int end = (first_query + rows - 1) / s->S; end > 0; end -= MOBA_CENTROIDS) {
+        const int first = max_int(0, end - MOBA_CENTROIDS);
+        moba_scores(scratch->block_scores, scratch->centroids_t, q, centroids + (size_t)first * s->G * s->D,
+                    rows, end - first, s->D, MOBA_CENTROIDS, q_stride, s->G * s->D);
+        for (int r = 0; r < rows; r++) {
+            const int eligible = min_int(end, (first_query + r) / s->S) - first;
+            count[r] = moba_take_best(
+                scratch->best_scores + (size_t)r * choices, scratch->best_blocks + (size_t)r * choices,
+                scratch->block_scores + (size_t)r * MOBA_CENTROIDS, count[r], choices, first, eligible);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        moba_write_selected(selected + (size_t)r * choices, scratch->best_blocks + (size_t)r * choices,
+                            count[r], choices);
+}
+
+static inline void flashmoba_route(int* selected,              // (B, H, T, K-1)
+                                   const float_acc* centroids, // (B, T/S, G, D)
+                                   const floatX* qkv,          // (B, T, H + 2G, D)
+                                   const int* kv_of_q,         // (H)
+                                   char* workspace, const moba_shape_t* s) {
+    const int stride = (s->H + 2 * s->G) * s->D, blocks = moba_blocks(s);
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
+    for (int first = s->start; first < s->T; first += MOBA_ROUTE_QUERIES) {
+        for (int b = 0; b < s->B; b++) {
+            for (int h = 0; h < s->H; h++) {
+                const moba_scratch_t scratch = moba_my_scratch(workspace, s, 0);
+                moba_route_rows(selected + (((size_t)b * s->H + h) * s->T + first) * (s->K - 1),
+                                qkv + ((size_t)b * s->T + first) * stride + (size_t)h * s->D,
+                                centroids + ((size_t)b * blocks * s->G + kv_of_q[h]) * s->D, &scratch, first,
+                                min_int(MOBA_ROUTE_QUERIES, s->T - first), stride, s);
+            }
+        }
+    }
+}
+
+// Causal attention of every query in its own block: out and lse as if there were no other keys.
+static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
+                                           float_acc* lse,     // (B, H, T)
+                                           const floatX* qkv,  // (B, T, H + 2G, D)
+                                           const int* kv_of_q, // (H)
+                                           char* workspace, const moba_shape_t* s) {
+    const int D = s->D, S = s->S, stride = (s->H + 2 * s->G) * D;
+    const int pieces = (min_int(S, s->T) + ATTENTION_TASK - 1) / ATTENTION_TASK; // of a block
+#pragma omp parallel for collapse(4) schedule(dynamic) num_threads(omp_get_max_threads())
+    for (int block = s->start / S; block <= (s->T - 1) / S; block++) {
+        for (int b = 0; b < s->B; b++) {
+            for (int h = 0; h < s->H; h++) {
+                for (int piece = 0; piece < pieces; piece++) {
+                    const int first_key = block * S, begin = first_key + piece * ATTENTION_TASK;
+                    const int first = max_int(s->start, begin);
+                    const int end = min_int(min_int(s->T, first_key + S), begin + ATTENTION_TASK);
+                    if (first >= end) continue;
+                    const moba_scratch_t scratch = moba_my_scratch(workspace, s, 0);
+                    const floatX* sequence = qkv + (size_t)b * s->T * stride;
+                    const floatX* k = sequence + (size_t)first_key * stride + (size_t)(s->H + kv_of_q[h]) * D;
+                    attention_rows_forward(out + (((size_t)b * s->T + first) * s->H + h) * D,
+                                           lse + ((size_t)b * s->H + h) * s->T + first, scratch.attention,
+                                           sequence + (size_t)first * stride + (size_t)h * D, k,
+                                           k + (size_t)s->G * D, first - first_key, end - first_key, D,
+                                           s->H * D, stride, 0);
+                }
+            }
+        }
+    }
+}
+
+// One step of the online softmax: some keys of one block, for the queries that chose it.
+static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnormalised
+                                     const floatX* qkv,   // (B, T, H + 2G, D)
+                                     const floatX* k,     // (keys, D), stride qkv_stride
+                                     const floatX* k_t,   // (D, MOBA_KEYS), or NULL
+                                     const floatX* v,     // (keys, D), stride qkv_stride
+                                     const int* rows_ids, // (rows)
+                                     const moba_scratch_t* scratch, const moba_chunk_t* chunk, int rows,
+                                     int keys, const moba_shape_t* s) {
+    const int D = s->D, stride = (s->H + 2 * s->G) * D;
+    floatX corrections[MOBA_ROWS];
+    for (int r = 0; r < rows; r++)
+        memcpy(scratch->q + (size_t)r * D, qkv + moba_query(chunk, rows_ids[r], s).q, sizeof(floatX) * D);
+    if (k_t) gemm(0, 0, rows, keys, D, scratch->q, D, k_t, MOBA_KEYS, 0, scratch->scores, keys);
+    if (!k_t) gemm(0, 1, rows, keys, D, scratch->q, D, k, stride, 0, scratch->scores, keys);
+    for (int r = 0; r < rows; r++)
+        corrections[r] =
+            softmax_row_update(scratch->scores + (size_t)r * keys, &scratch->row_max[rows_ids[r]],
+                               &scratch->row_sum[rows_ids[r]], 0, keys, keys, attention_scale(D));
+    gemm(0, 0, rows, D, keys, scratch->scores, keys, v, stride, 0, scratch->result, D);
+    for (int r = 0; r < rows; r++) {
+        floatX* row = out + moba_query(chunk, rows_ids[r], s).out;
+        const floatX* more = scratch->result + (size_t)r * D;
+#pragma omp simd
+        for (int d = 0; d < D; d++) row[d] = row[d] * corrections[r] + more[d];
+    }
+}
+
+// Takes the blocks that the queries of a chunk chose, oldest first, into their outputs.
+static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: normalised, of the local pass
+                                      float_acc* lse,    // (B, H, T) likewise
+                                      const floatX* qkv, // (B, T, H + 2G, D)
+                                      const moba_scratch_t* scratch, const moba_chunk_t* chunk,
+                                      const moba_shape_t* s) {
+    const int D = s->D, stride = (s->H + 2 * s->G) * D, num_rows = chunk->heads * chunk->tokens;
+    const floatX* keys_of_head = qkv + (size_t)chunk->b * s->T * stride + (size_t)(s->H + chunk->g) * D;
+    for (int r = 0; r < num_rows; r++) {
+        scratch->row_max[r] = lse[moba_query(chunk, r, s).row];
+        scratch->row_sum[r] = 1;
+    }
+    const int blocks = (chunk->first_token + chunk->tokens - 1) / s->S;
+    // Not by the length of a list: products with and without transposing round differently, and how much later tokens
+    // choose a block must not change a bit of earlier outputs.
+    floatX* k_t = num_rows < ATTENTION_FEW_QUERIES ? NULL : scratch->k_t;
+    for (int key = 0, keys; key < blocks * s->S; key += keys) {
+        const int block = key / s->S, begin = scratch->begin[block], end = scratch->begin[block + 1];
+        keys = min_int(MOBA_KEYS, (block + 1) * s->S - key);
+        const floatX* k = keys_of_head + (size_t)key * stride;
+        if (begin == end) continue;
+        if (k_t) transpose_tile(k_t, k, keys, D, MOBA_KEYS, stride);
+        for (int i = begin; i < end; i += moba_tile_rows(keys))
+            moba_tile_forward(out, qkv, k, k_t, k + (size_t)s->G * D, scratch->rows + i, scratch, chunk,
+                              min_int(moba_tile_rows(keys), end - i), keys, s);
+    }
+    for (int r = 0; r < num_rows; r++) {
+        const moba_query_t query = moba_query(chunk, r, s);
+        scale_row(out + query.out, 1 / scratch->row_sum[r], D);
+        lse[query.row] = scratch->row_max[r] + log(scratch->row_sum[r]);
+    }
+}
+
+// Adds the selected blocks to what the local pass left.
+static inline void flashmoba_routed_forward(floatX* out,         // (B, T, H, D)
+                                            float_acc* lse,      // (B, H, T)
+                                            const int* selected, // (B, H, T, K-1)
+                                            const floatX* qkv,   // (B, T, H + 2G, D)
+                                            const int* kv_of_q,  // (H)
+                                            char* workspace, const moba_shape_t* s) {
+    const int chunks = moba_max_chunks(s);
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
+    for (int i = 0; i < chunks; i++) {
+        for (int b = 0; b < s->B; b++) {
+            for (int g = 0; g < s->G; g++) {
+                moba_chunk_t chunk;
+                if (!moba_chunk(&chunk, kv_of_q, b, g, i, s)) continue;
+                const moba_scratch_t scratch = moba_my_scratch(workspace, s, 0);
+                moba_build_lists(scratch.begin, scratch.rows, selected, &chunk, 0, moba_blocks(s), s);
+                moba_chunk_forward(out, lse, qkv, &scratch, &chunk, s);
+            }
+        }
+    }
+}
+
+// Bytes of the workspace of flashmoba_forward, for as many threads as omp_get_max_threads() says now or fewer.
+static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    return omp_get_max_threads() * moba_scratch(NULL, &shape, 0).bytes;
+}
+
+// As moba_forward.
+static inline void flashmoba_forward(floatX* out,          // (B, T, H, D)
+                                     float_acc* lse,       // (B, H, T)
+                                     int* selected,        // (B, H, T, K-1)
+                                     float_acc* centroids, // (B, T/S, G, D)
+                                     const floatX* qkv,    // (B, T, H + 2G, D)
+                                     const int* kv_of_q,   // (H)
+                                     void* workspace, int B, int T, int start, int H, int G, int D, int S,
+                                     int K, stream_t stream) {
+    (void)stream;
+    const moba_shape_t shape = {B, T, start, H, G, D, S, K};
+    char* memory = (char*)workspace;
+    moba_centroids(centroids, qkv, &shape);
+    flashmoba_local_forward(out, lse, qkv, kv_of_q, memory, &shape);
+    if (K == 1) return;
+    flashmoba_route(selected, centroids, qkv, kv_of_q, memory, &shape);
+    flashmoba_routed_forward(out, lse, selected, qkv, kv_of_q, memory, &shape);
+}
+
+// ----------------------------------------------------------------------------
+// ATTN=flashmoba, backward
+
+// What the backward reads and writes, whole tensors.
+typedef struct {
+    floatX* dqkv;           // (B, T, H + 2G, D)
+    const floatX* dout;     // (B, T, H, D)
+    const float_acc* lse;   // (B, H, T)
+    const float_acc* delta; // (B, H, T) sum over d of dout * out
+    const int* selected;    // (B, H, T, K-1)
+    const floatX* qkv;      // (B, T, H + 2G, D)
+    const int* kv_of_q;     // (H)
+} moba_tensors_t;
+
+static inline void moba_add_rows(floatX* to,         // (rows, D), stride to_stride
+                                 const floatX* from, // (rows, D)
+                                 int rows, int D, int to_stride) {
+    for (int r = 0; r < rows; r++)
+        for (int d = 0; d < D; d++) to[(size_t)r * to_stride + d] += from[(size_t)r * D + d];
+}
+
+// The causal part: a block's queries of all heads of a KV head against its keys. Writes these rows of dqkv.
+static inline void moba_block_backward(const moba_tensors_t* x, const moba_scratch_t* scratch, int b, int g,
+                                       int block, const moba_shape_t* s) {
+    const int D = s->D, stride = (s->H + 2 * s->G) * D, first = block * s->S;
+    const int tokens = min_int(s->S, s->T - first);
+    const size_t token = (size_t)b * s->T + first;
+    const size_t k = token * stride + (size_t)(s->H + g) * D, v = k + (size_t)s->G * D;
+    int first_head, heads;
+    moba_group(&first_head, &heads, x->kv_of_q, s->H, g);
+    for (int t = 0; t < tokens; t++) {
+        memset(x->dqkv + k + (size_t)t * stride, 0, sizeof(floatX) * D);
+        memset(x->dqkv + v + (size_t)t * stride, 0, sizeof(floatX) * D);
+    }
+    for (int h = first_head; h < first_head + heads; h++) {
+        const size_t q = token * stride + (size_t)h * D, row = ((size_t)b * s->H + h) * s->T + first;
+        const attention_head_t head = {x->dqkv + q,
+                                       scratch->dk,
+                                       scratch->dv,
+                                       x->dout + (token * s->H + h) * D,
+                                       x->qkv + q,
+                                       x->qkv + k,
+                                       x->qkv + v,
+                                       x->lse + row,
+                                       x->delta + row,
+                                       tokens,
+                                       D,
+                                       s->H * D,
+                                       stride,
+                                       0};
+        attention_head_backward(&head, scratch->attention, 0, tokens, 0, tokens);
+        moba_add_rows(x->dqkv + k, scratch->dk, tokens, D, stride);
+        moba_add_rows(x->dqkv + v, scratch->dv, tokens, D, stride);
+    }
+}
+
+static inline void flashmoba_local_backward(const moba_tensors_t* x, char* workspace, const moba_shape_t* s) {
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
+    for (int block = 0; block <= (s->T - 1) / s->S; block++) {
+        for (int b = 0; b < s->B; b++) {
+            for (int g = 0; g < s->G; g++) {
+                const moba_scratch_t scratch = moba_my_scratch(workspace, s, 1);
+                moba_block_backward(x, &scratch, b, g, block, s);
+            }
+        }
+    }
+}
+
+// Some keys of one block and the queries that chose it: adds to dq of these queries, and to the scratch's dk and dv.
+static inline void moba_tile_backward(const moba_tensors_t* x,
+                                      const floatX* k,     // (keys, D), stride qkv_stride
+                                      const int* rows_ids, // (rows)
+                                      const moba_scratch_t* scratch, const moba_chunk_t* chunk, int rows,
+                                      int keys, int with_dq, int with_dkv, const moba_shape_t* s) {
+    const int D = s->D, stride = (s->H + 2 * s->G) * D;
+    floatX *probs = scratch->scores, *dscores = scratch->dscores;
+    for (int r = 0; r < rows; r++) {
+        const moba_query_t query = moba_query(chunk, rows_ids[r], s);
+        memcpy(scratch->q + (size_t)r * D, x->qkv + query.q, sizeof(floatX) * D);
+        memcpy(scratch->dout + (size_t)r * D, x->dout + query.out, sizeof(floatX) * D);
+    }
+    gemm(0, 0, rows, keys, D, scratch->q, D, scratch->k_t, MOBA_KEYS, 0, probs, keys);
+    gemm(0, 0, rows, keys, D, scratch->dout, D, scratch->v_t, MOBA_KEYS, 0, dscores, keys);
+    for (int r = 0; r < rows; r++) {
+        const size_t row = moba_query(chunk, rows_ids[r], s).row;
+        softmax_row_backward(probs + (size_t)r * keys, dscores + (size_t)r * keys, x->lse[row], x->delta[row],
+                             0, keys, keys, attention_scale(D));
+    }
+    if (with_dkv) gemm(1, 0, keys, D, rows, probs, keys, scratch->dout, D, 1, scratch->dv, D);
+    if (with_dkv) gemm(1, 0, keys, D, rows, dscores, keys, scratch->q, D, 1, scratch->dk, D);
+    if (!with_dq) return;
+    gemm(0, 0, rows, D, keys, dscores, keys, k, stride, 0, scratch->result, D);
+    for (int r = 0; r < rows; r++) {
+        floatX* dq = x->dqkv + moba_query(chunk, rows_ids[r], s).q;
+        const floatX* more = scratch->result + (size_t)r * D;
+        for (int d = 0; d < D; d++) dq[d] += more[d];
+    }
+}
+
+// The blocks first_block..end_block-1 and the queries of a chunk that chose them.
+static inline void moba_chunk_backward(const moba_tensors_t* x, const moba_scratch_t* scratch,
+                                       const moba_chunk_t* chunk, int first_block, int end_block, int with_dq,
+                                       int with_dkv, const moba_shape_t* s) {
+    const int D = s->D, stride = (s->H + 2 * s->G) * D;
+    moba_build_lists(scratch->begin, scratch->rows, x->selected, chunk, first_block, end_block, s);
+    for (int key = first_block * s->S, keys; key < end_block * s->S; key += keys) {
+        const int block = key / s->S, begin = scratch->begin[block], end = scratch->begin[block + 1];
+        keys = min_int(MOBA_KEYS, (block + 1) * s->S - key);
+        if (begin == end) continue;
+        const size_t k = ((size_t)chunk->b * s->T + key) * stride + (size_t)(s->H + chunk->g) * D;
+        const size_t v = k + (size_t)s->G * D;
+        transpose_tile(scratch->k_t, x->qkv + k, keys, D, MOBA_KEYS, stride);
+        transpose_tile(scratch->v_t, x->qkv + v, keys, D, MOBA_KEYS, stride);
+        memset(scratch->dk, 0, sizeof(floatX) * keys * D);
+        memset(scratch->dv, 0, sizeof(floatX) * keys * D);
+        for (int i = begin; i < end; i += moba_tile_rows(keys))
+            moba_tile_backward(x, x->qkv + k, scratch->rows + i, scratch, chunk,
+                               min_int(moba_tile_rows(keys), end - i), keys, with_dq, with_dkv, s);
+        if (with_dkv) moba_add_rows(x->dqkv + k, scratch->dk, keys, D, stride);
+        if (with_dkv) moba_add_rows(x->dqkv + v, scratch->dv, keys, D, stride);
+    }
+}
+
+// Adds what the selected blocks give. A KV head is one task where that keeps the threads busy. Otherwise tasks are
+// chunks of queries for dq and ranges of blocks for dk and dv: any number of threads, for 7 products instead of 5
+// (scores and dout v^T are made twice). The sums are the same in the same order.
+static inline void flashmoba_routed_backward(const moba_tensors_t* x, char* workspace,
+                                             const moba_shape_t* s) {
+    const int threads = omp_get_max_threads(), heads = s->B * s->G, blocks = moba_blocks(s);
+    const int whole_heads = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;
+    const int chunks = moba_max_chunks(s), ranges = min_int(blocks, 16);
+    const int tasks = whole_heads ? 1 : chunks + ranges;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int task = 0; task < tasks; task++) {
+        for (int bg = 0; bg < heads; bg++) {
+            const moba_scratch_t scratch = moba_my_scratch(workspace, s, 1);
+            const int with_dq = whole_heads || task >= ranges, with_dkv = whole_heads || task < ranges;
+            const int first = with_dq ? 0 : (int)((size_t)blocks * task / ranges);
+            const int end = with_dq ? blocks : (int)((size_t)blocks * (task + 1) / ranges);
+            const int only_chunk = whole_heads || with_dkv ? -1 : task - ranges;
+            moba_chunk_t chunk;
+            for (int i = max_int(0, only_chunk); i <= (only_chunk < 0 ? chunks : only_chunk); i++)
+                if (moba_chunk(&chunk, x->kv_of_q, bg / s->G, bg % s->G, i, s))
+                    moba_chunk_backward(x, &scratch, &chunk, first, end, with_dq, with_dkv, s);
+        }
+    }
+}
+
+// delta, rounded up to whole cache lines, then one scratch a thread.
+static inline size_t moba_delta_bytes(const moba_shape_t* s) {
+    return ((size_t)s->B * s->H * s->T * sizeof(float_acc) + 63) / 64 * 64;
+}
+
+// Bytes of the workspace of flashmoba_backward, for as many threads as omp_get_max_threads() says now or fewer.
+static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    return moba_delta_bytes(&shape) + omp_get_max_threads() * moba_scratch(NULL, &shape, 1).bytes;
+}
+
+// Every element of dqkv is written: exact zeros for a KV head without queries.
+static inline void flashmoba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
+                                      const floatX* dout,   // (B, T, H, D)
+                                      const floatX* out,    // (B, T, H, D)
+                                      const float_acc* lse, // (B, H, T)
+                                      const int* selected,  // (B, H, T, K-1)
+                                      const floatX* qkv,    // (B, T, H + 2G, D)
+                                      const int* kv_of_q,   // (H)
+                                      void* workspace, int B, int T, int H, int G, int D, int S, int K,
+                                      stream_t stream) {
+    (void)stream;
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    float_acc* delta = (float_acc*)workspace;
+    char* memory = (char*)workspace + moba_delta_bytes(&shape);
+    const moba_tensors_t tensors = {dqkv, dout, lse, delta, selected, qkv, kv_of_q};
+    attention_delta(delta, dout, out, B, T, H, D);
+    flashmoba_local_backward(&tensors, memory, &shape);
+    if (K > 1) flashmoba_routed_backward(&tensors, memory, &shape);
+}
+
+#endif
