@@ -60,12 +60,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer test test-long bench lint format clean help
-all: train tokenizer
+.PHONY: all train tokenizer retrieval snr test test-long bench lint format clean help
+all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer test test-long bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr test test-long bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -76,21 +76,33 @@ train: $(BUILD)/$(NAME)
 
 tokenizer: $(BUILD)/tokenizer
 
+retrieval: $(BUILD)/retrieval
+
 $(BUILD)/$(NAME): train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d -x c $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
 
-$(BUILD)/tokenizer: tokenizer/tokenizer.c Makefile
+$(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
+
+# The router's theory; for a checkpoint, built with the flags of the model.
+snr: $(BUILD)/$(NAME:train_gpt_%=snr_%)
+	@ln -sf $(NAME:train_gpt_%=snr_%) $(BUILD)/snr
+
+$(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
 
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
