@@ -26,9 +26,9 @@ endif
 
 allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
 $(call allow,DEVICE,cpu)
-$(call allow,ATTN,dense)
-$(call allow,GQA,gqa)
-$(call allow,KCONV,0)
+$(call allow,ATTN,dense moba flashmoba)
+$(call allow,GQA,gqa kdgqa dgqa pgqa)
+$(call allow,KCONV,0 3 5)
 $(call allow,PRECISION,fp32 fp64)
 
 NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)
@@ -57,6 +57,9 @@ ifneq ($(BUILDING),)
   $(call needs,$(NEEDED))
 endif
 
+# make V=1 shows the commands.
+Q := $(if $(V),,@)
+
 .PHONY: all train tokenizer test test-long bench lint format clean help
 all: train tokenizer
 
@@ -75,36 +78,47 @@ tokenizer: $(BUILD)/tokenizer
 
 $(BUILD)/$(NAME): train_gpt.cu Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d -x c $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d -x c $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
 
 $(BUILD)/tokenizer: tokenizer/tokenizer.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
 
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
-         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_programs \
+         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp64) -MF $@.d $< -o $@ -lcmocka $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp64) -MF $@.d $< -o $@ -lcmocka $(TRAIN_LIBS)
 
 $(BUILD)/test/%_fp32: test/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
 $(BUILD)/test/%: test/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
 test: all $(TESTS)
-	@BUILD=$(BUILD) scripts/run_tests.sh $(TESTS)
+	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
 
 # What takes longer: the scripts as a user calls them.
+# The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
+# user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
+SANITIZED := CFLAGS="-O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+THREADED := CFLAGS="-O1 -march=native -g -fsanitize=thread"
 test-long: all
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) test
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) TESTS=$(BUILD)/thread/test/test_dataloader test
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 
 # ----------------------------------------------------------------------------
@@ -114,12 +128,13 @@ BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
 $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
 bench: $(BENCHES)
-	$(BUILD)/bench/attention
-	$(BUILD)/bench/moba
-	$(BUILD)/bench/step
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 
 # ----------------------------------------------------------------------------
 # Style

@@ -10,6 +10,7 @@ heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabular
 
 This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 */
+#include <malloc.h>
 #include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
@@ -21,14 +22,19 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "dev/cpu/embedding.h"  // defines embedding_forward, embedding_backward
 #include "dev/cpu/rmsnorm.h"    // defines rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward
 #include "dev/cpu/matmul.h"     // defines matmul_start, matmul_forward, matmul_backward
+#include "dev/cpu/keynorm.h"    // defines key_rms, key_weight_norm
+#include "dev/cpu/keyconv.h"    // defines keyconv_forward, keyconv_backward
 #include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
+#include "dev/cpu/moba.h"       // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
+#include "dev/cpu/noise.h"      // defines attention_noise
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
 #else
 #error "define DEVICE_CPU (make DEVICE=...)"
 #endif
+#include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
 #include "runtime/memory.h"      // defines Arena
 #include "runtime/schedule.h"    // defines learning_rate
 #include "runtime/options.h"     // defines Options, options_parse
@@ -42,14 +48,18 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 // The model and its memory
 
 // What a layer's forward pass leaves for its backward pass, and for the next token of a generation: the keys and values of
-// the packed rows are the cache.
+// the packed rows are the cache, with the keys before the convolution where there is one.
 typedef struct {
     floatX* residual;     // (B, T, C) the layer's input
     floatX* norm1;        // (B, T, C)
     float_acc* rstd1;     // (B, T)
-    floatX* qkv;          // (B, T, H + 2G, D) after RoPE
+    floatX* qkv;          // (B, T, H + 2G, D) after convolution and RoPE
+    floatX* raw_keys;     // (B, T, G, D) before the convolution, in layers that have one
     floatX* attention;    // (B, T, H, D)
+    floatX* noised;       // (B, T, H, D) what is multiplied by Wo: pgqa's noise added, else attention itself
     float_acc* lse;       // (B, H, T)
+    int* selected;        // (B, H, T, K-1) the blocks that each query attends to, in layers with MoBA
+    float_acc* centroids; // (B, T/S, G, D) the means of their blocks' keys
     floatX* residual_mid; // (B, T, C) between attention and feed-forward
     floatX* norm2;        // (B, T, C)
     float_acc* rstd2;     // (B, T)
@@ -69,6 +79,8 @@ typedef struct {
     int* targets;             // (B, T)
     float_acc* rope;          // (T, D/2, 2)
     int* kv_of_q;             // (L, H) the KV head that each query head reads
+    float_acc* key_norms;     // (B, G) of one layer: the statistic of each sequence's keys
+    float_acc* key_sums;      // (L, G) the sums of these over the step
     // gradients, shared by all layers
     floatX* dresidual;         // (B, T, C)
     floatX* dnorm;             // (B, T, C)
@@ -94,12 +106,35 @@ typedef struct {
     float_acc* partials;   // scratch of the global norm
     Activations acts;
     Arena parameters, gradients, optimizer, activations;
+    HeadAllocation heads;   // where kv_of_q comes from
     float_acc* host_losses; // (B, T)
     stream_t stream;
 } Model;
 
 // Logits are the widest activation by far; this much of them is held at once.
 #define LOGIT_BYTES ((size_t)128 << 20)
+
+// Bytes of scratch that the attention of a layer takes, forward and backward one after the other.
+static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
+    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
+              K = config->moba_topk;
+    size_t forward = 0, backward = 0;
+    switch (layer_attention(config, layer)) {
+    case ATTENTION_DENSE:
+        forward = attention_forward_workspace(B, T, H, G, D);
+        backward = attention_backward_workspace(B, T, H, G, D);
+        break;
+    case ATTENTION_MOBA:
+        forward = moba_forward_workspace(B, T, H, G, D, S, K);
+        backward = moba_backward_workspace(B, T, H, G, D, S, K);
+        break;
+    case ATTENTION_FLASHMOBA:
+        forward = flashmoba_forward_workspace(B, T, H, G, D, S, K);
+        backward = flashmoba_backward_workspace(B, T, H, G, D, S, K);
+        break;
+    }
+    return training && backward > forward ? backward : forward;
+}
 
 // Decides where everything lies; takes no memory yet but for the tables.
 static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training) {
@@ -136,14 +171,29 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena->name = "activations";
     Activations* acts = &model->acts;
     acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
+    size_t workspace = 0;
     for (size_t l = 0; l < L; l++) {
         LayerActivations* layer = &acts->layers[l];
+        size_t scratch = attention_workspace(config, (int)l, B, T, training);
+        if (scratch > workspace) workspace = scratch;
+        if (layer_attention(config, (int)l) != ATTENTION_DENSE) {
+            const int S = config->moba_block, K = config->moba_topk;
+            arena_reserve(arena, (void**)&layer->selected, moba_selected_count(B, T, (int)H, K) * sizeof(int),
+                          "chosen blocks");
+            arena_reserve(arena, (void**)&layer->centroids,
+                          moba_centroids_count(B, T, (int)G, (int)D, S) * sizeof(float_acc), "chosen blocks");
+        }
         arena_reserve(arena, (void**)&layer->residual, rows * C * sizeof(floatX), "residual stream");
         arena_reserve(arena, (void**)&layer->norm1, rows * C * sizeof(floatX), "norms");
         arena_reserve(arena, (void**)&layer->rstd1, rows * sizeof(float_acc), "norms");
         arena_reserve(arena, (void**)&layer->qkv, rows * (H + 2 * G) * D * sizeof(floatX),
                       "queries, keys, values");
+        if (layer_taps(config, (int)l))
+            arena_reserve(arena, (void**)&layer->raw_keys, rows * G * D * sizeof(floatX),
+                          "queries, keys, values");
         arena_reserve(arena, (void**)&layer->attention, rows * H * D * sizeof(floatX), "attention");
+        if (training && config->gqa == GQA_PERTURBED)
+            arena_reserve(arena, (void**)&layer->noised, rows * H * D * sizeof(floatX), "attention");
         arena_reserve(arena, (void**)&layer->lse, rows * H * sizeof(float_acc), "attention");
         arena_reserve(arena, (void**)&layer->residual_mid, rows * C * sizeof(floatX), "residual stream");
         arena_reserve(arena, (void**)&layer->norm2, rows * C * sizeof(floatX), "norms");
@@ -161,11 +211,8 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->targets, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->rope, (size_t)T * D * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
-    size_t workspace = attention_forward_workspace(B, T, (int)H, (int)G, (int)D);
-    if (training) {
-        size_t backward = attention_backward_workspace(B, T, (int)H, (int)G, (int)D);
-        if (backward > workspace) workspace = backward;
-    }
+    arena_reserve(arena, (void**)&acts->key_norms, B * G * sizeof(float_acc), "tokens and tables");
+    arena_reserve(arena, (void**)&acts->key_sums, L * G * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, &acts->attention_workspace, workspace, "attention workspace");
     if (!training) return;
     arena_reserve(arena, (void**)&acts->dresidual, rows * C * sizeof(floatX), "activation gradients");
@@ -177,13 +224,11 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
 }
 
-// The map of grouped attention: H/G query heads in a row share a KV head.
-static void gpt_set_uniform_map(Model* model) {
-    const int L = model->config.layers, H = model->config.heads, G = model->config.kv_heads;
-    int* map = (int*)malloc_or_fail((size_t)L * H * sizeof(int), "the map of query heads");
-    for (int i = 0; i < L * H; i++) map[i] = i % H / (H / G);
-    copy_to_device(model->acts.kv_of_q, map, (size_t)L * H * sizeof(int), model->stream);
-    free(map);
+// Gives the device the maps of `count` layers from `first` on, after they have changed.
+static void gpt_upload_maps(Model* model, int first, int count) {
+    const size_t H = model->config.heads, at = (size_t)first * H;
+    copy_to_device(model->acts.kv_of_q + at, model->heads.map + at, (size_t)count * H * sizeof(int),
+                   model->stream);
 }
 
 // Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
@@ -200,7 +245,9 @@ static void gpt_allocate(Model* model) {
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
     free(table);
-    gpt_set_uniform_map(model);
+    allocation_start(&model->heads, allocation_defaults(model->config.gqa == GQA_DYNAMIC),
+                     model->config.layers, model->config.heads, model->config.kv_heads);
+    gpt_upload_maps(model, 0, model->config.layers);
 }
 
 static void gpt_initialize(Model* model, uint64_t seed) {
@@ -222,24 +269,156 @@ static void gpt_free(Model* model) {
         arena_free(&model->optimizer);
     }
     arena_free(&model->activations);
+    allocation_free(&model->heads);
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
     free(model->host_losses);
 }
 
 // ----------------------------------------------------------------------------
+// Attention, of the kind that the layer has
+
+static void layer_attention_forward(Model* model, int l, int B, int T, int start) {
+    const ModelConfig* config = &model->config;
+    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
+              K = config->moba_topk;
+    const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
+    LayerActivations* layer = &model->acts.layers[l];
+    void* workspace = model->acts.attention_workspace;
+    switch (layer_attention(config, l)) {
+    case ATTENTION_DENSE:
+        attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
+                          layer_window(config, l), model->stream);
+        break;
+    case ATTENTION_MOBA:
+        moba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv, kv_of_q,
+                     workspace, B, T, start, H, G, D, S, K, model->stream);
+        break;
+    case ATTENTION_FLASHMOBA:
+        flashmoba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv,
+                          kv_of_q, workspace, B, T, start, H, G, D, S, K, model->stream);
+        break;
+    }
+}
+
+// From dattention to dqkv.
+static void layer_attention_backward(Model* model, int l, int B, int T) {
+    const ModelConfig* config = &model->config;
+    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
+              K = config->moba_topk;
+    Activations* acts = &model->acts;
+    const int* kv_of_q = acts->kv_of_q + (size_t)l * H;
+    const LayerActivations* layer = &acts->layers[l];
+    switch (layer_attention(config, l)) {
+    case ATTENTION_DENSE:
+        attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv, kv_of_q,
+                           acts->attention_workspace, B, T, H, G, D, layer_window(config, l), model->stream);
+        break;
+    case ATTENTION_MOBA:
+        moba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected, layer->qkv,
+                      kv_of_q, acts->attention_workspace, B, T, H, G, D, S, K, model->stream);
+        break;
+    case ATTENTION_FLASHMOBA:
+        flashmoba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected,
+                           layer->qkv, kv_of_q, acts->attention_workspace, B, T, H, G, D, S, K,
+                           model->stream);
+        break;
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Query heads that follow the keys (docs/math.md section 3). Maps change between steps, or, with the keys' own statistic as
+// the source, in the middle of a training pass; never in evaluation or generation.
+
+// What a training pass knows that evaluation and generation do not.
+typedef struct {
+    uint64_t seed;
+    int step;           // optimizer steps done
+    long sequence;      // of the step: the place of the batch's first one
+    double noise_alpha; // of pgqa
+} TrainingPass;
+
+// Numbers of the device as doubles of the host.
+static void gpt_read_numbers(const Model* model, double* out, const float_acc* numbers, size_t count) {
+    float_acc* host = (float_acc*)malloc_or_fail(count * sizeof(float_acc), "statistics of the keys");
+    copy_to_host(host, numbers, count * sizeof(float_acc), model->stream);
+    stream_synchronize(model->stream);
+    for (size_t i = 0; i < count; i++) out[i] = (double)host[i];
+    free(host);
+}
+
+// The maps of a step: from the keys of the step before, or from the weights as they are now.
+static void gpt_begin_step(Model* model, int step) {
+    const ModelConfig* config = &model->config;
+    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
+    HeadAllocation* heads = &model->heads;
+    if (!heads_are_key_driven(config)) return;
+    device_zero(model->acts.key_sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
+    if (heads->settings.source == SOURCE_FORWARD) return;
+    for (int l = 0; l < config->layers; l++) {
+        const LayerParameters* weights = &model->layout.layers[l];
+        double* n = heads->statistic + (size_t)l * G;
+        if (heads->settings.source == SOURCE_WEIGHTS) {
+            key_weight_norm(model->acts.key_norms, model->params + weights->qkv_proj + (size_t)H * D * C,
+                            model->params + weights->input_norm, G, D, C, model->stream);
+            gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
+            heads->measured[l] = 1;
+        }
+        if (!heads->measured[l]) continue;
+        allocation_update(heads, l, n, step);
+        allocation_remember(heads, l, n, step);
+    }
+    gpt_upload_maps(model, 0, config->layers);
+}
+
+// Measures the keys that the projection of layer l has made; they are this very pass's map where the source is forward.
+static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
+    const int H = model->config.heads, G = model->config.kv_heads, D = model->config.head_dim;
+    Activations* acts = &model->acts;
+    key_rms(acts->key_norms, acts->key_sums + (size_t)l * G, acts->layers[l].qkv, B, T, H, G, D,
+            model->stream);
+    if (model->heads.settings.source != SOURCE_FORWARD) return;
+    double* n = (double*)malloc_or_fail((size_t)B * G * sizeof(double), "statistics of the keys");
+    gpt_read_numbers(model, n, acts->key_norms, (size_t)B * G);
+    for (int g = 0; g < G; g++) {
+        for (int b = 1; b < B; b++) n[g] += n[(size_t)b * G + g];
+        n[g] /= B;
+    }
+    allocation_update(&model->heads, l, n, step);
+    gpt_upload_maps(model, l, 1);
+    free(n);
+}
+
+// The statistic of a step of so many sequences: what a later step's maps are made from.
+static void gpt_end_step(Model* model, int step, long sequences) {
+    HeadAllocation* heads = &model->heads;
+    const size_t count = (size_t)heads->L * heads->G;
+    if (!heads_are_key_driven(&model->config) || heads->settings.source == SOURCE_WEIGHTS) return;
+    double* sums = (double*)malloc_or_fail(count * sizeof(double), "statistics of the keys");
+    gpt_read_numbers(model, sums, model->acts.key_sums, count);
+    allocation_end_step(heads, sums, sequences);
+    for (int l = 0; l < heads->L && heads->settings.source == SOURCE_FORWARD; l++)
+        allocation_remember(heads, l, heads->statistic + (size_t)l * heads->G, step);
+    free(sums);
+}
+
+// ----------------------------------------------------------------------------
 // Forward
 
 // Runs tokens (B, T) through the layers, up to the last norm. With start > 0 (and B = 1) the rows before it are there
-// already, keys and values included, and only start..T-1 are computed: so a generation adds a token.
-static void gpt_forward(Model* model, const int* tokens, int B, int T, int start) {
+// already, keys and values included, and only start..T-1 are computed: so a generation adds a token. pass is NULL where the
+// model is not trained: then the maps of query heads stay, and there is no noise.
+static void gpt_forward(Model* model, const int* tokens, int B, int T, int start, const TrainingPass* pass) {
     assert(B <= model->B && (size_t)B * T <= (size_t)model->B * model->T && T <= model->T);
-    assert(start == 0 || B == 1);
+    assert(start == 0 || (B == 1 && !pass));
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
               F = config->ffn;
     const int rows = B * (T - start), QKV = qkv_heads(config) * D;
     const size_t first = start; // the first row computed, of every activation
+    const int noisy = pass && config->gqa == GQA_PERTURBED;
+    const int measured =
+        pass && heads_are_key_driven(config) && model->heads.settings.source != SOURCE_WEIGHTS;
     const float eps = config->norm_eps;
     const floatX* params = model->params;
     Activations* acts = &model->acts;
@@ -261,12 +440,19 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
         // attention
         matmul_forward(layer->qkv + first * QKV, layer->norm1 + first * C, params + weights->qkv_proj, rows,
                        C, QKV, stream);
+        if (measured) gpt_measure_keys(model, l, B, T, pass->step);
+        if (layer_taps(config, l))
+            keyconv_forward(layer->qkv, layer->raw_keys, params + weights->k_conv, B, T, start, H, G, D,
+                            layer_taps(config, l), stream);
         if (layer_has_rope(config, l))
             rope_forward(layer->qkv + first * QKV, acts->rope + first * D, B, T - start, H, G, D, stream);
-        attention_forward(layer->attention, layer->lse, layer->qkv, acts->kv_of_q + (size_t)l * H,
-                          acts->attention_workspace, B, T, start, H, G, D, layer_window(config, l), stream);
-        matmul_forward(acts->branch + first * C, layer->attention + first * H * D, params + weights->o_proj,
-                       rows, H * D, C, stream);
+        layer_attention_forward(model, l, B, T, start);
+        if (noisy)
+            attention_noise(layer->noised, layer->attention, B, T, H, D, (float)pass->noise_alpha, pass->seed,
+                            noise_stream(pass->step, l), pass->sequence, stream);
+        const floatX* heads = noisy ? layer->noised : layer->attention;
+        matmul_forward(acts->branch + first * C, heads + first * H * D, params + weights->o_proj, rows, H * D,
+                       C, stream);
         residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C,
                                  layer->rstd2 + first, layer->residual + first * C, acts->branch + first * C,
                                  params + weights->post_norm, rows, C, eps, stream);
@@ -317,7 +503,8 @@ static double gpt_loss(Model* model, const int* targets, int B, int T, int with_
 // ----------------------------------------------------------------------------
 // Backward
 
-// From dnorm, which gpt_loss() left, to the gradients of all parameters, which accumulate. The forward pass in reverse.
+// From dnorm, which gpt_loss() left, to the gradients of all parameters, which accumulate. The forward pass in reverse, of a
+// TrainingPass.
 static void gpt_backward(Model* model, int B, int T) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
@@ -345,12 +532,15 @@ static void gpt_backward(Model* model, int B, int T) {
                          params + weights->post_norm, layer->rstd2, rows, C, stream);
 
         // attention
-        matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, layer->attention,
+        // Noise passes the gradient on unchanged: what reaches Wo is noised, what attention made is not.
+        const floatX* heads = config->gqa == GQA_PERTURBED ? layer->noised : layer->attention;
+        matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, heads,
                         params + weights->o_proj, rows, H * D, C, stream);
-        attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv,
-                           acts->kv_of_q + (size_t)l * H, acts->attention_workspace, B, T, H, G, D,
-                           layer_window(config, l), stream);
+        layer_attention_backward(model, l, B, T);
         if (layer_has_rope(config, l)) rope_backward(acts->dqkv, acts->rope, B, T, H, G, D, stream);
+        if (layer_taps(config, l))
+            keyconv_backward(acts->dqkv, grads + weights->k_conv, layer->raw_keys, params + weights->k_conv,
+                             B, T, H, G, D, layer_taps(config, l), stream);
         matmul_backward(acts->dnorm, grads + weights->qkv_proj, acts->dqkv, layer->norm1,
                         params + weights->qkv_proj, rows, C, QKV, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,
@@ -388,7 +578,7 @@ static double gpt_update(Model* model, AdamW settings) {
 static void gpt_next_logits(Model* model, float* logits, const int* tokens, int T, int start,
                             floatX* scratch) {
     const int C = model->config.channels, Vp = model->config.padded_vocab;
-    gpt_forward(model, tokens, 1, T, start);
+    gpt_forward(model, tokens, 1, T, start, NULL);
     matmul_forward(model->acts.logits, model->acts.norm + (size_t)(T - 1) * C,
                    model->params + model->layout.head, 1, C, Vp, model->stream);
     copy_to_host(scratch, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
@@ -437,6 +627,7 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
         double uniform = random_uniform(options->seed, stream, (uint64_t)i);
         int token = sample_token(logits, V, (float)options->temperature, options->top_k,
                                  (float)options->top_p, uniform, workspace);
+        if (token < 0) fail("the model's logits are not numbers");
         if (token == end_of_text) break;
         tokens[count++] = token;
         print_token(tokenizer, token);
@@ -465,7 +656,7 @@ static void write_logits(Model* model, const Options* options) {
         text = end + (*end == ',');
     }
     if (T == 0) fail_usage("--tokens: want at least one id");
-    gpt_forward(model, tokens, 1, T, 0);
+    gpt_forward(model, tokens, 1, T, 0, NULL);
     floatX* logits = (floatX*)malloc_or_fail((size_t)T * Vp * sizeof(floatX), "logits");
     for (int t = 0; t < T; t++) {
         matmul_forward(model->acts.logits, model->acts.norm + (size_t)t * C,
@@ -539,8 +730,15 @@ static void choose_model(Run* run) {
              (int)tokenizer_vocab_size(run->tokenizer), *V);
     model_config_complete(&run->config);
     model_config_check(&run->config);
+    const int least = options->heads_by_keys.least, G = run->config.kv_heads, H = run->config.heads;
+    if (heads_are_key_driven(&run->config) && least * G > H)
+        fail_usage("--kd-min-heads %d: %d KV heads would need %d query heads, --heads is %d", least, G,
+                   least * G, H);
     if (!directory[0]) return;
-    checkpoint_check_same_model(directory, &run->config);
+    // Training may start from the weights of another kind of attention or another length; the weights' shapes are checked
+    // when they are read. What goes on, or is only run, must be the same model.
+    if (run->resume_from[0] || options->generate || options->write_logits)
+        checkpoint_check_same_model(directory, &run->config);
     char path[PATH_MAX];
     path_format(path, "%s/tokenizer.json", directory);
     if (!options->tokenizer || !path_exists(path)) return;
@@ -580,6 +778,14 @@ static void open_data(Run* run) {
     run->schedule.steps = run->steps;
     run->schedule.final_fraction = options->final_lr_fraction;
     run->schedule.decay_fraction = options->decay_fraction;
+}
+
+// The weights of a checkpoint, and the map of query heads that they were trained with.
+static void load_model(Model* model, const Run* run, const char* directory) {
+    checkpoint_load_model(directory, &model->layout.table, model->params, model->stream);
+    if (!heads_are_key_driven(&run->config)) return;
+    checkpoint_load_heads(directory, &model->heads);
+    gpt_upload_maps(model, 0, run->config.layers);
 }
 
 // A run is never overwritten by accident.
@@ -707,7 +913,7 @@ static double validate(Model* model, const Run* run) {
     for (uint64_t first = 0; first < count; first += (uint64_t)B) {
         int rows = count - first < (uint64_t)B ? (int)(count - first) : B;
         loader_read(run->val, first, rows, tokens, tokens + (size_t)B * T);
-        gpt_forward(model, tokens, rows, T, 0);
+        gpt_forward(model, tokens, rows, T, 0, NULL);
         sum += gpt_loss(model, tokens + (size_t)B * T, rows, T, 0, 0);
     }
     free(tokens);
@@ -720,13 +926,16 @@ static double train_step(Model* model, const Run* run, double rate, int step, do
     const double total = (double)run->options.total_batch;
     double sum = 0;
     gpt_zero_gradients(model);
+    gpt_begin_step(model, step);
     for (long micro = 0; micro < run->sequences_per_step / B; micro++) {
         const int *tokens, *targets;
         loader_next(run->train, &tokens, &targets);
-        gpt_forward(model, tokens, B, T, 0);
+        const TrainingPass pass = {run->options.seed, step, micro * B, run->options.pgqa_noise};
+        gpt_forward(model, tokens, B, T, 0, &pass);
         sum += gpt_loss(model, targets, B, T, 1, (float_acc)(1 / total));
         gpt_backward(model, B, T);
     }
+    gpt_end_step(model, step, run->sequences_per_step);
     AdamW settings;
     settings.learning_rate = (float)rate;
     settings.beta1 = (float)run->options.beta1;
@@ -743,9 +952,10 @@ static void save_checkpoint(const Model* model, Run* run, Metrics* metrics, int 
     double started = seconds_now();
     run->state.step = step;
     metrics_sync(metrics);
-    checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state, model->params,
-                    model->exp_avg, model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL,
-                    run->options.keep, model->stream);
+    checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state,
+                    heads_are_key_driven(&run->config) ? &model->heads : NULL, model->params, model->exp_avg,
+                    model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL, run->options.keep,
+                    model->stream);
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
@@ -773,6 +983,10 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_describe_number(&to, "vocab", config->vocab_size);
     metrics_describe_text(&to, "pattern", config->pattern);
     metrics_describe_number(&to, "window", config->window);
+    if (config->attention != ATTENTION_DENSE) {
+        metrics_describe_number(&to, "moba_block", config->moba_block);
+        metrics_describe_number(&to, "moba_topk", config->moba_topk);
+    }
     metrics_describe_number(&to, "sequence_length", config->sequence_length);
     metrics_describe_number(&to, "batch", options->batch);
     metrics_describe_number(&to, "total_batch", (double)options->total_batch);
@@ -862,10 +1076,22 @@ static void train(Model* model, Run* run) {
     }
 }
 
+// Threads of OpenMP that wait spin for some milliseconds, and where another program has a core they eat its time and their
+// own. The library reads its setting before main(), so the program starts itself once more with it.
+static void yield_while_waiting(char** argv) {
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv); // where this fails, all is as it was
+}
+
 int main(int argc, char** argv) {
     program_name = "train_gpt";
-    signal(SIGXFSZ,
-           SIG_IGN); // a file that may not grow is then an error of write(), which cleans up and says so
+    yield_while_waiting(argv);
+    // Otherwise the C library keeps a heap for every thread and what was freed, and no plan knows how much of it.
+    mallopt(M_ARENA_MAX, 1);
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);
+    // A file that may not grow is then an error of write(), which cleans up and says so.
+    signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);
     const Options* options = &run.options;
@@ -880,7 +1106,7 @@ int main(int argc, char** argv) {
         if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
         gpt_plan(&model, &run.config, 1, T, 0);
         gpt_allocate(&model);
-        checkpoint_load_model(run.init_from, &model.layout.table, model.params, model.stream);
+        load_model(&model, &run, run.init_from);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
         else write_logits(&model, options);
         gpt_free(&model);
@@ -896,6 +1122,7 @@ int main(int argc, char** argv) {
     check_plan_fits(&run, &model);
     if (options->dry_run) return 0;
     gpt_allocate(&model);
+    model.heads.settings = options->heads_by_keys;
     if (run.resume_from[0]) {
         run.state = checkpoint_load_state(run.resume_from);
         if (run.state.seed != options->seed)
@@ -903,15 +1130,14 @@ int main(int argc, char** argv) {
                  run.resume_from, (unsigned long long)run.state.seed);
         if (run.state.step > run.steps)
             fail_usage("--steps %d: %s has done %d already", run.steps, run.resume_from, run.state.step);
-        checkpoint_load_model(run.resume_from, &model.layout.table, model.params, model.stream);
+        load_model(&model, &run, run.resume_from);
         checkpoint_load_optimizer(run.resume_from, &model.layout.table, model.exp_avg, model.exp_avg_sq,
                                   model.stream);
         printf("resuming %s: step %d of %d\n", run.resume_from, run.state.step, run.steps);
     } else {
         if (options->resume)
             printf("--resume: no checkpoint in %s yet, starting at step 0\n", options->output);
-        if (run.init_from[0])
-            checkpoint_load_model(run.init_from, &model.layout.table, model.params, model.stream);
+        if (run.init_from[0]) load_model(&model, &run, run.init_from);
         else gpt_initialize(&model, options->seed);
     }
     describe_state(&run);

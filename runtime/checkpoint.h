@@ -2,12 +2,14 @@
 Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes the files.
 
     checkpoint_clean("out");                           // at start: removes what a killed run left half-written
-    checkpoint_save("out", &config, &layout.table, &state, params, exp_avg, exp_avg_sq, tokenizer, 3, stream);
+    checkpoint_save("out", &config, &layout.table, &state, &heads, params, exp_avg, exp_avg_sq, tokenizer, 3,
+                    stream);
 
     char path[PATH_MAX];                               // at --resume
     if (checkpoint_latest("out", path)) {
         checkpoint_check_same_model(path, &config);
         TrainingState state = checkpoint_load_state(path);
+        checkpoint_load_heads(path, &heads);
         checkpoint_load_model(path, &layout.table, params, stream);
         checkpoint_load_optimizer(path, &layout.table, exp_avg, exp_avg_sq, stream);
     }
@@ -23,6 +25,7 @@ code 1.
 #ifndef RUNTIME_CHECKPOINT_H
 #define RUNTIME_CHECKPOINT_H
 
+#include "runtime/allocation.h"
 #include "runtime/model.h"
 #include "runtime/safetensors.h"
 
@@ -171,6 +174,85 @@ static inline TrainingState checkpoint_load_state(const char* directory) {
 }
 
 // ----------------------------------------------------------------------------
+// heads.json: which query heads read which KV head, and what the next maps are made from (GQA=kdgqa and dgqa)
+
+static inline void heads_add_row(cJSON* layer, const char* key, const double* values, int count) {
+    cJSON* row = cJSON_AddArrayToObject(layer, key);
+    for (int i = 0; i < count; i++) {
+        cJSON* holder = cJSON_CreateObject();
+        json_add_double(holder, "value", values[i]);
+        cJSON_AddItemToArray(row, cJSON_DetachItemFromObject(holder, "value"));
+        cJSON_Delete(holder);
+    }
+}
+
+static inline void checkpoint_write_heads(const char* path, const HeadAllocation* heads) {
+    cJSON* json = cJSON_CreateObject();
+    cJSON* layers = cJSON_AddArrayToObject(json, "layers");
+    for (int l = 0; l < heads->L; l++) {
+        const size_t first = (size_t)l * heads->G;
+        cJSON* layer = cJSON_CreateObject();
+        cJSON_AddItemToArray(layers, layer);
+        cJSON_AddItemToObject(layer, "heads", cJSON_CreateIntArray(heads->heads + first, heads->G));
+        json_add_whole(layer, "measured", heads->measured[l]);
+        heads_add_row(layer, "statistic", heads->statistic + first, heads->G);
+        json_add_whole(layer, "windows", heads->windows[l]);
+        heads_add_row(layer, "history", heads->history + first, heads->G);
+        json_add_whole(layer, "moved", heads->moved[l]);
+    }
+    json_write_file(path, json);
+    cJSON_Delete(json);
+}
+
+static inline const cJSON* heads_get_row(const cJSON* layer, const char* key, int count, const char* path) {
+    const cJSON* row = json_get(layer, key);
+    if (!cJSON_IsArray(row) || cJSON_GetArraySize(row) != count)
+        fail("%s: every layer must have %s, a list of %d numbers", path, key, count);
+    return row->child;
+}
+
+static inline uint64_t heads_get_whole(const cJSON* item, const char* key, uint64_t most, const char* path) {
+    uint64_t value = 0;
+    if (!json_get_whole(item, &value) || value > most)
+        fail("%s: %s must be whole numbers from 0 to %llu", path, key, (unsigned long long)most);
+    return value;
+}
+
+static inline void heads_get_doubles(double* values, const cJSON* layer, const char* key, int count,
+                                     const char* path) {
+    const cJSON* item = heads_get_row(layer, key, count, path);
+    for (int i = 0; i < count; i++, item = item->next)
+        if (!json_get_double(item, &values[i])) fail("%s: %s must be numbers", path, key);
+}
+
+// Fills in the allocation of a model of heads->L layers, H query heads and G KV heads, which allocation_start() has begun.
+static inline void checkpoint_load_heads(const char* directory, HeadAllocation* heads) {
+    char path[PATH_MAX];
+    path_format(path, "%s/heads.json", directory);
+    cJSON* json = json_read_object(path);
+    const cJSON* layers = json_get(json, "layers");
+    if (!cJSON_IsArray(layers) || cJSON_GetArraySize(layers) != heads->L)
+        fail("%s: want layers, a list of the model's %d", path, heads->L);
+    const cJSON* layer = layers->child;
+    for (int l = 0; l < heads->L; l++, layer = layer->next) {
+        const size_t first = (size_t)l * heads->G;
+        const cJSON* item = heads_get_row(layer, "heads", heads->G, path);
+        int sum = 0;
+        for (int g = 0; g < heads->G; g++, item = item->next)
+            sum += heads->heads[first + g] = (int)heads_get_whole(item, "heads", (uint64_t)heads->H, path);
+        if (sum != heads->H)
+            fail("%s: layer %d gives %d query heads out, the model has %d", path, l, sum, heads->H);
+        map_from_allocation(heads->map + (size_t)l * heads->H, heads->heads + first, heads->G);
+        heads->measured[l] = (int)heads_get_whole(json_get(layer, "measured"), "measured", 1, path);
+        heads->windows[l] = (int)heads_get_whole(json_get(layer, "windows"), "windows", INT_MAX, path);
+        heads->moved[l] = (long)heads_get_whole(json_get(layer, "moved"), "moved", 1ULL << 53, path);
+        heads_get_doubles(heads->statistic + first, layer, "statistic", heads->G, path);
+        heads_get_doubles(heads->history + first, layer, "history", heads->G, path);
+    }
+    cJSON_Delete(json);
+}
+
+// ----------------------------------------------------------------------------
 // config.json: the model, in Hugging Face's words
 
 typedef struct {
@@ -263,6 +345,10 @@ static inline void checkpoint_write_config(const char* path, const ModelConfig* 
     cJSON_AddNumberToObject(moba, "kconv", variant.kconv);
     cJSON_AddStringToObject(moba, "pattern", config->pattern);
     cJSON_AddNumberToObject(moba, "window", config->window);
+    if (config->attention != ATTENTION_DENSE) {
+        cJSON_AddNumberToObject(moba, "block", config->moba_block);
+        cJSON_AddNumberToObject(moba, "topk", config->moba_topk);
+    }
     cJSON_AddBoolToObject(moba, "rope_global", config->rope_global);
     cJSON_AddBoolToObject(moba, "rope_sliding", config->rope_sliding);
     json_write_file(path, json);
@@ -334,6 +420,9 @@ static inline void config_read_variant(ModelConfig* config, ModelVariant* varian
                                        const char* path) {
     strcpy(config->pattern, "G");
     config->window = 256;
+    config->attention = attention_of_build();
+    config->moba_block = 128;
+    config->moba_topk = 8;
     config->rope_global = config->rope_sliding = 1;
     memset(variant, 0, sizeof(*variant));
     strcpy(variant->attn, "dense");
@@ -352,6 +441,8 @@ static inline void config_read_variant(ModelConfig* config, ModelVariant* varian
     strcpy(config->pattern, pattern);
     variant->kconv = config_get_int(moba, "kconv", 0, 5, 0, path);
     config->window = config_get_int(moba, "window", 1, 1 << 24, 256, path);
+    config->moba_block = config_get_int(moba, "block", 1, 1 << 16, config->moba_block, path);
+    config->moba_topk = config_get_int(moba, "topk", 1, 1 << 10, config->moba_topk, path);
     config->rope_global = config_get_bool(moba, "rope_global", 1, path);
     config->rope_sliding = config_get_bool(moba, "rope_sliding", 1, path);
 }
@@ -402,6 +493,7 @@ static inline ModelConfig checkpoint_read_config_and_variant(const char* directo
     config_read_variant(&config, variant, json, path);
     config_check_sizes(&config, path);
     model_config_complete(&config);
+    model_config_of_build(&config); // what the checkpoint was built with is in *variant
     cJSON_Delete(json);
     return config;
 }
@@ -457,6 +549,10 @@ static inline void checkpoint_check_same_model(const char* directory, const Mode
                  layer_has_rope(want, l) ? "rotary positions" : "none");
     }
     same_text(directory, "ATTN", saved_variant.attn, variant.attn);
+    if (want->attention != ATTENTION_DENSE) {
+        same_number(directory, "--moba-block", saved.moba_block, want->moba_block);
+        same_number(directory, "--moba-topk", saved.moba_topk, want->moba_topk);
+    }
     same_text(directory, "GQA", saved_variant.gqa, variant.gqa);
     same_number(directory, "KCONV", saved_variant.kconv, variant.kconv);
 }
@@ -909,11 +1005,12 @@ static inline void checkpoint_commit(const char* output, int step) {
 }
 
 // Writes OUTPUT/step_X of state->step, points `latest` at it, then removes older ones beyond `keep` (0:
-// none). params: (table->elements) floatX; exp_avg, exp_avg_sq: (table->elements) float_acc; all in device
+// none). heads: NULL where the map of query heads follows from the sizes. params: (table->elements) floatX; exp_avg, exp_avg_sq: (table->elements) float_acc; all in device
 // memory. tokenizer_path: a tokenizer.json to copy, or NULL. An error leaves earlier checkpoints and `latest`
 // as they were; so does a kill at any moment.
 static inline void checkpoint_save(const char* output, const ModelConfig* config, const TensorTable* table,
-                                   const TrainingState* state, const floatX* params, const float_acc* exp_avg,
+                                   const TrainingState* state, const HeadAllocation* heads,
+                                   const floatX* params, const float_acc* exp_avg,
                                    const float_acc* exp_avg_sq, const char* tokenizer_path, int keep,
                                    stream_t stream) {
     char scratch[PATH_MAX], path[PATH_MAX];
@@ -930,6 +1027,8 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
                                         {"exp_avg_sq", (float_acc*)exp_avg_sq}};
     path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, 0, 1);
     checkpoint_write_optimizer(path, table, vectors, 2, 0, table->elements, stream);
+    path_format(path, "%s/heads.json", scratch);
+    if (heads) checkpoint_write_heads(path, heads);
     path_format(path, "%s/config.json", scratch);
     checkpoint_write_config(path, config, tokenizer_path);
     path_format(path, "%s/tokenizer.json", scratch);

@@ -31,6 +31,21 @@ RMSNorm, rotary positions, grouped attention, SwiGLU, no biases.
 #define KCONV 0
 #endif
 
+// Attention of the global layers: docs/math.md section 2.
+typedef enum {
+    ATTENTION_DENSE,
+    ATTENTION_MOBA,      // block-sparse, by the original algorithm
+    ATTENTION_FLASHMOBA, // the same function by gathered tiles
+} AttentionKind;
+
+// How query heads share key/value heads: docs/math.md section 3.
+typedef enum {
+    GQA_STATIC,    // gqa: H/G in a row
+    GQA_KEY,       // kdgqa: by the norms of the keys
+    GQA_DYNAMIC,   // dgqa: by how these norms went over the steps
+    GQA_PERTURBED, // pgqa: H/G in a row, with noise on attention's output while training
+} GqaKind;
+
 #define PATTERN_MAX 64
 
 typedef struct {
@@ -47,9 +62,14 @@ typedef struct {
     int window;                    // W of the S layers: a query at t sees keys t-W+1..t
     int rope_global;               // G layers: 1 rotary positions, 0 none
     int rope_sliding;              // S layers likewise
+    AttentionKind attention;       // of the G layers; S layers are dense within their window
+    int moba_block;                // S, keys of a block
+    int moba_topk;                 // K, blocks that a query attends to, its own among them
     float rope_theta;
     float norm_eps;
-    int tied; // 1: the output head is the embedding
+    int tied;    // 1: the output head is the embedding
+    int kconv;   // taps of the key convolution in the global layers: 0 (none), 3 or 5
+    GqaKind gqa; // of every layer
 } ModelConfig;
 
 static inline char layer_kind(const ModelConfig* config, int layer) {
@@ -62,8 +82,36 @@ static inline int layer_window(const ModelConfig* config, int layer) {
 static inline int layer_has_rope(const ModelConfig* config, int layer) {
     return layer_kind(config, layer) == 'S' ? config->rope_sliding : config->rope_global;
 }
+// The kind of a layer's attention.
+static inline AttentionKind layer_attention(const ModelConfig* config, int layer) {
+    return layer_kind(config, layer) == 'G' ? config->attention : ATTENTION_DENSE;
+}
+static inline AttentionKind attention_of_build(void) {
+    if (!strcmp(ATTN_NAME, "moba")) return ATTENTION_MOBA;
+    return strcmp(ATTN_NAME, "flashmoba") ? ATTENTION_DENSE : ATTENTION_FLASHMOBA;
+}
+// Taps of a layer's key convolution; 0: it has none.
+static inline int layer_taps(const ModelConfig* config, int layer) {
+    return layer_kind(config, layer) == 'G' ? config->kconv : 0;
+}
+// 1 where the map of query heads follows the keys.
+static inline int heads_are_key_driven(const ModelConfig* config) {
+    return config->gqa == GQA_KEY || config->gqa == GQA_DYNAMIC;
+}
 // Heads of a packed row of queries, keys and values.
 static inline int qkv_heads(const ModelConfig* config) { return config->heads + 2 * config->kv_heads; }
+
+static inline GqaKind gqa_of_build(void) {
+    if (!strcmp(GQA_NAME, "kdgqa")) return GQA_KEY;
+    if (!strcmp(GQA_NAME, "dgqa")) return GQA_DYNAMIC;
+    return strcmp(GQA_NAME, "pgqa") ? GQA_STATIC : GQA_PERTURBED;
+}
+
+// What the build decides of a model.
+static inline void model_config_of_build(ModelConfig* config) {
+    config->kconv = KCONV;
+    config->gqa = gqa_of_build();
+}
 
 // "d12" is 12 layers: 64 channels a layer, heads of 64, a feed-forward network of 8/3 C rounded up to a
 // multiple of 64. Sizes left 0 are filled in by model_config_complete(), after the user's own options have
@@ -81,10 +129,14 @@ static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
     strcpy(config.pattern, "G");
     config.window = 256;
     config.rope_global = config.rope_sliding = 1;
+    config.attention = attention_of_build();
+    config.moba_block = 128;
+    config.moba_topk = 8;
     config.rope_theta = 10000.0f;
     config.norm_eps = 1e-5f;
     config.tied = 1;
     config.sequence_length = 1024;
+    model_config_of_build(&config);
     return config;
 }
 
@@ -119,6 +171,8 @@ static inline void model_config_check(const ModelConfig* config) {
     check_range("--vocab", config->vocab_size, 2, 1 << 24);
     check_range("--sequence-length", config->sequence_length, 1, 1 << 24);
     check_range("--window", config->window, 1, 1 << 24);
+    check_range("--moba-block", config->moba_block, 1, 1 << 16);
+    check_range("--moba-topk", config->moba_topk, 1, 1 << 10);
     if (!config->pattern[0] || strspn(config->pattern, "GS") != strlen(config->pattern))
         fail_usage("--pattern %s: want letters G (global attention) and S (sliding window), such as SG",
                    config->pattern);
@@ -146,7 +200,7 @@ typedef struct {
     size_t padded_count; // elements in the block: more than count where rows are padded (the vocabulary)
     Initializer initializer;
     float std;        // of INIT_NORMAL
-    int weight_decay; // 1: the optimizer decays it (matrices), 0: it does not (gains)
+    int weight_decay; // 1: the optimizer decays it (matrices), 0: it does not (gains, taps)
 } Tensor;
 
 typedef struct {
@@ -160,6 +214,7 @@ typedef struct {
 typedef struct {
     size_t input_norm;   // (C)
     size_t qkv_proj;     // ((H + 2G) D, C)
+    size_t k_conv;       // (taps, G D) in layers with a key convolution
     size_t o_proj;       // (C, H D)
     size_t post_norm;    // (C)
     size_t gate_up_proj; // (2F, C)
@@ -225,6 +280,13 @@ static inline LayerParameters table_add_layer(TensorTable* table, const ModelCon
     table_add_matrix(table, config->kv_heads * D, C, std, prefix, "self_attn.k_proj");
     table_add_matrix(table, config->kv_heads * D, C, std, prefix, "self_attn.v_proj");
     table_align(table);
+    layer.k_conv = table->elements;
+    if (layer_taps(config, l)) {
+        table_add(table, layer_taps(config, l), config->kv_heads * D, layer_taps(config, l), INIT_ZEROS, 0,
+                  "%sself_attn.k_conv.weight", prefix);
+        table->tensors[table->count - 1].weight_decay = 0; // it would pull the keys back to what they were
+        table_align(table);
+    }
     layer.o_proj = table_add_matrix(table, C, config->heads * D, residual_std, prefix, "self_attn.o_proj");
     layer.post_norm = table_add_gain(table, C, prefix, "post_attention_layernorm");
     table_align(table);
@@ -279,17 +341,27 @@ static inline void tensor_initialize(floatX* values, const Tensor* tensor, uint6
 // ----------------------------------------------------------------------------
 // Cost
 
-// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4
-// backward), and 12 H D for each key that the token's queries see, averaged over the positions of a sequence
-// of T tokens.
+// The keys that a query of a layer sees, averaged over the positions of a sequence of T tokens.
+static inline double keys_per_query(const ModelConfig* config, int layer, int T) {
+    const double window = layer_window(config, layer), block = config->moba_block;
+    if (window > 0 && window < T) return window - window * (window - 1) / (2.0 * T);
+    if (layer_attention(config, layer) == ATTENTION_DENSE) return (T + 1) / 2.0;
+    double sum = 0;
+    for (int t = 0; t < T; t++) {
+        int past = t / config->moba_block, chosen = config->moba_topk - 1;
+        sum += t % config->moba_block + 1 + block * (past < chosen ? past : chosen);
+    }
+    return sum / T;
+}
+
+// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4 backward),
+// and 12 H D for each key that its queries see. Choosing blocks is not counted, nor is what is computed twice.
 static inline double flops_per_token(const ModelConfig* config, int T) {
     double weights = (double)config->vocab_size * config->channels, attention = 0;
     for (int l = 0; l < config->layers; l++) {
         double C = config->channels, query_width = (double)config->heads * config->head_dim;
         weights += (double)qkv_heads(config) * config->head_dim * C + query_width * C + 3.0 * config->ffn * C;
-        double window = layer_window(config, l), keys = (T + 1) / 2.0;
-        if (window > 0 && window < T) keys = window - window * (window - 1) / (2.0 * T);
-        attention += 12.0 * query_width * keys;
+        attention += 12.0 * query_width * keys_per_query(config, l, T);
     }
     return 6.0 * weights + attention;
 }

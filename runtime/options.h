@@ -12,6 +12,7 @@ several options are checked where the things that they speak of come together (m
 
 #include <argp.h>
 #include <getopt.h>
+#include "runtime/allocation.h"
 #include "runtime/checks.h"
 #include "runtime/model.h"
 #include "runtime/schedule.h"
@@ -19,12 +20,15 @@ several options are checked where the things that they speak of come together (m
 typedef struct {
     // Model. 0 or NULL: not given.
     const char* model;
-    int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window;
+    int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window, moba_block, moba_topk;
     const char* pattern;
     const char* position;
     float rope_theta, norm_eps;
     int tied; // -1: not given
     const char* init_from;
+    // Heads
+    AllocationSettings heads_by_keys; // of GQA=kdgqa and dgqa
+    double pgqa_noise;
     // Data
     const char* train_data;
     const char* val_data;
@@ -68,12 +72,20 @@ enum {
     KEY_VOCAB,
     KEY_PATTERN,
     KEY_WINDOW,
+    KEY_MOBA_BLOCK,
+    KEY_MOBA_TOPK,
     KEY_POSITION,
     KEY_ROPE_THETA,
     KEY_NORM_EPS,
     KEY_TIED,
     KEY_UNTIED,
     KEY_INIT_FROM,
+    KEY_KD_SOURCE,
+    KEY_KD_WINDOW,
+    KEY_KD_BETA,
+    KEY_KD_MIN_HEADS,
+    KEY_DGQA_KIND,
+    KEY_PGQA_NOISE,
     KEY_TOKENIZER,
     KEY_DECAY_FRACTION,
     KEY_BETA1,
@@ -110,6 +122,9 @@ static const struct argp_option option_table[] = {
     {"pattern", KEY_PATTERN, "LETTERS", 0,
      "a letter a layer, repeated: G global, S sliding window (default G)", 1},
     {"window", KEY_WINDOW, "W", 0, "window of the S layers in tokens (default 256)", 1},
+    {"moba-block", KEY_MOBA_BLOCK, "S", 0,
+     "keys of a block, in builds of ATTN=moba and flashmoba (default 128)", 1},
+    {"moba-topk", KEY_MOBA_TOPK, "K", 0, "blocks that a query attends to, its own among them (default 8)", 1},
     {"position", KEY_POSITION, "KINDS", 0, "rope, none, or by letter: S=rope,G=none (default rope)", 1},
     {"rope-theta", KEY_ROPE_THETA, "X", 0, "base of the rotary angles (default 10000)", 1},
     {"norm-eps", KEY_NORM_EPS, "X", 0, "epsilon of RMSNorm (default 1e-5)", 1},
@@ -117,6 +132,21 @@ static const struct argp_option option_table[] = {
     {"untied", KEY_UNTIED, 0, 0, "the output head is a matrix of its own", 1},
     {"init-from", KEY_INIT_FROM, "DIR", 0,
      "start from the weights of this checkpoint, ours or Hugging Face's", 1},
+
+    {0, 0, 0, 0, "Query heads by keys (builds of GQA=kdgqa, dgqa, pgqa)", 1},
+    {"kd-source", KEY_KD_SOURCE, "NAME", 0,
+     "kdgqa, dgqa: the keys that are measured: lagged (the step before's; default), forward (the batch's "
+     "own) or weights "
+     "(no data)",
+     1},
+    {"kd-min-heads", KEY_KD_MIN_HEADS, "N", 0,
+     "kdgqa, dgqa: query heads that every KV head has at least (default 1)", 1},
+    {"kd-window", KEY_KD_WINDOW, "N", 0, "dgqa: steps between two allocations (default 100)", 1},
+    {"kd-beta", KEY_KD_BETA, "X", 0, "dgqa: what a window keeps of the running average (default 0.9)", 1},
+    {"dgqa-kind", KEY_DGQA_KIND, "NAME", 0,
+     "dgqa: by the running average (ema, default) or by the last change (diff)", 1},
+    {"pgqa-noise", KEY_PGQA_NOISE, "X", 0,
+     "pgqa: noise on attention's output, in standard deviations of it (default 1)", 1},
 
     {0, 0, 0, 0, "Data", 2},
     {"train-data", 'i', "GLOB", 0, "token shards to train on", 2},
@@ -205,6 +235,35 @@ static inline double option_number(int key, const char* text, double low, double
     return value;
 }
 
+// An option of a variant that this build is not would change nothing: better to say so.
+static inline void option_needs_variant(int key, int variants, const char* names) {
+    if (!(1 << gqa_of_build() & variants))
+        fail_usage("%s: of builds with GQA=%s; this one is GQA=%s", option_name(key), names, GQA_NAME);
+}
+
+static inline int option_choice(int key, const char* text, const char* const* names, int count) {
+    char rule[128] = "";
+    for (int i = 0; i < count; i++) {
+        if (!strcmp(text, names[i])) return i;
+        snprintf(rule + strlen(rule), sizeof(rule) - strlen(rule), "%s%s", i ? " or " : "", names[i]);
+    }
+    fail_usage("%s %s: want %s", option_name(key), text, rule);
+}
+
+// The options of the key-driven variants.
+static inline void option_parse_heads(AllocationSettings* heads, int key, const char* text) {
+    static const char* const sources[] = {"lagged", "forward", "weights"};
+    static const char* const kinds[] = {"ema", "diff"};
+    const int dynamic_only = key == KEY_KD_WINDOW || key == KEY_KD_BETA || key == KEY_DGQA_KIND;
+    if (dynamic_only) option_needs_variant(key, 1 << GQA_DYNAMIC, "dgqa");
+    else option_needs_variant(key, 1 << GQA_KEY | 1 << GQA_DYNAMIC, "kdgqa or dgqa");
+    if (key == KEY_KD_SOURCE) heads->source = (StatisticSource)option_choice(key, text, sources, 3);
+    if (key == KEY_KD_MIN_HEADS) heads->least = (int)option_integer(key, text, 0, 1024);
+    if (key == KEY_KD_WINDOW) heads->window = (int)option_integer(key, text, 1, INT_MAX);
+    if (key == KEY_KD_BETA) heads->beta = option_number(key, text, 0, 1);
+    if (key == KEY_DGQA_KIND) heads->kind = (DgqaKind)option_choice(key, text, kinds, 2);
+}
+
 static inline error_t option_parse(int key, char* text, struct argp_state* state) {
     Options* options = (Options*)state->input;
     const long many = 1L << 40, millions = 1L << 24;
@@ -239,6 +298,13 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
     case KEY_WINDOW:
         options->window = (int)option_integer(key, text, 1, millions);
         break;
+    case KEY_MOBA_BLOCK:
+    case KEY_MOBA_TOPK:
+        if (attention_of_build() == ATTENTION_DENSE)
+            fail_usage("%s: of builds with ATTN=moba or flashmoba; this one is ATTN=dense", option_name(key));
+        if (key == KEY_MOBA_BLOCK) options->moba_block = (int)option_integer(key, text, 1, 1 << 16);
+        else options->moba_topk = (int)option_integer(key, text, 1, 1 << 10);
+        break;
     case KEY_POSITION:
         options->position = text;
         break;
@@ -256,6 +322,17 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_INIT_FROM:
         options->init_from = text;
+        break;
+    case KEY_KD_SOURCE:
+    case KEY_KD_WINDOW:
+    case KEY_KD_BETA:
+    case KEY_KD_MIN_HEADS:
+    case KEY_DGQA_KIND:
+        option_parse_heads(&options->heads_by_keys, key, text);
+        break;
+    case KEY_PGQA_NOISE:
+        option_needs_variant(key, 1 << GQA_PERTURBED, "pgqa");
+        options->pgqa_noise = option_number(key, text, 0, 1e6);
         break;
     case 'i':
         options->train_data = text;
@@ -419,6 +496,8 @@ static inline Options options_parse(int argc, char** argv) {
     static Options options;
     memset(&options, 0, sizeof(options));
     options.tied = -1;
+    options.heads_by_keys = allocation_defaults(gqa_of_build() == GQA_DYNAMIC);
+    options.pgqa_noise = 1;
     options.batch = 4;
     options.steps = -1;
     options.learning_rate = 3e-4;
@@ -489,6 +568,8 @@ static inline ModelConfig options_model(const Options* options, ModelConfig base
     if (options->ffn) config.ffn = options->ffn;
     if (options->vocab_size) config.vocab_size = options->vocab_size;
     if (options->window) config.window = options->window;
+    if (options->moba_block) config.moba_block = options->moba_block;
+    if (options->moba_topk) config.moba_topk = options->moba_topk;
     if (options->sequence_length) config.sequence_length = options->sequence_length;
     if (options->rope_theta != 0) config.rope_theta = options->rope_theta;
     if (options->norm_eps != 0) config.norm_eps = options->norm_eps;

@@ -11,9 +11,6 @@ cd "$(dirname "$0")/.."
 data=${DATA:-data/tinystories}
 run=${RUN:-runs/tinystories}
 
-# Threads that wait sleep after some microseconds: others may be using this machine too.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
-
 scripts/install.sh
 make tokenizer train
 

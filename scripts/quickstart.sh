@@ -5,7 +5,7 @@
 #
 #   scripts/quickstart.sh                     on the C headers of this machine (/usr/include): nothing is downloaded but packages
 #   scripts/quickstart.sh --text FILE...      on your own text, 10 kB or more; the first 32 MB of it
-#   scripts/quickstart.sh --minutes 20        takes about that long in all (default 5); what the setup leaves goes to training
+#   scripts/quickstart.sh --minutes 20        takes about that long in all (default 4.5); what the setup leaves goes to training
 #
 # Everything it makes is in quickstart/01, the next time in quickstart/02, and so on.
 set -euo pipefail
@@ -33,7 +33,7 @@ fail() {
     exit "${2:-1}"
 }
 
-minutes=5 texts=()
+minutes=4.5 texts=()
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help)
@@ -114,9 +114,6 @@ while [ -e "quickstart/$(printf %02d $number)" ]; do number=$((number + 1)); don
 out=quickstart/$(printf %02d $number)
 mkdir -p "$out"
 if [ $number -gt 1 ]; then say "earlier results stay where they are in quickstart/; this time everything goes to $out"; fi
-
-# Threads that wait sleep after some microseconds: others may be using this machine too.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 
 # ----------------------------------------------------------------------------
 # Install, build

@@ -297,8 +297,27 @@ def compare_added(report, ours, directory, theirs_json):
         report.check(a == b, f"added tokens, allow special {special}", first_difference(texts, a, b))
 
 
+def record_classes(path):
+    """The code points that `tokenizers` takes for letters, numbers and spaces, as lines "class first last"."""
+    everything = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    with open(path, "w", encoding="ascii") as out:
+        for name, regex in (("letter", r"\p{L}"), ("number", r"\p{N}"), ("space", r"\s")):
+            others = pre_tokenizers.Split(Regex(regex), "removed").pre_tokenize_str(everything)
+            members = sorted(set(everything) - set("".join(piece for piece, _ in others)))
+            ranges = []
+            for c in map(ord, members):
+                if ranges and ranges[-1][1] == c - 1:
+                    ranges[-1][1] = c
+                else:
+                    ranges.append([c, c])
+            for first, last in ranges:
+                out.write(f"{name} {first:x} {last:x}\n")
+
+
 def record(directory):
-    """A small tokenizer.json for each pattern, and texts with their ids."""
+    """What `tokenizers` takes for letters, numbers and spaces; a small tokenizer.json for each pattern, and texts with
+    their ids."""
+    record_classes(os.path.join(directory, "classes.txt"))
     texts = list(SCRIPTS.values()) + random_texts(60) + ["a" * 300, " " * 100 + "x", "", "\r\n\r\n \n x"]
     for pattern, name in ((CL100K, "cl100k"), ("gpt2", "gpt2")):
         t = train_theirs(pattern, list(SCRIPTS.values()) * 2 + [SCRIPTS["English"], SCRIPTS["code"]] * 5, 900)

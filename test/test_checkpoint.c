@@ -253,6 +253,7 @@ typedef struct {
     ModelConfig config;
     ParameterLayout layout;
     TrainingState state;
+    HeadAllocation heads;
     floatX* params;
     float_acc *exp_avg, *exp_avg_sq;
     const char* output;
@@ -288,6 +289,18 @@ static void run_fill(Run* run, int step) {
             run->params[table->tensors[t].offset + i] =
                 (floatX)random_normal(3, (uint64_t)step, table->tensors[t].offset + i);
     run->params[0] = (floatX)-0.0;
+    HeadAllocation* heads = &run->heads;
+    for (int i = 0; i < heads->L * heads->G; i++) {
+        heads->statistic[i] = exp(100 * random_normal(4, (uint64_t)step, (uint64_t)i));
+        heads->history[i] = i == step ? NAN : i == step + 1 ? 5e-324 : 1.0 / (step + i);
+    }
+    for (int l = 0; l < heads->L; l++) {
+        const int given[2] = {(step + l) % 5, 4 - (step + l) % 5};
+        allocation_set(heads, l, given);
+        heads->measured[l] = (step + l) % 2;
+        heads->windows[l] = step;
+        heads->moved[l] = (1L << 52) + step;
+    }
     TrainingState* state = &run->state;
     memset(state, 0, sizeof(*state));
     state->step = step;
@@ -311,6 +324,7 @@ static Run run_make(ModelConfig config) {
     run.layout = parameter_layout(&config);
     size_t elements = run.layout.table.elements;
     run.params = (floatX*)device_malloc(elements * sizeof(floatX), "parameters");
+    allocation_start(&run.heads, allocation_defaults(0), config.layers, config.heads, config.kv_heads);
     run.exp_avg = (float_acc*)device_malloc(elements * sizeof(float_acc), "moments");
     run.exp_avg_sq = (float_acc*)device_malloc(elements * sizeof(float_acc), "moments");
     return run;
@@ -320,13 +334,14 @@ static void run_free(Run* run) {
     device_free(run->params);
     device_free(run->exp_avg);
     device_free(run->exp_avg_sq);
+    allocation_free(&run->heads);
     parameter_layout_free(&run->layout);
 }
 
 static void run_save(void* argument) {
     Run* run = (Run*)argument;
-    checkpoint_save(run->output, &run->config, &run->layout.table, &run->state, run->params, run->exp_avg,
-                    run->exp_avg_sq, run->tokenizer, run->keep, 0);
+    checkpoint_save(run->output, &run->config, &run->layout.table, &run->state, &run->heads, run->params,
+                    run->exp_avg, run->exp_avg_sq, run->tokenizer, run->keep, 0);
 }
 
 // Loads the checkpoint `run->output` itself.
@@ -334,6 +349,7 @@ static void run_load(void* argument) {
     Run* run = (Run*)argument;
     checkpoint_check_same_model(run->output, &run->config);
     run->state = checkpoint_load_state(run->output);
+    checkpoint_load_heads(run->output, &run->heads);
     checkpoint_load_model(run->output, &run->layout.table, run->params, 0);
     checkpoint_load_optimizer(run->output, &run->layout.table, run->exp_avg, run->exp_avg_sq, 0);
 }
@@ -357,6 +373,18 @@ static int same_state(const TrainingState* a, const TrainingState* b) {
     return 1;
 }
 
+static void assert_same_heads(const HeadAllocation* a, const HeadAllocation* b) {
+    const size_t groups = (size_t)a->L * a->G, layers = (size_t)a->L;
+    assert_memory_equal(a->heads, b->heads, groups * sizeof(int));
+    assert_memory_equal(a->map, b->map, layers * a->H * sizeof(int));
+    assert_memory_equal(a->statistic, b->statistic, groups * sizeof(double));
+    for (size_t i = 0; i < groups; i++)
+        assert_true(a->history[i] == b->history[i] || (isnan(a->history[i]) && isnan(b->history[i])));
+    assert_memory_equal(a->measured, b->measured, layers * sizeof(int));
+    assert_memory_equal(a->windows, b->windows, layers * sizeof(int));
+    assert_memory_equal(a->moved, b->moved, layers * sizeof(long));
+}
+
 // The checkpoint at `path` holds, bit by bit, what run_fill() made for its step. Returns the step.
 static int assert_whole(const char* path, const ModelConfig* config) {
     Run loaded = run_make(*config), want = run_make(*config);
@@ -365,6 +393,7 @@ static int assert_whole(const char* path, const ModelConfig* config) {
     run_fill(&want, loaded.state.step);
     size_t elements = want.layout.table.elements;
     assert_true(same_state(&loaded.state, &want.state));
+    assert_same_heads(&loaded.heads, &want.heads);
     assert_memory_equal(loaded.params, want.params, elements * sizeof(floatX));
     assert_memory_equal(loaded.exp_avg, want.exp_avg, elements * sizeof(float_acc));
     assert_memory_equal(loaded.exp_avg_sq, want.exp_avg_sq, elements * sizeof(float_acc));
@@ -645,8 +674,8 @@ static void test_tokenizer(void** unused) {
 // ----------------------------------------------------------------------------
 // What is broken is refused
 
-static const char* const checkpoint_files[4] = {"model.safetensors", "optimizer-00000-of-00001.safetensors",
-                                                "config.json", "state.json"};
+static const char* const checkpoint_files[5] = {"model.safetensors", "optimizer-00000-of-00001.safetensors",
+                                                "config.json", "state.json", "heads.json"};
 
 static void test_cut_short(void** unused) {
     (void)unused;
@@ -656,7 +685,7 @@ static void test_cut_short(void** unused) {
     char directory[PATH_MAX], path[PATH_MAX];
     path_format(directory, "%s/step_00000001", run.output);
     run.output = directory;
-    for (int f = 0; f < 4; f++) {
+    for (int f = 0; f < 5; f++) {
         size_t length;
         path_format(path, "%s/%s", directory, checkpoint_files[f]);
         char* bytes = read_file_or_fail(path, &length);
@@ -765,6 +794,12 @@ static void test_bad_headers(void** unused) {
 }
 
 static void call_config(void* directory) { (void)checkpoint_read_config((const char*)directory); }
+static void call_heads(void* directory) { // of small_config()
+    HeadAllocation heads;
+    allocation_start(&heads, allocation_defaults(0), 2, 4, 2);
+    checkpoint_load_heads((const char*)directory, &heads);
+    allocation_free(&heads);
+}
 static void call_state(void* directory) { (void)checkpoint_load_state((const char*)directory); }
 
 typedef struct {
@@ -849,6 +884,22 @@ static void test_bad_config(void** unused) {
     };
     expect_edits(directory, "state.json", call_state, state_edits,
                  sizeof(state_edits) / sizeof(state_edits[0]));
+    static const Edit heads_edits[] = {
+        {"\"layers\"", "\"lagers\"", "want layers, a list of the model's 2"},
+        {"\"layers\":\t[", "\"layers\":\t[{},", "want layers, a list of the model's 2"},
+        {"\"heads\":\t[1, 3]", "\"heads\":[1,2]", "layer 0 gives 3 query heads out, the model has 4"},
+        {"\"heads\":\t[1, 3]", "\"heads\":[1,1,2]", "every layer must have heads, a list of 2 numbers"},
+        {"\"heads\":\t[1, 3]", "\"heads\":[-1,5]", "heads must be whole numbers from 0 to 4"},
+        {"\"heads\":\t[1, 3]", "\"heads\":[5,-1]", "heads must be whole numbers from 0 to 4"},
+        {"\"heads\":\t[1, 3]", "\"heads\":[4,0]", NULL},
+        {"\"measured\":\t1", "\"measured\":2", "measured must be whole numbers from 0 to 1"},
+        {"\"windows\":\t1", "\"windows\":0.5", "windows must be whole numbers"},
+        {"\"moved\":\t4", "\"moved\":-4", "moved must be whole numbers"},
+        {"\"history\":\t[1.0", "\"history\":[\"one\"", "history must be numbers"},
+        {"\"history\":\t[1.0", "\"history\":[1,1", "every layer must have history, a list of 2 numbers"},
+    };
+    expect_edits(directory, "heads.json", call_heads, heads_edits,
+                 sizeof(heads_edits) / sizeof(heads_edits[0]));
     run_free(&run);
 }
 
@@ -1309,8 +1360,9 @@ static void test_fuzz(void** unused) {
     Fuzz cases[] = {{directory, "model.safetensors", 2048, load_model_only, &run, 1500},
                     {directory, "optimizer-00000-of-00001.safetensors", 320, load_optimizer_only, &run, 1500},
                     {directory, "config.json", SIZE_MAX, call_config, directory, 1500},
-                    {directory, "state.json", SIZE_MAX, call_state, directory, 1500}};
-    for (int i = 0; i < 4; i++) expect_success(fuzz_rounds, &cases[i]);
+                    {directory, "state.json", SIZE_MAX, call_state, directory, 1500},
+                    {directory, "heads.json", SIZE_MAX, call_heads, directory, 1500}};
+    for (int i = 0; i < 5; i++) expect_success(fuzz_rounds, &cases[i]);
     run_free(&run);
 }
 

@@ -15,8 +15,15 @@ typedef struct {
     double* params;     // (elements)
     const int *tokens, *targets;
     int B, T;
-    double* logits; // (B, T, V)
+    double* logits;     // (B, T, V)
+    double* raw_keys;   // (L, B, T, G D) before convolution and RoPE
+    double noise_alpha; // 0: none is added
+    int spread_is_kept; // 1: the spread of attention's outputs is the one in `spread`, 0: it is written there
+    double* spread;     // (L, B, T, H) standard deviation of each head's output
 } Reference;
+
+// What the noise of a training pass is keyed by.
+enum { NOISE_SEED = 42, NOISE_STEP = 3 };
 
 static void reference_norm(double* out, const double* x, const double* gain, int C, double eps) {
     double sum = dot(x, x, (size_t)C);
@@ -36,11 +43,35 @@ static void reference_rotate(double* x, int t, int D, double theta) {
     }
 }
 
+// The convolution of the key channel c at t, whose keys of T tokens lie `width` apart.
+static double reference_convolve(const double* keys, const double* taps, int count, int t, int width, int c) {
+    double sum = 0;
+    for (int l = 0; l < count; l++)
+        if (t - l >= 0) sum += taps[l * width + c] * keys[(t - l) * width + c];
+    return keys[t * width + c] + sum / (1 + exp(-sum));
+}
+
+// What a training pass adds to a head's output (D) in the perturbed variant; the spread is a constant to the gradient.
+static void reference_noise(double* out, Reference* reference, int l, int b, int t, int head) {
+    const int T = reference->T, H = reference->model->config.heads, D = reference->model->config.head_dim;
+    const uint64_t row = ((uint64_t)b * T + t) * H + head;
+    double* spread = &reference->spread[(uint64_t)l * reference->B * T * H + row];
+    if (!reference->spread_is_kept) {
+        double mean = 0, square = 0;
+        for (int d = 0; d < D; d++) mean += out[d] / D;
+        for (int d = 0; d < D; d++) square += (out[d] - mean) * (out[d] - mean) / D;
+        *spread = sqrt(square);
+    }
+    for (int d = 0; d < D; d++)
+        out[d] -= reference->noise_alpha * *spread *
+                  random_normal(NOISE_SEED, noise_stream(NOISE_STEP, l), row * D + d);
+}
+
 // The attention of one query head at position t over the packed rows (T, H + 2G, D) of its sequence.
-static void reference_attend(double* out, const double* qkv, int t, int head, const ModelConfig* config,
-                             int window) {
+static void reference_attend(double* out, const double* qkv, int t, int head, int group,
+                             const ModelConfig* config, int window) {
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, width = (H + 2 * G) * D;
-    const int group = head / (H / G), first = window > 0 && t - window + 1 > 0 ? t - window + 1 : 0;
+    const int first = window > 0 && t - window + 1 > 0 ? t - window + 1 : 0;
     const double* query = qkv + (size_t)t * width + head * D;
     double total = 0;
     for (int d = 0; d < D; d++) out[d] = 0;
@@ -53,7 +84,7 @@ static void reference_attend(double* out, const double* qkv, int t, int head, co
     for (int d = 0; d < D; d++) out[d] /= total;
 }
 
-static void reference_layer(double* x, const Reference* reference, int l) {
+static void reference_layer(double* x, Reference* reference, int l, int b) {
     const Model* model = reference->model;
     const ModelConfig* config = &model->config;
     const LayerParameters* at = &model->layout.layers[l];
@@ -64,16 +95,26 @@ static void reference_layer(double* x, const Reference* reference, int l) {
     double *norm = new_doubles((size_t)C), *qkv = new_doubles((size_t)T * width),
            *heads = new_doubles((size_t)H * D);
     double *branch = new_doubles((size_t)C), *gate_up = new_doubles((size_t)2 * F);
+    double* raw_keys = reference->raw_keys + ((size_t)l * reference->B + b) * T * G * D;
     for (int t = 0; t < T; t++) {
         reference_norm(norm, x + (size_t)t * C, params + at->input_norm, C, config->norm_eps);
         reference_product(qkv + (size_t)t * width, params + at->qkv_proj, norm, width, C);
+        memcpy(raw_keys + (size_t)t * G * D, qkv + (size_t)t * width + H * D, (size_t)G * D * sizeof(double));
+        for (int c = 0; c < G * D && layer_taps(config, l); c++)
+            qkv[t * width + H * D + c] =
+                reference_convolve(raw_keys, params + at->k_conv, layer_taps(config, l), t, G * D, c);
         for (int head = 0; head < H + G && layer_has_rope(config, l); head++)
             reference_rotate(qkv + (size_t)t * width + head * D, t, D, config->rope_theta);
     }
     for (int t = 0; t < T; t++) {
         double* row = x + (size_t)t * C;
-        for (int head = 0; head < H; head++)
-            reference_attend(heads + head * D, qkv, t, head, config, layer_window(config, l));
+        for (int head = 0; head < H; head++) {
+            int group = config->gqa == GQA_STATIC || config->gqa == GQA_PERTURBED
+                            ? head / (H / G)
+                            : model->heads.map[l * H + head];
+            reference_attend(heads + head * D, qkv, t, head, group, config, layer_window(config, l));
+            if (reference->noise_alpha != 0) reference_noise(heads + head * D, reference, l, b, t, head);
+        }
         reference_product(branch, params + at->o_proj, heads, C, H * D);
         for (int c = 0; c < C; c++) row[c] += branch[c];
         reference_norm(norm, row, params + at->post_norm, C, config->norm_eps);
@@ -101,7 +142,7 @@ static double reference_loss(void* context) {
             memcpy(x + (size_t)t * C,
                    reference->params + model->layout.embedding + (size_t)reference->tokens[b * T + t] * C,
                    (size_t)C * sizeof(double));
-        for (int l = 0; l < config->layers; l++) reference_layer(x, reference, l);
+        for (int l = 0; l < config->layers; l++) reference_layer(x, reference, l, b);
         for (int t = 0; t < T; t++) {
             double *logits = reference->logits + ((size_t)b * T + t) * V, sum = 0;
             reference_norm(norm, x + (size_t)t * C, reference->params + model->layout.final_norm, C,
@@ -124,14 +165,21 @@ typedef struct {
     int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, T;
     const char* pattern;
     int window, rope_global, rope_sliding, tied;
+    int kconv;
+    GqaKind gqa;
 } Case;
 
 static const Case cases[] = {
-    {"one head, tied", 1, 8, 1, 1, 8, 12, 11, 5, "G", 1, 1, 1, 1},
-    {"hybrid SG, GQA, no position in G, tied", 3, 20, 4, 2, 6, 17, 37, 13, "SG", 4, 0, 1, 1},
-    {"hybrid SGG, MQA, untied", 3, 18, 3, 1, 10, 23, 29, 11, "SGG", 3, 1, 0, 0},
-    {"multi-head, heads wider than channels, untied", 2, 12, 3, 3, 8, 9, 130, 9, "G", 1, 1, 1, 0},
-    {"window of two, no position at all", 2, 16, 2, 2, 7, 8, 21, 7, "SG", 2, 0, 0, 1},
+    {"one head, tied", 1, 8, 1, 1, 8, 12, 11, 5, "G", 1, 1, 1, 1, 0, GQA_STATIC},
+    {"hybrid SG, GQA, no position in G, tied", 3, 20, 4, 2, 6, 17, 37, 13, "SG", 4, 0, 1, 1, 0, GQA_STATIC},
+    {"hybrid SGG, MQA, untied", 3, 18, 3, 1, 10, 23, 29, 11, "SGG", 3, 1, 0, 0, 0, GQA_STATIC},
+    {"multi-head, heads wider than channels, untied", 2, 12, 3, 3, 8, 9, 130, 9, "G", 1, 1, 1, 0, 0,
+     GQA_STATIC},
+    {"window of two, no position at all", 2, 16, 2, 2, 7, 8, 21, 7, "SG", 2, 0, 0, 1, 0, GQA_STATIC},
+    {"three taps, hybrid SG, rope", 3, 16, 4, 2, 6, 10, 23, 9, "SG", 3, 1, 1, 1, 3, GQA_STATIC},
+    {"five taps, heads by keys, untied", 2, 12, 6, 3, 4, 9, 19, 8, "G", 1, 0, 0, 0, 5, GQA_KEY},
+    {"heads by the keys' history, hybrid GS", 3, 20, 5, 5, 4, 11, 17, 10, "GS", 4, 1, 1, 1, 0, GQA_DYNAMIC},
+    {"noise on three taps, GQA", 2, 16, 4, 2, 8, 9, 13, 7, "SG", 3, 0, 1, 1, 3, GQA_PERTURBED},
 };
 #define CASES ((int)(sizeof(cases) / sizeof(*cases)))
 #define BATCH 2
@@ -140,6 +188,7 @@ typedef struct {
     Model model;
     Reference reference;
     int *tokens, *targets;
+    int step; // of the next training pass
 } Fixture;
 
 static void set_up(Fixture* fixture, const Case* c) {
@@ -157,6 +206,8 @@ static void set_up(Fixture* fixture, const Case* c) {
     config.rope_global = c->rope_global;
     config.rope_sliding = c->rope_sliding;
     config.tied = c->tied;
+    config.kconv = c->kconv;
+    config.gqa = c->gqa;
     model_config_complete(&config);
     model_config_check(&config);
 
@@ -170,13 +221,24 @@ static void set_up(Fixture* fixture, const Case* c) {
     for (int i = 0; i < table->count; i++) {
         const Tensor* tensor = &table->tensors[i];
         int gain = tensor->initializer == INIT_ONES;
-        double scale = gain ? 0.3 : 1.0 / sqrt((double)tensor->shape[1]);
+        int taps = tensor->initializer == INIT_ZEROS;
+        double scale = gain ? 0.3 : taps ? 0.7 : 1.0 / sqrt((double)tensor->shape[1]);
         fill_normal(params + tensor->offset, NULL, tensor->count, scale, (uint64_t)i);
         for (size_t j = 0; j < tensor->count; j++) {
             if (gain) params[tensor->offset + j] = (double)(float)(1 + params[tensor->offset + j]);
             model->params[tensor->offset + j] = (floatX)params[tensor->offset + j];
         }
     }
+    // Maps such as training comes to, KV heads that nobody reads among them.
+    for (int l = 0; l < c->layers && heads_are_key_driven(&config); l++) {
+        double weights[8];
+        int heads[8];
+        for (int g = 0; g < c->kv_heads; g++)
+            weights[g] = pow(random_uniform(7, (uint64_t)l, (uint64_t)g), 3);
+        assert_true(allocate_heads(heads, weights, c->kv_heads, c->heads, 0));
+        allocation_set(&model->heads, l, heads);
+    }
+    gpt_upload_maps(model, 0, c->layers);
     size_t rows = (size_t)BATCH * c->T;
     fixture->tokens = (int*)malloc_or_fail(rows * sizeof(int), "tokens");
     fixture->targets = (int*)malloc_or_fail(rows * sizeof(int), "targets");
@@ -190,14 +252,21 @@ static void set_up(Fixture* fixture, const Case* c) {
                            fixture->targets,
                            BATCH,
                            c->T,
-                           new_doubles(rows * (size_t)c->vocab_size)};
+                           new_doubles(rows * (size_t)c->vocab_size),
+                           new_doubles(rows * c->layers * c->kv_heads * config.head_dim),
+                           0,
+                           0,
+                           new_doubles(rows * c->layers * c->heads)};
     fixture->reference = reference;
+    fixture->step = NOISE_STEP;
 }
 
 static void tear_down(Fixture* fixture) {
     gpt_free(&fixture->model);
     free(fixture->reference.params);
     free(fixture->reference.logits);
+    free(fixture->reference.raw_keys);
+    free(fixture->reference.spread);
     free(fixture->tokens);
     free(fixture->targets);
 }
@@ -216,13 +285,24 @@ static floatX* all_logits(Model* model, int rows) {
     return logits;
 }
 
+#define NOISE_ALPHA 0.5
+
 static double loss_and_gradients(Fixture* fixture, int first_row, int B, double total) {
     Model* model = &fixture->model;
     const int T = model->T;
-    gpt_forward(model, fixture->tokens + first_row * T, B, T, 0);
+    const TrainingPass pass = {NOISE_SEED, fixture->step, first_row, NOISE_ALPHA};
+    gpt_forward(model, fixture->tokens + first_row * T, B, T, 0, &pass);
     double sum = gpt_loss(model, fixture->targets + first_row * T, B, T, 1, (float_acc)(1 / total));
     gpt_backward(model, B, T);
     return sum / total;
+}
+
+// From here on the reference computes what a training pass does: with noise whose spread is a constant.
+static void add_noise(Fixture* fixture) {
+    if (fixture->model.config.gqa != GQA_PERTURBED) return;
+    fixture->reference.noise_alpha = NOISE_ALPHA;
+    reference_loss(&fixture->reference);
+    fixture->reference.spread_is_kept = 1;
 }
 
 // ----------------------------------------------------------------------------
@@ -234,7 +314,7 @@ static void test_forward(void** state) {
         Fixture fixture;
         set_up(&fixture, &cases[i]);
         const int rows = BATCH * cases[i].T;
-        gpt_forward(&fixture.model, fixture.tokens, BATCH, cases[i].T, 0);
+        gpt_forward(&fixture.model, fixture.tokens, BATCH, cases[i].T, 0, NULL);
         floatX* logits = all_logits(&fixture.model, rows);
         double loss = gpt_loss(&fixture.model, fixture.targets, BATCH, cases[i].T, 0, 0) / rows;
         double want = reference_loss(&fixture.reference);
@@ -246,31 +326,49 @@ static void test_forward(void** state) {
     }
 }
 
-// Every tensor of every case, a sample of elements each, against central differences of the reference.
+// Every tensor of a case, up to `sample` elements each, against central differences of the reference; and the loss.
+static void check_gradients(const Case* c, size_t sample) {
+    enum { MOST = 24 };
+    Fixture fixture;
+    set_up(&fixture, c);
+    add_noise(&fixture);
+    double loss = loss_and_gradients(&fixture, 0, BATCH, (double)BATCH * c->T);
+    double want = reference_loss(&fixture.reference);
+    assert_true(fabs(loss - want) <= FORWARD_BOUND * want);
+    const TensorTable* table = &fixture.model.layout.table;
+    for (int k = 0; k < table->count; k++) {
+        const Tensor* tensor = &table->tensors[k];
+        double numeric[MOST];
+        floatX analytic[MOST];
+        size_t count = tensor->count < sample ? tensor->count : sample;
+        for (size_t j = 0; j < count; j++) {
+            size_t element = tensor->offset + random_permutation(5, (uint64_t)k, j, tensor->count);
+            numeric[j] =
+                central_difference(reference_loss, &fixture.reference, &fixture.reference.params[element]);
+            analytic[j] = fixture.model.grads[element];
+        }
+        char what[192];
+        snprintf(what, sizeof(what), "%s: %s", c->name, tensor->name);
+        assert_close(what, analytic, numeric, count, GRADIENT_BOUND);
+    }
+    tear_down(&fixture);
+}
+
 static void test_gradients(void** state) {
     (void)state;
-    enum { SAMPLE = 24 };
-    for (int i = 0; i < CASES; i++) {
-        Fixture fixture;
-        set_up(&fixture, &cases[i]);
-        loss_and_gradients(&fixture, 0, BATCH, (double)BATCH * cases[i].T);
-        const TensorTable* table = &fixture.model.layout.table;
-        for (int k = 0; k < table->count; k++) {
-            const Tensor* tensor = &table->tensors[k];
-            double numeric[SAMPLE];
-            floatX analytic[SAMPLE];
-            size_t sample = tensor->count < SAMPLE ? tensor->count : SAMPLE;
-            for (size_t j = 0; j < sample; j++) {
-                size_t element = tensor->offset + random_permutation(5, (uint64_t)k, j, tensor->count);
-                numeric[j] = central_difference(reference_loss, &fixture.reference,
-                                                &fixture.reference.params[element]);
-                analytic[j] = fixture.model.grads[element];
-            }
-            char what[192];
-            snprintf(what, sizeof(what), "%s: %s", cases[i].name, tensor->name);
-            assert_close(what, analytic, numeric, sample, GRADIENT_BOUND);
-        }
-        tear_down(&fixture);
+    for (int i = 0; i < CASES; i++) check_gradients(&cases[i], 24);
+}
+
+// Every variant of heads with every convolution, with positions and without.
+static void test_gradients_of_variants(void** state) {
+    (void)state;
+    const GqaKind kinds[4] = {GQA_STATIC, GQA_KEY, GQA_DYNAMIC, GQA_PERTURBED};
+    const int taps[3] = {0, 3, 5};
+    for (int i = 0; i < 4 * 3 * 2; i++) {
+        char name[96];
+        Case c = {name, 2, 6, 4, 2, 4, 5, 7, 6, "G", 1, i % 2, i % 2, 1, taps[i / 2 % 3], kinds[i / 6]};
+        snprintf(name, sizeof(name), "heads %d, %d taps, rope %d", (int)c.gqa, c.kconv, c.rope_global);
+        check_gradients(&c, 8);
     }
 }
 
@@ -292,6 +390,7 @@ static void test_directional_derivative(void** state) {
     for (int i = 0; i < CASES; i++) {
         Fixture fixture;
         set_up(&fixture, &cases[i]);
+        add_noise(&fixture);
         loss_and_gradients(&fixture, 0, BATCH, (double)BATCH * cases[i].T);
         const size_t elements = fixture.model.layout.table.elements;
         Line line = {&fixture.reference, new_doubles(elements), new_doubles(elements), 0};
@@ -367,9 +466,12 @@ static void test_incremental_forward(void** state) {
         reference_loss(&fixture.reference);
         for (int stride = 1; stride <= 3; stride++) {
             // What an earlier batch left must not matter: every layer's rows begin as NaN.
-            for (int l = 0; l < cases[i].layers; l++)
-                memset(fixture.model.acts.layers[l].qkv, 0xff,
-                       (size_t)T * qkv_heads(&fixture.model.config) * cases[i].head_dim * sizeof(floatX));
+            for (int l = 0; l < cases[i].layers; l++) {
+                const LayerActivations* layer = &fixture.model.acts.layers[l];
+                const size_t bytes = (size_t)T * cases[i].head_dim * sizeof(floatX);
+                memset(layer->qkv, 0xff, bytes * qkv_heads(&fixture.model.config));
+                if (layer->raw_keys) memset(layer->raw_keys, 0xff, bytes * cases[i].kv_heads);
+            }
             for (int done = 0; done < T; done += stride) {
                 int now = done + stride < T ? done + stride : T;
                 gpt_next_logits(&fixture.model, logits, fixture.tokens, now, done, scratch);
@@ -384,6 +486,200 @@ static void test_incremental_forward(void** state) {
         free(row);
         tear_down(&fixture);
     }
+}
+
+// ----------------------------------------------------------------------------
+// Query heads that follow the keys
+
+// The statistic of the reference's last pass, (L, G), over the sequences first .. first + count.
+static void reference_statistic(double* n, const Reference* reference, int first, int count) {
+    const ModelConfig* config = &reference->model->config;
+    const int T = reference->T, G = config->kv_heads, D = config->head_dim;
+    for (int i = 0; i < config->layers * G; i++) {
+        n[i] = 0;
+        for (int b = first; b < first + count; b++) {
+            const double* keys =
+                reference->raw_keys + ((size_t)(i / G) * reference->B + b) * T * G * D + i % G * D;
+            double sum = 0;
+            for (int t = 0; t < T; t++) sum += dot(keys + t * G * D, keys + t * G * D, (size_t)D);
+            n[i] += sqrt(sum / (T * D)) / count;
+        }
+    }
+}
+
+static void must_be_near(const char* what, const double* got, const double* want, int count) {
+    for (int i = 0; i < count; i++) {
+        if (fabs(got[i] - want[i]) > FORWARD_BOUND * want[i])
+            print_error("%s: %.17g, want %.17g\n", what, got[i], want[i]);
+        assert_true(fabs(got[i] - want[i]) <= FORWARD_BOUND * want[i]);
+    }
+}
+
+// All layers' maps, on the device too, are those of kdgqa from the statistic n (L, G).
+static void must_follow(const Model* model, const double* n, int least) {
+    const int G = model->config.kv_heads, H = model->config.heads;
+    for (int l = 0; l < model->config.layers; l++) {
+        double weights[8];
+        int heads[8], map[16];
+        weights_of_range(weights, n + l * G, G);
+        allocate_heads(heads, weights, G, H, least);
+        map_from_allocation(map, heads, G);
+        assert_memory_equal(model->heads.map + l * H, map, (size_t)H * sizeof(int));
+        assert_memory_equal(model->acts.kv_of_q + l * H, map, (size_t)H * sizeof(int));
+    }
+}
+
+// Three steps of two micro-batches each, by each source: what is measured, when it becomes a map, and that the loss is that
+// of this map. Evaluation and generation in between change nothing.
+static void test_maps_follow_the_keys(void** state) {
+    (void)state;
+    const StatisticSource sources[3] = {SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS};
+    const Case c = {"maps", 2, 16, 12, 4, 6, 9, 19, 7, "SG", 3, 1, 1, 1, 3, GQA_KEY};
+    enum { L = 2, G = 4, H = 12, D = 6 };
+    for (int k = 0; k < 3; k++) {
+        Fixture fixture;
+        set_up(&fixture, &c);
+        Model* model = &fixture.model;
+        model->heads.settings.source = sources[k];
+        model->heads.settings.least = k == 0 ? 1 : 0;
+        int moved = 0;
+        for (int step = 0; step < 3; step++) {
+            double before[L * G], n[L * G];
+            int maps[L * H];
+            memcpy(before, model->heads.statistic, sizeof(before));
+            memcpy(maps, model->heads.map, sizeof(maps));
+            gpt_zero_gradients(model);
+            gpt_begin_step(model, step);
+            if (sources[k] == SOURCE_LAGGED && step > 0) must_follow(model, before, 1);
+            if (sources[k] == SOURCE_LAGGED && step == 0)
+                assert_memory_equal(model->heads.map, maps, sizeof(maps));
+            for (int i = 0; i < L * G && sources[k] == SOURCE_WEIGHTS; i++) {
+                const LayerParameters* at = &model->layout.layers[i / G];
+                n[i] = 0;
+                for (int j = 0; j < D * c.channels; j++)
+                    n[i] +=
+                        pow((double)model->params[at->qkv_proj + (size_t)(H + i % G) * D * c.channels + j] *
+                                (double)model->params[at->input_norm + j % c.channels],
+                            2);
+                n[i] = sqrt(n[i]);
+            }
+            if (sources[k] == SOURCE_WEIGHTS) {
+                must_be_near("weights", model->heads.statistic, n, L * G);
+                must_follow(model, n, 0);
+            }
+            double loss = 0;
+            for (int micro = 0; micro < BATCH; micro++) {
+                loss += loss_and_gradients(&fixture, micro, 1, (double)BATCH * c.T);
+                reference_loss(&fixture.reference);
+                reference_statistic(n, &fixture.reference, micro, 1);
+                if (sources[k] == SOURCE_FORWARD) must_follow(model, n, 0);
+            }
+            const double want = reference_loss(&fixture.reference);
+            if (sources[k] != SOURCE_FORWARD) assert_true(fabs(loss - want) <= FORWARD_BOUND * want);
+            gpt_end_step(model, step, BATCH);
+            reference_statistic(n, &fixture.reference, 0, BATCH);
+            // With a map for each micro-batch the second layer's keys are those of the second map in the reference only.
+            if (sources[k] != SOURCE_WEIGHTS)
+                must_be_near("statistic", model->heads.statistic, n,
+                             sources[k] == SOURCE_FORWARD ? G : L * G);
+
+            AdamW settings = {0.05f, 0.9f, 0.95f, 1e-8f, 0, 1, step + 1};
+            gpt_update(model, settings);
+            for (size_t j = 0; j < model->layout.table.elements; j++)
+                fixture.reference.params[j] = (double)model->params[j];
+
+            float logits[32];
+            floatX scratch[128];
+            memcpy(maps, model->heads.map, sizeof(maps));
+            memcpy(before, model->heads.statistic, sizeof(before));
+            float_acc sums[L * G];
+            memcpy(sums, model->acts.key_sums, sizeof(sums));
+            gpt_forward(model, fixture.tokens, BATCH, c.T, 0, NULL);
+            gpt_next_logits(model, logits, fixture.tokens, 1, 0, scratch);
+            gpt_next_logits(model, logits, fixture.tokens, 4, 1, scratch);
+            assert_memory_equal(model->heads.map, maps, sizeof(maps));
+            assert_memory_equal(model->acts.kv_of_q, maps, sizeof(maps));
+            assert_memory_equal(model->heads.statistic, before, sizeof(before));
+            assert_memory_equal(model->acts.key_sums, sums, sizeof(sums));
+            for (int l = 0; l < L; l++) moved += (int)model->heads.moved[l];
+        }
+        assert_true(moved > 0);
+        tear_down(&fixture);
+    }
+}
+
+// The history of dgqa is that of the allocation's own test, fed by the model: a window of two steps.
+static void test_dgqa_takes_windows(void** state) {
+    (void)state;
+    const StatisticSource sources[3] = {SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS};
+    const Case c = {"windows", 2, 16, 12, 4, 6, 9, 19, 7, "G", 1, 1, 1, 1, 0, GQA_DYNAMIC};
+    enum { L = 2, G = 4, H = 12 };
+    for (int k = 0; k < 3; k++) {
+        Fixture fixture;
+        set_up(&fixture, &c);
+        Model* model = &fixture.model;
+        HeadAllocation* heads = &model->heads;
+        heads->settings.source = sources[k];
+        heads->settings.window = 2;
+        double history[L * G] = {0};
+        int windows = 0;
+        for (int step = 0; step < 6; step++) {
+            double lagged[L * G];
+            memcpy(lagged, heads->statistic, sizeof(lagged));
+            gpt_zero_gradients(model);
+            gpt_begin_step(model, step);
+            fixture.step = step;
+            loss_and_gradients(&fixture, 0, BATCH, (double)BATCH * c.T);
+            gpt_end_step(model, step, BATCH);
+            const double* n = sources[k] == SOURCE_LAGGED ? lagged : heads->statistic;
+            if (step % 2 == 0 && (step > 0 || sources[k] != SOURCE_LAGGED)) {
+                for (int i = 0; i < L * G; i++)
+                    history[i] = windows ? 0.9 * history[i] + (1 - 0.9) * n[i] : n[i];
+                windows++;
+            }
+            assert_int_equal(heads->windows[0], windows);
+            assert_memory_equal(heads->history, history, sizeof(history));
+            for (int l = 0; l < L && windows; l++) {
+                int want[G];
+                allocate_heads(want, history + l * G, G, H, 1);
+                assert_memory_equal(heads->heads + l * G, want, sizeof(want));
+            }
+            AdamW settings = {0.05f, 0.9f, 0.95f, 1e-8f, 0, 1, step + 1};
+            gpt_update(model, settings);
+        }
+        assert_int_equal(windows, sources[k] == SOURCE_LAGGED ? 2 : 3);
+        tear_down(&fixture);
+    }
+}
+
+// Without a pass, and with alpha 0, the perturbed model is the plain one, bit for bit; with noise it is another, which the
+// step changes.
+static void test_noise_is_for_training_only(void** state) {
+    (void)state;
+    Case plain = cases[CASES - 1];
+    assert_int_equal(plain.gqa, GQA_PERTURBED);
+    plain.gqa = GQA_STATIC;
+    Fixture noisy, clean;
+    set_up(&noisy, &cases[CASES - 1]);
+    set_up(&clean, &plain);
+    const int T = plain.T, rows = BATCH * T;
+    const size_t bytes = (size_t)rows * plain.vocab_size * sizeof(floatX);
+    gpt_forward(&clean.model, clean.tokens, BATCH, T, 0, NULL);
+    floatX *want = all_logits(&clean.model, rows), *last = NULL;
+    for (int i = 0; i < 4; i++) {
+        const TrainingPass pass = {NOISE_SEED, i, 0, i < 2 ? 0 : 1};
+        gpt_forward(&noisy.model, noisy.tokens, BATCH, T, 0, i == 0 ? NULL : &pass);
+        floatX* logits = all_logits(&noisy.model, rows);
+        if (i < 2) assert_memory_equal(logits, want, bytes);
+        else assert_memory_not_equal(logits, want, bytes);
+        if (i == 3) assert_memory_not_equal(logits, last, bytes);
+        free(last);
+        last = logits;
+    }
+    free(last);
+    free(want);
+    tear_down(&noisy);
+    tear_down(&clean);
 }
 
 // What stands in the padded rows of the vocabulary changes neither loss nor gradients, and has none itself.
@@ -413,12 +709,12 @@ static void test_causality(void** state) {
         Fixture fixture;
         set_up(&fixture, &cases[i]);
         const int T = cases[i].T, V = cases[i].vocab_size;
-        gpt_forward(&fixture.model, fixture.tokens, 1, T, 0);
+        gpt_forward(&fixture.model, fixture.tokens, 1, T, 0, NULL);
         floatX* before = all_logits(&fixture.model, T);
         for (int changed = 0; changed < T; changed++) {
             int kept = fixture.tokens[changed];
             fixture.tokens[changed] = (kept + 1) % V;
-            gpt_forward(&fixture.model, fixture.tokens, 1, T, 0);
+            gpt_forward(&fixture.model, fixture.tokens, 1, T, 0, NULL);
             floatX* after = all_logits(&fixture.model, T);
             assert_memory_equal(before, after, (size_t)changed * V * sizeof(floatX));
             assert_memory_not_equal(before + (size_t)changed * V, after + (size_t)changed * V,
@@ -438,6 +734,8 @@ static void test_initialization(void** state) {
     config.vocab_size = 500;
     config.sequence_length = 32;
     config.tied = 0;
+    config.kconv = 3;
+    config.gqa = GQA_STATIC;
     model_config_complete(&config);
     static Model model;
     gpt_plan(&model, &config, 1, 32, 1);
@@ -453,8 +751,8 @@ static void test_initialization(void** state) {
             squares += value * value;
         }
         double n = (double)tensor->count, std = sqrt(squares / n);
-        if (tensor->initializer == INIT_ONES) {
-            assert_true(sum == n);
+        if (tensor->initializer != INIT_NORMAL) { // gains of 1, taps of 0
+            assert_true(tensor->initializer == INIT_ONES ? sum == n : squares == 0);
             continue;
         }
         int residual = strstr(tensor->name, "o_proj") || strstr(tensor->name, "down_proj");
@@ -464,7 +762,7 @@ static void test_initialization(void** state) {
     }
     int tokens[32], targets[32];
     for (int t = 0; t < 32; t++) tokens[t] = targets[t] = t * 7 % 500;
-    gpt_forward(&model, tokens, 1, 32, 0);
+    gpt_forward(&model, tokens, 1, 32, 0, NULL);
     assert_true(fabs(gpt_loss(&model, targets, 1, 32, 0, 0) / 32 - log(500)) < 0.2);
     gpt_free(&model);
 }
@@ -479,7 +777,7 @@ static void test_flops(void** state) {
         const TensorTable* table = &fixture.model.layout.table;
         double weights = 0, pairs = 0;
         for (int k = 0; k < table->count; k++)
-            if (table->tensors[k].dims == 2) weights += (double)table->tensors[k].count;
+            if (table->tensors[k].initializer == INIT_NORMAL) weights += (double)table->tensors[k].count;
         if (!c->tied)
             weights -= (double)c->vocab_size * c->channels; // the embedding is looked up, not multiplied
         for (int l = 0; l < c->layers; l++)
@@ -504,7 +802,7 @@ static void test_update(void** state) {
         assert_true(gpt_update(model, settings) == 0);
         for (int k = 0; k < table->count; k++) {
             const Tensor* tensor = &table->tensors[k];
-            const double kept = tensor->initializer == INIT_ONES ? 1 : 1 - 0.005;
+            const double kept = tensor->initializer == INIT_NORMAL ? 1 - 0.005 : 1;
             for (size_t j = tensor->offset; j < tensor->offset + tensor->count; j++)
                 assert_true(fabs((double)model->params[j] - kept * fixture.reference.params[j]) < 1e-6);
         }
@@ -529,6 +827,8 @@ static void test_transformers(void** state) {
         char directory[PATH_MAX], path[PATH_MAX];
         path_format(directory, "test/fixtures/checkpoint/%s", names[tied]);
         ModelConfig config = checkpoint_read_config(directory);
+        config.kconv = 0; // whatever this build is
+        config.gqa = GQA_STATIC;
         assert_int_equal(config.tied, tied);
         assert_true(config.rope_theta == (tied ? 10000.0f : 500.0f));
         float* expected;
@@ -540,7 +840,7 @@ static void test_transformers(void** state) {
         gpt_plan(&model, &config, 1, T, 0);
         gpt_allocate(&model);
         checkpoint_load_model(directory, &model.layout.table, model.params, model.stream);
-        gpt_forward(&model, tokens, 1, T, 0);
+        gpt_forward(&model, tokens, 1, T, 0, NULL);
         floatX* logits = all_logits(&model, T);
         double worst = 0;
         for (int i = 0; i < T * V; i++) worst = fmax(worst, fabs((double)logits[i] - (double)expected[i]));
@@ -557,7 +857,11 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_forward),
         cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_gradients_of_variants),
         cmocka_unit_test(test_directional_derivative),
+        cmocka_unit_test(test_maps_follow_the_keys),
+        cmocka_unit_test(test_dgqa_takes_windows),
+        cmocka_unit_test(test_noise_is_for_training_only),
         cmocka_unit_test(test_accumulation),
         cmocka_unit_test(test_logit_rows),
         cmocka_unit_test(test_incremental_forward),

@@ -11,6 +11,9 @@ gradients against central differences of that definition. Built in fp64 and in f
 #include "dev/cpu/swiglu.h"
 #include "dev/cpu/classifier.h"
 #include "dev/cpu/adamw.h"
+#include "dev/cpu/keyconv.h"
+#include "dev/cpu/keynorm.h"
+#include "dev/cpu/noise.h"
 
 // An operation of up to three inputs, with the sizes that its definition needs.
 typedef struct Operation Operation;
@@ -405,6 +408,248 @@ static void test_embedding(void** state) {
 }
 
 // ----------------------------------------------------------------------------
+// Key convolution: shape = B, T, H, G, D, taps
+
+static void define_keyconv(double* out, double* const* in, const int* shape) {
+    const int B = shape[0], T = shape[1], H = shape[2], G = shape[3], D = shape[4], width = (H + 2 * G) * D;
+    memcpy(out, in[0], (size_t)B * T * width * sizeof(double));
+    for (int row = 0; row < B * T; row++) {
+        for (int c = 0; c < G * D; c++) {
+            double sum = 0;
+            for (int l = 0; l < shape[5] && l <= row % T; l++)
+                sum += in[1][l * G * D + c] * in[0][(row - l) * width + H * D + c];
+            out[row * width + H * D + c] += sum / (1 + exp(-sum));
+        }
+    }
+}
+static size_t keyconv_keys(const int* shape) { return (size_t)shape[0] * shape[1] * shape[3] * shape[4]; }
+static void keyconv_forward_case(floatX* out, floatX* const* in, const int* shape) {
+    floatX* raw = new_floats(keyconv_keys(shape));
+    memcpy(out, in[0], rope_size(shape) * sizeof(floatX));
+    keyconv_forward(out, raw, in[1], shape[0], shape[1], 0, shape[2], shape[3], shape[4], shape[5], 0);
+    free(raw);
+}
+static void keyconv_backward_case(floatX* const* din, const floatX* dout, floatX* const* in,
+                                  const int* shape) {
+    floatX *raw = new_floats(keyconv_keys(shape)), *qkv = new_floats(rope_size(shape));
+    memcpy(qkv, in[0], rope_size(shape) * sizeof(floatX));
+    keyconv_forward(qkv, raw, in[1], shape[0], shape[1], 0, shape[2], shape[3], shape[4], shape[5], 0);
+    memcpy(din[0], dout, rope_size(shape) * sizeof(floatX));
+    keyconv_backward(din[0], din[1], raw, in[1], shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
+                     0);
+    free(raw);
+    free(qkv);
+}
+
+static const int keyconv_shapes[][6] = {{1, 1, 1, 1, 1, 3}, {1, 2, 2, 1, 3, 5},  {2, 7, 2, 2, 6, 3},
+                                        {2, 9, 3, 1, 5, 5}, {1, 4, 1, 3, 11, 5}, {3, 5, 4, 2, 16, 3}};
+#define KEYCONV_SHAPES ((int)(sizeof(keyconv_shapes) / sizeof(keyconv_shapes[0])))
+
+static void test_keyconv(void** state) {
+    (void)state;
+    for (int i = 0; i < KEYCONV_SHAPES; i++) {
+        const int* shape = keyconv_shapes[i];
+        size_t size = rope_size(shape);
+        Operation operation = {"keyconv",
+                               2,
+                               {size, (size_t)shape[5] * shape[3] * shape[4], 0},
+                               size,
+                               {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]},
+                               define_keyconv,
+                               keyconv_forward_case,
+                               keyconv_backward_case};
+        check_operation(&operation);
+    }
+}
+
+// Zero taps leave the keys as they are, and have a gradient; a second backward doubles it.
+static void test_keyconv_of_zero_taps(void** state) {
+    (void)state;
+    enum { B = 2, T = 6, H = 2, G = 2, D = 4, TAPS = 3, WIDTH = (H + 2 * G) * D, KEYS = G * D };
+    floatX qkv[B * T * WIDTH], kept[B * T * WIDTH], raw[B * T * KEYS], dqkv[B * T * WIDTH];
+    const floatX taps[TAPS * KEYS] = {0};
+    float_acc dtaps[TAPS * KEYS] = {0}, once[TAPS * KEYS];
+    fill_normal(NULL, qkv, B * T * WIDTH, 1, 1);
+    fill_normal(NULL, dqkv, B * T * WIDTH, 1, 2);
+    memcpy(kept, qkv, sizeof(qkv));
+    keyconv_forward(qkv, raw, taps, B, T, 0, H, G, D, TAPS, 0);
+    assert_memory_equal(qkv, kept, sizeof(qkv));
+    memcpy(kept, dqkv, sizeof(dqkv));
+    keyconv_backward(dqkv, dtaps, raw, taps, B, T, H, G, D, TAPS, 0);
+    assert_memory_equal(dqkv, kept, sizeof(dqkv));
+    for (int i = 0; i < TAPS * KEYS; i++) assert_true(dtaps[i] != 0);
+    memcpy(once, dtaps, sizeof(once));
+    keyconv_backward(dqkv, dtaps, raw, taps, B, T, H, G, D, TAPS, 0);
+    for (int i = 0; i < TAPS * KEYS; i++) assert_true(fabs((double)(dtaps[i] - 2 * once[i])) <= 1e-5);
+}
+
+// Rows added to a sequence a few at a time are those of the whole at once, bit for bit, whatever stands in the rows to come;
+// and a changed key changes the next `taps` rows and no other.
+static void test_keyconv_incremental_and_causal(void** state) {
+    (void)state;
+    for (int i = 0; i < KEYCONV_SHAPES; i++) {
+        const int T = keyconv_shapes[i][1], H = keyconv_shapes[i][2], G = keyconv_shapes[i][3],
+                  D = keyconv_shapes[i][4], taps = keyconv_shapes[i][5];
+        const int width = (H + 2 * G) * D, keys = G * D;
+        floatX *inp = new_floats((size_t)T * width), *whole = new_floats((size_t)T * width),
+               *grown = new_floats((size_t)T * width), *raw = new_floats((size_t)T * keys),
+               *weight = new_floats((size_t)taps * keys);
+        fill_normal(NULL, inp, (size_t)T * width, 1, 1);
+        fill_normal(NULL, weight, (size_t)taps * keys, 1, 2);
+        const size_t row = (size_t)width * sizeof(floatX);
+        memcpy(whole, inp, T * row);
+        keyconv_forward(whole, raw, weight, 1, T, 0, H, G, D, taps, 0);
+        for (int stride = 1; stride <= 3; stride++) {
+            memset(grown, 0xff, T * row);
+            memset(raw, 0xff, (size_t)T * keys * sizeof(floatX));
+            for (int done = 0; done < T; done += stride) {
+                int now = done + stride < T ? done + stride : T;
+                memcpy(grown + (size_t)done * width, inp + (size_t)done * width, (now - done) * row);
+                keyconv_forward(grown, raw, weight, 1, now, done, H, G, D, taps, 0);
+            }
+            assert_memory_equal(grown, whole, T * row);
+        }
+        for (int changed = 0; changed < T; changed++) {
+            memcpy(grown, inp, T * row);
+            for (int c = 0; c < keys; c++) grown[(size_t)changed * width + (size_t)H * D + c] += 1;
+            keyconv_forward(grown, raw, weight, 1, T, 0, H, G, D, taps, 0);
+            for (int t = 0; t < T; t++) {
+                int differs = memcmp(grown + (size_t)t * width, whole + (size_t)t * width, row) != 0;
+                assert_int_equal(differs, t >= changed && t < changed + taps);
+            }
+        }
+        free(inp);
+        free(whole);
+        free(grown);
+        free(raw);
+        free(weight);
+    }
+}
+
+static void test_keyconv_is_the_same_for_any_number_of_threads(void** state) {
+    (void)state;
+    enum { B = 3, T = 50, H = 1, G = 3, D = 11, TAPS = 5, WIDTH = (H + 2 * G) * D, KEYS = G * D };
+    static floatX qkv[B * T * WIDTH], raw[B * T * KEYS], dqkv[B * T * WIDTH], dkept[B * T * WIDTH];
+    floatX weight[TAPS * KEYS];
+    float_acc dweight[TAPS * KEYS], kept[TAPS * KEYS];
+    fill_normal(NULL, weight, TAPS * KEYS, 1, 3);
+    const int threads = omp_get_max_threads();
+    for (int n = 1; n <= 5; n++) {
+        omp_set_num_threads(n);
+        fill_normal(NULL, qkv, B * T * WIDTH, 1, 1);
+        fill_normal(NULL, dqkv, B * T * WIDTH, 1, 2);
+        memset(dweight, 0, sizeof(dweight));
+        keyconv_forward(qkv, raw, weight, B, T, 0, H, G, D, TAPS, 0);
+        keyconv_backward(dqkv, dweight, raw, weight, B, T, H, G, D, TAPS, 0);
+        if (n > 1) assert_memory_equal(dweight, kept, sizeof(kept));
+        if (n > 1) assert_memory_equal(dqkv, dkept, sizeof(dkept));
+        memcpy(kept, dweight, sizeof(kept));
+        memcpy(dkept, dqkv, sizeof(dkept));
+    }
+    omp_set_num_threads(threads);
+}
+
+// ----------------------------------------------------------------------------
+// Norms of keys
+
+static void test_key_rms(void** state) {
+    (void)state;
+    enum { B = 3, T = 7, H = 2, G = 4, D = 5, WIDTH = (H + 2 * G) * D };
+    double exact[B * T * WIDTH], want[B * G];
+    floatX qkv[B * T * WIDTH];
+    float_acc rms[B * G], sums[G] = {0}, halves[G] = {0};
+    fill_normal(exact, qkv, B * T * WIDTH, 1, 1);
+    key_rms(rms, sums, qkv, B, T, H, G, D, 0);
+    for (int b = 0; b < B; b++) {
+        for (int g = 0; g < G; g++) {
+            double sum = 0;
+            for (int t = 0; t < T; t++) {
+                const double* key = exact + (b * T + t) * WIDTH + (H + g) * D;
+                sum += dot(key, key, D);
+            }
+            want[b * G + g] = sqrt(sum / (T * D));
+        }
+    }
+    assert_close("key_rms", rms, want, B * G, FORWARD_BOUND);
+    // A sequence's number does not depend on the sequences beside it.
+    float_acc alone[G];
+    key_rms(alone, halves, qkv, 1, T, H, G, D, 0);
+    key_rms(alone, halves, qkv + (size_t)T * WIDTH, 1, T, H, G, D, 0);
+    assert_memory_equal(alone, rms + G, sizeof(alone));
+    key_rms(rms, halves, qkv + (size_t)2 * T * WIDTH, 1, T, H, G, D, 0);
+    assert_memory_equal(sums, halves, sizeof(sums));
+    for (int g = 0; g < G; g++)
+        assert_true(fabs((double)sums[g] - want[g] - want[G + g] - want[2 * G + g]) < 1e-5);
+    qkv[(T + 3) * WIDTH + (H + 2) * D] = NAN;
+    key_rms(rms, sums, qkv, B, T, H, G, D, 0);
+    for (int i = 0; i < B * G; i++) assert_int_equal(rms[i] != rms[i], i == G + 2);
+}
+
+static void test_key_weight_norm(void** state) {
+    (void)state;
+    enum { G = 3, D = 4, C = 7 };
+    double exact[G * D * C], exact_gain[C], want[G] = {0};
+    floatX wk[G * D * C], gain[C];
+    float_acc norm[G];
+    fill_normal(exact, wk, G * D * C, 1, 1);
+    fill_normal(exact_gain, gain, C, 1, 2);
+    for (int i = 0; i < G * D * C; i++) want[i / (D * C)] += pow(exact[i] * exact_gain[i % C], 2);
+    for (int g = 0; g < G; g++) want[g] = sqrt(want[g]);
+    key_weight_norm(norm, wk, gain, G, D, C, 0);
+    assert_close("key_weight_norm", norm, want, G, FORWARD_BOUND);
+}
+
+// ----------------------------------------------------------------------------
+// Noise on the output of attention
+
+static void test_attention_noise(void** state) {
+    (void)state;
+    enum { B = 4, T = 16, H = 3, D = 64, COUNT = B * T * H * D };
+    static floatX out[COUNT], noised[COUNT], again[COUNT];
+    static double z[COUNT];
+    fill_normal(NULL, out, COUNT, 3, 1);
+    const uint64_t draws = noise_stream(5, 2);
+    attention_noise(noised, out, B, T, H, D, 0, 42, draws, 0, 0);
+    assert_memory_equal(noised, out, sizeof(out)); // alpha 0
+    attention_noise(noised, out, B, T, H, D, 0.5f, 42, draws, 0, 0);
+    double mean = 0, square = 0, fourth = 0, neighbours = 0;
+    for (int row = 0; row < COUNT / D; row++) {
+        double average = 0, variance = 0;
+        for (int d = 0; d < D; d++) average += (double)out[row * D + d] / D;
+        for (int d = 0; d < D; d++) variance += pow((double)out[row * D + d] - average, 2) / D;
+        for (int d = 0; d < D; d++) {
+            int i = row * D + d;
+            z[i] = ((double)out[i] - (double)noised[i]) / (0.5 * sqrt(variance));
+            assert_true(fabs(z[i] - random_normal(42, draws, (uint64_t)i)) < 2e-5);
+            mean += z[i] / COUNT;
+            square += z[i] * z[i] / COUNT;
+            fourth += pow(z[i], 4) / COUNT;
+            if (i) neighbours += z[i] * z[i - 1] / COUNT;
+        }
+    }
+    // Four standard deviations of each.
+    assert_true(fabs(mean) < 4 / sqrt(COUNT) && fabs(neighbours) < 4 / sqrt(COUNT));
+    assert_true(fabs(square - 1) < 4 * sqrt(2.0 / COUNT) && fabs(fourth - 3) < 4 * sqrt(96.0 / COUNT));
+
+    // A sequence has its noise wherever it stands in a micro-batch; another step, layer or seed has another.
+    attention_noise(again, out + COUNT / B, 1, T, H, D, 0.5f, 42, draws, 1, 0);
+    assert_memory_equal(again, noised + COUNT / B, sizeof(out) / B);
+    const uint64_t others[3] = {noise_stream(6, 2), noise_stream(5, 3), draws};
+    for (int k = 0; k < 3; k++) {
+        attention_noise(again, out, B, T, H, D, 0.5f, k == 2 ? 43 : 42, others[k], 0, 0);
+        double correlation = 0;
+        for (int i = 0; i < COUNT; i++) correlation += z[i] * ((double)out[i] - (double)again[i]) / COUNT;
+        assert_true(fabs(correlation) < 4 * 1.6 / sqrt(COUNT)); // 0.5 std(out) is about 1.5
+    }
+    for (int step = 0; step < 50; step++)
+        for (int layer = 0; layer < 50; layer++)
+            assert_int_equal(noise_stream(step, layer) == draws, step == 5 && layer == 2);
+    for (int i = 0; i < D; i++) out[i] = 2; // a row without spread has no noise
+    attention_noise(noised, out, 1, 1, 1, D, 1, 42, draws, 0, 0);
+    assert_memory_equal(noised, out, D * sizeof(floatX));
+}
+
+// ----------------------------------------------------------------------------
 // What accumulates, accumulates: a second backward doubles it
 
 static void test_accumulation(void** state) {
@@ -497,6 +742,13 @@ int main(void) {
         cmocka_unit_test(test_classifier),
         cmocka_unit_test(test_classifier_edges),
         cmocka_unit_test(test_embedding),
+        cmocka_unit_test(test_keyconv),
+        cmocka_unit_test(test_keyconv_of_zero_taps),
+        cmocka_unit_test(test_keyconv_incremental_and_causal),
+        cmocka_unit_test(test_keyconv_is_the_same_for_any_number_of_threads),
+        cmocka_unit_test(test_key_rms),
+        cmocka_unit_test(test_key_weight_norm),
+        cmocka_unit_test(test_attention_noise),
         cmocka_unit_test(test_accumulation),
         cmocka_unit_test(test_global_norm),
         cmocka_unit_test(test_adamw),

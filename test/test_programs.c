@@ -8,6 +8,7 @@ Each program runs as a process of its own in a temporary directory, on tiny toke
 compared as bytes.
 */
 #define _GNU_SOURCE
+#include "runtime/model.h" // ATTN_NAME, GQA_NAME, KCONV; before cmocka.h, which makes fail() a macro of its own
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -414,16 +415,39 @@ static void test_peak_memory_is_as_planned(void** state) {
     assert_non_null(line);
     double planned = 1e6 * strtod(line + strlen("planned peak"), NULL);
     print_message("planned %.1f MB, held %.1f MB\n", planned / 1e6, result->peak / 1e6);
+#ifdef __SANITIZE_ADDRESS__
+    print_message("SKIPPED: the address sanitizer's own memory is not in the plan\n");
+    skip();
+#endif
     assert_true(fabs(result->peak - planned) < 0.05 * planned);
 }
 
 // ----------------------------------------------------------------------------
 // Generation
 
+// Weights from -1 to 1 in place of what training left: attention is sharp then and each position matters.
+static void randomize_weights(const char* path) {
+    FILE* file = fopen(path, "r+b");
+    assert_non_null(file);
+    uint64_t header, random = 1;
+    assert_int_equal(fread(&header, 8, 1, file), 1);
+    fseek(file, 0, SEEK_END);
+    long count = (ftell(file) - 8 - (long)header) / 4;
+    fseek(file, 8 + (long)header, SEEK_SET);
+    for (long i = 0; i < count; i++) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        float value = (float)(random >> 40) / (float)(1 << 23) - 1;
+        fwrite(&value, 4, 1, file);
+    }
+    fclose(file);
+}
+
 // Greedy generation, which adds a token at a time to a cache, against the logits of the whole sequence at once.
 static void test_generation_is_that_of_the_logits(void** state) {
     (void)state;
-    const char* generate = "%s --generate --init-from whole --temperature %s --sample-length 24 --seed %d";
+    shell("cp -r whole wild");
+    randomize_weights("wild/step_00000030/model.safetensors");
+    const char* generate = "%s --generate --init-from wild --temperature %s --sample-length 24 --seed %d";
     char first[65536];
     const Result* result = run(generate, trainer, "1", 7);
     must_end_well(result);
@@ -441,7 +465,7 @@ static void test_generation_is_that_of_the_logits(void** state) {
         print_to(list + strlen(list), 8, ",%d", tokens[count++]);
     }
     assert_int_equal(count, 25);
-    must_end_well(run("%s --init-from whole --write-logits logits --tokens %s", trainer, list));
+    must_end_well(run("%s --init-from wild --write-logits logits --tokens %s", trainer, list));
 
     FILE* file = fopen("logits", "rb");
     assert_non_null(file);
@@ -533,8 +557,8 @@ static const BadInput bad_inputs[] = {
     // checkpoints
     {"--init-from missing", 1, {"missing", "", ""}},
     {"--init-from file", 1, {"file", "", ""}},
-    {"--init-from whole --channels 64", 1, {"whole/step_00000030", "--channels 32", "64"}},
-    {"--init-from whole -t 16", 1, {"whole/step_00000030", "--sequence-length 32", "16"}},
+    {"--init-from whole --channels 64", 1, {"whole/step_00000030", "has shape", "64"}},
+    {"--resume -o whole -t 16", 1, {"whole/step_00000030", "--sequence-length 32", "16"}},
     {"--init-from cut_model", 1, {"cut_model/step_00000030/model.safetensors", "", ""}},
     {"--resume -o cut_model", 1, {"cut_model/step_00000030/model.safetensors", "", ""}},
     {"--resume -o cut_optimizer", 1, {"cut_optimizer/step_00000030/optimizer-00000-of-00001", "", ""}},
@@ -714,6 +738,7 @@ static int set_up(void** state) {
     if (!realpath(path, tokenizer) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
     // Threads that spin while they wait are slow where others compute too.
     setenv("OMP_WAIT_POLICY", "passive", 0);
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // what a program holds when it fails is no leak
     setenv("LC_ALL", "C", 1);
     write_shards();
     return 0;

@@ -273,6 +273,55 @@ static void utf8_is_told_from_other_bytes(void** state) {
     assert_int_equal(utf8_valid_prefix("abcdefgh\xc3\xa9ijklmnop\xff", 19), 18);
 }
 
+static size_t write_utf8(char* text, uint32_t c) {
+    unsigned char bytes[4] = {(unsigned char)(0xf0 | c >> 18), (unsigned char)(0x80 | (c >> 12 & 63)),
+                              (unsigned char)(0x80 | (c >> 6 & 63)), (unsigned char)(0x80 | (c & 63))};
+    size_t length = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    if (length == 1) bytes[3] = (unsigned char)c;
+    if (length == 2) bytes[2] = (unsigned char)(0xc0 | c >> 6);
+    if (length == 3) bytes[1] = (unsigned char)(0xe0 | c >> 12);
+    memcpy(text, bytes + 4 - length, length);
+    return length;
+}
+
+// Whether the pattern keeps the code point in one word with a member of the class before it.
+static int splitter_joins(WordSplitter* splitter, char before, uint32_t c) {
+    char text[5] = {before};
+    const char* word;
+    size_t length, bytes = 1 + write_utf8(text + 1, c);
+    word_splitter_begin(splitter, text, bytes);
+    return word_splitter_next(splitter, &word, &length) && length == bytes;
+}
+
+// All code points against the classes recorded from Hugging Face's: PCRE2's own are of another Unicode version.
+static void classes_of_hugging_face(void** state) {
+    (void)state;
+    static const char* const names[] = {"letter", "number", "space"};
+    static const char before[] = {'a', '1', '\t'};
+    static unsigned char member[3][0x110000];
+    FILE* file = open_or_fail(FIXTURES "classes.txt", "rb");
+    char name[16];
+    unsigned first, last;
+    while (fscanf(file, "%15s %x %x", name, &first, &last) == 3)
+        for (int class_index = 0; class_index < 3; class_index++)
+            for (unsigned c = first; c <= last && !strcmp(name, names[class_index]); c++)
+                member[class_index][c] = 1;
+    assert_true(feof(file));
+    fclose(file);
+    WordSplitter splitter;
+    word_splitter_init(&splitter, split_pattern_by_name("gpt2"));
+    int letters = 0;
+    for (uint32_t c = 0; c < 0x110000; c++) {
+        if (c >= 0xd800 && c < 0xe000) continue;
+        letters += member[0][c];
+        for (int class_index = 0; class_index < 3; class_index++)
+            if (splitter_joins(&splitter, before[class_index], c) != member[class_index][c])
+                fail_msg("U+%04X: %s in one of the two only", c, names[class_index]);
+    }
+    assert_true(letters > 100000);
+    word_splitter_free(&splitter);
+}
+
 static void any_bytes_round_trip(void** state) {
     (void)state;
     char text[400];
@@ -738,6 +787,7 @@ static void malformed_json_is_refused(void** state) {
         {"\"!\":1,", "\"!\":1e12,", "the id of \"!\""},
         {"\"!\":1,", "", "\"!\" is not in the vocabulary"},
         {"\"!\":1,", "\"!\":1,\"\xe6\xbc\xa2\":950,", "has a character outside the byte alphabet"},
+        {"\"!\":1,", "\"!\":1,\"\xd4\x80\":950,", "has a character outside the byte alphabet"},
         {"\"!\":1,", "\"!\":1,\"\":950,", "is empty"},
         {"\"dropout\":null", "\"dropout\":0.1", "model.dropout"},
         {"\"continuing_subword_prefix\":null", "\"continuing_subword_prefix\":\"##\"",
@@ -1207,6 +1257,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(utf8_is_told_from_other_bytes),
         cmocka_unit_test(words_are_the_text),
+        cmocka_unit_test(classes_of_hugging_face),
         cmocka_unit_test(any_bytes_round_trip),
         cmocka_unit_test(special_tokens_are_text_unless_allowed),
         cmocka_unit_test(encoding_follows_the_definition),

@@ -134,12 +134,15 @@ int main(int argc, char** argv) {
         double at[STAGES + 1];
         at[0] = now_seconds();
         gpt_zero_gradients(&model);
-        gpt_forward(&model, tokens, B, T, 0);
+        gpt_begin_step(&model, step + 1);
+        const TrainingPass pass = {2, step + 1, 0, 1};
+        gpt_forward(&model, tokens, B, T, 0, &pass);
         at[1] = now_seconds();
         gpt_loss(&model, tokens + 1, B, T, 1, 1.0f / (float)(B * T));
         at[2] = now_seconds();
         gpt_backward(&model, B, T);
         at[3] = now_seconds();
+        gpt_end_step(&model, step + 1, B);
         AdamW update = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, step + 2};
         gpt_update(&model, update);
         at[4] = now_seconds();

@@ -56,8 +56,12 @@ static inline void matmul_start(void) {
     free(matrices);
 }
 
-// What products take beyond that, for packed copies of their operands: measured, a thread.
+// What the library's products take beyond that, for packed copies of their operands: measured, a thread.
+#if defined(PRECISION_FP64)
+#define MATMUL_SCRATCH_BYTES ((size_t)0)
+#else
 #define MATMUL_SCRATCH_BYTES ((size_t)2 << 20)
+#endif
 static inline size_t matmul_scratch_bytes(void) {
     return MATMUL_SCRATCH_BYTES * (size_t)omp_get_max_threads();
 }

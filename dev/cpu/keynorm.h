@@ -1,0 +1,59 @@
+/*
+How long the keys of each key/value head are: the number from which key-driven attention hands out its query heads
+(docs/math.md section 3).
+
+    key_rms(rms, sums, qkv, B, T, H, G, D, stream);            // of this batch's keys, a number per sequence and head
+    key_weight_norm(norm, wk, gain, G, D, C, stream);          // of the weights that make them: no data at all
+
+The keys are those that the projection gives, before convolution and RoPE.
+*/
+#ifndef DEV_CPU_KEYNORM_H
+#define DEV_CPU_KEYNORM_H
+
+#include "dev/cpu/device.h"
+
+// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of rms[b][g]. Every
+// sequence has T tokens: there is no padding to leave out. Each sum has one order, whatever the number of threads; the long
+// one, over the tokens, is taken in double.
+static inline void key_rms(float_acc* rms,    // (B, G)
+                           float_acc* sums,   // (G) accumulates
+                           const floatX* qkv, // (B, T, H + 2G, D)
+                           int B, int T, int H, int G, int D, stream_t stream) {
+    (void)stream;
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * G; i++) {
+        const int b = i / G, g = i % G;
+        double sum = 0;
+        for (int t = 0; t < T; t++) {
+            const floatX* key = qkv + (((size_t)b * T + t) * (H + 2 * G) + H + g) * D;
+            float_acc square = 0;
+#pragma omp simd reduction(+ : square)
+            for (int d = 0; d < D; d++) square += key[d] * key[d];
+            sum += (double)square;
+        }
+        rms[i] = (float_acc)sqrt(sum / ((double)T * D));
+    }
+    for (int i = 0; i < B * G; i++) sums[i % G] += rms[i];
+}
+
+// norm[g] = Frobenius norm of the D rows of Wk that make the keys of head g, each column times the gain of the norm before.
+static inline void key_weight_norm(float_acc* norm,    // (G)
+                                   const floatX* wk,   // (G, D, C)
+                                   const floatX* gain, // (C)
+                                   int G, int D, int C, stream_t stream) {
+    (void)stream;
+#pragma omp parallel for schedule(static)
+    for (int g = 0; g < G; g++) {
+        double sum = 0;
+        for (int d = 0; d < D; d++) {
+            const floatX* row = wk + ((size_t)g * D + d) * C;
+            float_acc square = 0;
+#pragma omp simd reduction(+ : square)
+            for (int c = 0; c < C; c++) square += row[c] * gain[c] * row[c] * gain[c];
+            sum += (double)square;
+        }
+        norm[g] = (float_acc)sqrt(sum);
+    }
+}
+
+#endif
