@@ -1,5 +1,5 @@
 /*
-Mixture of block attention, forward and backward (MATH.md section 2): the CPU twin of dev/cuda/moba.cuh.
+Mixture of block attention, forward and backward (docs/math.md section 2).
 
 Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean key scores
 highest with it; one softmax over all of them. The same function by two algorithms, with the same arguments:
