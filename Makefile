@@ -61,12 +61,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer test test-long bench lint format clean help
-all: train tokenizer
+.PHONY: all train tokenizer retrieval snr test test-long bench lint format clean help
+all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer test test-long bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr test test-long bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -76,6 +76,8 @@ train: $(BUILD)/$(NAME)
 	@echo "$(BUILD)/train_gpt -> $(NAME) $(DEVICE_REASON)"
 
 tokenizer: $(BUILD)/tokenizer
+
+retrieval: $(BUILD)/retrieval
 
 # The variants that test_programs runs beside the one that is built.
 TESTED_TRAINERS := $(foreach variant,kdgqa_kconv3 dgqa_kconv5 pgqa_kconv3,$(BUILD)/train_gpt_cpu_$(ATTN)_$(variant)_fp32)
@@ -88,16 +90,26 @@ $(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu 
 	$(Q)$(CC) $(COMMON) $(call variant,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) \
 	  $(call precision,$(call flag,5)) -MF $@.d -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
 
-$(BUILD)/tokenizer: tokenizer/tokenizer.c Makefile
+$(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
+
+# The router's theory; for a checkpoint, built with the flags of the model.
+snr: $(BUILD)/$(NAME:train_gpt_%=snr_%)
+	@ln -sf $(NAME:train_gpt_%=snr_%) $(BUILD)/snr
+
+$(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
 
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
@@ -131,7 +143,7 @@ test-long: all
 # ----------------------------------------------------------------------------
 # Benchmarks
 
-BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/step
+BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
 $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@mkdir -p $(@D)
@@ -140,6 +152,7 @@ $(BUILD)/bench/%: dev/bench/%.c Makefile
 
 bench: $(BENCHES)
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
+	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 
 # ----------------------------------------------------------------------------

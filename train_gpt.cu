@@ -43,6 +43,7 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "runtime/metrics.h"     // defines Metrics
 #include "tokenizer/tokenizer.h" // defines tokenizer_load, tokenizer_encode, tokenizer_decode
 #include "dataloader.h"          // defines DataLoader, loader_next
+#include "runtime/retrieval.h"   // defines retrieval_open, retrieval_evaluate
 
 // ----------------------------------------------------------------------------
 // The model and its memory
@@ -670,6 +671,49 @@ static void write_logits(Model* model, const Options* options) {
 }
 
 // ----------------------------------------------------------------------------
+// The retrieval task
+
+static void retrieval_forward(void* model, const int* tokens, int rows, int T) {
+    gpt_forward((Model*)model, tokens, rows, T, 0, NULL);
+}
+
+// The likeliest token after one position of what retrieval_forward() ran; among equals the first.
+static int retrieval_likeliest(void* context, int row, int T, int position) {
+    Model* model = (Model*)context;
+    const int C = model->config.channels, V = model->config.vocab_size, Vp = model->config.padded_vocab;
+    matmul_forward(model->acts.logits, model->acts.norm + ((size_t)row * T + position) * C,
+                   model->params + model->layout.head, 1, C, Vp, model->stream);
+    floatX* logits = (floatX*)malloc_or_fail((size_t)Vp * sizeof(floatX), "logits");
+    copy_to_host(logits, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
+    stream_synchronize(model->stream);
+    int best = 0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    free(logits);
+    return best;
+}
+
+// Prints accuracy by length and depth as a table and as a line of JSON; with --output, the JSON goes there too.
+static void eval_retrieval(Model* model, Retrieval* task, const Options* options, const char* checkpoint,
+                           uint32_t tokenizer_hash) {
+    const RetrievalModel subject = {model, retrieval_forward, retrieval_likeliest};
+    retrieval_evaluate(task, &subject, model->config.vocab_size, tokenizer_hash, model->B);
+    retrieval_print(task, stdout);
+    cJSON* json = retrieval_json(task, checkpoint);
+    char* line = cJSON_PrintUnformatted(json);
+    if (!line) fail("out of memory: the result as JSON");
+    printf("%s\n", line);
+    cJSON_free(line);
+    if (options->output) {
+        char path[PATH_MAX];
+        make_directories_or_fail(options->output);
+        path_format(path, "%s/retrieval.json", options->output);
+        json_write_file(path, json);
+    }
+    cJSON_Delete(json);
+}
+
+// ----------------------------------------------------------------------------
 // What a run is made of, and the checks that join its parts
 
 typedef struct {
@@ -1134,15 +1178,22 @@ int main(int argc, char** argv) {
     const int T = run.config.sequence_length;
     static Model model;
 
-    if (options->generate || options->write_logits) {
-        const char* mode = options->generate ? "--generate" : "--write-logits";
+    if (options->generate || options->write_logits || options->eval_retrieval) {
+        const char* mode = options->generate       ? "--generate"
+                           : options->write_logits ? "--write-logits"
+                                                   : "--eval-retrieval";
         if (!run.init_from[0]) fail_usage("%s: needs --init-from, the model to run", mode);
         if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
-        gpt_plan(&model, &run.config, 1, T, 0);
+        Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
+        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0);
         gpt_allocate(&model);
         load_model(&model, &run, run.init_from);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
-        else write_logits(&model, options);
+        else if (options->write_logits) write_logits(&model, options);
+        else
+            eval_retrieval(&model, task, options, run.init_from,
+                           run.tokenizer ? tokenizer_hash(run.tokenizer) : 0);
+        if (task) retrieval_close(task);
         gpt_free(&model);
         tokenizer_free(run.tokenizer);
         return 0;

@@ -59,6 +59,7 @@ typedef struct {
     int generate;
     const char* write_logits;
     const char* tokens;
+    const char* eval_retrieval;
 } Options;
 
 // Keys of the options without a letter.
@@ -105,7 +106,8 @@ enum {
     KEY_PROMPT,
     KEY_GENERATE,
     KEY_WRITE_LOGITS,
-    KEY_TOKENS
+    KEY_TOKENS,
+    KEY_EVAL_RETRIEVAL
 };
 
 static const struct argp_option option_table[] = {
@@ -200,6 +202,10 @@ static const struct argp_option option_table[] = {
     {"write-logits", KEY_WRITE_LOGITS, "FILE", 0,
      "no training: write the logits (T, V) of --tokens as float32, and stop", 5},
     {"tokens", KEY_TOKENS, "IDS", 0, "token ids for --write-logits, separated by commas", 5},
+    {"eval-retrieval", KEY_EVAL_RETRIEVAL, "PREFIX", 0,
+     "no training: print how often the model of --init-from solves the samples of build/retrieval, and stop; "
+     "with --output, also to retrieval.json in there",
+     5},
     {0, 0, 0, 0, 0, 0},
 };
 
@@ -446,6 +452,9 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_TOKENS:
         options->tokens = text;
+        break;
+    case KEY_EVAL_RETRIEVAL:
+        options->eval_retrieval = text;
         break;
     case ARGP_KEY_ARG:
         fail_usage("%s: not an option (every argument is --name value; see --help)", text);

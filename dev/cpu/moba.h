@@ -1,5 +1,5 @@
 /*
-Mixture of block attention, forward and backward (MATH.md section 2): the CPU twin of dev/cuda/moba.cuh.
+Mixture of block attention, forward and backward (docs/math.md section 2).
 
 Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean key scores
 highest with it; one softmax over all of them. The same function by two algorithms, with the same arguments:
@@ -181,6 +181,7 @@ static inline float_acc moba_attend(floatX* out,       // (D)
         const int first = blocks[i] * S, end = min_int(first + S, t + 1);
         for (int key = first; key < end; key++) {
             const float_acc prob = probs[keys++] / row_sum;
+#pragma omp simd
             for (int d = 0; d < D; d++) out[d] += prob * v[(size_t)key * qkv_stride + d];
         }
     }
@@ -193,7 +194,8 @@ static inline void moba_merge(floatX* out,         // (D) in and out
                               const floatX* other, // (D)
                               float_acc other_lse, int D) {
     const float_acc largest = other_lse > *lse ? other_lse : *lse;
-    const float_acc mine = exp(*lse - largest), theirs = exp(other_lse - largest), sum = mine + theirs;
+    const float_acc mine = exp_fast(*lse - largest), theirs = exp_fast(other_lse - largest),
+                    sum = mine + theirs;
     for (int d = 0; d < D; d++) out[d] = (mine * out[d] + theirs * other[d]) / sum;
     *lse = largest + log(sum);
 }
@@ -291,6 +293,7 @@ static inline void moba_attend_backward(floatX* dq,         // (D) added to
             dprob += dout[d] * v[row + d];
         }
         const float_acc prob = exp_fast(score * scale - lse), dscore = prob * (dprob - delta) * scale;
+#pragma omp simd
         for (int d = 0; d < D; d++) {
             dq[d] += dscore * k[row + d];
             dk[row + d] += dscore * q[d];
