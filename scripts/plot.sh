@@ -3,12 +3,16 @@
 #
 #   scripts/plot.sh runs/mha runs/gqa --output curves               writes curves.png and curves.svg
 #   scripts/plot.sh "4 KV heads=runs/a" "1 KV head=runs/b" -o curves --title "Tiny Stories"
+#   scripts/plot.sh --band mha=runs/a1 mha=runs/a2 gqa=runs/b1 gqa=runs/b2 -o curves
 #
 # A run is the directory that train_gpt wrote to (--output), named in the legend as the directory or by NAME=DIR. Its
 # metrics.jsonl gives the losses, its timings.jsonl the seconds; without the latter only the first panel is drawn. Training
 # loss is smoothed, and the figure says so: an exponential moving average of the logged losses whose memory is 5 % of the run
 # (--smooth PERCENT; 0 draws it as it is). The loss axis ends at the largest loss after the first twentieth of a run. Seconds
 # are those of the clock, validation and checkpoints included. Dash and marker tell the runs apart without colour.
+#
+# --band draws the runs of one name, which differ in their seed, as one: the mean of their validation losses, and a band from
+# the least to the largest. It has the validations that all of them made, at the mean of their seconds.
 set -euo pipefail
 export LC_ALL=C
 
@@ -17,7 +21,7 @@ fail() {
     exit "${2:-1}"
 }
 
-output="" title="" smooth=5 runs=()
+output="" title="" smooth=5 band=0 runs=()
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help)
@@ -33,6 +37,7 @@ while [ $# -gt 0 ]; do
         esac
         shift
         ;;
+    --band) band=1 ;;
     -*) fail "$1: unknown option (see --help)" 2 ;;
     *) runs+=("$1") ;;
     esac
@@ -108,6 +113,40 @@ for i in "${!runs[@]}"; do
 done
 
 # ----------------------------------------------------------------------------
+# With --band: the runs of a name become one, of columns tokens, mean seconds, mean, least and largest loss.
+
+group_runs() {
+    local i j name labels=("${names[@]}")
+    names=()
+    for i in "${!labels[@]}"; do
+        name=${labels[i]}
+        [ -s "$scratch/$i.val" ] || fail "${runs[i]}: has no validation yet, and --band draws nothing else"
+        : >"$scratch/$i.train"
+        for j in "${!names[@]}"; do
+            if [ "${names[j]}" = "$name" ]; then
+                cat "$scratch/$i.val" >>"$scratch/$j.group"
+                counts[j]=$((counts[j] + 1))
+                continue 2
+            fi
+        done
+        cp "$scratch/$i.val" "$scratch/${#names[@]}.group"
+        counts[${#names[@]}]=1
+        names+=("$name")
+    done
+    for j in "${!names[@]}"; do
+        awk -v runs="${counts[j]}" '
+            { count[$1]++; seconds[$1] += $2; sum[$1] += $3 }
+            count[$1] == 1 || $3 < least[$1] { least[$1] = $3 }
+            count[$1] == 1 || $3 > largest[$1] { largest[$1] = $3 }
+            END { for (at in count) if (count[at] == runs) print at, seconds[at] / runs, sum[at] / runs, least[at], largest[at] }
+        ' "$scratch/$j.group" | sort -n >"$scratch/$j.val"
+        [ -s "$scratch/$j.val" ] || fail "${names[j]}: its runs have no validation at the same number of tokens"
+    done
+}
+counts=()
+if [ "$band" = 1 ]; then group_runs; fi
+
+# ----------------------------------------------------------------------------
 # The figure
 
 # Text inside gnuplot's single quotes.
@@ -121,6 +160,11 @@ markers=(7 4 9 2 12 10 3 6)
 # plot commands of one panel: its column, and whether it carries the legend.
 curves() {
     local parts=() i style
+    if [ "$band" = 1 ]; then
+        for i in "${!names[@]}"; do
+            parts+=("$(quote "$scratch/$i.val") using $1:4:5 with filledcurves lc rgb '${colours[i % 8]}' fs transparent solid 0.2 noborder notitle")
+        done
+    fi
     for i in "${!names[@]}"; do
         style="lc rgb '${colours[i % 8]}' dt ${dashes[i % 8]}"
         if [ -s "$scratch/$i.train" ]; then
@@ -166,6 +210,13 @@ SETTINGS
 
 heading="with markers: validation loss; thin: training loss"
 if [ "$smooth" != 0 ]; then heading+=" (moving average over $smooth % of the run)"; fi
+if [ "$band" = 1 ]; then
+    least=$(printf '%s\n' "${counts[@]}" | sort -n | head -n 1)
+    largest=$(printf '%s\n' "${counts[@]}" | sort -n | tail -n 1)
+    seeds=$least
+    if [ "$least" != "$largest" ]; then seeds="$least to $largest"; fi
+    heading="validation loss: mean of $seeds runs each, bands from the least to the largest"
+fi
 title=${title//\\/\\\\}
 if [ -n "$title" ]; then heading="${title//\"/\\\"}\\n$heading"; fi
 width=$((panels * 560))

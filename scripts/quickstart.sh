@@ -11,10 +11,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The variants: name, flags of make, options of train_gpt.
+# The variants: name, flags of make, options of train_gpt; BLOCK is an eighth of a sequence. scripts/compare.sh compares such
+# variants over several seeds.
 variants=(
-    "mha|ATTN=dense GQA=gqa KCONV=0|--kv-heads 8"
-    "gqa|ATTN=dense GQA=gqa KCONV=0|--kv-heads 2"
+    "dense|ATTN=dense GQA=gqa KCONV=0|--kv-heads 2"
+    "moba|ATTN=moba GQA=gqa KCONV=0|--kv-heads 2 --moba-block BLOCK --moba-topk 3"
+    "flashmoba|ATTN=flashmoba GQA=gqa KCONV=3|--kv-heads 2 --moba-block BLOCK --moba-topk 3"
+    "kdgqa|ATTN=dense GQA=kdgqa KCONV=0|--kv-heads 2"
 )
 
 # The model that they share, and how it is trained. Sizes and learning rate: docs/results/quickstart.md.
@@ -23,7 +26,7 @@ training=(--learning-rate 2e-3 --schedule cosine --final-lr-fraction 0.05 --weig
 step_tokens=512
 text_bytes=32000000 # at most so much of the text is read
 passes=10           # at most so often is it read
-val_bytes=120000    # about so much of it is kept for validation, and at most a tenth
+val_bytes=60000     # about so much of it is kept for validation, and at most a tenth
 
 # ----------------------------------------------------------------------------
 # Options
@@ -121,13 +124,17 @@ if [ $number -gt 1 ]; then say "earlier results stay where they are in quickstar
 say "installing what is missing (scripts/install.sh)"
 scripts/install.sh
 say "building the tokenizer and the variants"
-quietly "$out/build.log" make tokenizer
+programs=() builds=("BUILD=build tokenizer")
 for variant in "${variants[@]}"; do
-    IFS='|' read -r name flags _ <<<"$variant"
+    IFS='|' read -r _ flags _ <<<"$variant"
     read -ra flags <<<"$flags"
-    quietly "$out/build.log" make train "${flags[@]}"
-    cp -L build/train_gpt "$out/train_gpt_$name"
+    declare "${flags[@]}"
+    programs+=("build/train_gpt_cpu_${ATTN}_${GQA}_kconv${KCONV}_fp32")
+    builds+=("${flags[*]} DEVICE=cpu PRECISION=fp32 BUILD=build ${programs[-1]}")
 done
+# A line of arguments for each make, as many at once as there are cores.
+quietly "$out/build.log" xargs -L 1 -P "$(nproc)" make --no-print-directory < <(printf '%s\n' "${builds[@]}")
+for i in "${!variants[@]}"; do cp "${programs[i]}" "$out/train_gpt_${variants[i]%%|*}"; done
 
 # ----------------------------------------------------------------------------
 # Text to token shards
@@ -166,6 +173,7 @@ say "  $tokens tokens to train on, $val_tokens to validate on, $token_bytes byte
 # How fast is this machine?
 
 batch=$((step_tokens / T))
+variants=("${variants[@]//BLOCK/$((T / 8 < 16 ? 16 : T / 8))}")
 shared=("${model[@]}" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --tokenizer "$out/tokenizer.json"
     -t "$T" -b "$batch" "${training[@]}")
 
@@ -186,15 +194,15 @@ for i in "${!variants[@]}"; do
     milliseconds=$(awk -v a="$milliseconds" -v b="$speed" 'BEGIN { print a + b }')
 done
 
-# What is left, less 10 s for the table and the sample. Of a step, a forward pass is a third: so long take 7 validations.
+# What is left, less 10 s for the table and the sample. Of a step, a forward pass is a third: so long take 5 validations.
 budget=$(awk -v m="$minutes" -v e="$(elapsed)" 'BEGIN { left = 60 * m - e - 10; print (left < 5 ? 5 : left) }')
 most=$((passes * tokens / step_tokens + 1))
-steps=$(awk -v left="$budget" -v ms="$milliseconds" -v most="$most" -v val="$((7 * val_tokens / 3 / step_tokens))" 'BEGIN {
+steps=$(awk -v left="$budget" -v ms="$milliseconds" -v most="$most" -v val="$((5 * val_tokens / 3 / step_tokens))" 'BEGIN {
     steps = int((left * 1000 / ms - val) / 10) * 10
     if (steps > most) steps = most
     print (steps < 20 ? 20 : steps)
 }')
-every=$(((steps + 5) / 6))
+every=$(((steps + 3) / 4))
 log_every=$((steps / 200 > 0 ? steps / 200 : 1))
 say "each variant is trained for $steps steps of $step_tokens tokens: all the same, about ${budget%.*} s together$(
     [ "$steps" -lt "$most" ] || echo " or less (after $passes passes over the text it ends)"
@@ -234,14 +242,14 @@ table_line() {
         /"seconds"/ { seconds = number("seconds") }
         /"val_loss"/ { loss = number("val_loss") }
         END {
-            printf "%-8s %8.2f M %9.2f M %11.4f %10.3f %10.0f %9.0f %8.0f MB %9.1f kB\n", name, parameters, tokens / 1e6,
+            printf "%-10s %8.2f M %9.2f M %11.4f %10.3f %10.0f %9.0f %8.0f MB %9.1f kB\n", name, parameters, tokens / 1e6,
                 loss, loss / log(2) / token_bytes, tokens / busy, seconds, memory, cache / 1000
         }'
 }
 
 {
-    printf '%-8s %10s %11s %11s %10s %10s %9s %11s %12s\n' variant parameters tokens "validation" "bits per" tokens/s seconds peak "KV cache"
-    printf '%-8s %10s %11s %11s %10s %10s %9s %11s %12s\n' "" "" "" loss byte "" "" memory "a token"
+    printf '%-10s %10s %11s %11s %10s %10s %9s %11s %12s\n' variant parameters tokens "validation" "bits per" tokens/s seconds peak "KV cache"
+    printf '%-10s %10s %11s %11s %10s %10s %9s %11s %12s\n' "" "" "" loss byte "" "" memory "a token"
     for variant in "${variants[@]}"; do table_line "${variant%%|*}"; done
 } >"$out/table.txt"
 

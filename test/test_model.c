@@ -949,6 +949,60 @@ static void test_transformers(void** state) {
     }
 }
 
+// A multi-head model whose heads are alike two by two gives the same logits with half the KV heads.
+static void test_conversion_to_fewer_heads(void** state) {
+    (void)state;
+    floatX heads[4] = {1, 3, 10, 20}, uneven[3] = {1, 3, 11};
+    const int even[2] = {2, 2}, first[2] = {2, 1};
+    pool_heads(heads, heads, even, 2, 1);
+    assert_true(heads[0] == 2 && heads[1] == 15);
+    pool_heads(uneven, uneven, first, 2, 1);
+    assert_true(uneven[0] == 2 && uneven[1] == 11);
+
+    const Case c = {"whole", 2, 16, 4, 4, 6, 9, 19, 7, "G", 1, 1, 1, 0, 3, GQA_STATIC, ATTENTION_DENSE, 1, 1};
+    Fixture fixture;
+    set_up(&fixture, &c);
+    Model* model = &fixture.model;
+    const size_t row = (size_t)c.head_dim * c.channels;
+    for (int l = 0; l < c.layers; l++) {
+        const LayerParameters* at = &model->layout.layers[l];
+        for (int head = 0; head < 8; head += 2) // four of keys, four of values
+            memcpy(model->params + at->qkv_proj + (size_t)(c.heads + head + 1) * row,
+                   model->params + at->qkv_proj + (size_t)(c.heads + head) * row, row * sizeof(floatX));
+        for (int head = 0; head < 3 * c.heads; head += 2) // of each of the three taps
+            memcpy(model->params + at->k_conv + (size_t)(head + 1) * c.head_dim,
+                   model->params + at->k_conv + (size_t)head * c.head_dim,
+                   (size_t)c.head_dim * sizeof(floatX));
+    }
+    char output[] = "/tmp/test_model.XXXXXX", directory[PATH_MAX];
+    assert_non_null(mkdtemp(output));
+    TrainingState at_start;
+    memset(&at_start, 0, sizeof(at_start));
+    checkpoint_save(output, &model->config, &model->layout.table, &at_start, NULL, model->params,
+                    model->exp_avg, model->exp_avg_sq, NULL, 0, model->stream);
+    assert_true(checkpoint_latest(output, directory));
+
+    ModelConfig config = model->config;
+    config.kv_heads = 2;
+    static Model pooled;
+    gpt_plan(&pooled, &config, 1, c.T, 0);
+    gpt_allocate(&pooled);
+    checkpoint_load_pooled(directory, &config, &pooled.layout.table, pooled.params, pooled.stream);
+    gpt_forward(model, fixture.tokens, 1, c.T, 0, NULL);
+    gpt_forward(&pooled, fixture.tokens, 1, c.T, 0, NULL);
+    floatX *want = all_logits(model, c.T), *got = all_logits(&pooled, c.T);
+    double* exact = new_doubles((size_t)c.T * c.vocab_size);
+    for (int i = 0; i < c.T * c.vocab_size; i++) exact[i] = (double)want[i];
+    assert_close("logits", got, exact, (size_t)c.T * c.vocab_size, FORWARD_BOUND);
+    checkpoint_remove_all(output);
+    remove_path(output);
+    free(want);
+    free(got);
+    free(exact);
+    gpt_free(&pooled);
+    tear_down(&fixture);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_forward),
@@ -967,6 +1021,7 @@ int main(void) {
         cmocka_unit_test(test_flops),
         cmocka_unit_test(test_update),
         cmocka_unit_test(test_transformers),
+        cmocka_unit_test(test_conversion_to_fewer_heads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -63,7 +63,7 @@ check quickstart_refuses_bad_texts bad_texts
 small_text() {
     quickstart --text "small text.txt" --minutes 0.3 || return 1
     local out=$scratch/tree/quickstart/01
-    [ "$(wc -l <"$out/table.txt")" -eq 4 ] && [ -s "$out/loss.png" ] && [ -s "$out/loss.svg" ] && [ -s "$out/sample.txt" ] &&
+    [ "$(wc -l <"$out/table.txt")" -eq 6 ] && [ -s "$out/loss.png" ] && [ -s "$out/loss.svg" ] && [ -s "$out/sample.txt" ] &&
         ! grep -q nan "$out/table.txt"
 }
 check quickstart_on_a_small_text small_text
@@ -74,6 +74,67 @@ second_time() {
         [ -s "$scratch/tree/quickstart/02/table.txt" ]
 }
 check quickstart_keeps_earlier_results second_time
+
+# ----------------------------------------------------------------------------
+# Comparison, with the tokenizer and the shards that quickstart made
+
+# compare STEPS DIR OPTION...: two variants, two seeds, the smallest model.
+compare() {
+    local data=$scratch/tree/quickstart/01
+    exec "$scratch/tree/scripts/compare.sh" --train-data "$data/text_train_*.bin" --val-data "$data/text_val_*.bin" \
+        --tokenizer "$data/tokenizer.json" --steps "$1" --output "$scratch/$2" "${@:3}" \
+        -- --layers 1 --channels 32 --heads 2 --kv-heads 1 -t 64 -b 2 --val-batches 2
+}
+
+compare_usage() {
+    refuses 2 "no such variant; there are: dense" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --steps 5 \
+        --output "$scratch/none" --variants sparse &&
+        refuses 2 "--steps 0" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --output "$scratch/none" --steps 0 &&
+        refuses 2 "want 'name|flags" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --steps 5 \
+            --output "$scratch/none" --variant 'kconv' &&
+        refuses 2 "--seed: not after --" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --steps 5 \
+            --output "$scratch/none" -- --seed 3 &&
+        refuses 2 "unknown option" "$top/scripts/compare.sh" --fast && [ ! -e "$scratch/none" ]
+}
+check compare_refuses_bad_usage compare_usage
+
+compare_table() {
+    local out=$scratch/compared
+    (compare 20 compared --seeds 2) || return 1
+    [ "$(wc -l <"$out/table.md")" -eq 6 ] && [ "$(grep -c '"name"' "$out/table.json")" -eq 4 ] &&
+        [ -s "$out/loss.png" ] && [ -s "$out/loss.svg" ] && ! grep -qiE 'nan|inf\b' "$out/table.md" "$out/table.json" || return 1
+    # Again: nothing is trained, and the table is the same. With another seed: that alone is.
+    cp -a "$out" "$scratch/compared before"
+    (compare 20 compared --seeds 2) >"$scratch/again" && [ "$(grep -c 'finished before' "$scratch/again")" -eq 8 ] &&
+        diff -r -x '*.png' -x '*.svg' -x build.log "$out" "$scratch/compared before" || return 1
+    (compare 20 compared --seeds 3 --variants dense moba) >"$scratch/again" &&
+        [ "$(grep -c 'finished before' "$scratch/again")" -eq 4 ] && [ "$(wc -l <"$out/table.md")" -eq 4 ] || return 1
+    # What was begun with other options is not gone on with.
+    refuses 1 "was begun with other options" compare_in_a_shell 30 compared --seeds 2
+}
+compare_in_a_shell() { (compare "$@"); }
+check compare_makes_a_table_and_runs_nothing_twice compare_table
+
+compare_killed() {
+    local out=$scratch/killed script steps
+    # Interrupted in the middle of the second variant: the first is not run again, the second goes on from its checkpoint.
+    compare_in_a_shell 1000 killed --seeds 1 --variants dense kdgqa >"$scratch/whole" || return 1
+    mv "$out" "$scratch/whole run"
+    (compare 1000 killed --seeds 1 --variants dense kdgqa) &
+    script=$!
+    for _ in $(seq 1 600); do
+        steps=$(grep -c step_ms "$out/kdgqa/seed_1337/timings.jsonl" 2>/dev/null)
+        [ "${steps:-0}" -lt 100 ] || break
+        sleep 0.05
+    done
+    kill -TERM "$script"
+    wait "$script" && return 1
+    [ ! -e "$out/table.md" ] || return 1
+    compare_in_a_shell 1000 killed --seeds 1 --variants dense kdgqa >"$scratch/again" || return 1
+    grep -q 'dense, seed 1337: finished before' "$scratch/again" && grep -q '^resuming' "$out/kdgqa/seed_1337.log" &&
+        cmp "$out/kdgqa/seed_1337/metrics.jsonl" "$scratch/whole run/kdgqa/seed_1337/metrics.jsonl"
+}
+check compare_goes_on_after_an_interruption compare_killed
 
 # ----------------------------------------------------------------------------
 # Download and recipe, from a server on this machine
