@@ -510,7 +510,9 @@ static void test_only_complete_past_blocks(void** state) {
 // Not a bit of an earlier output: also where lists of queries become longer or shorter by later queries.
 static void check_no_token_reaches_back(const algorithm_t* algorithm, int T, int K) {
     const int changed[] = {0, 1, 15, 16, 31, 64, 130, T - 5, T - 4, T - 1};
-    moba_case_t c = new_case(&head_maps[5], 1, T, 16, 16, K);
+    moba_case_t c = new_case(&head_maps[5], 1, T, 64, 16, K);
+    fill_normal(NULL, c.qkv, c.qkv_count, 1,
+                (uint64_t)T); // rounded products, unlike those of multiples of 1/8
     floatX* before = new_floats(c.out_count);
     int* selected_before = (int*)calloc_or_fail(c.selected_count, sizeof(int), "a test");
     const size_t out_row = (size_t)c.H * c.D, qkv_row = (size_t)(c.H + 2 * c.G) * c.D,
@@ -519,7 +521,7 @@ static void check_no_token_reaches_back(const algorithm_t* algorithm, int T, int
     for (int i = 0; i < 10; i++) {
         memcpy(before, c.out, c.out_count * sizeof(floatX));
         memcpy(selected_before, c.selected, c.selected_count * sizeof(int));
-        for (size_t j = 0; j < qkv_row; j++) c.qkv[changed[i] * qkv_row + j] += (floatX)(1 + (int)j % 5);
+        for (size_t j = 0; j < qkv_row; j++) c.qkv[changed[i] * qkv_row + j] += (floatX)((int)j % 5 - 2) / 2;
         run_forward(&c, algorithm);
         assert_memory_equal(before, c.out, changed[i] * out_row * sizeof(floatX));
         assert_memory_not_equal(before + changed[i] * out_row, c.out + changed[i] * out_row,
