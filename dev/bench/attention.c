@@ -10,6 +10,8 @@ work on the machine slows both.
 #include <argp.h>
 // attention_forward, attention_backward, gemm
 #include "dev/cpu/gqa.h"
+// parse_number, new_random, median
+#include "dev/bench/measure.h"
 
 typedef struct {
     int T, H, G, D, window;
@@ -36,15 +38,6 @@ static const struct argp_option option_table[] = {
     {"window", 'w', "W", 0, "sliding window, 0 for none (default 0)", 0},
     {0, 0, 0, 0, 0, 0},
 };
-
-static int parse_number(const char* text, const char* name, int minimum) {
-    char* end;
-    errno = 0;
-    const long value = strtol(text, &end, 10);
-    if (errno || *end || end == text || value < minimum || value > 1 << 24)
-        fail_usage("--%s %s: must be a number from %d to %d", name, text, minimum, 1 << 24);
-    return (int)value;
-}
 
 static error_t parse_option(int key, char* argument, struct argp_state* state) {
     options_t* options = (options_t*)state->input;
@@ -77,26 +70,6 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
 
 // ----------------------------------------------------------------------------
 // Measuring
-
-static floatX* new_random(size_t count) {
-    floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
-    uint32_t state = 12345;
-    for (size_t i = 0; i < count; i++) {
-        state = state * 1664525u + 1013904223u;
-        values[i] = (floatX)(state >> 8) / (floatX)(1 << 23) - 1;
-    }
-    return values;
-}
-
-static int compare_doubles(const void* a, const void* b) {
-    const double x = *(const double*)a, y = *(const double*)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double* values, int count) {
-    qsort(values, (size_t)count, sizeof(double), compare_doubles);
-    return values[count / 2];
-}
 
 enum { PEAK_SIZE = 2048 };
 

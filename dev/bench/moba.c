@@ -11,6 +11,8 @@ layers.
 #include <argp.h>
 // moba_forward, flashmoba_forward and its stages, attention_forward, gemm
 #include "dev/cpu/moba.h"
+// parse_number, new_random, median
+#include "dev/bench/measure.h"
 
 static const int default_tokens[] = {4096, 8192, 16384};
 
@@ -32,15 +34,6 @@ static const struct argp_option option_table[] = {
     {"plain", 'p', "T", 0, "Time the plain algorithm up to T tokens (default 4096)", 0},
     {0, 0, 0, 0, 0, 0},
 };
-
-static int parse_number(const char* text, const char* name, int minimum) {
-    char* end;
-    errno = 0;
-    const long value = strtol(text, &end, 10);
-    if (errno || *end || end == text || value < minimum || value > 1 << 24)
-        fail_usage("--%s %s: must be a number from %d to %d", name, text, minimum, 1 << 24);
-    return (int)value;
-}
 
 static error_t parse_option(int key, char* argument, struct argp_state* state) {
     options_t* options = (options_t*)state->input;
@@ -102,26 +95,6 @@ typedef struct {
     double workspace_bytes, dense_workspace_bytes;
     double peak, of_peak; // operations a second of large products, and the share of it in flashmoba's
 } result_t;
-
-static floatX* new_random(size_t count) {
-    floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
-    uint32_t state = 12345;
-    for (size_t i = 0; i < count; i++) {
-        state = state * 1664525u + 1013904223u;
-        values[i] = (floatX)(state >> 8) / (floatX)(1 << 23) - 1;
-    }
-    return values;
-}
-
-static int compare_doubles(const void* a, const void* b) {
-    const double x = *(const double*)a, y = *(const double*)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double* values, int count) {
-    qsort(values, (size_t)count, sizeof(double), compare_doubles);
-    return values[count / 2];
-}
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 

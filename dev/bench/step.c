@@ -10,6 +10,7 @@ The useful operations of a token are counted by flops_per_token() of runtime/mod
 #define TRAIN_GPT_NO_MAIN
 #include <argp.h>
 #include "train_gpt.cu"
+#include "dev/bench/measure.h" // parse_number, new_random, median
 
 typedef struct {
     const char *model, *json;
@@ -34,19 +35,19 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
         settings->model = text;
         break;
     case 'b':
-        settings->batch = atoi(text);
+        settings->batch = parse_number(text, "batch", 1);
         break;
     case 't':
-        settings->sequence_length = atoi(text);
+        settings->sequence_length = parse_number(text, "sequence-length", 32);
         break;
     case 'V':
-        settings->vocab_size = atoi(text);
+        settings->vocab_size = parse_number(text, "vocab", 2);
         break;
     case 'G':
-        settings->kv_heads = atoi(text);
+        settings->kv_heads = parse_number(text, "kv-heads", 1);
         break;
     case 'x':
-        settings->steps = atoi(text);
+        settings->steps = parse_number(text, "steps", 1);
         break;
     case 'J':
         settings->json = text;
@@ -57,46 +58,23 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
     return 0;
 }
 
-static double now_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
-
-static int compare_doubles(const void* a, const void* b) {
-    double x = *(const double*)a, y = *(const double*)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double* values, int count) {
-    qsort(values, (size_t)count, sizeof(double), compare_doubles);
-    return values[count / 2];
-}
-
 // The best of the sizes that a step is made of, in operations a second: the ceiling that a step could reach.
 static double matmul_peak(void) {
     const int shapes[][3] = {{1024, 1024, 1024}, {2048, 2048, 2048}, {4096, 2304, 768}, {4096, 4096, 768}};
     const size_t most = (size_t)4096 * 4096;
-    floatX *a = (floatX*)malloc_or_fail(most * sizeof(floatX), "a matrix"),
-           *b = (floatX*)malloc_or_fail(most * sizeof(floatX), "a matrix");
-    floatX* c = (floatX*)malloc_or_fail(most * sizeof(floatX), "a matrix");
-    for (size_t i = 0; i < most; i++) {
-        a[i] = (floatX)(random_uniform(1, 1, i) - 0.5);
-        b[i] = (floatX)(random_uniform(1, 2, i) - 0.5);
-        c[i] = 0;
-    }
+    floatX *a = new_random(most), *b = new_random(most), *c = new_random(most);
     double best = 0;
     for (int s = 0; s < 4; s++) {
         for (int repeat = 0; repeat < 5; repeat++) {
-            double begun = now_seconds();
+            double begun = omp_get_wtime();
             matmul_forward(c, a, b, shapes[s][0], shapes[s][2], shapes[s][1], 0);
-            double rate = 2.0 * shapes[s][0] * shapes[s][1] * shapes[s][2] / (now_seconds() - begun);
+            double rate = 2.0 * shapes[s][0] * shapes[s][1] * shapes[s][2] / (omp_get_wtime() - begun);
             if (rate > best) best = rate;
         }
     }
-    free(a);
-    free(b);
-    free(c);
+    device_free(a);
+    device_free(b);
+    device_free(c);
     return best;
 }
 
@@ -105,9 +83,6 @@ int main(int argc, char** argv) {
     const struct argp parser = {settings_table, settings_parse, 0, "Times a training step.", 0, 0, 0};
     argp_err_exit_status = 2;
     argp_parse(&parser, argc, argv, 0, 0, &settings);
-    if (settings.batch < 1 || settings.steps < 1) fail_usage("--batch and --steps: must be at least 1");
-    if (settings.sequence_length < 32)
-        fail_usage("--sequence-length %d: must be at least 32", settings.sequence_length);
     const int B = settings.batch, T = settings.sequence_length;
     ModelConfig config = model_config_from_descriptor(settings.model);
     config.vocab_size = settings.vocab_size;
@@ -132,20 +107,20 @@ int main(int argc, char** argv) {
         times[i] = (double*)malloc_or_fail((size_t)settings.steps * sizeof(double), "times");
     for (int step = -1; step < settings.steps; step++) { // the first one warms up
         double at[STAGES + 1];
-        at[0] = now_seconds();
+        at[0] = omp_get_wtime();
         gpt_zero_gradients(&model);
         gpt_begin_step(&model, step + 1);
         const TrainingPass pass = {2, step + 1, 0, 1};
         gpt_forward(&model, tokens, B, T, 0, &pass);
-        at[1] = now_seconds();
+        at[1] = omp_get_wtime();
         gpt_loss(&model, tokens + 1, B, T, 1, 1.0f / (float)(B * T));
-        at[2] = now_seconds();
+        at[2] = omp_get_wtime();
         gpt_backward(&model, B, T);
-        at[3] = now_seconds();
+        at[3] = omp_get_wtime();
         gpt_end_step(&model, step + 1, B);
         AdamW update = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, step + 2};
         gpt_update(&model, update);
-        at[4] = now_seconds();
+        at[4] = omp_get_wtime();
         for (int i = 0; i < STEP && step >= 0; i++) times[i][step] = at[i + 1] - at[i];
         if (step >= 0) times[STEP][step] = at[4] - at[0];
     }
@@ -156,9 +131,9 @@ int main(int argc, char** argv) {
     double token_seconds[GENERATED];
     gpt_next_logits(&model, logits, tokens, T / 2, 0, scratch);
     for (int i = 0; i < GENERATED && T / 2 + i < T; i++) {
-        double begun = now_seconds();
+        double begun = omp_get_wtime();
         gpt_next_logits(&model, logits, tokens, T / 2 + i + 1, T / 2 + i, scratch);
-        token_seconds[i] = now_seconds() - begun;
+        token_seconds[i] = omp_get_wtime() - begun;
     }
     double peak_after = matmul_peak();
     if (peak_after > peak) peak = peak_after;
