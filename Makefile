@@ -39,7 +39,8 @@ NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)
 WARNINGS := -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes
 CFLAGS ?= -O3 -march=native -g
 COMMON := -std=gnu11 $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
-VARIANT := -DDEVICE_CPU -DATTN_NAME='"$(ATTN)"' -DGQA_NAME='"$(GQA)"' -DKCONV=$(KCONV)
+variant = -DDEVICE_CPU -DATTN_NAME='"$(1)"' -DGQA_NAME='"$(2)"' -DKCONV=$(3)
+VARIANT := $(call variant,$(ATTN),$(GQA),$(KCONV))
 precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
@@ -78,10 +79,16 @@ tokenizer: $(BUILD)/tokenizer
 
 retrieval: $(BUILD)/retrieval
 
-$(BUILD)/$(NAME): train_gpt.cu Makefile
+# The variants that test_programs runs beside the one that is built.
+TESTED_TRAINERS := $(foreach variant,kdgqa_kconv3 dgqa_kconv5 pgqa_kconv3,$(BUILD)/train_gpt_cpu_$(ATTN)_$(variant)_fp32)
+
+# A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
+flag = $(word $(1),$(subst _, ,$*))
+$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d -x c $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+	$(Q)$(CC) $(COMMON) $(call variant,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) \
+	  $(call precision,$(call flag,5)) -MF $@.d -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
 
 $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
@@ -120,7 +127,7 @@ $(BUILD)/test/%: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-test: all $(TESTS)
+test: all $(TESTED_TRAINERS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
 
 # What takes longer: the scripts as a user calls them.

@@ -824,10 +824,17 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
-// The weights of a checkpoint, and the map of query heads that they were trained with.
+// The weights of a checkpoint, and the map of query heads that they were trained with. A model with more KV heads is converted;
+// one without a map of its own starts with even groups.
 static void load_model(Model* model, const Run* run, const char* directory) {
-    checkpoint_load_model(directory, &model->layout.table, model->params, model->stream);
-    if (!heads_are_key_driven(&run->config)) return;
+    const int theirs = checkpoint_read_config(directory).kv_heads, G = run->config.kv_heads;
+    if (theirs > G)
+        checkpoint_load_pooled(directory, &run->config, &model->layout.table, model->params, model->stream);
+    else checkpoint_load_model(directory, &model->layout.table, model->params, model->stream);
+    if (theirs > G) printf("converted %d KV heads to %d, by the mean of each group\n", theirs, G);
+    char path[PATH_MAX];
+    path_format(path, "%s/heads.json", directory);
+    if (!heads_are_key_driven(&run->config) || theirs > G || !path_exists(path)) return;
     checkpoint_load_heads(directory, &model->heads);
     gpt_upload_maps(model, 0, run->config.layers);
 }
@@ -868,6 +875,14 @@ static size_t other_bytes(const Run* run, const Model* model) {
     size_t bytes = run->resident + matmul_scratch_bytes() + loader_bytes(run->train, run->options.batch);
     bytes += rows * sizeof(float_acc);             // losses
     if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
+    if (run->init_from[0]) {                       // a model that is converted is there as a whole
+        ModelConfig theirs = checkpoint_read_config(run->init_from);
+        if (theirs.kv_heads > run->config.kv_heads) {
+            ParameterLayout layout = parameter_layout(&theirs);
+            bytes += layout.table.elements * sizeof(floatX);
+            parameter_layout_free(&layout);
+        }
+    }
     if (run->options.output)
         bytes += piece < CHECKPOINT_CHUNK ? piece : CHECKPOINT_CHUNK; // on its way to the disk
     return bytes;

@@ -1,5 +1,5 @@
 /*
-The router's theory, measured: why small blocks find the needle (MATH.md section 3; arXiv 2511.11571).
+The router's theory, measured: why small blocks find the needle (docs/math.md section 4; arXiv 2511.11571).
 
     build/snr                                                     the table: Monte-Carlo beside its predictions
     build/snr --trials 100000 --blocks 256x4,64x16 --related 1,8 --json snr.json
@@ -21,7 +21,7 @@ length of the point outside of two coordinates is distributed as U^(2/(D-2)), an
 test/test_snr.c compares with keys and centroids of all D coordinates.
 
 On a checkpoint there is no needle that is known, so the signal block of a query row is the eligible block that holds the
-most of its dense attention, and everything follows the selection rule of MATH.md section 2: the current block is always
+most of its dense attention, and everything follows the selection rule of docs/math.md section 2: the current block is always
 attended, and K - 1 complete past blocks are chosen by centroid score. What is reported is explained in docs/results/snr.md.
 */
 #define TRAIN_GPT_NO_MAIN

@@ -651,6 +651,49 @@ static inline void checkpoint_load_model(const char* directory, const TensorTabl
     safetensors_close(&file);
 }
 
+// pooled (G rows of `width`) = the means of each group's heads of `values` (H rows of `width`), with heads[g] of them in group
+// g, one group after the other.
+static inline void pool_heads(floatX* pooled, const floatX* values, const int* heads, int G, size_t width) {
+    for (int g = 0; g < G; values += (size_t)heads[g] * width, g++) {
+        for (size_t i = 0; i < width; i++) {
+            double sum = 0;
+            for (int h = 0; h < heads[g]; h++) sum += (double)values[(size_t)h * width + i];
+            pooled[(size_t)g * width + i] = (floatX)(heads[g] ? sum / heads[g] : 0);
+        }
+    }
+}
+
+// As checkpoint_load_model(), from a model with more key/value heads than config has (Ainslie et al., arXiv 2305.13245): the
+// keys' and values' projections of a group are the means of its heads, everything else is copied. The groups are even, as every
+// kind of allocation begins. Holds the other model's weights for as long as it takes.
+static inline void checkpoint_load_pooled(const char* directory, const ModelConfig* config,
+                                          const TensorTable* table, floatX* params, stream_t stream) {
+    ModelConfig whole = *config;
+    whole.kv_heads = checkpoint_read_config(directory).kv_heads;
+    ParameterLayout layout = parameter_layout(&whole);
+    floatX* block = (floatX*)device_malloc(layout.table.elements * sizeof(floatX), "the weights to convert");
+    checkpoint_load_model(directory, &layout.table, block, stream);
+    int* heads = (int*)malloc_or_fail((size_t)config->kv_heads * sizeof(int), "the allocation of heads");
+    allocate_uniform(heads, config->kv_heads, whole.kv_heads);
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *to = &table->tensors[i], *from = &layout.table.tensors[i];
+        floatX* values = (floatX*)malloc_or_fail(from->padded_count * sizeof(floatX), to->name);
+        copy_to_host(values, block + from->offset, from->padded_count * sizeof(floatX), stream);
+        if (strstr(to->name, "self_attn.k_proj") || strstr(to->name, "self_attn.v_proj")) {
+            pool_heads(values, values, heads, config->kv_heads, (size_t)config->head_dim * config->channels);
+        } else if (strstr(to->name, "self_attn.k_conv")) { // (taps, heads D): a tap has its heads in a row
+            for (int tap = 0; tap < to->shape[0]; tap++)
+                pool_heads(values + (size_t)tap * to->shape[1], values + (size_t)tap * from->shape[1], heads,
+                           config->kv_heads, (size_t)config->head_dim);
+        }
+        copy_to_device(params + to->offset, values, to->padded_count * sizeof(floatX), stream);
+        free(values);
+    }
+    free(heads);
+    device_free(block);
+    parameter_layout_free(&layout);
+}
+
 // ----------------------------------------------------------------------------
 // optimizer-RRRRR-of-NNNNN.safetensors: slices of the flat state, one a rank
 

@@ -9,7 +9,7 @@ layout.layers[3].o_proj is
                                                          // where that one begins in the block of parameters
 
 The table is the single source for allocation, initialisation, optimizer groups, checkpoints and export; its
-names are those of Hugging Face's LlamaForCausalLM. The model itself is MATH.md section 1 (docs/math.md):
+names are those of Hugging Face's LlamaForCausalLM. The model itself is docs/math.md section 1:
 RMSNorm, rotary positions, grouped attention, SwiGLU, no biases.
 */
 #ifndef RUNTIME_MODEL_H

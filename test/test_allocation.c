@@ -81,7 +81,8 @@ static void draw_problem(uint64_t i, int* G, int* H, int* least, double* n) {
     const int most = i % 50 == 0 ? MOST : i % 5 == 0 ? 64 : 16;
     *H = 1 + (int)(uniform(1, i) * most);
     *G = 1 + (int)(uniform(2, i) * *H);
-    *least = (int)(uniform(3, i) * (*H / *G + 1));
+    const int choices = *H / *G + 1;
+    *least = (int)(uniform(3, i) * choices);
     const int kind = (int)(uniform(4, i) * 4);
     for (int g = 0; g < *G; g++) {
         uint64_t at = i * MOST + (uint64_t)g;

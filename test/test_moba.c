@@ -1,5 +1,5 @@
 /*
-Mixture of block attention, both algorithms, against a reference that is written as the formulas of MATH.md section 2 are:
+Mixture of block attention, both algorithms, against a reference that is written as the formulas of docs/math.md section 2 are:
 every score, every block, one query at a time, in double.
 
 Queries and keys are multiples of 1/8, of which the scores of blocks of 2^i keys are exact in every precision: selections

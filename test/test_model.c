@@ -412,7 +412,7 @@ static void check_gradients(const Case* c, size_t sample) {
                 central_difference(reference_loss, &fixture.reference, &fixture.reference.params[element]);
             analytic[j] = fixture.model.grads[element];
         }
-        char what[192];
+        char what[256];
         snprintf(what, sizeof(what), "%s: %s", c->name, tensor->name);
         assert_close(what, analytic, numeric, count, GRADIENT_BOUND);
     }

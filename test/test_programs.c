@@ -145,6 +145,13 @@ static void must_end_well(const Result* result) {
     assert_string_equal(result->err, "");
 }
 
+static void must_fail_with(const Result* result, int exit_code, const char* says) {
+    if (result->exit_code != exit_code || !strstr(result->err, says)) print_error("%s", result->err);
+    assert_int_equal(result->exit_code, exit_code);
+    assert_non_null(strstr(result->err, says));
+    assert_ptr_equal(strchr(result->err, '\n'), result->err + strlen(result->err) - 1);
+}
+
 // For preparing files: a line of sh that must succeed.
 __attribute__((format(printf, 1, 2))) static void shell(const char* format, ...) {
     char line[4096];
@@ -442,20 +449,14 @@ static void randomize_weights(const char* path) {
     fclose(file);
 }
 
-// Greedy generation, which adds a token at a time to a cache, against the logits of the whole sequence at once.
-static void test_generation_is_that_of_the_logits(void** state) {
-    (void)state;
-    shell("cp -r whole wild");
-    randomize_weights("wild/step_00000030/model.safetensors");
-    const char* generate = "%s --generate --init-from wild --temperature %s --sample-length 24 --seed %d";
-    char first[65536];
-    const Result* result = run(generate, trainer, "1", 7);
-    must_end_well(result);
-    print_to(first, sizeof(first), "%s", result->out);
-    assert_string_equal(run(generate, trainer, "1", 7)->out, first);
-    assert_string_not_equal(run(generate, trainer, "1", 8)->out, first);
+static const char generate[] = "%s --generate --init-from wild --temperature %s --sample-length 24 --seed %d";
 
-    result = run(generate, trainer, "0", 7);
+// Greedy generation, which adds a token at a time to a cache, against the logits of the whole sequence at once: of the model
+// that `output` holds, its weights replaced.
+static void must_generate_what_the_logits_say(const char* output) {
+    shell("rm -rf wild; cp -r %s wild", output);
+    randomize_weights("wild/step_00000030/model.safetensors");
+    const Result* result = run(generate, trainer, "0", 7);
     must_end_well(result);
     int tokens[64] = {0}, count = 1;
     char list[1024] = "0";
@@ -481,6 +482,88 @@ static void test_generation_is_that_of_the_logits(void** state) {
         assert_int_equal(best, tokens[t + 1]);
     }
     fclose(file);
+}
+
+static void test_generation_is_that_of_the_logits(void** state) {
+    (void)state;
+    must_generate_what_the_logits_say("whole");
+    char first[65536];
+    const Result* result = run(generate, trainer, "1", 7);
+    must_end_well(result);
+    print_to(first, sizeof(first), "%s", result->out);
+    assert_string_equal(run(generate, trainer, "1", 7)->out, first);
+    assert_string_not_equal(run(generate, trainer, "1", 8)->out, first);
+}
+
+// ----------------------------------------------------------------------------
+// The other variants: each resumes bitwise, generates what its logits say, and refuses the checkpoints of the others
+
+typedef struct {
+    const char* gqa;
+    int kconv;
+    const char* options;
+    int has_heads; // its checkpoints hold an allocation of heads
+    int moves;     // and this one changes: the ratios of the averaged norms here all round to a uniform one
+} Variant;
+
+static const Variant variants[] = {
+    {"kdgqa", 3, "--pattern SG --window 8", 1, 1},
+    {"kdgqa", 3, "--kd-source forward --kd-min-heads 0", 1, 1},
+    {"kdgqa", 3, "--kd-source weights", 1, 1},
+    {"dgqa", 5, "--kd-window 3", 1, 0},
+    {"dgqa", 5, "--kd-window 3 --dgqa-kind diff --kd-source forward", 1, 1},
+    {"pgqa", 3, "--pattern GS --window 8 --position S=rope,G=none", 0, 0},
+};
+
+static void choose_trainer(const char* build, const char* gqa, int kconv) {
+    char path[PATH_MAX];
+    print_to(path, sizeof(path), "%s/train_gpt_cpu_%s_%s_kconv%d_fp32", build, ATTN_NAME, gqa, kconv);
+    if (!realpath(path, trainer)) print_error("%s: %s (make test builds it)\n", path, strerror(errno));
+    assert_int_equal(access(trainer, X_OK), 0);
+}
+
+static void test_variants(void** state) {
+    (void)state;
+    char build[PATH_MAX], kept[PATH_MAX], more[512], left[256], right[256];
+    print_to(build, sizeof(build), "%s", trainer);
+    print_to(kept, sizeof(kept), "%s", trainer);
+    *strrchr(build, '/') = 0;
+    for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++) {
+        const Variant* v = &variants[i];
+        choose_trainer(build, v->gqa, v->kconv);
+        shell("rm -rf one two");
+        // --heads and --kv-heads last, so that they win over the ones of all tests.
+        print_to(more, sizeof(more), "%s --heads 8 --kv-heads 4 -n 7", v->options);
+        must_end_well(train("one", more));
+        double losses[64];
+        assert_int_equal(read_metric(losses, 64, "one", "loss"), STEPS);
+        assert_true(losses[STEPS - 1] < losses[0] - 1);
+        for (int cut = 0; cut < 3; cut++) {
+            Treatment treatment = {0};
+            treatment.signal =
+                cut == 1 ? SIGTERM : SIGKILL; // one of them leaves a checkpoint between the regular ones
+            treatment.until_file = "two/metrics.jsonl";
+            treatment.until_lines = 10 + 8 * cut;
+            print_to(more, sizeof(more), "%s --heads 8 --kv-heads 4 -n 7 --resume", v->options);
+            run_treated(&treatment, command("two", more));
+        }
+        must_end_well(train("two", more));
+        must_be_same_run("one", "two", STEPS);
+        double moved[512];
+        const int lines = read_metric(moved, 512, "one", "moved");
+        assert_int_equal(lines, v->has_heads ? 2 * (1 + STEPS / 6) : 0); // two layers at each validation
+        if (v->has_heads) {
+            print_to(left, sizeof(left), "one/step_%08d/heads.json", STEPS);
+            print_to(right, sizeof(right), "two/step_%08d/heads.json", STEPS);
+            must_equal(left, right);
+            assert_int_equal(moved[0], 0);
+            assert_int_equal(moved[lines - 1] + moved[lines - 2] > 0, v->moves);
+        }
+        must_generate_what_the_logits_say("one");
+        must_fail_with(run("%s --generate --init-from whole", trainer), 1, "GQA gqa, this run asks for");
+        must_fail_with(run("%s --generate --init-from one", kept), 1, "this run asks for gqa");
+    }
+    print_to(trainer, sizeof(trainer), "%s", kept);
 }
 
 // ----------------------------------------------------------------------------
@@ -545,6 +628,9 @@ static const BadInput bad_inputs[] = {
     {"-b", 2, {"-b", "needs a value", ""}},
     {"word", 2, {"word", "not an option", ""}},
     {"-- word", 2, {"word", "not an option", ""}},
+    {"--kd-source lagged", 2, {"--kd-source", "GQA=kdgqa or dgqa", "GQA=gqa"}},
+    {"--kd-window 5", 2, {"--kd-window", "GQA=dgqa", "GQA=gqa"}},
+    {"--pgqa-noise 1", 2, {"--pgqa-noise", "GQA=pgqa", "GQA=gqa"}},
     {"--prompt hello", 2, {"--prompt", "--tokenizer", ""}},
     {"--generate", 2, {"--generate", "--init-from", ""}},
     {"--resume --overwrite", 2, {"--resume", "--overwrite", ""}},
@@ -690,13 +776,6 @@ static void test_a_full_file_system_leaves_no_partial_checkpoint(void** state) {
 // ----------------------------------------------------------------------------
 // Scripts
 
-static void must_fail_with(const Result* result, int exit_code, const char* says) {
-    if (result->exit_code != exit_code || !strstr(result->err, says)) print_error("%s", result->err);
-    assert_int_equal(result->exit_code, exit_code);
-    assert_non_null(strstr(result->err, says));
-    assert_ptr_equal(strchr(result->err, '\n'), result->err + strlen(result->err) - 1);
-}
-
 static void test_plot(void** state) {
     (void)state;
     must_fail_with(run("%s/scripts/plot.sh -o curves", top), 2, "no run given");
@@ -764,6 +843,7 @@ int main(void) {
         cmocka_unit_test(test_a_full_disk_leaves_no_partial_checkpoint),
         cmocka_unit_test(test_a_full_file_system_leaves_no_partial_checkpoint),
         cmocka_unit_test(test_generation_is_that_of_the_logits),
+        cmocka_unit_test(test_variants),
         cmocka_unit_test(test_plot),
         cmocka_unit_test(test_a_run_is_not_overwritten_by_accident),
         cmocka_unit_test(test_peak_memory_is_as_planned),

@@ -30,7 +30,7 @@ __attribute__((format(printf, 1, 2))) static int run(const char* format, ...) {
     va_start(arguments, format);
     vsnprintf(line, sizeof(line), format, arguments);
     va_end(arguments);
-    snprintf(whole, sizeof(whole), "%s > out.txt 2> err.txt", line);
+    snprintf(whole, sizeof(whole), "( %s ) > out.txt 2> err.txt", line);
     int status = system(whole);
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }

@@ -3,7 +3,7 @@ dev/snr.c: the router's theory. The table against its predictions and the figure
 against whole keys, and what it reports of a model's queries and keys against values worked out by hand.
 */
 #define SNR_NO_MAIN
-#include "dev/snr.c"
+#include "dev/snr.c" // NOLINT(bugprone-suspicious-include): the program without its main
 
 // last, as it has a macro `fail` of its own
 #include <setjmp.h>

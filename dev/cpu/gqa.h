@@ -1,6 +1,6 @@
 /*
-Causal attention, dense or in a sliding window, of H query heads over G key/value heads through any map (MATH.md
-sections 1 and 4): the CPU twin of dev/cuda/gqa.cuh.
+Causal attention, dense or in a sliding window, of H query heads over G key/value heads through any map
+(docs/math.md sections 1 and 3).
 
     void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
     attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, stream);

@@ -1,5 +1,5 @@
 /*
-Mixture of block attention, forward and backward (MATH.md section 2): the CPU twin of dev/cuda/moba.cuh.
+Mixture of block attention, forward and backward (docs/math.md section 2).
 
 Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean key scores
 highest with it; one softmax over all of them. The same function by two algorithms, with the same arguments:
@@ -194,7 +194,8 @@ static inline void moba_merge(floatX* out,         // (D) in and out
                               const floatX* other, // (D)
                               float_acc other_lse, int D) {
     const float_acc largest = other_lse > *lse ? other_lse : *lse;
-    const float_acc mine = exp(*lse - largest), theirs = exp(other_lse - largest), sum = mine + theirs;
+    const float_acc mine = exp_fast(*lse - largest), theirs = exp_fast(other_lse - largest),
+                    sum = mine + theirs;
     for (int d = 0; d < D; d++) out[d] = (mine * out[d] + theirs * other[d]) / sum;
     *lse = largest + log(sum);
 }
