@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh --tests
 make lint
-make -j2 all
-make test
+make -j"$(nproc)" all
+make -j"$(nproc)" test
