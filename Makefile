@@ -130,14 +130,14 @@ $(BUILD)/test/%: test/%.c Makefile
 test: all $(TESTED_TRAINERS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
 
-# What takes longer: the scripts as a user calls them.
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
 # user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
 SANITIZED := CFLAGS="-O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 THREADED := CFLAGS="-O1 -march=native -g -fsanitize=thread"
 test-long: all
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) test
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) TESTS=$(BUILD)/thread/test/test_dataloader test
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
+	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 
 # ----------------------------------------------------------------------------
