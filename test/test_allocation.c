@@ -180,7 +180,8 @@ static void test_permutation_equivariance(void** state) {
         draw_problem(i, &G, &H, &least, n);
         for (int g = 0; g < G; g++) sum += n[g];
         for (int g = 0; g < G; g++) {
-            int rounded = (int)nearbyintf((float)(n[g] / sum * H));
+            int rounded =
+                sum > 0 ? (int)nearbyintf((float)(n[g] / sum * H)) : -1; // no sum: uniform, no shares
             total += rounded;
             reached = reached && rounded >= least;
         }
