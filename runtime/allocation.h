@@ -55,7 +55,7 @@ static inline int allocate_heads(int* heads,            // (G)
         all_equal = all_equal && weights[g] == weights[0];
     }
     allocate_uniform(heads, G, H);
-    if (all_equal || (G == H && least == 1)) return 1;
+    if (all_equal) return 1;
     // Relative to the largest, the sum can neither overflow nor vanish.
     double sum = 0;
     for (int g = 0; g < G; g++) sum += weights[g] / largest;

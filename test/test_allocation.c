@@ -315,7 +315,7 @@ static void test_dgqa_ema(void** state) {
 static void test_dgqa_diff(void** state) {
     (void)state;
     HeadAllocation a = start(1, DGQA_DIFF, 5);
-    const double first[4] = {5, 6, 7, 8}, second[4] = {6, 4, 10, 12}, third[4] = {6, 4, 10, 19};
+    const double first[4] = {1, 2, 3, 4}, second[4] = {2, 4, 6, 8}, third[4] = {2, 4, 6, 15};
     step_with(&a, 0, first);
     must_have(&a, 2, 2, 2, 2); // nothing to differ from yet
     step_with(&a, 5, second);  // 1, 2, 3, 4

@@ -336,6 +336,7 @@ static void test_a_signal_writes_a_checkpoint(void** state) {
         treatment.until_file = metrics;
         treatment.until_lines = 5 + i;
         const Result* result = run_treated(&treatment, command(output, "-n 0"));
+        if (result->exit_code != 128 + signals[i]) print_error("%s%s\n", result->out, result->err);
         assert_int_equal(result->exit_code, 128 + signals[i]);
         assert_non_null(strstr(result->out, "stopped after step "));
         assert_non_null(strstr(result->out, "--resume"));
