@@ -546,11 +546,17 @@ static void metrics_in_a_file(void** state) {
 static void metrics_on_a_terminal(void** state) {
     (void)state;
     int screen = posix_openpt(O_RDWR | O_NOCTTY);
-    if (screen < 0 || grantpt(screen) != 0 || unlockpt(screen) != 0) skip();
+    if (screen < 0 || grantpt(screen) != 0 || unlockpt(screen) != 0) {
+        print_message("SKIPPED: no pseudo-terminal can be had here\n");
+        skip();
+    }
     struct winsize size = {24, 60, 0, 0};
     ioctl(screen, TIOCSWINSZ, &size);
     int program = open(ptsname(screen), O_RDWR | O_NOCTTY);
-    if (program < 0) skip();
+    if (program < 0) {
+        print_message("SKIPPED: the pseudo-terminal cannot be opened: %s\n", strerror(errno));
+        skip();
+    }
     MetricsOptions o = run_options(0, 5);
     o.directory = NULL;
     o.quiet = 0;
