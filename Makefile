@@ -80,7 +80,7 @@ tokenizer: $(BUILD)/tokenizer
 retrieval: $(BUILD)/retrieval
 
 # The variants that test_programs runs beside the one that is built.
-TESTED_TRAINERS := $(foreach variant,kdgqa_kconv3 dgqa_kconv5 pgqa_kconv3,$(BUILD)/train_gpt_cpu_$(ATTN)_$(variant)_fp32)
+TESTED_TRAINERS := $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 flashmoba_kdgqa_kconv3,$(BUILD)/train_gpt_cpu_$(variant)_fp32)
 
 # A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))

@@ -41,6 +41,7 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "runtime/sampling.h"    // defines sample_token
 #include "runtime/checkpoint.h"  // defines checkpoint_save, checkpoint_load_model
 #include "runtime/metrics.h"     // defines Metrics
+#include "runtime/selection.h"   // defines SelectionStats, selection_add
 #include "tokenizer/tokenizer.h" // defines tokenizer_load, tokenizer_encode, tokenizer_decode
 #include "dataloader.h"          // defines DataLoader, loader_next
 #include "runtime/retrieval.h"   // defines retrieval_open, retrieval_evaluate
@@ -109,6 +110,7 @@ typedef struct {
     Arena parameters, gradients, optimizer, activations;
     HeadAllocation heads;   // where kv_of_q comes from
     float_acc* host_losses; // (B, T)
+    moment_t* moments;      // (L, 2, 2) where a layer's attention began and ended, forward and backward
     stream_t stream;
 } Model;
 
@@ -242,6 +244,8 @@ static void gpt_allocate(Model* model) {
     arena_allocate(&model->activations);
     size_t rows = (size_t)model->B * model->T, angles = (size_t)model->T * model->config.head_dim;
     model->host_losses = (float_acc*)malloc_or_fail(rows * sizeof(float_acc), "losses");
+    model->moments = (moment_t*)calloc_or_fail((size_t)model->config.layers * 4, sizeof(moment_t), "moments");
+    for (int i = 0; i < model->config.layers * 4; i++) moment_create(&model->moments[i]);
     float_acc* table = (float_acc*)malloc_or_fail(angles * sizeof(float_acc), "rotary angles");
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
@@ -274,6 +278,8 @@ static void gpt_free(Model* model) {
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
     free(model->host_losses);
+    for (int i = 0; i < model->config.layers * 4; i++) moment_free(&model->moments[i]);
+    free(model->moments);
 }
 
 // ----------------------------------------------------------------------------
@@ -286,6 +292,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
     const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
     void* workspace = model->acts.attention_workspace;
+    moment_record(&model->moments[4 * l], model->stream);
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
@@ -300,6 +307,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
                           kv_of_q, workspace, B, T, start, H, G, D, S, K, model->stream);
         break;
     }
+    moment_record(&model->moments[4 * l + 1], model->stream);
 }
 
 // From dattention to dqkv.
@@ -310,6 +318,7 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
     Activations* acts = &model->acts;
     const int* kv_of_q = acts->kv_of_q + (size_t)l * H;
     const LayerActivations* layer = &acts->layers[l];
+    moment_record(&model->moments[4 * l + 2], model->stream);
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv, kv_of_q,
@@ -325,6 +334,7 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
                            model->stream);
         break;
     }
+    moment_record(&model->moments[4 * l + 3], model->stream);
 }
 
 // ----------------------------------------------------------------------------
@@ -348,7 +358,7 @@ static void gpt_read_numbers(const Model* model, double* out, const float_acc* n
     free(host);
 }
 
-// The maps of a step: from the keys of the step before, or from the weights as they are now.
+// The maps of a step: from the keys of the step before, from the weights as they are now, or from random numbers.
 static void gpt_begin_step(Model* model, int step) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
@@ -363,6 +373,9 @@ static void gpt_begin_step(Model* model, int step) {
             key_weight_norm(model->acts.key_norms, model->params + weights->qkv_proj + (size_t)H * D * C,
                             model->params + weights->input_norm, G, D, C, model->stream);
             gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
+            heads->measured[l] = 1;
+        } else if (heads->settings.source == SOURCE_RANDOM) {
+            allocation_random(n, heads, l);
             heads->measured[l] = 1;
         }
         if (!heads->measured[l]) continue;
@@ -394,7 +407,7 @@ static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
 static void gpt_end_step(Model* model, int step, long sequences) {
     HeadAllocation* heads = &model->heads;
     const size_t count = (size_t)heads->L * heads->G;
-    if (!heads_are_key_driven(&model->config) || heads->settings.source == SOURCE_WEIGHTS) return;
+    if (!heads_are_key_driven(&model->config) || !allocation_needs_keys(&heads->settings)) return;
     double* sums = (double*)malloc_or_fail(count * sizeof(double), "statistics of the keys");
     gpt_read_numbers(model, sums, model->acts.key_sums, count);
     allocation_end_step(heads, sums, sequences);
@@ -419,7 +432,7 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
     const size_t first = start; // the first row computed, of every activation
     const int noisy = pass && config->gqa == GQA_PERTURBED;
     const int measured =
-        pass && heads_are_key_driven(config) && model->heads.settings.source != SOURCE_WEIGHTS;
+        pass && heads_are_key_driven(config) && allocation_needs_keys(&model->heads.settings);
     const float eps = config->norm_eps;
     const floatX* params = model->params;
     Activations* acts = &model->acts;
@@ -979,8 +992,18 @@ static double validate(Model* model, const Run* run) {
     return sum / ((double)count * T);
 }
 
-// One optimizer step over the next total batch. Returns the mean loss, and the gradient's norm through *norm.
-static double train_step(Model* model, const Run* run, double rate, int step, double* norm) {
+// Seconds that attention took in the last forward and backward pass, of all layers; the device has done with them.
+static double gpt_attention_seconds(const Model* model) {
+    double sum = 0;
+    for (int i = 0; i < model->config.layers * 2; i++)
+        sum += moment_seconds(&model->moments[2 * i], &model->moments[2 * i + 1]);
+    return sum;
+}
+
+// One optimizer step over the next total batch. Returns the mean loss, the gradient's norm through *norm, and through
+// *attention the seconds of attention, those of the last micro-batch standing for all.
+static double train_step(Model* model, const Run* run, double rate, int step, double* norm,
+                         double* attention) {
     const int T = run->config.sequence_length, B = run->options.batch;
     const double total = (double)run->options.total_batch;
     double sum = 0;
@@ -1004,6 +1027,7 @@ static double train_step(Model* model, const Run* run, double rate, int step, do
     settings.clip = (float)run->options.clip;
     settings.step = step + 1;
     *norm = gpt_update(model, settings);
+    *attention = gpt_attention_seconds(model) * (double)(run->sequences_per_step / B);
     return sum / total;
 }
 
@@ -1067,6 +1091,15 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_start(metrics, &to);
 }
 
+// A line of metrics.jsonl with `value`, which is freed, as its member `key`.
+static void log_member(Metrics* metrics, int step, const char* key, cJSON* value) {
+    char* text = cJSON_PrintUnformatted(value);
+    if (!text) fail("out of memory: the line of %s in metrics.jsonl", key);
+    metrics_member(metrics, step, key, text);
+    cJSON_free(text);
+    cJSON_Delete(value);
+}
+
 // How the query heads stand after `step` steps. Of every layer: the statistic of the last one, the query heads of each KV
 // head, how many have changed their KV head since the start, and how many KV heads nobody reads.
 static void log_heads(Metrics* metrics, const Model* model, int step) {
@@ -1081,11 +1114,45 @@ static void log_heads(Metrics* metrics, const Model* model, int step) {
         json_add_whole(layer, "empty", allocation_empty(heads, l));
         cJSON_AddItemToArray(layers, layer);
     }
-    char* text = cJSON_PrintUnformatted(layers);
-    if (!text) fail("out of memory: the heads' line of metrics.jsonl");
-    metrics_member(metrics, step, "heads", text);
-    cJSON_free(text);
-    cJSON_Delete(layers);
+    log_member(metrics, step, "heads", layers);
+}
+
+// What the router's choices are worth after `step` steps, layer by layer (runtime/selection.h): on the first sequences of the
+// validation data, which are run once more for it.
+static void log_selection(Metrics* metrics, Model* model, const Run* run, int step) {
+    enum { SEQUENCES = 4 };
+    const ModelConfig* config = &model->config;
+    const int T = config->sequence_length, H = config->heads, G = config->kv_heads, D = config->head_dim,
+              S = config->moba_block, K = config->moba_topk, L = config->layers;
+    const size_t values = (size_t)T * qkv_heads(config) * D, choices = moba_selected_count(1, T, H, K);
+    int* tokens = (int*)malloc_or_fail((size_t)2 * T * sizeof(int), "a sequence");
+    floatX* qkv = (floatX*)malloc_or_fail(values * sizeof(floatX), "queries and keys");
+    int* selected = (int*)malloc_or_fail(choices * sizeof(int), "chosen blocks");
+    SelectionStats* stats = (SelectionStats*)calloc_or_fail((size_t)L, sizeof(SelectionStats), "choices");
+    for (uint64_t s = 0; s < SEQUENCES && s < loader_sequences(run->val); s++) {
+        loader_read(run->val, s, 1, tokens, tokens + T);
+        gpt_forward(model, tokens, 1, T, 0, NULL);
+        for (int l = 0; l < L; l++) {
+            if (layer_attention(config, l) == ATTENTION_DENSE) continue;
+            const LayerActivations* layer = &model->acts.layers[l];
+            copy_to_host(qkv, layer->qkv, values * sizeof(floatX), model->stream);
+            copy_to_host(selected, layer->selected, choices * sizeof(int), model->stream);
+            stream_synchronize(model->stream);
+            selection_add(&stats[l], qkv, selected, model->heads.map + (size_t)l * H, T, H, G, D, S, K);
+        }
+    }
+    cJSON* layers = cJSON_CreateArray();
+    for (int l = 0; l < L; l++) {
+        if (layer_attention(config, l) == ATTENTION_DENSE) continue;
+        cJSON* json = selection_json(&stats[l]);
+        json_add_whole(json, "layer", l);
+        cJSON_AddItemToArray(layers, json);
+    }
+    log_member(metrics, step, "moba", layers);
+    free(tokens);
+    free(qkv);
+    free(selected);
+    free(stats);
 }
 
 // A step that is due every `every` steps, and at the last one; never with 0.
@@ -1136,6 +1203,9 @@ static void train(Model* model, Run* run) {
         }
         if (fresh && heads_are_key_driven(&run->config) && is_due(options->val_every, step, last))
             log_heads(&metrics, model, step);
+        if (fresh && run->val && run->config.attention != ATTENTION_DENSE && run->config.moba_topk > 1 &&
+            is_due(options->val_every, step, last))
+            log_selection(&metrics, model, run, step);
         if (fresh && step > 0 && is_due(options->sample_every, step, last)) {
             metrics_message(&metrics, "step %d  sample:", step);
             gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
@@ -1154,8 +1224,8 @@ static void train(Model* model, Run* run) {
         }
         fresh = 1;
 
-        double begun = seconds_now(), norm = 0, rate = learning_rate(&run->schedule, step);
-        double loss = train_step(model, run, rate, step, &norm);
+        double begun = seconds_now(), norm = 0, attention = 0, rate = learning_rate(&run->schedule, step);
+        double loss = train_step(model, run, rate, step, &norm, &attention);
         run->state.sequences_seen += (uint64_t)run->sequences_per_step;
         run->state.train_loss = loss;
         if (!isfinite(loss) || !isfinite(norm)) {
@@ -1165,7 +1235,7 @@ static void train(Model* model, Run* run) {
                  "lengthen --warmup, and go on from the last checkpoint",
                  step + 1, loss, norm, options->learning_rate);
         }
-        metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun);
+        metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun, attention);
     }
 }
 
@@ -1223,6 +1293,7 @@ int main(int argc, char** argv) {
     if (options->dry_run) return 0;
     gpt_allocate(&model);
     model.heads.settings = options->heads_by_keys;
+    model.heads.settings.seed = options->seed;
     if (run.resume_from[0]) {
         run.state = checkpoint_load_state(run.resume_from);
         if (run.state.seed != options->seed)

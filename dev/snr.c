@@ -252,17 +252,6 @@ static double head_snr(const Head* head) {
     return mean / sqrt(head->difference_squared / head->pairs - mean * mean);
 }
 
-// Marks the `most` entries of the greatest value; ties go to the later one, as in the router.
-static void mark_greatest(char* marks, const double* values, int count, int most) {
-    memset(marks, 0, (size_t)count);
-    for (int k = 0; k < most && k < count; k++) {
-        int best = -1;
-        for (int j = 0; j < count; j++)
-            if (!marks[j] && (best < 0 || values[j] >= values[best])) best = j;
-        marks[best] = 1;
-    }
-}
-
 // What one query row sees: for each key its dense attention, and its product with the query.
 typedef struct {
     const double *attention, *product; // (t + 1)
@@ -335,20 +324,14 @@ static void measure_head(Head* heads, const Settings* settings, const ModelConfi
         double at = (r + random_uniform(settings->seed, stream, (uint64_t)r)) / settings->rows;
         const int t = first + (int)(at * (T - first));
         const floatX* query = qkv + (size_t)t * width + (size_t)query_head * D;
-        double greatest = -INFINITY, total = 0, query_square = 0, key_square = 0;
+        const floatX* keys = qkv + (size_t)(config->heads + kv_head) * D;
+        dense_attention_row(attention, product, query, keys, (size_t)width, t, D);
+        double query_square = 0, key_square = 0;
         for (int d = 0; d < D; d++) query_square += (double)query[d] * (double)query[d];
         for (int i = 0; i <= t; i++) {
-            const floatX* key = qkv + (size_t)i * width + (size_t)(config->heads + kv_head) * D;
-            double sum = 0;
-            for (int d = 0; d < D; d++) {
-                sum += (double)query[d] * (double)key[d];
-                key_square += (double)key[d] * (double)key[d];
-            }
-            product[i] = sum;
-            if (sum > greatest) greatest = sum;
+            const floatX* key = keys + (size_t)i * width;
+            for (int d = 0; d < D; d++) key_square += (double)key[d] * (double)key[d];
         }
-        for (int i = 0; i <= t; i++) total += attention[i] = exp((product[i] - greatest) / sqrt((double)D));
-        for (int i = 0; i <= t; i++) attention[i] /= total;
         Row row = {attention, product, sqrt(query_square), sqrt(key_square / (t + 1)), t};
         for (int b = 0; b < settings->blocking_count; b++)
             measure_row(&heads[b], &row, settings->blockings[b], D, scratch);

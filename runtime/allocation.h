@@ -19,6 +19,7 @@ a float: what is a tie up to the noise of a double is then exactly one.
 #include <assert.h>
 #include <math.h>
 #include "runtime/checks.h"
+#include "runtime/random.h"
 
 // ----------------------------------------------------------------------------
 // From weights to an allocation
@@ -95,9 +96,10 @@ static inline void weights_of_range(double* weights, const double* n, int G) {
 // ----------------------------------------------------------------------------
 // A model's allocations, and what they are made from
 
-typedef enum { SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS } StatisticSource;
+// SOURCE_RANDOM is the control: a map as uneven as the others, which no key has a part in.
+typedef enum { SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS, SOURCE_RANDOM } StatisticSource;
 typedef enum { DGQA_EMA, DGQA_DIFF } DgqaKind;
-static const char* const statistic_source_names[] = {"lagged", "forward", "weights"};
+static const char* const statistic_source_names[] = {"lagged", "forward", "weights", "random"};
 static const char* const dgqa_kind_names[] = {"ema", "diff"};
 
 typedef struct {
@@ -107,6 +109,7 @@ typedef struct {
     int window;             // dgqa: steps
     double beta;            // dgqa's average: what is kept of it at a window
     int least;              // query heads that every key/value head has at least
+    uint64_t seed;          // of random numbers as the source
 } AllocationSettings;
 
 static inline AllocationSettings allocation_defaults(int dynamic) {
@@ -117,6 +120,7 @@ static inline AllocationSettings allocation_defaults(int dynamic) {
     settings.window = 100;
     settings.beta = 0.9;
     settings.least = 1;
+    settings.seed = 0;
     return settings;
 }
 
@@ -247,6 +251,18 @@ static inline void allocation_end_step(HeadAllocation* a,
                                        long sequences) {
     for (int i = 0; i < a->L * a->G; i++) a->statistic[i] = sums[i] / (double)sequences;
     for (int l = 0; l < a->L; l++) a->measured[l] = 1;
+}
+
+// What stands in the place of the statistic with SOURCE_RANDOM: uniform numbers, the same at every step.
+static inline void allocation_random(double* n, // (G)
+                                     const HeadAllocation* a, int l) {
+    const uint64_t stream = random_stream("random map"), first = (uint64_t)l * (uint64_t)a->G;
+    for (int g = 0; g < a->G; g++) n[g] = random_uniform(a->settings.seed, stream, first + (uint64_t)g);
+}
+
+// Whether the keys of a training pass are measured.
+static inline int allocation_needs_keys(const AllocationSettings* settings) {
+    return settings->source == SOURCE_LAGGED || settings->source == SOURCE_FORWARD;
 }
 
 // Key/value heads of layer l that no query head reads.

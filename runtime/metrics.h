@@ -11,8 +11,8 @@ metrics.jsonl   the run's description, {"event":"start", ...}, then a line a ste
                 two runs with the same flags write the same bytes, interrupted and resumed or not. Every number
                 reads back as the same float or double; one that is not a number is null.
 timings.jsonl   what the clock says: a line a step (step, tokens, seconds, tokens_per_second, step_ms, and
-                flops_per_second and mfu where they are known) and one an event (validation, checkpoint, ...; with
-                the seconds spent). "seconds" counts from the start of the run, and goes on over resumes.
+                attention_ms, flops_per_second and mfu where they are known) and one an event (validation,
+                checkpoint, ...; with the seconds spent). "seconds" counts from the start of the run, and goes on over resumes.
 main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validation, "s:0 trl:..." for training.
 
 A step has the number of optimizer steps done with it, 1, 2, ..., total_steps, and a validation that of those done
@@ -344,9 +344,10 @@ static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
     m->clock_start = metrics_clock();
 }
 
-// A training step: `step` optimizer steps are done with it; the rest is that step's, `seconds` its duration.
+// A training step: `step` optimizer steps are done with it; the rest is that step's, `seconds` its duration, of which
+// attention took `attention_seconds` (negative: not known).
 static inline void metrics_step(Metrics* m, int step, double loss, double grad_norm, double lr,
-                                double seconds) {
+                                double seconds, double attention_seconds) {
     const MetricsOptions* o = &m->options;
     if (++m->steps_here == 1) m->first_step_done = metrics_clock();
     m->smooth_seconds = m->steps_here <= 2 ? seconds : 0.95 * m->smooth_seconds + 0.05 * seconds;
@@ -359,10 +360,13 @@ static inline void metrics_step(Metrics* m, int step, double loss, double grad_n
                   tokens, loss_text, norm_text, lr_text);
 
     double rate = seconds > 0 ? 1.0 / seconds : 0.0;
-    char speed[96] = "";
+    char speed[128] = "";
     int used = 0;
+    if (attention_seconds >= 0)
+        used = snprintf(speed, sizeof(speed), ",\"attention_ms\":%.3f", 1e3 * attention_seconds);
     if (o->flops_per_step > 0)
-        used = snprintf(speed, sizeof(speed), ",\"flops_per_second\":%.5g", o->flops_per_step * rate);
+        used += snprintf(speed + used, sizeof(speed) - (size_t)used, ",\"flops_per_second\":%.5g",
+                         o->flops_per_step * rate);
     if (o->flops_per_step > 0 && o->peak_flops > 0)
         snprintf(speed + used, sizeof(speed) - (size_t)used, ",\"mfu\":%.4f",
                  o->flops_per_step * rate / o->peak_flops);

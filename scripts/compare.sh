@@ -14,7 +14,8 @@
 # Cells are --output/NAME/seed_N, output directories of train_gpt; beside each are its log and its settings, and a cell that
 # was begun with other settings is refused. In --output: table.md, table.json, loss.png, loss.svg. The validation loss is that
 # after the last step, the spread its sample standard deviation over the seeds; tokens/s are those of training steps alone,
-# the mean over the seeds; peak memory is the largest of the seeds.
+# the mean over the seeds, as is the part of a step that attention takes, forward and backward; peak memory is the largest of
+# the seeds.
 set -euo pipefail
 
 # name, flags of make, options of train_gpt. Blocks are for sequences of some 256 tokens.
@@ -232,7 +233,8 @@ done
 # ----------------------------------------------------------------------------
 # Table and plot
 
-# One line for a cell: parameters in millions, validation loss, tokens, milliseconds of its steps, peak memory in MB.
+# One line for a cell: parameters in millions, validation loss, tokens, milliseconds of its steps and of their attention, peak
+# memory in MB.
 cell_line() {
     awk '
         function number(key) {
@@ -240,9 +242,15 @@ cell_line() {
         }
         / M parameters,/ { parameters = $1 }
         /^peak memory/ { if ($3 > memory) memory = $3 }
-        /"step_ms"/ { busy += number("step_ms") * (number("step") - before); before = number("step"); tokens = number("tokens") }
+        /"step_ms"/ {
+            steps = number("step") - before
+            busy += number("step_ms") * steps
+            attention += number("attention_ms") * steps
+            before = number("step")
+            tokens = number("tokens")
+        }
         /"val_loss"/ { loss = number("val_loss") }
-        END { printf "%s %.9g %d %.3f %s\n", parameters, loss, tokens, busy, memory + 0 }
+        END { printf "%s %.9g %d %.3f %.3f %s\n", parameters, loss, tokens, busy, attention, memory + 0 }
     ' "$1.log" "$1/timings.jsonl" "$1/metrics.jsonl"
 }
 
@@ -254,24 +262,24 @@ json_text() {
 # A row of the table, as Markdown or JSON, from the lines of its cells.
 row() { # kind, name, flags and options as JSON members
     awk -v kind="$1" -v name="$2" -v members="${3//\\/\\\\}" '
-        { parameters = $1; loss[NR] = $2; sum += $2; if ($4 > 0) rate += 1000 * $3 / $4; if ($5 > memory) memory = $5 }
+        { parameters = $1; loss[NR] = $2; sum += $2; if ($4 > 0) { rate += 1000 * $3 / $4; share += $5 / $4 }; if ($6 > memory) memory = $6 }
         END {
             mean = sum / NR
             for (i = 1; i <= NR; i++) { square += (loss[i] - mean) ^ 2; all = all (i > 1 ? ", " : "") loss[i] }
             sd = NR > 1 ? sqrt(square / (NR - 1)) : 0
             if (kind == "markdown")
-                printf "| %s | %.2f M | %.4f | %s | %.0f | %s |\n", name, parameters, mean,
-                    (NR > 1 ? sprintf("%.4f", sd) : "-"), rate / NR, (memory ? sprintf("%.0f MB", memory) : "-")
+                printf "| %s | %.2f M | %.4f | %s | %.0f | %.0f %% | %s |\n", name, parameters, mean,
+                    (NR > 1 ? sprintf("%.4f", sd) : "-"), rate / NR, 100 * share / NR, (memory ? sprintf("%.0f MB", memory) : "-")
             else
-                printf "    {%s, \"parameters_millions\": %s, \"val_losses\": [%s], \"val_loss_mean\": %.6f, \"val_loss_sd\": %s, \"tokens_per_second\": %.1f, \"peak_memory_mb\": %s}",
-                    members, parameters, all, mean, (NR > 1 ? sprintf("%.6f", sd) : "null"), rate / NR, (memory ? memory : "null")
+                printf "    {%s, \"parameters_millions\": %s, \"val_losses\": [%s], \"val_loss_mean\": %.6f, \"val_loss_sd\": %s, \"tokens_per_second\": %.1f, \"attention_share\": %.4f, \"peak_memory_mb\": %s}",
+                    members, parameters, all, mean, (NR > 1 ? sprintf("%.6f", sd) : "null"), rate / NR, share / NR, (memory ? memory : "null")
         }' "$scratch/cells"
 }
 
 labelled=()
 {
-    echo "| variant | parameters | validation loss, mean of $seeds | standard deviation | tokens/s | peak memory |"
-    echo "|---|---|---|---|---|---|"
+    echo "| variant | parameters | validation loss, mean of $seeds | standard deviation | tokens/s | attention | peak memory |"
+    echo "|---|---|---|---|---|---|---|"
 } >"$scratch/table.md"
 printf '{\n  "steps": %d,\n  "seeds": [%s],\n  "options": %s,\n  "variants": [' "$steps" \
     "$(seq -s ', ' "$first_seed" $((first_seed + seeds - 1)))" "$(json_text "${common[*]}")" >"$scratch/table.json"

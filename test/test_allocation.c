@@ -293,6 +293,24 @@ static void test_kdgqa_follows_every_step(void** state) {
     allocation_free(&a);
 }
 
+// The control: numbers that the seed and the layer determine, and no step.
+static void test_random_numbers_as_the_source(void** state) {
+    (void)state;
+    HeadAllocation a = start(0, DGQA_EMA, 1);
+    double first[4], again[4], other_layer[4], other_seed[4];
+    allocation_random(first, &a, 0);
+    allocation_random(again, &a, 0);
+    allocation_random(other_layer, &a, 1);
+    a.settings.seed = 1;
+    allocation_random(other_seed, &a, 0);
+    assert_memory_equal(first, again, sizeof(first));
+    for (int g = 0; g < 4; g++) {
+        assert_true(first[g] > 0 && first[g] < 1);
+        assert_true(first[g] != other_layer[g] && first[g] != other_seed[g]);
+    }
+    allocation_free(&a);
+}
+
 // beta 0.9, window 2: the average starts at the first n, and what lies between two windows is not seen.
 static void test_dgqa_ema(void** state) {
     (void)state;
@@ -366,6 +384,7 @@ int main(void) {
         cmocka_unit_test(test_what_is_not_finite_keeps_the_allocation),
         cmocka_unit_test(test_extreme_numbers),
         cmocka_unit_test(test_kdgqa_follows_every_step),
+        cmocka_unit_test(test_random_numbers_as_the_source),
         cmocka_unit_test(test_dgqa_ema),
         cmocka_unit_test(test_dgqa_diff),
         cmocka_unit_test(test_statistic_of_a_step),

@@ -500,7 +500,7 @@ static void test_generation_is_that_of_the_logits(void** state) {
 // The other variants: each resumes bitwise, generates what its logits say, and refuses the checkpoints of the others
 
 typedef struct {
-    const char* gqa;
+    const char *attention, *gqa;
     int kconv;
     const char* options;
     int has_heads; // its checkpoints hold an allocation of heads
@@ -508,19 +508,38 @@ typedef struct {
 } Variant;
 
 static const Variant variants[] = {
-    {"kdgqa", 3, "--pattern SG --window 8", 1, 1},
-    {"kdgqa", 3, "--kd-source forward --kd-min-heads 0", 1, 1},
-    {"kdgqa", 3, "--kd-source weights", 1, 1},
-    {"dgqa", 5, "--kd-window 3", 1, 0},
-    {"dgqa", 5, "--kd-window 3 --dgqa-kind diff --kd-source forward", 1, 1},
-    {"pgqa", 3, "--pattern GS --window 8 --position S=rope,G=none", 0, 0},
+    {ATTN_NAME, "kdgqa", 3, "--pattern SG --window 8", 1, 1},
+    {ATTN_NAME, "kdgqa", 3, "--kd-source forward --kd-min-heads 0", 1, 1},
+    {ATTN_NAME, "kdgqa", 3, "--kd-source weights", 1, 1},
+    {ATTN_NAME, "kdgqa", 3, "--kd-source random", 1, 1},
+    {ATTN_NAME, "dgqa", 5, "--kd-window 3", 1, 0},
+    {ATTN_NAME, "dgqa", 5, "--kd-window 3 --dgqa-kind diff --kd-source forward", 1, 1},
+    {ATTN_NAME, "pgqa", 3, "--pattern GS --window 8 --position S=rope,G=none", 0, 0},
+    {"flashmoba", "kdgqa", 3, "--moba-block 16 --moba-topk 2 -t 64", 1, 1},
 };
 
-static void choose_trainer(const char* build, const char* gqa, int kconv) {
+static void choose_trainer(const char* build, const Variant* v) {
     char path[PATH_MAX];
-    print_to(path, sizeof(path), "%s/train_gpt_cpu_%s_%s_kconv%d_fp32", build, ATTN_NAME, gqa, kconv);
+    print_to(path, sizeof(path), "%s/train_gpt_cpu_%s_%s_kconv%d_fp32", build, v->attention, v->gqa,
+             v->kconv);
     if (!realpath(path, trainer)) print_error("%s: %s (make test builds it)\n", path, strerror(errno));
     assert_int_equal(access(trainer, X_OK), 0);
+}
+
+// The router's telemetry in the metrics of a run, so many lines of it.
+static void must_tell_what_was_chosen(const char* run, int lines) {
+    double captured[64], best[64], chance[64], recall[64], heaviest[64], mean[64];
+    assert_int_equal(read_metric(captured, 64, run, "captured"), lines);
+    assert_int_equal(read_metric(best, 64, run, "captured_best"), lines);
+    assert_int_equal(read_metric(chance, 64, run, "captured_chance"), lines);
+    assert_int_equal(read_metric(recall, 64, run, "recall"), lines);
+    assert_int_equal(read_metric(heaviest, 64, run, "heaviest"), lines);
+    assert_int_equal(read_metric(mean, 64, run, "mean_load"), lines);
+    for (int i = 0; i < lines; i++) {
+        assert_true(captured[i] > 0 && captured[i] <= best[i] && best[i] <= 1 && chance[i] < best[i]);
+        assert_true(recall[i] > 0 && recall[i] <= 1);
+        assert_true(mean[i] > 0 && mean[i] <= heaviest[i] && heaviest[i] <= 1);
+    }
 }
 
 static void test_variants(void** state) {
@@ -531,7 +550,7 @@ static void test_variants(void** state) {
     *strrchr(build, '/') = 0;
     for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++) {
         const Variant* v = &variants[i];
-        choose_trainer(build, v->gqa, v->kconv);
+        choose_trainer(build, v);
         shell("rm -rf one two");
         // --heads and --kv-heads last, so that they win over the ones of all tests.
         print_to(more, sizeof(more), "%s --heads 8 --kv-heads 4 -n 7", v->options);
@@ -560,9 +579,13 @@ static void test_variants(void** state) {
             assert_int_equal(moved[0], 0);
             assert_int_equal(moved[lines - 1] + moved[lines - 2] > 0, v->moves);
         }
+        const int chooses = strcmp(v->attention, "dense") != 0;
+        must_tell_what_was_chosen("one", chooses ? 2 * (1 + STEPS / 6) : 0);
         must_generate_what_the_logits_say("one");
-        must_fail_with(run("%s --generate --init-from whole", trainer), 1, "GQA gqa, this run asks for");
-        must_fail_with(run("%s --generate --init-from one", kept), 1, "this run asks for gqa");
+        must_fail_with(run("%s --generate --init-from whole", trainer), 1,
+                       chooses ? "ATTN " ATTN_NAME ", this run asks for" : "GQA gqa, this run asks for");
+        must_fail_with(run("%s --generate --init-from one", kept), 1,
+                       chooses ? "this run asks for " ATTN_NAME : "this run asks for gqa");
     }
     print_to(trainer, sizeof(trainer), "%s", kept);
 }

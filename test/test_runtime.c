@@ -1,5 +1,5 @@
 /*
-The host-side headers of runtime/: learning-rate schedules, sampling, metrics.
+The host-side headers of runtime/: learning-rate schedules, sampling, metrics, what is measured of MoBA's choices.
 */
 // for posix_openpt, of the tests of the terminal
 #ifndef _GNU_SOURCE
@@ -11,6 +11,7 @@ The host-side headers of runtime/: learning-rate schedules, sampling, metrics.
 #include "runtime/random.h"
 #include "runtime/sampling.h"
 #include "runtime/schedule.h"
+#include "runtime/selection.h"
 #include "test/capture.h"
 
 // last, as it has a macro `fail` of its own
@@ -278,7 +279,7 @@ static void run_steps(Metrics* m, int first, int last, int validate_again) {
         if ((step % 5 == 0 && (step > first || step == 0 || validate_again)) || step == 20)
             metrics_validation(m, step, loss_of(step) / 4.0, 0.25);
         if (step == last) break;
-        metrics_step(m, step + 1, loss_of(step), 1.0 / (step + 3), 3e-4 * (20 - step) / 20, 0.125);
+        metrics_step(m, step + 1, loss_of(step), 1.0 / (step + 3), 3e-4 * (20 - step) / 20, 0.125, 0.03125);
     }
 }
 
@@ -323,9 +324,8 @@ static void metrics_lines(void** state) {
                                  "s:10 tel:0.3008\n"));
     free(text);
     text = contents("timings.jsonl");
-    assert_non_null(strstr(text,
-                           ",\"tokens_per_second\":8000.0,\"step_ms\":125.000,\"flops_per_second\":8e+09,"
-                           "\"mfu\":0.0080}\n"));
+    assert_non_null(strstr(text, ",\"tokens_per_second\":8000.0,\"step_ms\":125.000,\"attention_ms\":31.250,"
+                                 "\"flops_per_second\":8e+09,\"mfu\":0.0080}\n"));
     assert_non_null(strstr(text, "{\"event\":\"checkpoint\",\"step\":20,\"seconds\":0.0"));
     assert_non_null(strstr(text, "\"spent\":1.500}\n"));
     free(text);
@@ -620,6 +620,97 @@ static void metrics_short_forms(void** state) {
     }
 }
 
+// ----------------------------------------------------------------------------
+// What MoBA chose
+
+// One head of dimension 1 whose keys are so far apart that a softmax is all on one block: by hand. Blocks of 2, K = 2; the
+// rows sampled are 4..7, each twice.
+static void selection_by_hand(void** state) {
+    (void)state;
+    enum { T = 8, S = 2, K = 2 };
+    floatX qkv[T * 3];
+    const floatX keys[T] = {60, 0, 0, 0, 0, 0, 0, 0};
+    for (int t = 0; t < T; t++) {
+        qkv[3 * t] = 1;
+        qkv[3 * t + 1] = keys[t];
+        qkv[3 * t + 2] = 0;
+    }
+    const int right[T] = {-1, -1, 0, 0, 0, 0, 0, 0}, wrong[T] = {-1, -1, 0, 0, 1, 1, 2, 0}, map[1] = {0};
+    SelectionStats stats;
+    selection_start(&stats);
+    selection_add(&stats, qkv, right, map, T, 1, 1, 1, S, K);
+    assert_int_equal((int)stats.rows, SELECTION_ROWS);
+    assert_close(stats.captured, SELECTION_ROWS, 1e-12);
+    assert_close(stats.best, SELECTION_ROWS, 1e-12);
+    assert_close(stats.recall, SELECTION_ROWS, 0);
+    assert_close(stats.chance, 4 / 2.0 + 4 / 3.0, 1e-12); // one block of two, then of three
+    assert_close(stats.ages[0], 2, 0);                    // rows 2, 3: the block before
+    assert_close(stats.ages[1], 4, 0);                    // two and three before
+    assert_close(stats.heaviest, 6.0 / T, 0);
+    assert_close(stats.load / stats.lists, 2.0 / T, 1e-15);
+    selection_start(&stats);
+    selection_add(&stats, qkv, wrong, map, T, 1, 1, 1, S, K);
+    assert_close(stats.captured, 2, 1e-12); // row 7 alone
+    assert_close(stats.best, SELECTION_ROWS, 1e-12);
+    assert_close(stats.recall, 2, 0);
+    assert_close(stats.ages[0], 5, 0);
+    assert_close(stats.ages[1], 1, 0);
+    assert_close(stats.heaviest, 3.0 / T, 0);
+}
+
+// Grouped heads at random, the row's attention and the best blocks found again in another way; nothing where K S reaches T.
+static void selection_of_heads(void** state) {
+    (void)state;
+    enum { T = 75, H = 4, G = 2, D = 3, S = 8, K = 3, W = (H + 2 * G) * D };
+    floatX qkv[T * W];
+    int selected[H * T * (K - 1)];
+    const int map[H] = {0, 0, 0, 1};
+    for (int i = 0; i < T * W; i++) qkv[i] = (floatX)random_normal(5, 1, (uint64_t)i);
+    for (int i = 0; i < H * T; i++) { // the two blocks before the last
+        const int past = i % T / S;
+        selected[2 * i] = past > 1 ? past - 2 : -1;
+        selected[2 * i + 1] = past > 2 ? past - 3 : -1;
+    }
+    SelectionStats stats;
+    selection_start(&stats);
+    selection_add(&stats, qkv, selected, map, T, H, G, D, S, K);
+    double captured = 0, best = 0, recall = 0;
+    for (int row = 0; row < H * SELECTION_ROWS; row++) {
+        const int h = row / SELECTION_ROWS,
+                  t = K * S + (int)((row % SELECTION_ROWS + 0.5) / SELECTION_ROWS * (T - K * S));
+        double mass[T / S + 1] = {0}, total = 0;
+        for (int i = 0; i <= t; i++) {
+            double score = 0;
+            for (int d = 0; d < D; d++)
+                score += (double)qkv[t * W + h * D + d] * (double)qkv[i * W + (H + map[h]) * D + d];
+            mass[i / S] += exp(score / sqrt(D));
+            total += exp(score / sqrt(D));
+        }
+        const int own = t / S, chosen[2] = {own - 2, own - 3};
+        double pair = 0;
+        int most[2] = {0, 1};
+        for (int i = 0; i < own; i++)
+            for (int j = i + 1; j < own; j++)
+                if (mass[i] + mass[j] > pair) {
+                    pair = mass[i] + mass[j];
+                    most[0] = i;
+                    most[1] = j;
+                }
+        captured += (mass[own] + mass[chosen[0]] + mass[chosen[1]]) / total;
+        best += (mass[own] + pair) / total;
+        for (int k = 0; k < 2; k++) recall += (chosen[k] == most[0]) + (chosen[k] == most[1]);
+    }
+    assert_int_equal((int)stats.rows, H * SELECTION_ROWS);
+    assert_close(stats.captured, captured, 1e-9);
+    assert_close(stats.best, best, 1e-9);
+    assert_close(stats.recall, recall / 2, 1e-12);
+    assert_true(stats.captured < stats.best && stats.recall > 0);
+
+    selection_start(&stats);
+    selection_add(&stats, qkv, selected, map, K * S, 1, 1, D, S, K); // as narrower rows: any will do
+    assert_int_equal((int)stats.rows, 0);
+}
+
 #define in_own_folder(test) cmocka_unit_test_setup_teardown(test, setup_folder, remove_folder)
 
 int main(void) {
@@ -639,6 +730,8 @@ int main(void) {
         in_own_folder(metrics_in_a_file),
         cmocka_unit_test(metrics_on_a_terminal),
         cmocka_unit_test(metrics_short_forms),
+        cmocka_unit_test(selection_by_hand),
+        cmocka_unit_test(selection_of_heads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -117,19 +117,23 @@ check compare_makes_a_table_and_runs_nothing_twice compare_table
 
 compare_killed() {
     local out=$scratch/killed script steps
-    # Interrupted in the middle of the second variant: the first is not run again, the second goes on from its checkpoint.
+    # Interrupted in the middle of the second variant, then killed there with all its processes: the first is not run again,
+    # the second goes on from its checkpoint.
     compare_in_a_shell 1000 killed --seeds 1 --variants dense kdgqa >"$scratch/whole" || return 1
     mv "$out" "$scratch/whole run"
-    (compare 1000 killed --seeds 1 --variants dense kdgqa) &
-    script=$!
-    for _ in $(seq 1 600); do
-        steps=$(grep -c step_ms "$out/kdgqa/seed_1337/timings.jsonl" 2>/dev/null)
-        [ "${steps:-0}" -lt 100 ] || break
-        sleep 0.05
+    for signal in TERM KILL; do
+        (compare 1000 killed --seeds 1 --variants dense kdgqa) &
+        script=$!
+        for _ in $(seq 1 600); do
+            steps=$(grep -c step_ms "$out/kdgqa/seed_1337/timings.jsonl" 2>/dev/null)
+            [ "${steps:-0}" -lt $([ $signal = TERM ] && echo 100 || echo 400) ] || break
+            sleep 0.05
+        done
+        if [ $signal = KILL ]; then pkill -KILL -f "$out/kdgqa/seed_1337"; fi
+        kill -$signal "$script"
+        wait "$script" && return 1
+        [ ! -e "$out/table.md" ] || return 1
     done
-    kill -TERM "$script"
-    wait "$script" && return 1
-    [ ! -e "$out/table.md" ] || return 1
     compare_in_a_shell 1000 killed --seeds 1 --variants dense kdgqa >"$scratch/again" || return 1
     grep -q 'dense, seed 1337: finished before' "$scratch/again" && grep -q '^resuming' "$out/kdgqa/seed_1337.log" &&
         cmp "$out/kdgqa/seed_1337/metrics.jsonl" "$scratch/whole run/kdgqa/seed_1337/metrics.jsonl"

@@ -52,4 +52,14 @@ static inline void copy_to_host(void* host, const void* device, size_t bytes, st
 
 static inline void stream_synchronize(stream_t stream) { (void)stream; }
 
+// A moment in the work of a stream, and the seconds between two of them.
+typedef double moment_t;
+static inline void moment_create(moment_t* moment) { *moment = 0; }
+static inline void moment_free(moment_t* moment) { (void)moment; }
+static inline void moment_record(moment_t* moment, stream_t stream) {
+    (void)stream;
+    *moment = omp_get_wtime();
+}
+static inline double moment_seconds(const moment_t* from, const moment_t* to) { return *to - *from; }
+
 #endif
