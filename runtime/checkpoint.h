@@ -603,11 +603,18 @@ static inline int checkpoint_may_ignore(const char* name) {
     return !strcmp(name, "lm_head.weight") || strstr(name, ".rotary_emb.inv_freq");
 }
 
+// A model without a key convolution is one whose taps are zero.
+static inline int checkpoint_may_lack(const char* name, const ModelVariant* variant) {
+    return variant->kconv == 0 && strstr(name, ".k_conv.");
+}
+
 // The same tensors in file and table, in the same shapes.
-static inline void checkpoint_check_tensors(const SafetensorsFile* file, const TensorTable* table) {
+static inline void checkpoint_check_tensors(const SafetensorsFile* file, const TensorTable* table,
+                                            const ModelVariant* variant) {
     for (int i = 0; i < table->count; i++) {
         const Tensor* tensor = &table->tensors[i];
         const SafetensorsEntry* entry = safetensors_find(file, tensor->name);
+        if (!entry && checkpoint_may_lack(tensor->name, variant)) continue;
         if (!entry) fail("%s: tensor %s is missing", file->path, tensor->name);
         SafetensorsEntry want = *entry;
         want.dims = tensor->dims;
@@ -633,11 +640,12 @@ static inline void checkpoint_open_model(SafetensorsFile* file, const char* dire
         fail("%s: a model in several files is not read; save it as one (max_shard_size in transformers)",
              index_path);
     safetensors_open(file, path);
-    checkpoint_check_tensors(file, table);
+    const ModelVariant variant = checkpoint_read_variant(directory);
+    checkpoint_check_tensors(file, table, &variant);
 }
 
-// Fills the weights, table->elements long in device memory. Rows of padding become zero; elements between tensors stay as
-// they are.
+// Fills the weights, table->elements long in device memory. Rows of padding become zero, as do the taps of a key convolution
+// where the checkpoint's model has none; elements between tensors stay as they are.
 static inline void checkpoint_load_model(const char* directory, const TensorTable* table, Weights weights,
                                          stream_t stream) {
     const size_t step = CHECKPOINT_CHUNK / sizeof(float_acc);
@@ -647,7 +655,8 @@ static inline void checkpoint_load_model(const char* directory, const TensorTabl
     for (int t = 0; t < table->count; t++) {
         const Tensor* tensor = &table->tensors[t];
         const SafetensorsEntry* entry = safetensors_find(&file, tensor->name);
-        for (size_t i = 0; i < tensor->count; i += step) {
+        if (!entry) weights_zero(weights, tensor->offset, tensor->count, stream);
+        for (size_t i = 0; entry && i < tensor->count; i += step) {
             const size_t n = tensor->count - i < step ? tensor->count - i : step;
             safetensors_read(&file, entry, i, n, values, DTYPE_FLOAT_ACC);
             weights_upload(weights, tensor->offset + i, values, n, stream);
@@ -688,7 +697,8 @@ static inline void checkpoint_load_pooled(const char* directory, const ModelConf
         const Tensor *to = &table->tensors[i], *from = &layout.table.tensors[i];
         float_acc* values =
             (float_acc*)calloc_or_fail(from->padded_count, sizeof(float_acc), "a tensor to convert");
-        safetensors_read(&file, safetensors_find(&file, from->name), 0, from->count, values, DTYPE_FLOAT_ACC);
+        const SafetensorsEntry* entry = safetensors_find(&file, from->name);
+        if (entry) safetensors_read(&file, entry, 0, from->count, values, DTYPE_FLOAT_ACC);
         if (strstr(to->name, "self_attn.k_proj") || strstr(to->name, "self_attn.v_proj")) {
             pool_heads(values, values, heads, config->kv_heads, (size_t)config->head_dim * config->channels);
         } else if (strstr(to->name, "self_attn.k_conv")) { // (taps, heads D): a tap has its heads in a row

@@ -977,6 +977,8 @@ static void test_other_tensors(void** unused) {
     char directory[PATH_MAX], path[PATH_MAX];
     path_format(directory, "%s", fresh("tensors"));
     make_directories_or_fail(directory);
+    path_format(path, "%s/config.json", directory);
+    checkpoint_write_config(path, &run.config, NULL);
     path_format(path, "%s/model.safetensors", directory);
     run.output = directory;
     run_fill(&run, 1);

@@ -932,7 +932,7 @@ static void test_transformers(void** state) {
         char directory[PATH_MAX], path[PATH_MAX];
         path_format(directory, "test/fixtures/checkpoint/%s", names[tied]);
         ModelConfig config = checkpoint_read_config(directory);
-        config.kconv = 0; // whatever this build is
+        config.kconv = tied ? 3 : 0; // a key convolution that the checkpoint does not know has no effect
         config.gqa = GQA_STATIC;
         assert_int_equal(config.tied, tied);
         assert_true(config.rope_theta == (tied ? 10000.0f : 500.0f));
@@ -944,6 +944,9 @@ static void test_transformers(void** state) {
         static Model model;
         gpt_plan(&model, &config, 1, T, 0);
         gpt_allocate(&model);
+        gpt_initialize(&model, 1);
+        for (int i = 0; i < 3 * config.kv_heads * config.head_dim && config.kconv; i++)
+            model.params[model.layout.layers[0].k_conv + (size_t)i] = 1;
         checkpoint_load_model(directory, &model.layout.table, gpt_weights(&model), model.stream);
         gpt_forward(&model, tokens, 1, T, 0, NULL);
         floatX* logits = all_logits(&model, T);
