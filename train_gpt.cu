@@ -8,9 +8,11 @@ the loop in main(). Operations are called by name; the headers chosen here say w
 docs/math.md. Shapes are written in its letters: B sequences, T tokens, C channels, L layers, H query heads, G key/value
 heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabulary.
 
-This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
+This file is C11 and C++17: gcc builds it as C for DEVICE=cpu, nvcc for DEVICE=cuda, and g++ for DEVICE=simt, which runs the
+kernels of CUDA on an emulator (dev/simt).
 */
 #include <malloc.h>
+#include <omp.h>
 #include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
@@ -31,8 +33,19 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
+#elif defined(DEVICE_CUDA) || defined(DEVICE_SIMT)
+#include "kernels/device.cuh" // the same functions, on the GPU or on its emulator
+#include "kernels/embedding.cuh"
+#include "kernels/rmsnorm.cuh"
+#include "kernels/matmul.cuh"
+#include "kernels/rope.cuh"
+#include "gqa.cuh"
+#include "kernels/swiglu.cuh"
+#include "kernels/classifier.cuh"
+#include "kernels/adamw.cuh"
+#include "kernels/cpu_only.cuh" // defines what has no kernel yet, as errors
 #else
-#error "define DEVICE_CPU (make DEVICE=...)"
+#error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
 #include "runtime/memory.h"      // defines Arena
@@ -122,8 +135,9 @@ static Weights gpt_weights(const Model* model) {
     return weights;
 }
 
-// Logits are the widest activation by far; this much of them is held at once.
-#define LOGIT_BYTES ((size_t)128 << 20)
+// Logits are the widest activation by far; this much of them is held at once. On a GPU every part adds to the head's gradient in
+// memory, at the cost of reading and writing it whole, so there the parts are large.
+#define LOGIT_BYTES ((size_t)(DEVICE_HAS_OWN_MEMORY ? 1024 : 128) << 20)
 
 // Bytes of scratch that the attention of a layer takes, forward and backward one after the other.
 static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
@@ -242,6 +256,12 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->dattention, rows * H * D * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dgate_up, rows * 2 * F * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
+}
+
+// Bytes of the device's memory.
+static inline size_t model_bytes(const Model* model) {
+    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
+           model->activations.bytes;
 }
 
 // Gives the device the maps of `count` layers from `first` on, after they have changed.
@@ -529,7 +549,8 @@ static double sum_of_losses(const float_acc* losses, int rows) {
 }
 
 // gpt_classify(), waited for: the sum of the losses.
-static double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients, float_acc dloss) {
+static inline double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients,
+                              float_acc dloss) {
     gpt_classify(model, model->host_losses, targets, B, T, with_gradients, dloss);
     stream_synchronize(model->stream);
     return sum_of_losses(model->host_losses, B * T);
@@ -929,11 +950,6 @@ static size_t other_bytes(const Run* run, const Model* model) {
         bytes += weights < CHECKPOINT_CHUNK ? weights : CHECKPOINT_CHUNK;
     }
     return bytes;
-}
-
-static size_t model_bytes(const Model* model) {
-    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
-           model->activations.bytes;
 }
 
 // What has to fit into the memory where the model lies: main memory has to hold everything else, too.
