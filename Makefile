@@ -2,13 +2,25 @@
 #
 #   make                                          the trainer for this machine, and the tokenizer
 #   make ATTN=dense GQA=gqa KCONV=0 PRECISION=fp32 DEVICE=cpu
+#   make DEVICE=cuda PRECISION=bf16               for the GPU of this machine, or for all of CUDA_ARCHS where it has none
+#   make DEVICE=simt PRECISION=bf16               the CUDA program on an emulator: for tests, on any machine
 #
 # Binaries lie side by side in build/, named by their flags; build/train_gpt is the one built last.
 
 ifeq ($(origin CC),default)
   CC := gcc
 endif
+ifeq ($(origin CXX),default)
+  CXX := g++
+endif
 BUILD ?= build
+
+# ----------------------------------------------------------------------------
+# CUDA, where it is: 12.4 or newer
+
+NVCC ?= $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+NO_NVCC := no nvcc here: install the CUDA toolkit (12.4 or newer), or name it by NVCC=
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
 # ----------------------------------------------------------------------------
 # Flags, each with its values
@@ -16,34 +28,70 @@ BUILD ?= build
 ATTN ?= dense
 GQA ?= gqa
 KCONV ?= 0
-PRECISION ?= fp32
+# What the kernels of CUDA compute so far.
+cuda_lacks = $(strip $(filter-out ATTN=dense GQA=gqa KCONV=0,ATTN=$(ATTN) GQA=$(GQA) KCONV=$(KCONV)))
 
-# Only the CPU operations exist so far; with CUDA's, the choice will follow nvcc and the driver.
 ifeq ($(origin DEVICE),undefined)
-  DEVICE := cpu
-  DEVICE_REASON := (the only device of this version)
+  ifeq ($(NVCC),)
+    DEVICE := cpu
+    DEVICE_REASON := (no nvcc here)
+  else ifeq ($(filter-out 0,$(HAS_GPU)),)
+    DEVICE := cpu
+    DEVICE_REASON := (there is an nvcc, but no GPU answers nvidia-smi)
+  else ifneq ($(cuda_lacks)$(filter fp64,$(PRECISION)),)
+    DEVICE := cpu
+    DEVICE_REASON := (a GPU is here, but $(firstword $(cuda_lacks) PRECISION=fp64) is computed on the CPU only)
+  else
+    DEVICE := cuda
+    DEVICE_REASON := (nvcc and a GPU are here)
+  endif
 endif
 
-allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
-$(call allow,DEVICE,cpu)
+allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)$(3)))
+$(call allow,DEVICE,cpu cuda simt)
 $(call allow,ATTN,dense moba flashmoba)
 $(call allow,GQA,gqa kdgqa dgqa pgqa)
 $(call allow,KCONV,0 3 5)
-$(call allow,PRECISION,fp32 fp64)
+ifeq ($(DEVICE),cpu)
+  PRECISION ?= fp32
+  $(call allow,PRECISION,fp32 fp64, with DEVICE=cpu)
+else
+  PRECISION ?= bf16
+  $(call allow,PRECISION,bf16 fp32, with DEVICE=$(DEVICE))
+  $(if $(cuda_lacks),$(error $(cuda_lacks): computed with DEVICE=cpu only so far))
+endif
+$(if $(filter cuda,$(DEVICE)),$(if $(NVCC),,$(error DEVICE=cuda: $(NO_NVCC))))
 
 NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)
+# What is made for the CPU whatever DEVICE says: tests, the yardsticks of other devices.
+CPU_PRECISION := $(if $(filter cpu,$(DEVICE)),$(PRECISION),fp32)
 
 # ----------------------------------------------------------------------------
-# Compiler. No -ffast-math: the checks for NaN and Inf must mean something, and sums keep their order.
+# Compilers. No -ffast-math: the checks for NaN and Inf must mean something, and sums keep their order.
 
-WARNINGS := -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes
+WARNINGS := -Wall -Wextra -Werror -Wshadow
 CFLAGS ?= -O3 -march=native -g
-COMMON := -std=gnu11 $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
-variant = -DDEVICE_CPU -DATTN_NAME='"$(1)"' -DGQA_NAME='"$(2)"' -DKCONV=$(3)
-VARIANT := $(call variant,$(ATTN),$(GQA),$(KCONV))
+SHARED_FLAGS := $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
+COMMON := -std=gnu11 -Wstrict-prototypes $(SHARED_FLAGS)
+names = -DATTN_NAME='"$(1)"' -DGQA_NAME='"$(2)"' -DKCONV=$(3)
+VARIANT := -DDEVICE_CPU $(call names,$(ATTN),$(GQA),$(KCONV))
 precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
+
+# The emulator lays every type over the same bytes, as CUDA allows.
+SIMT := $(CXX) -std=gnu++17 $(SHARED_FLAGS) -fno-strict-aliasing -Wno-unknown-pragmas -DDEVICE_SIMT
+
+# The GPU of this machine, or real code for what CUDA_ARCHS lists and PTX of the newest, which later GPUs compile for themselves.
+CUDA_ARCHS ?= 80 90
+ALL_ARCHS := $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+             -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
+GPU_ARCH := $(if $(filter-out 0,$(HAS_GPU)),-arch=native,$(ALL_ARCHS))
+NVCCFLAGS ?= -O3 -lineinfo
+comma := ,
+CUDA_COMMON := -std=c++17 $(NVCCFLAGS) -Werror all-warnings -I. -MMD -MP -DDEVICE_CUDA \
+               $(patsubst %,-Xcompiler %,-Wall -Wextra -Werror -fopenmp -pthread)
+CUDA_LIBS := -lcublasLt -Xlinker -rpath$(comma)$(abspath $(dir $(NVCC))/../lib64)
 
 # A missing library is named before the compiler stumbles over it.
 NEEDED := libdnnl-dev:oneapi/dnnl/dnnl.h libpcre2-dev:pcre2.h libcjson-dev:cjson/cJSON.h
@@ -66,7 +114,7 @@ all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr test test-long bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr test test-long gpu-check bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -79,16 +127,24 @@ tokenizer: $(BUILD)/tokenizer
 
 retrieval: $(BUILD)/retrieval
 
-# The variants that test_programs runs beside the one that is built.
-TESTED_TRAINERS := $(foreach variant,kdgqa_kconv3 dgqa_kconv5 pgqa_kconv3,$(BUILD)/train_gpt_cpu_$(ATTN)_$(variant)_fp32)
+# The trainers that tests run: test_programs some variants on the CPU, test_simt_trainer the CUDA program on the emulator.
+TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32 \
+                     $(foreach variant,kdgqa_kconv3 dgqa_kconv5 pgqa_kconv3,cpu_$(ATTN)_$(variant)_fp32) \
+                     cpu_dense_gqa_kconv0_fp32 simt_dense_gqa_kconv0_fp32 simt_dense_gqa_kconv0_bf16)
+
+# Those that make gpu-check runs, with DEVICE=cuda.
+GPU_TRAINERS := $(foreach p,bf16 fp32,$(BUILD)/train_gpt_$(DEVICE)_dense_gqa_kconv0_$(p))
 
 # A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))
-$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
+flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) $(call precision,$(call flag,5)) -MF $@.d
+compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
+compile_simt = $(SIMT) $(flags) -x c++ $< -o $@ $(TRAIN_LIBS)
+compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
+$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) $(call variant,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) \
-	  $(call precision,$(call flag,5)) -MF $@.d -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
+	$(Q)$(compile_$(call flag,1))
 
 $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
@@ -96,20 +152,21 @@ $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	$(Q)$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
 
 # The router's theory; for a checkpoint, built with the flags of the model.
-snr: $(BUILD)/$(NAME:train_gpt_%=snr_%)
-	@ln -sf $(NAME:train_gpt_%=snr_%) $(BUILD)/snr
+SNR := snr_cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_$(CPU_PRECISION)
+snr: $(BUILD)/$(SNR)
+	@ln -sf $(SNR) $(BUILD)/snr
 
-$(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
+$(BUILD)/$(SNR): dev/snr.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(CPU_PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(CPU_PRECISION)) $(TRAIN_LIBS)
 
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
-         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
@@ -133,8 +190,21 @@ $(BUILD)/test/%: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-test: all $(TESTED_TRAINERS) $(TESTS)
+# The CUDA programs are compiled for every architecture that is listed, where there is a compiler, and run where there is a GPU.
+CUDA_OBJECTS := $(foreach precision,bf16 fp32,$(BUILD)/test/train_gpt_cuda_dense_gqa_kconv0_$(precision).o)
+
+$(CUDA_OBJECTS): $(BUILD)/test/train_gpt_%.o: train_gpt.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(flags) -c $< -o $@
+
+.PHONY: cuda-compiles
+cuda-compiles: $(if $(NVCC),$(CUDA_OBJECTS))
+	@$(if $(NVCC),:,echo "SKIPPED: the CUDA programs were not compiled: $(NO_NVCC)")
+
+test: all cuda-compiles $(TESTED_TRAINERS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
+	@$(if $(NVCC),:,echo "SKIPPED: the CUDA programs were not compiled: $(NO_NVCC)")
 
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
 # user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
@@ -147,19 +217,55 @@ test-long: all
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 
 # ----------------------------------------------------------------------------
-# Benchmarks
+# Benchmarks, for the CPU; and for a GPU, or the emulator that shows that they work: NAME_DEVICE_PRECISION
 
 BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
-$(BUILD)/bench/%: dev/bench/%.c Makefile
+$(BENCHES): $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
+GPU_BENCHES := $(foreach name,attention step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
+bench_flags = $(call names,dense,gqa,0) $(call precision,$(call flag,3)) -MF $@.d
+bench_simt = $(SIMT) $(bench_flags) -x c++ $< -o $@ $(TRAIN_LIBS)
+bench_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(bench_flags) -x cu $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
+$(filter $(BUILD)/bench/step%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/step.c Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(bench_$(call flag,2))
+
+$(filter $(BUILD)/bench/attention%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/attention.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(bench_$(call flag,2))
+
+ifeq ($(DEVICE),cpu)
 bench: $(BENCHES)
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
+else
+bench: $(BUILD)/bench/attention_$(DEVICE)_$(PRECISION) $(BUILD)/bench/step_$(DEVICE)_$(PRECISION)
+	$(BUILD)/bench/attention_$(DEVICE)_$(PRECISION)
+	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 32
+	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 4 --sequence-length 8192
+endif
+
+# ----------------------------------------------------------------------------
+# make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.
+
+GPU_TESTS :=
+
+.PHONY: gpu-check gpu-check-programs gpu-check-tests
+gpu-check:
+	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
+
+gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(GPU_TESTS) \
+                    $(BUILD)/test/test_simt_trainer $(BUILD)/bench/attention_$(DEVICE)_bf16 $(BUILD)/bench/step_$(DEVICE)_bf16
+
+gpu-check-tests:
+	@echo $(GPU_TESTS)
 
 # ----------------------------------------------------------------------------
 # Style

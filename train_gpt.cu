@@ -177,12 +177,16 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     model->logit_rows = (int)(most_rows < 64 ? 64 : most_rows);
     if ((size_t)model->logit_rows > rows) model->logit_rows = (int)rows;
 
+    const char* fewer_weights = "fewer --layers or --channels take less";
     model->parameters.name = "parameters";
+    model->parameters.remedy = fewer_weights;
     arena_reserve(&model->parameters, (void**)&model->params, elements * sizeof(floatX), "parameters");
     if (training) {
         model->gradients.name = "gradients";
+        model->gradients.remedy = fewer_weights;
         arena_reserve(&model->gradients, (void**)&model->grads, elements * sizeof(float_acc), "gradients");
         model->optimizer.name = "optimizer";
+        model->optimizer.remedy = fewer_weights;
         if (weights_need_masters())
             arena_reserve(&model->optimizer, (void**)&model->masters, elements * sizeof(float_acc),
                           "master weights");
@@ -197,6 +201,7 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
 
     Arena* arena = &model->activations;
     arena->name = "activations";
+    arena->remedy = "a smaller --batch takes less, and trains the same";
     Activations* acts = &model->acts;
     acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
     size_t workspace = 0;

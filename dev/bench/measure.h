@@ -19,7 +19,7 @@ the device's work, and the median.
 #else
 #include "kernels/device.cuh"
 #endif
-#include "runtime/weights.h" // defines Weights, weights_upload
+#include "runtime/safetensors.h" // defines convert_values
 
 // ----------------------------------------------------------------------------
 // Inputs
@@ -34,22 +34,25 @@ static inline int parse_number(const char* text, const char* name, int minimum) 
     return (int)value;
 }
 
-// Uniform in (-1, 1), in the device's memory; device_free() frees.
+// Uniform in (-1, 1), the same million over and over, in the device's memory; device_free() frees.
 static inline floatX* new_random(size_t count) {
-    enum { PIECE = 1 << 20 };
+    enum { PERIOD = 1 << 20 };
+    const size_t period = count < PERIOD ? count : PERIOD;
     floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
-    float_acc* piece = (float_acc*)malloc_or_fail(PIECE * sizeof(float_acc), "the inputs");
-    const Weights weights = {values, NULL};
+    float_acc* wide = (float_acc*)malloc_or_fail(period * sizeof(float_acc), "the inputs");
+    floatX* narrow = (floatX*)malloc_or_fail(period * sizeof(floatX), "the inputs");
     uint32_t state = 12345;
-    for (size_t first = 0; first < count; first += PIECE) {
-        const size_t some = count - first < PIECE ? count - first : PIECE;
-        for (size_t i = 0; i < some; i++) {
-            state = state * 1664525u + 1013904223u;
-            piece[i] = (float_acc)(state >> 8) / (float_acc)(1 << 23) - 1;
-        }
-        weights_upload(weights, first, piece, some, 0);
+    for (size_t i = 0; i < period; i++) {
+        state = state * 1664525u + 1013904223u;
+        wide[i] = (float_acc)(state >> 8) / (float_acc)(1 << 23) - 1;
     }
-    free(piece);
+    convert_values(narrow, dtype_of_size(sizeof(floatX)), wide, dtype_of_size(sizeof(float_acc)), period);
+    for (size_t first = 0; first < count; first += period)
+        copy_to_device(values + first, narrow,
+                       (count - first < period ? count - first : period) * sizeof(floatX), 0);
+    stream_synchronize(0);
+    free(wide);
+    free(narrow);
     return values;
 }
 
