@@ -47,6 +47,7 @@ ifeq ($(origin DEVICE),undefined)
   endif
 endif
 
+comma := ,
 allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)$(3)))
 $(call allow,DEVICE,cpu cuda simt)
 $(call allow,ATTN,dense moba flashmoba)
@@ -54,10 +55,10 @@ $(call allow,GQA,gqa kdgqa dgqa pgqa)
 $(call allow,KCONV,0 3 5)
 ifeq ($(DEVICE),cpu)
   PRECISION ?= fp32
-  $(call allow,PRECISION,fp32 fp64, with DEVICE=cpu)
+  $(call allow,PRECISION,fp32 fp64,$(comma) with DEVICE=cpu)
 else
   PRECISION ?= bf16
-  $(call allow,PRECISION,bf16 fp32, with DEVICE=$(DEVICE))
+  $(call allow,PRECISION,bf16 fp32,$(comma) with DEVICE=$(DEVICE))
   $(if $(cuda_lacks),$(error $(cuda_lacks): computed with DEVICE=cpu only so far))
 endif
 $(if $(filter cuda,$(DEVICE)),$(if $(NVCC),,$(error DEVICE=cuda: $(NO_NVCC))))
@@ -79,8 +80,9 @@ precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
 
-# The emulator lays every type over the same bytes, as CUDA allows.
-SIMT := $(CXX) -std=gnu++17 $(SHARED_FLAGS) -fno-strict-aliasing -Wno-unknown-pragmas -DDEVICE_SIMT
+# The emulator. The compiler must not assume more of types than nvcc does, and CUDA's pragmas are not g++'s. It switches between
+# threads most of the time, which -O3 does not make faster.
+SIMT := $(CXX) -std=gnu++17 $(subst -O3,-O1,$(SHARED_FLAGS)) -fno-strict-aliasing -Wno-unknown-pragmas -DDEVICE_SIMT
 
 # The GPU of this machine, or real code for what CUDA_ARCHS lists and PTX of the newest, which later GPUs compile for themselves.
 CUDA_ARCHS ?= 80 90
@@ -88,13 +90,12 @@ ALL_ARCHS := $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_
              -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
 GPU_ARCH := $(if $(filter-out 0,$(HAS_GPU)),-arch=native,$(ALL_ARCHS))
 NVCCFLAGS ?= -O3 -lineinfo
-comma := ,
 CUDA_COMMON := -std=c++17 $(NVCCFLAGS) -Werror all-warnings -I. -MMD -MP -DDEVICE_CUDA \
                $(patsubst %,-Xcompiler %,-Wall -Wextra -Werror -fopenmp -pthread)
 CUDA_LIBS := -lcublasLt -Xlinker -rpath$(comma)$(abspath $(dir $(NVCC))/../lib64)
 
 # A missing library is named before the compiler stumbles over it.
-NEEDED := libdnnl-dev:oneapi/dnnl/dnnl.h libpcre2-dev:pcre2.h libcjson-dev:cjson/cJSON.h
+NEEDED := libpcre2-dev:pcre2.h libcjson-dev:cjson/cJSON.h
 define missing_packages
 $(shell for pair in $(1); do \
   printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <stdarg.h>\n#include <stddef.h>\n#include <setjmp.h>\n#include <%s>\n' "$${pair#*:}" \
@@ -102,6 +103,9 @@ $(shell for pair in $(1); do \
 endef
 needs = $(if $(call missing_packages,$(1)),$(error missing: $(call missing_packages,$(1)). Run scripts/install.sh))
 BUILDING := $(filter-out help clean lint format install,$(or $(MAKECMDGOALS),all))
+ifneq ($(filter cpu,$(DEVICE))$(filter-out all train tokenizer retrieval,$(BUILDING)),)
+  NEEDED += libdnnl-dev:oneapi/dnnl/dnnl.h
+endif
 ifneq ($(BUILDING),)
   $(call needs,$(NEEDED))
 endif
@@ -109,7 +113,7 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr test test-long bench lint format clean help
+.PHONY: all train tokenizer retrieval snr test test-long compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
@@ -164,9 +168,49 @@ $(BUILD)/$(SNR): dev/snr.c Makefile
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
+# Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
+# as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
+KERNEL_TEST_SOURCES := test_kernels
+KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
+KERNEL_TESTS := $(KERNEL_TEST_NAMES:%=$(BUILD)/test/%)
+GPU_TESTS := $(KERNEL_TEST_NAMES:%=$(BUILD)/gpu/%)
+CUDA_OBJECTS := $(foreach name,$(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32,$(BUILD)/cuda/$(name).o)
+
+define rules_of_kernel_test
+$(BUILD)/test/$(1)_bf16 $(BUILD)/test/$(1)_fp32: $(BUILD)/test/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(SIMT) $$(call precision,$$*) -MF $$@.d -x c++ $$< -x none $(BUILD)/test/reference.o -o $$@ -lcmocka -lm
+
+$(BUILD)/gpu/$(1)_bf16 $(BUILD)/gpu/$(1)_fp32: $(BUILD)/gpu/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(GPU_ARCH) $$(call precision,$$*) -MF $$@.d $$< $(BUILD)/test/reference.o -o $$@ $$(CUDA_LIBS) -lcmocka -lm
+
+$(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
+endef
+$(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
+
+$(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) -MF $@.d -c $< -o $@
+
+.PHONY: compile-cuda
+ifeq ($(NVCC),)
+compile-cuda:
+	@echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)"
+else
+compile-cuda: $(CUDA_OBJECTS)
+endif
+
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
+         $(KERNEL_TESTS) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
@@ -190,21 +234,9 @@ $(BUILD)/test/%: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-# The CUDA programs are compiled for every architecture that is listed, where there is a compiler, and run where there is a GPU.
-CUDA_OBJECTS := $(foreach precision,bf16 fp32,$(BUILD)/test/train_gpt_cuda_dense_gqa_kconv0_$(precision).o)
-
-$(CUDA_OBJECTS): $(BUILD)/test/train_gpt_%.o: train_gpt.cu Makefile
-	@mkdir -p $(@D)
-	@echo "  build $@"
-	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(flags) -c $< -o $@
-
-.PHONY: cuda-compiles
-cuda-compiles: $(if $(NVCC),$(CUDA_OBJECTS))
-	@$(if $(NVCC),:,echo "SKIPPED: the CUDA programs were not compiled: $(NO_NVCC)")
-
-test: all cuda-compiles $(TESTED_TRAINERS) $(TESTS)
+test: all compile-cuda $(TESTED_TRAINERS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
-	@$(if $(NVCC),:,echo "SKIPPED: the CUDA programs were not compiled: $(NO_NVCC)")
+	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
 # user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
@@ -255,17 +287,17 @@ endif
 # ----------------------------------------------------------------------------
 # make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.
 
-GPU_TESTS :=
+DEVICE_TESTS := $(if $(filter simt,$(DEVICE)),$(KERNEL_TESTS),$(GPU_TESTS))
 
 .PHONY: gpu-check gpu-check-programs gpu-check-tests
 gpu-check:
 	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
 
-gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(GPU_TESTS) \
+gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(DEVICE_TESTS) \
                     $(BUILD)/test/test_simt_trainer $(BUILD)/bench/attention_$(DEVICE)_bf16 $(BUILD)/bench/step_$(DEVICE)_bf16
 
 gpu-check-tests:
-	@echo $(GPU_TESTS)
+	@echo $(DEVICE_TESTS)
 
 # ----------------------------------------------------------------------------
 # Style
@@ -282,4 +314,4 @@ format:
 clean:
 	rm -rf $(BUILD)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/cuda/*.d)

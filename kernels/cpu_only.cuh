@@ -1,6 +1,6 @@
 /*
-What only DEVICE=cpu computes so far: block-sparse attention, key convolution, key-driven and perturbed grouping. The Makefile
-refuses these variants for other devices, so no call below is ever reached; the names let one trainer be compiled for all.
+What only DEVICE=cpu computes so far: block-sparse attention. The Makefile refuses ATTN=moba and flashmoba for other devices, so no
+call below is ever reached; the names let one trainer be compiled for all.
 */
 #ifndef KERNELS_CPU_ONLY_CUH
 #define KERNELS_CPU_ONLY_CUH
@@ -22,11 +22,5 @@ CPU_ONLY(void, moba_forward)
 CPU_ONLY(void, moba_backward)
 CPU_ONLY(void, flashmoba_forward)
 CPU_ONLY(void, flashmoba_backward)
-CPU_ONLY(void, keyconv_forward)
-CPU_ONLY(void, keyconv_backward)
-CPU_ONLY(void, key_rms)
-CPU_ONLY(void, key_weight_norm)
-CPU_ONLY(uint64_t, noise_stream)
-CPU_ONLY(void, attention_noise)
 
 #endif

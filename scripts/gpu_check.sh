@@ -127,7 +127,7 @@ compare_curves() {
 
 text_bytes=8000000
 model=(--layers 6 --channels 384 --heads 6 --kv-heads 2 -t 256 -b 32 -d 16384)
-attention=() steps=(--steps 20) short=(--batch 32) long=(--batch 4)
+attention=() steps=(--steps 20) short=(--sequence-length 1024 --batch 32) long=(--sequence-length 8192 --batch 4)
 if [ $device = simt ]; then
     text_bytes=300000
     model=(--layers 1 --channels 64 --heads 2 -t 32 -b 2 -d 128)
@@ -142,7 +142,7 @@ fi
 
 bench=$build/bench
 check "attention" "$bench/attention_${device}_bf16" "${attention[@]}" --json "$out/attention.json"
-check "step 1024" "$bench/step_${device}_bf16" "${steps[@]}" --sequence-length 1024 "${short[@]}" --json "$out/step_1024.json"
-check "step 8192" "$bench/step_${device}_bf16" "${steps[@]}" --sequence-length 8192 "${long[@]}" --json "$out/step_8192.json"
+check "step 1024" "$bench/step_${device}_bf16" "${steps[@]}" "${short[@]}" --json "$out/step_1024.json"
+check "step 8192" "$bench/step_${device}_bf16" "${steps[@]}" "${long[@]}" --json "$out/step_8192.json"
 check "PyTorch" python3 dev/bench/peers.py --attention "$out/attention.json" --step "$out/step_1024.json" --json "$out/peers.json"
 finish

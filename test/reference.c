@@ -116,7 +116,7 @@ void reference_keyconv_forward(double* qkv, double* raw, const double* weight, i
 
 void reference_keyconv_backward(double* dqkv, double* dweight, const double* raw, const double* weight, int B,
                                 int T, int H, int G, int D, int taps) {
-    keyconv_backward(dqkv, dweight, raw, weight, B, T, H, G, D, taps, 0);
+    keyconv_backward(dqkv, dweight, raw, weight, NULL, B, T, H, G, D, taps, 0);
 }
 
 void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,

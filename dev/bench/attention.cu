@@ -79,13 +79,6 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
 // ----------------------------------------------------------------------------
 // Measuring
 
-// The emulator only shows that this program works.
-#if defined(DEVICE_SIMT)
-enum { PEAK_SIZE = 64 };
-#else
-enum { PEAK_SIZE = 8192 };
-#endif
-
 // Operations a second of a large matrix product.
 static double matmul_peak(int size) {
     const size_t count = (size_t)size * (size_t)size;
@@ -208,9 +201,9 @@ int main(int argc, char** argv) {
     const Shape* shapes = settings.shape.T ? &settings.shape : default_shapes;
     const int count = settings.shape.T ? 1 : (int)(sizeof(default_shapes) / sizeof(default_shapes[0]));
     FILE* json = settings.json ? open_or_fail(settings.json, "w") : NULL;
-    const double peak = matmul_peak(PEAK_SIZE);
+    const double peak = matmul_peak(LARGE_PRODUCT);
     printf("%s %s, %s; medians of %d rounds; a matrix product of %d reaches %.1f TFLOP/s\n", DEVICE_NAME,
-           device_name(), PRECISION_NAME, settings.rounds, PEAK_SIZE, 1e-12 * peak);
+           device_name(), PRECISION_NAME, settings.rounds, LARGE_PRODUCT, 1e-12 * peak);
     printf("                                                                useful TFLOP/s            %% of "
            "the\n");
     printf(

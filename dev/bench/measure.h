@@ -21,6 +21,15 @@ the device's work, and the median.
 #endif
 #include "runtime/safetensors.h" // defines convert_values
 
+// Rows and columns of a product that is large for the device; on the emulator, which only shows that a benchmark works, small.
+#if defined(DEVICE_CPU)
+enum { LARGE_PRODUCT = 2048 };
+#elif defined(DEVICE_SIMT)
+enum { LARGE_PRODUCT = 64 };
+#else
+enum { LARGE_PRODUCT = 8192 };
+#endif
+
 // ----------------------------------------------------------------------------
 // Inputs
 
@@ -36,8 +45,8 @@ static inline int parse_number(const char* text, const char* name, int minimum) 
 
 // Uniform in (-1, 1), the same million over and over, in the device's memory; device_free() frees.
 static inline floatX* new_random(size_t count) {
-    enum { PERIOD = 1 << 20 };
-    const size_t period = count < PERIOD ? count : PERIOD;
+    const size_t million = (size_t)1 << 20;
+    const size_t period = count < million ? count : million;
     floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
     float_acc* wide = (float_acc*)malloc_or_fail(period * sizeof(float_acc), "the inputs");
     floatX* narrow = (floatX*)malloc_or_fail(period * sizeof(floatX), "the inputs");

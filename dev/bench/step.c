@@ -62,10 +62,13 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
 
 // The best of the sizes that a step is made of, in operations a second: the ceiling that a step could reach.
 static double matmul_peak(void) {
-    const int shapes[][3] = {
-        {1024, 1024, 1024}, {2048, 2048, 2048}, {4096, 2304, 768}, {4096, 4096, 768}, {8192, 8192, 8192}};
-    const int count = DEVICE_HAS_OWN_MEMORY ? 5 : 4; // the largest takes seconds on a CPU
-    const size_t most = (size_t)shapes[count - 1][0] * (size_t)shapes[count - 1][1];
+    const int shapes[][3] = {{LARGE_PRODUCT, LARGE_PRODUCT, LARGE_PRODUCT},
+                             {1024, 1024, 1024},
+                             {4096, 2304, 768},
+                             {4096, 4096, 768}};
+    const int count = DEVICE_HAS_OWN_MEMORY ? 1 : 4; // a GPU is best at the largest
+    const size_t most =
+        (size_t)(count > 1 ? 4096 : LARGE_PRODUCT) * (size_t)(count > 1 ? 4096 : LARGE_PRODUCT);
     floatX *a = new_random(most), *b = new_random(most), *c = new_random(most);
     double best = 0;
     Mark begun = mark_make(), done = mark_make();
