@@ -114,7 +114,7 @@ template <int WIDTH> __device__ inline void store(__nv_bfloat16* to, const Value
 static inline dim3 row_block(int width, int pack) {
     const int packs = ceil_div(width, pack);
     int threads = WARP;
-    while (threads < 512 && threads * 4 < packs) threads *= 2;
+    while (threads < WARP * WARP && threads * 4 < packs) threads *= 2;
     return dim3((unsigned)threads, threads < 256 ? 256u / (unsigned)threads : 1u);
 }
 
