@@ -227,7 +227,7 @@ $(BUILD)/test/%_fp32: test/%.c Makefile
 $(BUILD)/test/reference.o: test/reference.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) -O3 -fno-sanitize=all $(call precision,fp64) -MF $@.d -c $< -o $@
+	$(Q)$(CC) $(COMMON) -O3 -fno-sanitize=all -MF $@.d -c $< -o $@
 
 $(BUILD)/test/%: test/%.c Makefile
 	@mkdir -p $(@D)

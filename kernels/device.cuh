@@ -52,7 +52,7 @@ static inline size_t device_memory_free(void) {
     return available;
 }
 
-// Zeroed memory of the device.
+// Zeroed memory of the device, for any stream.
 static inline void* device_malloc(size_t bytes, const char* what) {
     void* memory = NULL;
     cudaError_t error = cudaMalloc(&memory, bytes ? bytes : 1);
@@ -61,6 +61,7 @@ static inline void* device_malloc(size_t bytes, const char* what) {
              (double)bytes / 1e6, what, (double)device_memory_free() / 1e6);
     device_check(error, "allocate memory");
     device_check(cudaMemset(memory, 0, bytes), "clear memory");
+    device_check(cudaDeviceSynchronize(), "clear memory");
     return memory;
 }
 

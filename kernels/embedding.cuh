@@ -96,7 +96,7 @@ __global__ void embedding_merge_kernel(EmbeddingKey* merged, const EmbeddingKey*
     const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= rows) return;
     const int own = i / run * run, other = own / run % 2 ? own - run : own + run;
-    const int others = other < rows ? min(run, rows - other) : 0;
+    const int others = min(run, rows - other); // below 0 where the last run has no neighbour
     const int pair = min(own, other);
     merged[pair + (i - own) + keys_below(keys + other, others, keys[i])] = keys[i];
 }
@@ -125,8 +125,8 @@ __global__ void embedding_chunk_kernel(float* dweight,           // (Vp, C)
     Values<WIDTH> sum = {};
     for (int batch = first; batch < end; batch += EMBEDDING_BATCH) {
         Values<WIDTH> added[EMBEDDING_BATCH];
-        for (int j = 0; j < EMBEDDING_BATCH;
-             j++) // a row beyond the end is read as the last one, and not used
+        // A row beyond the end is read as the last one, and not used.
+        for (int j = 0; j < EMBEDDING_BATCH; j++)
             added[j] = load<WIDTH>(dout + (size_t)key_row(keys[min(batch + j, end - 1)]) * C + c);
         for (int j = 0; j < EMBEDDING_BATCH; j++) {
             const int i = batch + j;

@@ -22,15 +22,13 @@ static inline uint64_t noise_stream(int step, int layer) {
     return random_stream("attention noise") + ((uint64_t)step << 16) + (uint64_t)layer;
 }
 
-// random_normal() in fp32. Near 1 the logarithm is taken of the distance to 1, which fp32 holds more exactly.
+// random_normal() in fp32. A uniform number within 2^-25 of 1 becomes 1, and z then 0 instead of up to 3e-4.
 __device__ inline float noise_normal(uint64_t seed, uint64_t draws, uint64_t element) {
     uint64_t bits[2];
     random_bits(bits, seed, draws, element);
-    const uint64_t from_zero = bits[0] >> 12, from_one = ~bits[0] >> 12;
-    const float below = ((float)from_zero + 0.5f) * 0x1p-52f, above = ((float)from_one + 0.5f) * 0x1p-52f;
-    const float log_uniform = below < 0.5f ? logf(below) : log1pf(-above);
+    const float uniform = ((float)(bits[0] >> 12) + 0.5f) * 0x1p-52f;
     const float turn = ((float)(bits[1] >> 12) + 0.5f) * 0x1p-52f;
-    return sqrtf(-2 * log_uniform) * cosf(6.283185307f * turn);
+    return sqrtf(-2 * logf(uniform)) * cosf(6.283185307f * turn);
 }
 
 __global__ void attention_noise_kernel(floatX* noised, const floatX* out, size_t rows, int D, float alpha,

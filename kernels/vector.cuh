@@ -114,7 +114,7 @@ template <int WIDTH> __device__ inline void store(__nv_bfloat16* to, const Value
 static inline dim3 row_block(int width, int pack) {
     const int packs = ceil_div(width, pack);
     int threads = WARP;
-    while (threads < 512 && threads * 4 < packs) threads *= 2;
+    while (threads < WARP * WARP && threads * 4 < packs) threads *= 2;
     return dim3((unsigned)threads, threads < 256 ? 256u / (unsigned)threads : 1u);
 }
 
@@ -163,15 +163,17 @@ __device__ inline float row_max(float value) {
 // ----------------------------------------------------------------------------
 // Sums of columns: the second stage of what blocks have summed each for itself
 
-enum { COLUMN_SUM_PARTS = 8 };
+enum { COLUMN_SUM_PARTS = 16 };
 
-// A warp's width of columns a block, each in 8 parts that are then added in order.
+// A warp's width of columns a block, each in 16 parts that are then added in order. There is little to add and its loads are far
+// away: eight of these are under way at a time.
 __global__ void column_sums_kernel(float* totals, const float* partials, int count, int columns) {
     __shared__ float parts[COLUMN_SUM_PARTS][WARP];
     const int c = (int)(blockIdx.x * WARP + threadIdx.x);
+    const int end = c < columns ? count : 0;
     float sum = 0;
-    for (int i = (int)threadIdx.y; i < count && c < columns; i += COLUMN_SUM_PARTS)
-        sum += partials[(size_t)i * columns + c];
+#pragma unroll 8
+    for (int i = (int)threadIdx.y; i < end; i += COLUMN_SUM_PARTS) sum += partials[(size_t)i * columns + c];
     parts[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || c >= columns) return;

@@ -6,6 +6,7 @@ For each: outputs and gradients within the bounds of docs/math.md section 6; the
 outside of the outputs; NaN and Inf where the reference has them.
 */
 #include "test/numeric.h"
+#include "test/capture.h"
 #include "test/reference.h"
 #include "kernels/device.cuh"
 #include "kernels/embedding.cuh"
@@ -693,7 +694,54 @@ static void test_not_a_number(void** state) {
     }
 }
 
+// ----------------------------------------------------------------------------
+// Memory
+
+static void ask_for_too_much(void* unused) {
+    (void)unused;
+    device_malloc((size_t)1 << 50, "the whole library of Babel");
+}
+
+// Before anything else has used the device, for a process that has cannot fork and go on using it.
+static void test_out_of_memory(void** state) {
+    (void)state;
+    struct Captured captured = capture(ask_for_too_much, NULL);
+    assert_int_equal(captured.exit_code, 1);
+    assert_non_null(
+        strstr(captured.text, "out of memory: 1125899906.8 MB for the whole library of Babel, and "));
+    double available = -1;
+    assert_int_equal(sscanf(strstr(captured.text, ", and "), ", and %lf MB", &available), 1);
+    assert_true(available > 0 && available < 1e7);
+}
+
+static void test_memory(void** state) {
+    (void)state;
+    enum { COUNT = 1000, ZEROED = 300 };
+    int* device = (int*)device_malloc(COUNT * sizeof(int), "a test");
+    int* host = (int*)host_malloc_pinned(COUNT * sizeof(int), "a test");
+    memset(host, 0xFF, COUNT * sizeof(int));
+    copy_to_host(host, device, COUNT * sizeof(int), 0);
+    stream_synchronize(0);
+    for (int i = 0; i < COUNT; i++) assert_int_equal(host[i], 0);
+    for (int i = 0; i < COUNT; i++) host[i] = i + 1;
+    copy_to_device(device, host, COUNT * sizeof(int), 0);
+    device_zero(device + 1, ZEROED * sizeof(int), 0);
+    stream_synchronize(0);
+    memset(host, 0xFF, COUNT * sizeof(int));
+    copy_to_host(host, device, COUNT * sizeof(int), 0);
+    stream_synchronize(0);
+    for (int i = 0; i < COUNT; i++) assert_int_equal(host[i], i > 0 && i <= ZEROED ? 0 : i + 1);
+    assert_true(device_memory_free() > 0);
+    assert_true(strlen(device_name()) > 0);
+    host_free_pinned(host);
+    device_free(device);
+}
+
 int main(void) {
+    const struct CMUnitTest memory_tests[] = {
+        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_memory),
+    };
     struct CMUnitTest tests[2 * OPERATIONS];
     char names[OPERATIONS][64];
     memset(tests, 0, sizeof(tests));
@@ -705,6 +753,7 @@ int main(void) {
         tests[OPERATIONS + i].test_func = test_not_a_number;
         tests[i].initial_state = tests[OPERATIONS + i].initial_state = (void*)&operations[i];
     }
+    const int failed = cmocka_run_group_tests(memory_tests, NULL, NULL);
     matmul_start();
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return failed + cmocka_run_group_tests(tests, NULL, NULL);
 }

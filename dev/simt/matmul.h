@@ -10,21 +10,21 @@ in the order of the inner dimension, whatever the number of threads.
 static inline void matmul_start(void) {}
 static inline size_t matmul_scratch_bytes(void) { return 0; }
 
-// The part of C that is summed at once, small enough for the registers of a wide SIMD unit.
+// The part of C that is summed at once. Loops over its columns are SIMD instructions, whatever else the compiler optimises.
 enum { SIMT_TILE_ROWS = 4, SIMT_TILE_COLUMNS = 64 };
 
-// One tile: rows m.. of C, columns n.. of C, with op(B) widened.
+// One tile, from row m and column n of C on. B is op(B), widened to float, with rows of `stride`.
 static inline void multiply_tile(void* C, const floatX* A, const float* B, int transA, int m, int n, int M,
-                                 int N, int K, int accumulate) {
+                                 int N, int K, int stride, int accumulate) {
     const int rows = M - m < SIMT_TILE_ROWS ? M - m : (int)SIMT_TILE_ROWS;
     const int columns = N - n < SIMT_TILE_COLUMNS ? N - n : (int)SIMT_TILE_COLUMNS;
     float sums[SIMT_TILE_ROWS][SIMT_TILE_COLUMNS] = {};
     for (int k = 0; k < K; k++) {
-        const float* from = B + (size_t)k * N + n;
+        const float* from = B + (size_t)k * stride + n;
         for (int r = 0; r < rows; r++) {
-            const size_t at = transA ? (size_t)k * M + m + r : (size_t)(m + r) * K + k;
-            const float a = (float)A[at];
-            for (int c = 0; c < columns; c++) sums[r][c] += a * from[c];
+            const float a = (float)A[transA ? (size_t)k * M + m + r : (size_t)(m + r) * K + k];
+#pragma omp simd
+            for (int c = 0; c < SIMT_TILE_COLUMNS; c++) sums[r][c] += a * from[c];
         }
     }
     for (int r = 0; r < rows; r++) {
@@ -41,8 +41,9 @@ static inline void multiply(void* C, const floatX* A, const floatX* B, int trans
                             int K, int accumulate, stream_t stream) {
     (void)stream;
     const simt::DeviceMemoryOpen open;
-    float* widened = (float*)malloc_or_fail((size_t)K * N * sizeof(float), "a matrix product");
+    const int stride = (N + SIMT_TILE_COLUMNS - 1) / SIMT_TILE_COLUMNS * SIMT_TILE_COLUMNS;
     const int tile_rows = (M + SIMT_TILE_ROWS - 1) / SIMT_TILE_ROWS;
+    float* widened = (float*)calloc_or_fail((size_t)K * stride, sizeof(float), "a matrix product");
 #if !defined(__SANITIZE_THREAD__) // which does not know OpenMP's barriers
 #pragma omp parallel
 #endif
@@ -52,13 +53,13 @@ static inline void multiply(void* C, const floatX* A, const floatX* B, int trans
 #endif
         for (int k = 0; k < K; k++)
             for (int n = 0; n < N; n++)
-                widened[(size_t)k * N + n] = (float)B[transB ? (size_t)n * K + k : (size_t)k * N + n];
+                widened[(size_t)k * stride + n] = (float)B[transB ? (size_t)n * K + k : (size_t)k * N + n];
 #if !defined(__SANITIZE_THREAD__)
 #pragma omp for schedule(static)
 #endif
         for (int tile = 0; tile < tile_rows; tile++)
             for (int n = 0; n < N; n += SIMT_TILE_COLUMNS)
-                multiply_tile(C, A, widened, transA, tile * SIMT_TILE_ROWS, n, M, N, K, accumulate);
+                multiply_tile(C, A, widened, transA, tile * SIMT_TILE_ROWS, n, M, N, K, stride, accumulate);
     }
     free(widened);
 }
