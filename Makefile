@@ -172,9 +172,10 @@ $(BUILD)/$(SNR): dev/snr.c Makefile
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
 KERNEL_TEST_SOURCES := test_kernels
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
-KERNEL_TESTS := $(KERNEL_TEST_NAMES:%=$(BUILD)/test/%)
-GPU_TESTS := $(KERNEL_TEST_NAMES:%=$(BUILD)/gpu/%)
-CUDA_OBJECTS := $(foreach name,$(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32,$(BUILD)/cuda/$(name).o)
+# What a GPU and its emulator must have in common comes first; test_simt is the emulator's own.
+KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,test_layout test_simt $(KERNEL_TEST_NAMES))
+GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
+CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
 
 define rules_of_kernel_test
 $(BUILD)/test/$(1)_bf16 $(BUILD)/test/$(1)_fp32: $(BUILD)/test/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
@@ -187,14 +188,29 @@ $(BUILD)/gpu/$(1)_bf16 $(BUILD)/gpu/$(1)_fp32: $(BUILD)/gpu/$(1)_%: test/$(1).cu
 	@echo "  build $$@"
 	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(GPU_ARCH) $$(call precision,$$*) -MF $$@.d $$< $(BUILD)/test/reference.o -o $$@ $$(CUDA_LIBS) -lcmocka -lm
 
-$(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
+$(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
 	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
 
-$(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
+$(BUILD)/test/test_layout $(BUILD)/test/test_simt: $(BUILD)/test/%: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(SIMT) -MF $@.d -x c++ $< -o $@ -lcmocka -lm
+
+$(BUILD)/gpu/test_layout: test/test_layout.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(CUDA_COMMON) $(GPU_ARCH) -MF $@.d $< -o $@ -lcmocka
+
+$(BUILD)/cuda/test_layout.o: test/test_layout.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) -MF $@.d -c $< -o $@
+
+$(BUILD)/cuda/train_gpt_bf16.o $(BUILD)/cuda/train_gpt_fp32.o: $(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) -MF $@.d -c $< -o $@
@@ -243,7 +259,7 @@ test: all compile-cuda $(TESTED_TRAINERS) $(TESTS)
 SANITIZED := CFLAGS="-O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 THREADED := CFLAGS="-O1 -march=native -g -fsanitize=thread"
 test-long: all
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) test
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
@@ -314,4 +330,4 @@ format:
 clean:
 	rm -rf $(BUILD)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/cuda/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
