@@ -155,6 +155,17 @@ static void test_generation_is_that_of_the_cpu(void** state) {
     assert_string_equal(result->out, want);
 }
 
+// What cannot fit is refused before it is taken, with the option that helps.
+static void test_too_large_a_batch_is_refused(void** state) {
+    (void)state;
+    const Result* result =
+        run("%s --layers 12 --channels 768 --vocab 97 -t 1024 -b 1048576 -d 1073741824 -i train.bin -x 1",
+            builds[1].trainer);
+    assert_non_null(strstr(result->out, "planned peak"));
+    must_fail_with(result, 1, "takes");
+    assert_non_null(strstr(result->err, "; --batch "));
+}
+
 static int find_program(char path[PATH_MAX], const char* device, const char* precision) {
     const char* build = getenv("BUILD") ? getenv("BUILD") : "build";
     char name[PATH_MAX];
@@ -195,6 +206,7 @@ int main(void) {
         cmocka_unit_test(test_weights_move_unchanged),
         cmocka_unit_test(test_logits_are_those_of_the_cpu),
         cmocka_unit_test(test_generation_is_that_of_the_cpu),
+        cmocka_unit_test(test_too_large_a_batch_is_refused),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
