@@ -122,6 +122,12 @@ $(BUILD)/test/%_fp32: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
+# The yardstick of the kernels' tests. Never under a sanitizer, which does not know OpenMP's threads; dev/cpu has tests of its own.
+$(BUILD)/test/reference.o: test/reference.c Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) -O3 -fno-sanitize=all $(call precision,fp64) -MF $@.d -c $< -o $@
+
 $(BUILD)/test/%: test/%.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"

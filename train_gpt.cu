@@ -83,13 +83,13 @@ typedef struct {
     float_acc* key_norms;     // (B, G) of one layer: the statistic of each sequence's keys
     float_acc* key_sums;      // (L, G) the sums of these over the step
     // gradients, shared by all layers
-    floatX* dresidual;         // (B, T, C)
-    floatX* dnorm;             // (B, T, C)
-    floatX* dqkv;              // (B, T, H + 2G, D)
-    floatX* dattention;        // (B, T, H, D)
-    floatX* dgate_up;          // (B, T, 2F)
-    floatX* dswiglu;           // (B, T, F)
-    void* attention_workspace; // of both directions, one after the other
+    floatX* dresidual;  // (B, T, C)
+    floatX* dnorm;      // (B, T, C)
+    floatX* dqkv;       // (B, T, H + 2G, D)
+    floatX* dattention; // (B, T, H, D)
+    floatX* dgate_up;   // (B, T, 2F)
+    floatX* dswiglu;    // (B, T, F)
+    void* workspace;    // of any operation, one after the other
 } Activations;
 
 typedef struct {
@@ -214,7 +214,13 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_norms, B * G * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_sums, L * G * sizeof(float_acc), "tokens and tables");
-    arena_reserve(arena, &acts->attention_workspace, workspace, "attention workspace");
+    if (training) {
+        const size_t norm = rmsnorm_backward_workspace((int)rows, (int)C);
+        const size_t embedding = embedding_backward_workspace((int)rows, (int)C);
+        if (norm > workspace) workspace = norm;
+        if (embedding > workspace) workspace = embedding;
+    }
+    arena_reserve(arena, &acts->workspace, workspace, "workspace");
     if (!training) return;
     arena_reserve(arena, (void**)&acts->dresidual, rows * C * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dnorm, rows * C * sizeof(floatX), "activation gradients");
@@ -285,7 +291,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
               K = config->moba_topk;
     const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
-    void* workspace = model->acts.attention_workspace;
+    void* workspace = model->acts.workspace;
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
@@ -313,16 +319,15 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv, kv_of_q,
-                           acts->attention_workspace, B, T, H, G, D, layer_window(config, l), model->stream);
+                           acts->workspace, B, T, H, G, D, layer_window(config, l), model->stream);
         break;
     case ATTENTION_MOBA:
         moba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected, layer->qkv,
-                      kv_of_q, acts->attention_workspace, B, T, H, G, D, S, K, model->stream);
+                      kv_of_q, acts->workspace, B, T, H, G, D, S, K, model->stream);
         break;
     case ATTENTION_FLASHMOBA:
         flashmoba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected,
-                           layer->qkv, kv_of_q, acts->attention_workspace, B, T, H, G, D, S, K,
-                           model->stream);
+                           layer->qkv, kv_of_q, acts->workspace, B, T, H, G, D, S, K, model->stream);
         break;
     }
 }
@@ -518,7 +523,7 @@ static void gpt_backward(Model* model, int B, int T) {
 
     device_zero(acts->dresidual, (size_t)rows * C * sizeof(floatX), stream);
     rmsnorm_backward(acts->dresidual, grads + model->layout.final_norm, acts->dnorm, acts->residual,
-                     params + model->layout.final_norm, acts->rstd, rows, C, stream);
+                     params + model->layout.final_norm, acts->rstd, acts->workspace, rows, C, stream);
     for (int l = config->layers - 1; l >= 0; l--) {
         const LayerParameters* weights = &model->layout.layers[l];
         LayerActivations* layer = &acts->layers[l];
@@ -530,7 +535,7 @@ static void gpt_backward(Model* model, int B, int T) {
         matmul_backward(acts->dnorm, grads + weights->gate_up_proj, acts->dgate_up, layer->norm2,
                         params + weights->gate_up_proj, rows, C, 2 * F, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->post_norm, acts->dnorm, layer->residual_mid,
-                         params + weights->post_norm, layer->rstd2, rows, C, stream);
+                         params + weights->post_norm, layer->rstd2, acts->workspace, rows, C, stream);
 
         // attention
         // Noise passes the gradient on unchanged: what reaches Wo is noised, what attention made is not.
@@ -545,9 +550,10 @@ static void gpt_backward(Model* model, int B, int T) {
         matmul_backward(acts->dnorm, grads + weights->qkv_proj, acts->dqkv, layer->norm1,
                         params + weights->qkv_proj, rows, C, QKV, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,
-                         params + weights->input_norm, layer->rstd1, rows, C, stream);
+                         params + weights->input_norm, layer->rstd1, acts->workspace, rows, C, stream);
     }
-    embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, rows, C, stream);
+    embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
+                       C, stream);
 }
 
 static void gpt_zero_gradients(Model* model) {
@@ -563,7 +569,7 @@ static double gpt_update(Model* model, AdamW settings) {
         const Tensor* tensor = &table->tensors[i];
         const size_t at = tensor->offset;
         settings.weight_decay = tensor->weight_decay ? decay : 0;
-        adamw_update(model->params + at, model->exp_avg + at, model->exp_avg_sq + at, model->grads + at,
+        adamw_update(model->params + at, NULL, model->exp_avg + at, model->exp_avg_sq + at, model->grads + at,
                      model->norm, tensor->padded_count, settings, model->stream);
     }
     float_acc norm = 0;

@@ -103,7 +103,7 @@ static void rmsnorm_backward_case(floatX* const* din, const floatX* dout, floatX
     float_acc* rstd = new_floats((size_t)shape[0]);
     floatX* out = new_floats((size_t)shape[0] * shape[1]);
     rmsnorm_forward(out, rstd, in[0], in[1], shape[0], shape[1], 1e-5f, 0);
-    rmsnorm_backward(din[0], din[1], dout, in[0], in[1], rstd, shape[0], shape[1], 0);
+    rmsnorm_backward(din[0], din[1], dout, in[0], in[1], rstd, NULL, shape[0], shape[1], 0);
     free(rstd);
     free(out);
 }
@@ -386,7 +386,7 @@ static void embedding_backward_case(floatX* const* din, const floatX* dout, floa
                                     const int* shape) {
     (void)in;
     int* tokens = embedding_tokens(shape);
-    embedding_backward(din[0], dout, tokens, shape[0], shape[1], 0);
+    embedding_backward(din[0], dout, tokens, NULL, shape[0], shape[1], 0);
     free(tokens);
 }
 
@@ -665,10 +665,10 @@ static void test_accumulation(void** state) {
     fill_normal(NULL, dproduct, ROWS * OUT, 1, 5);
     fill_normal(NULL, rstd, ROWS, 1, 6);
 
-    rmsnorm_backward(dinp, dgain, dout, inp, gain, rstd, ROWS, C, 0);
+    rmsnorm_backward(dinp, dgain, dout, inp, gain, rstd, NULL, ROWS, C, 0);
     memcpy(once, dinp, sizeof(once));
     memcpy(dgain_once, dgain, sizeof(dgain_once));
-    rmsnorm_backward(dinp, dgain, dout, inp, gain, rstd, ROWS, C, 0);
+    rmsnorm_backward(dinp, dgain, dout, inp, gain, rstd, NULL, ROWS, C, 0);
     for (int i = 0; i < ROWS * C; i++) assert_true(fabs((double)(dinp[i] - 2 * once[i])) <= 1e-5);
     for (int c = 0; c < C; c++) assert_true(fabs((double)(dgain[c] - 2 * dgain_once[c])) <= 1e-5);
 
@@ -706,17 +706,23 @@ static void test_adamw(void** state) {
     enum { COUNT = 37 };
     const float clips[] = {0, 1, 1e6f};
     for (int k = 0; k < 3; k++) {
-        floatX params[COUNT];
+        floatX params[COUNT], copy[COUNT];
         float_acc m[COUNT] = {0}, v[COUNT] = {0}, grads[COUNT], norm;
+        float_acc masters[COUNT], master_m[COUNT] = {0}, master_v[COUNT] = {0};
         double p_exact[COUNT], m_exact[COUNT] = {0}, v_exact[COUNT] = {0}, g_exact[COUNT];
         fill_normal(p_exact, params, COUNT, 1, 8);
+        memcpy(masters, params, sizeof(masters));
         for (int step = 1; step <= 5; step++) {
             fill_normal(g_exact, grads, COUNT, 1, 100 + (uint64_t)step);
             double length = sqrt(dot(g_exact, g_exact, COUNT));
             double scale = clips[k] > 0 && length > clips[k] ? clips[k] / length : 1;
             norm = (float_acc)length;
             AdamW settings = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, clips[k], step};
-            adamw_update(params, m, v, grads, &norm, COUNT, settings, 0);
+            adamw_update(params, NULL, m, v, grads, &norm, COUNT, settings, 0);
+            memset(copy, 0xFF, sizeof(copy)); // what the copy of the masters held before has no part in it
+            adamw_update(copy, masters, master_m, master_v, grads, &norm, COUNT, settings, 0);
+            assert_memory_equal(copy, params, sizeof(params));
+            assert_memory_equal(masters, params, sizeof(params));
             for (int i = 0; i < COUNT; i++) {
                 double g = g_exact[i] * scale, beta1 = settings.beta1, beta2 = settings.beta2;
                 m_exact[i] = beta1 * m_exact[i] + (1 - beta1) * g;

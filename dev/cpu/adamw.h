@@ -1,10 +1,15 @@
 /*
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the global norm of the gradient that clips it.
+
+    global_norm(norm, partials, grads, count, stream);
+    adamw_update(params, masters, exp_avg, exp_avg_sq, grads, norm, count, settings, stream);
 */
 #ifndef DEV_CPU_ADAMW_H
 #define DEV_CPU_ADAMW_H
 
 #include "dev/cpu/device.h"
+// AdamW
+#include "runtime/adamw.h"
 
 #define GLOBAL_NORM_CHUNK 65536 // elements that are summed as one
 
@@ -34,13 +39,9 @@ static inline void global_norm(float_acc* norm,        // (1)
     *norm = (float_acc)sqrt(total);
 }
 
-typedef struct {
-    float learning_rate, beta1, beta2, eps, weight_decay;
-    float clip; // the gradient is scaled down to this norm where it is longer; 0: never
-    int step;   // 1 at the first update, for the bias corrections
-} AdamW;
-
+// Where the parameters have masters, these are what is updated and params are the copy of them that the model computes with.
 static inline void adamw_update(floatX* params,         // (count)
+                                float_acc* masters,     // (count), or NULL: params are all there is
                                 float_acc* exp_avg,     // (count)
                                 float_acc* exp_avg_sq,  // (count)
                                 const float_acc* grads, // (count)
@@ -49,12 +50,9 @@ static inline void adamw_update(floatX* params,         // (count)
     (void)stream;
     const float_acc beta1 = settings.beta1, beta2 = settings.beta2;
     const float_acc scale = settings.clip > 0 && *norm > settings.clip ? settings.clip / *norm : 1;
-    // p -= lr * (m/c1) / (sqrt(v/c2) + eps), written with fewer divisions
-    const float_acc correction1 = (float_acc)(1.0 - pow(settings.beta1, settings.step));
-    const float_acc root_correction2 = (float_acc)sqrt(1.0 - pow(settings.beta2, settings.step));
-    const float_acc rate = settings.learning_rate * root_correction2 / correction1;
-    const float_acc eps = settings.eps * root_correction2;
-    const float_acc keep = 1 - (float_acc)settings.learning_rate * settings.weight_decay;
+    const AdamWStep step = adamw_step(settings);
+    const float_acc rate = (float_acc)step.rate, eps = (float_acc)step.eps, keep = (float_acc)step.keep;
+    const float_acc* from = masters ? masters : params; // floatX is float_acc on this device
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < count; i++) {
         float_acc gradient = grads[i] * scale;
@@ -65,7 +63,8 @@ static inline void adamw_update(floatX* params,         // (count)
 #else
         float_acc root = sqrtf(v);
 #endif
-        params[i] = params[i] * keep - rate * m / (root + eps);
+        params[i] = from[i] * keep - rate * m / (root + eps);
+        if (masters) masters[i] = params[i];
     }
 }
 

@@ -16,13 +16,19 @@ static inline void embedding_forward(floatX* out,          // (rows, C)
         memcpy(out + (size_t)row * C, weight + (size_t)tokens[row] * C, (size_t)C * sizeof(floatX));
 }
 
+// Bytes of the workspace of embedding_backward.
+static inline size_t embedding_backward_workspace(int rows, int C) {
+    (void)rows, (void)C;
+    return 0;
+}
+
 // dweight accumulates. Threads share out the channels, not the rows: a token that occurs twice is added in
 // the order of the rows whatever the number of threads.
 static inline void embedding_backward(float_acc* dweight, // (Vp, C)
                                       const floatX* dout, // (rows, C)
                                       const int* tokens,  // (rows)
-                                      int rows, int C, stream_t stream) {
-    (void)stream;
+                                      void* workspace, int rows, int C, stream_t stream) {
+    (void)workspace, (void)stream;
     const int slice = 64;
 #pragma omp parallel for schedule(static)
     for (int first = 0; first < C; first += slice) {

@@ -47,6 +47,12 @@ static inline void residual_rmsnorm_forward(floatX* sum,            // (rows, C)
     }
 }
 
+// Bytes of the workspace of rmsnorm_backward.
+static inline size_t rmsnorm_backward_workspace(int rows, int C) {
+    (void)rows, (void)C;
+    return 0;
+}
+
 // dinp accumulates, for it is the gradient of the residual stream; so does dweight.
 static inline void rmsnorm_backward(floatX* dinp,          // (rows, C)
                                     float_acc* dweight,    // (C)
@@ -54,8 +60,8 @@ static inline void rmsnorm_backward(floatX* dinp,          // (rows, C)
                                     const floatX* inp,     // (rows, C)
                                     const floatX* weight,  // (C)
                                     const float_acc* rstd, // (rows)
-                                    int rows, int C, stream_t stream) {
-    (void)stream;
+                                    void* workspace, int rows, int C, stream_t stream) {
+    (void)workspace, (void)stream;
 #pragma omp parallel for schedule(static)
     for (int row = 0; row < rows; row++) {
         size_t at = (size_t)row * C;

@@ -1,0 +1,125 @@
+/*
+The object behind test/reference.h: dev/cpu with PRECISION_FP64.
+*/
+#include "dev/cpu/embedding.h"
+#include "dev/cpu/rmsnorm.h"
+#include "dev/cpu/rope.h"
+#include "dev/cpu/swiglu.h"
+#include "dev/cpu/matmul.h"
+#include "dev/cpu/classifier.h"
+#include "dev/cpu/adamw.h"
+#include "dev/cpu/gqa.h"
+#include "dev/cpu/keynorm.h"
+#include "dev/cpu/keyconv.h"
+#include "dev/cpu/noise.h"
+#include "test/reference.h"
+
+#if !defined(PRECISION_FP64)
+#error "the reference is fp64"
+#endif
+
+void reference_embedding_forward(double* out, const int* tokens, const double* weight, int rows, int C) {
+    embedding_forward(out, tokens, weight, rows, C, 0);
+}
+
+void reference_embedding_backward(double* dweight, const double* dout, const int* tokens, int rows, int C) {
+    embedding_backward(dweight, dout, tokens, NULL, rows, C, 0);
+}
+
+void reference_rmsnorm_forward(double* out, double* rstd, const double* inp, const double* weight, int rows,
+                               int C, float eps) {
+    rmsnorm_forward(out, rstd, inp, weight, rows, C, eps, 0);
+}
+
+void reference_residual_rmsnorm_forward(double* sum, double* out, double* rstd, const double* residual,
+                                        const double* branch, const double* weight, int rows, int C,
+                                        float eps) {
+    residual_rmsnorm_forward(sum, out, rstd, residual, branch, weight, rows, C, eps, 0);
+}
+
+void reference_rmsnorm_backward(double* dinp, double* dweight, const double* dout, const double* inp,
+                                const double* weight, const double* rstd, int rows, int C) {
+    rmsnorm_backward(dinp, dweight, dout, inp, weight, rstd, NULL, rows, C, 0);
+}
+
+void reference_rope_table(double* table, int T, int D, float theta) { rope_table(table, T, D, theta); }
+
+void reference_rope_forward(double* qkv, const double* table, int B, int T, int H, int G, int D) {
+    rope_forward(qkv, table, B, T, H, G, D, 0);
+}
+
+void reference_rope_backward(double* dqkv, const double* table, int B, int T, int H, int G, int D) {
+    rope_backward(dqkv, table, B, T, H, G, D, 0);
+}
+
+void reference_swiglu_forward(double* out, const double* gate_up, int rows, int F) {
+    swiglu_forward(out, gate_up, rows, F, 0);
+}
+
+void reference_swiglu_backward(double* dgate_up, const double* dout, const double* gate_up, int rows, int F) {
+    swiglu_backward(dgate_up, dout, gate_up, rows, F, 0);
+}
+
+void reference_matmul_forward(double* out, const double* inp, const double* weight, int rows, int in_channels,
+                              int out_channels) {
+    matmul_forward(out, inp, weight, rows, in_channels, out_channels, 0);
+}
+
+void reference_matmul_backward(double* dinp, double* dweight, const double* dout, const double* inp,
+                               const double* weight, int rows, int in_channels, int out_channels) {
+    matmul_backward(dinp, dweight, dout, inp, weight, rows, in_channels, out_channels, 0);
+}
+
+void reference_fused_classifier(double* logits, double* losses, const int* targets, double dloss, int rows,
+                                int V, int Vp, int write_gradient) {
+    fused_classifier(logits, losses, targets, dloss, rows, V, Vp, write_gradient, 0);
+}
+
+void reference_global_norm(double* norm, const double* grads, size_t count) {
+    double* partials = (double*)malloc_or_fail(global_norm_partials(count) * sizeof(double), "partial sums");
+    global_norm(norm, partials, grads, count, 0);
+    free(partials);
+}
+
+void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq, const double* grads,
+                            const double* norm, size_t count, AdamW settings) {
+    adamw_update(params, NULL, exp_avg, exp_avg_sq, grads, norm, count, settings, 0);
+}
+
+void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,
+                                 int T, int start, int H, int G, int D, int window) {
+    void* workspace = malloc_or_fail(attention_forward_workspace(B, T, H, G, D), "attention");
+    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, start, H, G, D, window, 0);
+    free(workspace);
+}
+
+void reference_attention_backward(double* dqkv, const double* dout, const double* out, const double* lse,
+                                  const double* qkv, const int* kv_of_q, int B, int T, int H, int G, int D,
+                                  int window) {
+    void* workspace = malloc_or_fail(attention_backward_workspace(B, T, H, G, D), "attention");
+    attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, 0);
+    free(workspace);
+}
+
+void reference_key_rms(double* rms, double* sums, const double* qkv, int B, int T, int H, int G, int D) {
+    key_rms(rms, sums, qkv, B, T, H, G, D, 0);
+}
+
+void reference_key_weight_norm(double* norm, const double* wk, const double* gain, int G, int D, int C) {
+    key_weight_norm(norm, wk, gain, G, D, C, 0);
+}
+
+void reference_keyconv_forward(double* qkv, double* raw, const double* weight, int B, int T, int start, int H,
+                               int G, int D, int taps) {
+    keyconv_forward(qkv, raw, weight, B, T, start, H, G, D, taps, 0);
+}
+
+void reference_keyconv_backward(double* dqkv, double* dweight, const double* raw, const double* weight, int B,
+                                int T, int H, int G, int D, int taps) {
+    keyconv_backward(dqkv, dweight, raw, weight, B, T, H, G, D, taps, 0);
+}
+
+void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,
+                               uint64_t seed, uint64_t draws, long first_sequence) {
+    attention_noise(noised, out, B, T, H, D, alpha, seed, draws, first_sequence, 0);
+}

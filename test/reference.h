@@ -1,0 +1,72 @@
+/*
+The yardstick of the CUDA kernels' tests: the operations of dev/cpu in double precision, compiled as C into one object that tests
+of any language, precision and device link with.
+
+    reference_rmsnorm_forward(out, rstd, inp, weight, rows, C, 1e-5f);
+
+Names, shapes and the order of arguments are those of dev/cpu, without the stream and with their own workspaces; what is
+floatX or float_acc there is double here.
+*/
+#ifndef TEST_REFERENCE_H
+#define TEST_REFERENCE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include "runtime/adamw.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+void reference_embedding_forward(double* out, const int* tokens, const double* weight, int rows, int C);
+void reference_embedding_backward(double* dweight, const double* dout, const int* tokens, int rows, int C);
+
+void reference_rmsnorm_forward(double* out, double* rstd, const double* inp, const double* weight, int rows,
+                               int C, float eps);
+void reference_residual_rmsnorm_forward(double* sum, double* out, double* rstd, const double* residual,
+                                        const double* branch, const double* weight, int rows, int C,
+                                        float eps);
+void reference_rmsnorm_backward(double* dinp, double* dweight, const double* dout, const double* inp,
+                                const double* weight, const double* rstd, int rows, int C);
+
+void reference_rope_table(double* table, int T, int D, float theta);
+void reference_rope_forward(double* qkv, const double* table, int B, int T, int H, int G, int D);
+void reference_rope_backward(double* dqkv, const double* table, int B, int T, int H, int G, int D);
+
+void reference_swiglu_forward(double* out, const double* gate_up, int rows, int F);
+void reference_swiglu_backward(double* dgate_up, const double* dout, const double* gate_up, int rows, int F);
+
+void reference_matmul_forward(double* out, const double* inp, const double* weight, int rows, int in_channels,
+                              int out_channels);
+void reference_matmul_backward(double* dinp, double* dweight, const double* dout, const double* inp,
+                               const double* weight, int rows, int in_channels, int out_channels);
+
+void reference_fused_classifier(double* logits, double* losses, const int* targets, double dloss, int rows,
+                                int V, int Vp, int write_gradient);
+
+void reference_global_norm(double* norm, const double* grads, size_t count);
+void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq, const double* grads,
+                            const double* norm, size_t count, AdamW settings);
+
+void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,
+                                 int T, int start, int H, int G, int D, int window);
+void reference_attention_backward(double* dqkv, const double* dout, const double* out, const double* lse,
+                                  const double* qkv, const int* kv_of_q, int B, int T, int H, int G, int D,
+                                  int window);
+
+void reference_key_rms(double* rms, double* sums, const double* qkv, int B, int T, int H, int G, int D);
+void reference_key_weight_norm(double* norm, const double* wk, const double* gain, int G, int D, int C);
+
+void reference_keyconv_forward(double* qkv, double* raw, const double* weight, int B, int T, int start, int H,
+                               int G, int D, int taps);
+void reference_keyconv_backward(double* dqkv, double* dweight, const double* raw, const double* weight, int B,
+                                int T, int H, int G, int D, int taps);
+
+void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,
+                               uint64_t seed, uint64_t draws, long first_sequence);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
