@@ -61,7 +61,7 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr test test-long bench lint format clean help
+.PHONY: all train tokenizer retrieval snr test test-long compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
@@ -107,9 +107,34 @@ $(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
+# The kernels, on the emulator. The compiler must not assume more of types than nvcc does, and CUDA's pragmas are not g++'s.
+CXX_COMMON := -std=gnu++17 $(subst -O3,-O1,$(CFLAGS)) -fno-math-errno -fno-trapping-math -fno-strict-aliasing -fopenmp -pthread \
+  $(filter-out -Wstrict-prototypes,$(WARNINGS)) -Wno-unknown-pragmas -I. -MMD -MP
+KERNEL_TESTS := $(foreach precision,bf16 fp32,$(BUILD)/test/test_kernels_$(precision))
+
+$(KERNEL_TESTS): $(BUILD)/test/test_kernels_%: test/test_kernels.cu $(BUILD)/test/reference.o Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(CXX) $(CXX_COMMON) -DDEVICE_SIMT $(call precision,$*) -MF $@.d -x c++ $< -x none $(BUILD)/test/reference.o -o $@ \
+	  -lcmocka -lm
+
+# The same by nvcc, compiled and not run: for each architecture, warnings are errors.
+NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
+CUDA_ARCHITECTURES := -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90]
+NVCC_COMMON := -std=c++17 -O3 -lineinfo $(CUDA_ARCHITECTURES) -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -I.
+CUDA_OBJECTS := $(foreach precision,bf16 fp32,$(BUILD)/cuda/test_kernels_$(precision).o)
+
+$(CUDA_OBJECTS): $(BUILD)/cuda/test_kernels_%.o: test/test_kernels.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(NVCC_COMMON) $(call precision,$*) -MMD -MP -MF $@.d -c $< -o $@
+
+compile-cuda: $(CUDA_OBJECTS)
+
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
+         $(KERNEL_TESTS) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
@@ -126,7 +151,7 @@ $(BUILD)/test/%_fp32: test/%.c Makefile
 $(BUILD)/test/reference.o: test/reference.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) -O3 -fno-sanitize=all $(call precision,fp64) -MF $@.d -c $< -o $@
+	$(Q)$(CC) $(COMMON) -O3 -fno-sanitize=all -MF $@.d -c $< -o $@
 
 $(BUILD)/test/%: test/%.c Makefile
 	@mkdir -p $(@D)
@@ -176,4 +201,4 @@ format:
 clean:
 	rm -rf $(BUILD)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d $(BUILD)/cuda/*.d)

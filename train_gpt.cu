@@ -217,6 +217,11 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     if (training) {
         const size_t norm = rmsnorm_backward_workspace((int)rows, (int)C);
         const size_t embedding = embedding_backward_workspace((int)rows, (int)C);
+        for (int l = 0; l < (int)L; l++) {
+            const int taps = layer_taps(config, l);
+            const size_t filter = taps ? keyconv_backward_workspace(B, T, (int)G, (int)D, taps) : 0;
+            if (filter > workspace) workspace = filter;
+        }
         if (norm > workspace) workspace = norm;
         if (embedding > workspace) workspace = embedding;
     }
@@ -546,7 +551,7 @@ static void gpt_backward(Model* model, int B, int T) {
         if (layer_has_rope(config, l)) rope_backward(acts->dqkv, acts->rope, B, T, H, G, D, stream);
         if (layer_taps(config, l))
             keyconv_backward(acts->dqkv, grads + weights->k_conv, layer->raw_keys, params + weights->k_conv,
-                             B, T, H, G, D, layer_taps(config, l), stream);
+                             acts->workspace, B, T, H, G, D, layer_taps(config, l), stream);
         matmul_backward(acts->dnorm, grads + weights->qkv_proj, acts->dqkv, layer->norm1,
                         params + weights->qkv_proj, rows, C, QKV, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,

@@ -18,7 +18,7 @@ kernel, ends the program with one line that names the launch.
 
 #if defined(DEVICE_SIMT)
 #include "dev/simt/simt.h"
-#define SHARED_MEMORY(type, name) type* name = (type*)simt::shared.dynamic
+#define SHARED_MEMORY(type, name) type* name = (type*)simt::dynamic_shared_memory()
 #elif defined(__CUDACC__)
 #include <cuda_runtime.h>
 #include <cuda_bf16.h>
@@ -28,6 +28,32 @@ kernel, ends the program with one line that names the launch.
 #else
 #error "kernels need nvcc, or g++ with -DDEVICE_SIMT"
 #endif
+
+// Several arrays in dynamic shared memory, each at a multiple of 128 bytes. Under the address sanitizer a gap that nobody may
+// touch follows each, so that an index beyond an array is found.
+//
+//     SHARED_MEMORY(char, rest);
+//     float* a = carve<float>(rest, 100);
+//     int* b = carve<int>(rest, 7);
+//     launch(kernel, grid, block, carved_bytes<float>(100) + carved_bytes<int>(7), stream, ...);
+#if defined(DEVICE_SIMT) && defined(SIMT_ADDRESS)
+enum { SHARED_GAP = 128 };
+#else
+enum { SHARED_GAP = 0 };
+#endif
+
+template <class T> __host__ __device__ constexpr size_t carved_bytes(size_t count) {
+    return (count * sizeof(T) + 127) / 128 * 128 + SHARED_GAP;
+}
+
+template <class T> __device__ __forceinline__ T* carve(char*& rest, size_t count) {
+    T* array = (T*)rest;
+    rest += carved_bytes<T>(count);
+#if defined(DEVICE_SIMT)
+    simt::poison(array + count, (size_t)(rest - (char*)(array + count)));
+#endif
+    return array;
+}
 
 // A grid, and the place of the launch, which the compiler fills in where a number or a dim3 becomes a LaunchGrid.
 struct LaunchGrid {

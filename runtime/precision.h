@@ -5,7 +5,8 @@ The two number types of the program, chosen by the build flag PRECISION.
     float_acc   gradients of parameters, optimizer moments, log-sum-exps and every sum: fp32, or fp64 when
 floatX is
 
-fp64 exists for gradient checks and as the yardstick that the other builds are compared with.
+fp64 exists for gradient checks and as the yardstick that the other builds are compared with. bf16 is the GPU's: a type of
+C++, which the host only copies and converts (runtime/weights.h).
 */
 #ifndef RUNTIME_PRECISION_H
 #define RUNTIME_PRECISION_H
@@ -16,12 +17,17 @@ fp64 exists for gradient checks and as the yardstick that the other builds are c
 typedef double floatX;
 typedef double float_acc;
 #define PRECISION_NAME "fp64"
+#elif defined(PRECISION_BF16)
+#include "kernels/launch.cuh" // defines __nv_bfloat16
+typedef __nv_bfloat16 floatX;
+typedef float float_acc;
+#define PRECISION_NAME "bf16"
 #elif defined(PRECISION_FP32)
 typedef float floatX;
 typedef float float_acc;
 #define PRECISION_NAME "fp32"
 #else
-#error "define PRECISION_FP32 or PRECISION_FP64 (make PRECISION=...)"
+#error "define PRECISION_BF16, PRECISION_FP32 or PRECISION_FP64 (make PRECISION=...)"
 #endif
 
 #endif

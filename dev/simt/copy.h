@@ -15,20 +15,20 @@ The copies themselves are instrumented, so that the sanitizers see them as this 
 
 namespace simt {
 
-inline void finish_copy(const PendingCopy& copy) {
-    *(uint4*)copy.to = copy.valid ? *(const uint4*)copy.from : make_uint4(0, 0, 0, 0);
+inline void do_copy(void* to, const void* from, bool valid) {
+    *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
 }
 
 // What may happen at once to both ends of a copy: an access that the sanitizers see where the copy is issued.
-inline void begin_copy(const PendingCopy& copy) {
+inline void overwrite(void* to, const void* from, bool valid) {
 #if defined(SIMT_ADDRESS) || defined(SIMT_THREAD)
-    if (copy.valid)
-        (void)*(const volatile unsigned*)copy.from, (void)((const volatile unsigned*)copy.from)[3];
+    if (valid) (void)*(const volatile unsigned*)from, (void)((const volatile unsigned*)from)[3];
 #endif
-    *(uint4*)copy.to = make_uint4(~0u, ~0u, ~0u, ~0u);
+    (void)from, (void)valid;
+    *(uint4*)to = make_uint4(~0u, ~0u, ~0u, ~0u);
 }
 
-inline void copy_async(void* to, const void* from, bool valid, const Place& place) {
+SIMT_INTERNAL inline void copy_async(void* to, const void* from, bool valid, const Place& place) {
     if (((uintptr_t)to | (uintptr_t)from) % 16)
         kernel_error("%s (%s:%d): addresses %p and %p must be multiples of 16", place.operation, place.file,
                      place.line, to, from);
@@ -42,27 +42,29 @@ inline void copy_async(void* to, const void* from, bool valid, const Place& plac
                      place.file, place.line, MAX_PENDING);
     PendingCopy* copy = &thread->pending[thread->pending_end++ % MAX_PENDING];
     *copy = {to, from, thread->open_group, valid, false};
-    begin_copy(*copy);
+    overwrite(to, from, valid);
     copy->done = options.async == ASYNC_EAGER || (options.async == ASYNC_MIXED && random_bits() % 2);
-    if (copy->done) finish_copy(*copy);
+    if (copy->done) do_copy(to, from, valid);
 }
 
 // Finishes all groups but the newest `groups` ones. Copies that were never committed are in no group yet.
-inline void copy_wait(unsigned groups) {
+SIMT_INTERNAL inline void copy_wait(unsigned groups) {
     Thread* thread = current;
     for (; thread->first_pending != thread->pending_end; thread->first_pending++) {
         PendingCopy* copy = &thread->pending[thread->first_pending % MAX_PENDING];
         if (copy->group + groups >= thread->open_group) return;
-        if (!copy->done) finish_copy(*copy);
+        if (!copy->done) do_copy(copy->to, copy->from, copy->valid);
     }
 }
+
+SIMT_INTERNAL inline void copy_commit() { current->open_group++; }
 
 } // namespace simt
 
 inline void cp_async16(void* shared, const void* global, bool valid, SIMT_PLACE) {
     simt::copy_async(shared, global, valid, {"cp_async16", file, line});
 }
-inline void cp_async_commit() { simt::current->open_group++; }
+inline void cp_async_commit() { simt::copy_commit(); }
 template <int groups> inline void cp_async_wait() { simt::copy_wait(groups); }
 
 #endif

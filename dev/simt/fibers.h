@@ -130,8 +130,8 @@ struct Fiber {
     void* stack_pointer;  // while it does not run
     unsigned char* stack; // lowest address; the guard page is below
     size_t stack_bytes;
-    void* fake_stack;   // the address sanitizer's
-    void* sanitized[2]; // the thread sanitizer's fiber, one of two: see run_block()
+    void* fake_stack; // the address sanitizer's
+    void* sanitized;  // the thread sanitizer's fiber
 };
 
 enum State { READY, WAITING, RETURNED };
@@ -146,7 +146,7 @@ struct PendingCopy {
 enum { MAX_PENDING = 256 };
 
 struct Thread {
-    Fiber fiber;
+    Fiber* fiber;
     uint3 index; // threadIdx
     int warp, lane;
     State state;
@@ -174,6 +174,11 @@ struct Warp {
     Meeting meetings[MAX_MEETINGS];
 };
 
+// How many predicates at a barrier are true: any, all, count.
+struct Predicates {
+    int any, all, count;
+};
+
 struct Block {
     int thread_count, warp_count, live;
     int warp;             // of the thread that ran last
@@ -182,15 +187,22 @@ struct Block {
     int arrived; // at the barrier
     bool divergent;
     Place place;
-    int any, all, count;                      // of the predicates so far
-    int result_any, result_all, result_count; // of the barrier passed last
+    Predicates so_far, passed; // at this barrier, and at the last that was passed
     unsigned generation;
     char barrier_order[2], start_order, end_order;
 
     void (*run)(void*); // the kernel with its arguments
     void* arguments;
-    int sanitized; // which of its sanitizer's fibers a thread uses
 };
+
+// To the thread sanitizer the threads of a block are those of every block that uses the same fibers, so what thread 0 of two
+// blocks does would seem to be in order. With two sets of fibers, drawn by lot, most pairs of blocks have none in common.
+#ifdef SIMT_THREAD
+enum { FIBER_SETS = 2 };
+#else
+enum { FIBER_SETS = 1 };
+#endif
+inline Fiber fibers[FIBER_SETS][MAX_THREADS];
 
 inline Thread threads[MAX_THREADS];
 inline Warp warps[MAX_WARPS];
@@ -210,8 +222,8 @@ inline uint64_t switches; // for measurements
 SIMT_INTERNAL inline void switch_to(Thread* next) {
     Thread* previous = current;
     if (next == previous) return;
-    Fiber* from = previous ? &previous->fiber : &host;
-    Fiber* to = next ? &next->fiber : &host;
+    Fiber* from = previous ? previous->fiber : &host;
+    Fiber* to = next ? next->fiber : &host;
     switches++;
     current = next;
     if (next) {
@@ -223,7 +235,7 @@ SIMT_INTERNAL inline void switch_to(Thread* next) {
     __sanitizer_start_switch_fiber(ends ? nullptr : &from->fake_stack, to->stack, to->stack_bytes);
 #endif
 #ifdef SIMT_THREAD
-    __tsan_switch_to_fiber(to->sanitized[next ? block.sanitized : 0], __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(to->sanitized, __tsan_switch_to_fiber_no_sync);
 #endif
     simt_switch_stack(&from->stack_pointer, to->stack_pointer);
 #ifdef SIMT_ADDRESS
@@ -337,7 +349,7 @@ SIMT_INTERNAL inline void report_stuck() {
 inline const void* fault_address;
 
 inline void fault_in_kernel() {
-    const unsigned char* stack = current->fiber.stack;
+    const unsigned char* stack = current->fiber->stack;
     const unsigned char* address = (const unsigned char*)fault_address;
     if (address >= stack - GUARD_BYTES && address < stack)
         kernel_error("stack overflow: more than %d KB of local variables", STACK_BYTES / 1024);
@@ -353,7 +365,7 @@ inline void on_fault(int number, siginfo_t* info, void* context) {
     }
     fault_address = info->si_addr;
     greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
-    registers[REG_RSP] = (greg_t)(current->fiber.stack + STACK_BYTES - 8);
+    registers[REG_RSP] = (greg_t)(current->fiber->stack + STACK_BYTES - 8);
     registers[REG_RIP] = (greg_t)fault_in_kernel;
 }
 
@@ -377,13 +389,13 @@ inline void catch_faults() {}
 // The block's barrier
 
 // Returns when all threads of the block have come to this same place.
-SIMT_INTERNAL inline void barrier(int predicate, const Place& place) {
+SIMT_INTERNAL inline Predicates barrier(int predicate, const Place& place) {
     if (block.arrived == 0) block.place = place;
     else if (!same_place(block.place, place))
         block.divergent = true; // the block gets stuck, and then it shows who is where
-    block.any |= predicate != 0;
-    block.all &= predicate != 0;
-    block.count += predicate != 0;
+    block.so_far.any |= predicate != 0;
+    block.so_far.all &= predicate != 0;
+    block.so_far.count += predicate != 0;
     // With one object, a fast thread that releases it at the next barrier would seem ordered before a slow one that has
     // still to leave this barrier.
     char* order = &block.barrier_order[block.generation % 2];
@@ -391,14 +403,15 @@ SIMT_INTERNAL inline void barrier(int predicate, const Place& place) {
     if (++block.arrived < block.thread_count || block.divergent) {
         wait_at(place);
     } else {
-        block.result_any = block.any, block.result_all = block.all, block.result_count = block.count;
-        block.arrived = block.any = block.count = 0;
-        block.all = 1;
+        block.passed = block.so_far;
+        block.so_far = {0, 1, 0};
+        block.arrived = 0;
         block.generation++;
         for (int w = 0; w < block.warp_count; w++) make_ready(w, warps[w].lanes);
         draw_again();
     }
     acquire(order);
+    return block.passed;
 }
 
 // ----------------------------------------------------------------------------
@@ -426,37 +439,46 @@ SIMT_INTERNAL inline void fiber_main() {
     abort();
 }
 
-SIMT_INTERNAL inline void prepare_thread(int i) {
-    Thread* thread = &threads[i];
-    if (!thread->fiber.stack) {
+SIMT_INTERNAL inline void prepare_fiber(Fiber* fiber) {
+    if (!fiber->stack) {
         void* memory = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED || mprotect(memory, GUARD_BYTES, PROT_NONE) != 0) {
             fprintf(stderr, "simt: out of memory for the stacks of threads\n");
             exit(1);
         }
-        thread->fiber.stack = (unsigned char*)memory + GUARD_BYTES;
-        thread->fiber.stack_bytes = STACK_BYTES;
+        fiber->stack = (unsigned char*)memory + GUARD_BYTES;
+        fiber->stack_bytes = STACK_BYTES;
     }
-    if (abandoned) unpoison(thread->fiber.stack, STACK_BYTES);
+    // What was left in the midst of a kernel still has guarded variables on its stack, and a sanitizer's call stack.
+    if (abandoned) unpoison(fiber->stack, STACK_BYTES);
 #ifdef SIMT_THREAD
-    void** sanitized = &thread->fiber.sanitized[block.sanitized];
-    if (!*sanitized) *sanitized = __tsan_create_fiber(0); // slow, so it is kept for later blocks and launches
+    if (fiber->sanitized && abandoned) {
+        __tsan_destroy_fiber(fiber->sanitized);
+        fiber->sanitized = nullptr;
+    }
+    if (!fiber->sanitized) fiber->sanitized = __tsan_create_fiber(0); // slow, so it is kept for later blocks
 #endif
+    fiber->fake_stack = nullptr;
+    // What simt_switch_stack() takes from a stack: six registers, then the address to go to. One word more, so that the
+    // stack is aligned as after a call.
+    void** top = (void**)(fiber->stack + STACK_BYTES);
+    *--top = nullptr;
+    *--top = (void*)fiber_main;
+    for (int r = 0; r < 6; r++) *--top = nullptr;
+    fiber->stack_pointer = top;
+}
+
+SIMT_INTERNAL inline void prepare_thread(int i, Fiber* fiber) {
+    Thread* thread = &threads[i];
+    prepare_fiber(fiber);
+    thread->fiber = fiber;
     thread->index.x = (unsigned)i % blockDim.x;
     thread->index.y = (unsigned)i / blockDim.x % blockDim.y;
     thread->index.z = (unsigned)i / (blockDim.x * blockDim.y);
     thread->warp = i / WARP;
     thread->lane = i % WARP;
     thread->first_pending = thread->pending_end = thread->open_group = 0;
-    thread->fiber.fake_stack = nullptr;
-    // What simt_switch_stack() takes from a stack: six registers, then the address to go to. One word more, so that the
-    // stack is aligned as after a call.
-    void** top = (void**)(thread->fiber.stack + STACK_BYTES);
-    *--top = nullptr;
-    *--top = (void*)fiber_main;
-    for (int r = 0; r < 6; r++) *--top = nullptr;
-    thread->fiber.stack_pointer = top;
     warps[thread->warp].lanes |= 1u << thread->lane;
 }
 
@@ -467,21 +489,19 @@ SIMT_INTERNAL inline bool run_block() {
     block.warp_count = last_warp + 1;
     block.warp = options.order == ORDER_REVERSE ? last_warp : 0;
     block.ready_warps = 0;
-    block.arrived = block.any = block.count = 0;
-    block.all = 1;
+    block.arrived = 0;
+    block.so_far = {0, 1, 0};
     block.divergent = false;
     failed = false;
     host.stack = nullptr;
-    // To the thread sanitizer a block's threads are the same as those of earlier blocks, so what thread 0 of two blocks does
-    // would seem to be in order. With two sets of fibers, drawn by lot, most pairs of blocks have none in common.
-    block.sanitized = (int)(random_bits() & 1);
     for (int w = 0; w < block.warp_count; w++)
         warps[w].lanes = warps[w].ready = warps[w].returned = 0, warps[w].meeting_count = 0;
-    for (int i = 0; i < block.thread_count; i++) prepare_thread(i);
+    Fiber* set = fibers[random_bits() % FIBER_SETS];
+    for (int i = 0; i < block.thread_count; i++) prepare_thread(i, &set[i]);
     for (int w = 0; w < block.warp_count; w++) make_ready(w, warps[w].lanes);
     abandoned = false;
 #ifdef SIMT_THREAD
-    host.sanitized[0] = __tsan_get_current_fiber();
+    host.sanitized = __tsan_get_current_fiber();
 #endif
     release(&block.start_order);
     switch_to(next_ready());

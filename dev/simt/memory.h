@@ -12,6 +12,7 @@ which touches it is caught; shared memory is taken anew for every block, at its 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include "dev/simt/types.h"
 
 namespace simt {
@@ -48,7 +49,9 @@ SIMT_INTERNAL inline Allocation* device_allocation(const void* address, size_t b
                                                                                    : nullptr;
 }
 
-inline bool is_device_memory(const void* address, size_t bytes) { return device_allocation(address, bytes); }
+SIMT_INTERNAL inline bool is_device_memory(const void* address, size_t bytes) {
+    return device_allocation(address, bytes);
+}
 
 inline void* device_allocate(size_t bytes) {
     void* memory;
@@ -96,6 +99,8 @@ struct SharedMemory {
 };
 inline SharedMemory shared;
 
+SIMT_INTERNAL inline void* dynamic_shared_memory() { return shared.dynamic; }
+
 #ifndef SIMT_ADDRESS
 // The main program comes first; its thread_local segment is all __shared__ arrays (types.h).
 inline int note_shared_arrays(dl_phdr_info* program, size_t, void*) {
@@ -113,19 +118,29 @@ inline void shared_memory_begin(size_t bytes) {
     shared.bytes = bytes;
 #ifndef SIMT_ADDRESS
     dl_iterate_phdr(note_shared_arrays, nullptr);
-    if (!shared.dynamic && posix_memalign((void**)&shared.dynamic, 1024, MAX_SHARED_BYTES) != 0) abort();
 #endif
 }
 
 // Before a block: nobody has written anything.
 inline void shared_memory_fresh() {
 #ifdef SIMT_ADDRESS
-    free(shared.dynamic);
-    if (posix_memalign((void**)&shared.dynamic, 1024, shared.bytes) != 0) abort();
+    free(shared.dynamic); // the sanitizer knows the exact end of what malloc() gave
+    if (posix_memalign((void**)&shared.dynamic, 128, shared.bytes) != 0) abort();
 #else
     forget_accesses(shared.arrays, shared.array_bytes);
     memset(shared.arrays, 0xFF, shared.array_bytes);
-    forget_accesses(shared.dynamic, shared.bytes);
+    // One mapping with a page behind it that faults. To the thread sanitizer, a new mapping is new memory.
+    enum { PAGE = 4096, MAPPED = (MAX_SHARED_BYTES + PAGE - 1) / PAGE * PAGE };
+    static char* mapping = nullptr;
+#ifndef SIMT_THREAD
+    if (!mapping)
+#endif
+    {
+        mapping = (char*)mmap(mapping, MAPPED + PAGE, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | (mapping ? MAP_FIXED : 0), -1, 0);
+        if (mapping == MAP_FAILED || mprotect(mapping + MAPPED, PAGE, PROT_NONE) != 0) abort();
+    }
+    shared.dynamic = mapping + MAPPED - (shared.bytes + 127) / 128 * 128;
 #endif
     memset(shared.dynamic, 0xFF, shared.bytes);
 }

@@ -11,6 +11,7 @@ grid, block and shared memory.
 #include <time.h>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include "dev/simt/fibers.h"
 
 // ----------------------------------------------------------------------------
@@ -284,6 +285,11 @@ template <class T> inline bool is_valid_argument(const T& value) {
     else return true;
 }
 
+template <class... P, size_t... i>
+inline void call(void (*kernel)(P...), const std::tuple<P...>& arguments, std::index_sequence<i...>) {
+    kernel(std::get<i>(arguments)...);
+}
+
 inline cudaError_t check_configuration(const cudaLaunchConfig_t* c) {
     const dim3 g = c->gridDim, b = c->blockDim;
     if (!b.x || !b.y || !b.z || (uint64_t)b.x * b.y * b.z > MAX_THREADS || b.z > 64)
@@ -310,14 +316,18 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
     struct Call {
         void (*kernel)(P...);
         std::tuple<P...> arguments;
-    } call = {kernel, std::tuple<P...>(static_cast<P>(arguments)...)};
-    const bool valid =
-        std::apply([](const P&... value) { return (simt::is_valid_argument(value) && ...); }, call.arguments);
+    } launched = {kernel, std::tuple<P...>(static_cast<P>(arguments)...)};
+    const bool valid = std::apply([](const P&... value) { return (simt::is_valid_argument(value) && ...); },
+                                  launched.arguments);
     if (!valid)
         return simt::result(cudaErrorInvalidValue, "a pointer argument of the kernel is not device memory");
     const bool good = simt::run_grid(
         config->gridDim, config->blockDim, config->dynamicSmemBytes,
-        [](void* pointer) { std::apply(((Call*)pointer)->kernel, ((Call*)pointer)->arguments); }, &call);
+        [](void* pointer) {
+            simt::call(((Call*)pointer)->kernel, ((Call*)pointer)->arguments,
+                       std::index_sequence_for<P...>());
+        },
+        &launched);
     return simt::result(good ? cudaSuccess : cudaErrorLaunchFailure);
 }
 

@@ -64,13 +64,14 @@ SIMT_INTERNAL inline void acquire(char* object) {
     (void)object;
 }
 
-// Accesses to this memory by earlier blocks are no races with those to come: it is another block's memory now.
+// Accesses to this memory by earlier blocks are no races with those to come: it is another block's memory now. Always the
+// same memory.
 inline void forget_accesses(void* memory, size_t bytes) {
 #ifdef SIMT_THREAD
     static bool initialised = false;
-    if (!initialised) __tsan_java_init(8, (uintptr_t)1 << 47);
+    if (!initialised) __tsan_java_init((uintptr_t)memory, bytes);
     initialised = true;
-    __tsan_java_alloc((uintptr_t)memory & ~(uintptr_t)7, (bytes + 7) & ~(size_t)7);
+    __tsan_java_alloc((uintptr_t)memory, bytes);
 #endif
     (void)memory, (void)bytes;
 }

@@ -118,16 +118,13 @@ SIMT_INTERNAL inline unsigned vote(unsigned mask, int predicate, const Place& pl
 
 inline void __syncthreads(SIMT_PLACE) { simt::barrier(0, {"__syncthreads", file, line}); }
 inline int __syncthreads_or(int predicate, SIMT_PLACE) {
-    simt::barrier(predicate, {"__syncthreads_or", file, line});
-    return simt::block.result_any;
+    return simt::barrier(predicate, {"__syncthreads_or", file, line}).any;
 }
 inline int __syncthreads_and(int predicate, SIMT_PLACE) {
-    simt::barrier(predicate, {"__syncthreads_and", file, line});
-    return simt::block.result_all;
+    return simt::barrier(predicate, {"__syncthreads_and", file, line}).all;
 }
 inline int __syncthreads_count(int predicate, SIMT_PLACE) {
-    simt::barrier(predicate, {"__syncthreads_count", file, line});
-    return simt::block.result_count;
+    return simt::barrier(predicate, {"__syncthreads_count", file, line}).count;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_PLACE) {
     simt::meet(mask, 0, simt::Nothing(), true, {"__syncwarp", file, line});
