@@ -211,7 +211,6 @@ inline Fiber host;               // the one that launches
 inline Thread* current;          // the thread that runs; null in the host
 inline char error_message[1024]; // of the last kernel that failed
 inline bool failed;              // in this block
-inline bool abandoned;           // fibers were left in the midst of a kernel
 
 inline uint64_t switches; // for measurements
 
@@ -247,9 +246,9 @@ SIMT_INTERNAL inline void switch_to(Thread* next) {
 SIMT_INTERNAL inline int choose(unsigned mask) {
     if (options.order == ORDER_FORWARD) return __builtin_ctz(mask);
     if (options.order == ORDER_REVERSE) return 31 - __builtin_clz(mask);
-    unsigned turn = random_bits() % 32;
-    unsigned turned = mask >> turn | mask << (32 - turn) % 32;
-    return (int)((unsigned)__builtin_ctz(turned) + turn) % 32;
+    for (unsigned skipped = random_bits() % (unsigned)__builtin_popcount(mask); skipped > 0; skipped--)
+        mask &= mask - 1;
+    return __builtin_ctz(mask);
 }
 
 // The next thread to run, or null where all wait or have returned. In a fixed order a warp goes on as long as it can.
@@ -356,10 +355,9 @@ inline void fault_in_kernel() {
     kernel_error("invalid memory access (address %p)", fault_address);
 }
 
-// A fault of the host is none of our business; a thread's goes on in fault_in_kernel(), on the thread's own stack, which
-// nobody needs any more.
+// The thread goes on in fault_in_kernel(), on its own stack, which nobody needs any more.
 inline void on_fault(int number, siginfo_t* info, void* context) {
-    if (!current) {
+    if (!current) { // a fault of the host while it runs blocks
         signal(number, SIG_DFL);
         return;
     }
@@ -369,20 +367,28 @@ inline void on_fault(int number, siginfo_t* info, void* context) {
     registers[REG_RIP] = (greg_t)fault_in_kernel;
 }
 
-inline void catch_faults() {
-    static char alternate[64 * 1024];
-    stack_t stack = {};
-    stack.ss_sp = alternate;
-    stack.ss_size = sizeof(alternate);
-    sigaltstack(&stack, nullptr);
-    struct sigaction action = {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-    sigaction(SIGBUS, &action, nullptr);
-}
-#else
-inline void catch_faults() {}
+// While one of these lives. Other handlers (test frameworks have some) get their signals back afterwards.
+struct CatchFaults {
+    stack_t kept_stack;
+    struct sigaction kept[2];
+    CatchFaults() {
+        static char alternate[64 * 1024];
+        stack_t stack = {};
+        stack.ss_sp = alternate;
+        stack.ss_size = sizeof(alternate);
+        sigaltstack(&stack, &kept_stack);
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigaction(SIGSEGV, &action, &kept[0]);
+        sigaction(SIGBUS, &action, &kept[1]);
+    }
+    ~CatchFaults() {
+        sigaction(SIGSEGV, &kept[0], nullptr);
+        sigaction(SIGBUS, &kept[1], nullptr);
+        sigaltstack(&kept_stack, nullptr);
+    }
+};
 #endif
 
 // ----------------------------------------------------------------------------
@@ -450,13 +456,7 @@ SIMT_INTERNAL inline void prepare_fiber(Fiber* fiber) {
         fiber->stack = (unsigned char*)memory + GUARD_BYTES;
         fiber->stack_bytes = STACK_BYTES;
     }
-    // What was left in the midst of a kernel still has guarded variables on its stack, and a sanitizer's call stack.
-    if (abandoned) unpoison(fiber->stack, STACK_BYTES);
 #ifdef SIMT_THREAD
-    if (fiber->sanitized && abandoned) {
-        __tsan_destroy_fiber(fiber->sanitized);
-        fiber->sanitized = nullptr;
-    }
     if (!fiber->sanitized) fiber->sanitized = __tsan_create_fiber(0); // slow, so it is kept for later blocks
 #endif
     fiber->fake_stack = nullptr;
@@ -482,6 +482,18 @@ SIMT_INTERNAL inline void prepare_thread(int i, Fiber* fiber) {
     warps[thread->warp].lanes |= 1u << thread->lane;
 }
 
+// What was left in the midst of a kernel still has guarded variables on its stack, and a call stack in the thread
+// sanitizer, to which all that it did is to be over before the host goes on.
+SIMT_INTERNAL inline void abandon_fiber(Fiber* fiber) {
+    unpoison(fiber->stack, STACK_BYTES);
+#ifdef SIMT_THREAD
+    __tsan_switch_to_fiber(fiber->sanitized, __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(host.sanitized, 0); // a switch that orders
+    __tsan_destroy_fiber(fiber->sanitized);
+    fiber->sanitized = nullptr;
+#endif
+}
+
 // False where the block failed; error_message then says why.
 SIMT_INTERNAL inline bool run_block() {
     const int last_warp = (block.thread_count - 1) / WARP;
@@ -499,14 +511,13 @@ SIMT_INTERNAL inline bool run_block() {
     Fiber* set = fibers[random_bits() % FIBER_SETS];
     for (int i = 0; i < block.thread_count; i++) prepare_thread(i, &set[i]);
     for (int w = 0; w < block.warp_count; w++) make_ready(w, warps[w].lanes);
-    abandoned = false;
 #ifdef SIMT_THREAD
     host.sanitized = __tsan_get_current_fiber();
 #endif
     release(&block.start_order);
     switch_to(next_ready());
     if (!failed && block.live) report_stuck();
-    abandoned = failed;
+    for (int i = 0; i < block.thread_count && failed; i++) abandon_fiber(&set[i]);
     return !failed;
 }
 
@@ -535,10 +546,10 @@ SIMT_INTERNAL inline bool run_blocks(unsigned* block_order, unsigned blocks) {
 // Runs a whole launch; false where a block failed.
 SIMT_INTERNAL inline bool run_grid(dim3 grid, dim3 threads_of_block, size_t shared_bytes, void (*run)(void*),
                                    void* arguments) {
-    static bool faults_caught = false;
-    if (!faults_caught) catch_faults();
-    faults_caught = true;
     DeviceMemoryOpen open;
+#if !defined(SIMT_ADDRESS) && !defined(SIMT_THREAD)
+    CatchFaults catching;
+#endif
     gridDim = grid;
     blockDim = threads_of_block;
     block.thread_count = (int)(blockDim.x * blockDim.y * blockDim.z);

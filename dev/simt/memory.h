@@ -68,9 +68,10 @@ inline void* device_allocate(size_t bytes) {
 inline bool device_release(void* memory) {
     int i = allocations_up_to(memory) - 1;
     if (i < 0 || allocations[i].begin != memory) return false;
-    unpoison(memory, allocations[i].bytes);
+    const Allocation released = allocations[i];
     memmove(&allocations[i], &allocations[i + 1], (size_t)(--allocation_count - i) * sizeof(allocations[0]));
-    free(memory);
+    unpoison(released.begin, released.bytes);
+    free(released.begin);
     return true;
 }
 

@@ -113,8 +113,16 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 // ----------------------------------------------------------------------------
 // Memory
 
+inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
+    *total_bytes = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+    *free_bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+    return cudaSuccess;
+}
+
 inline cudaError_t cudaMalloc(void** pointer, size_t bytes) {
-    *pointer = bytes ? simt::device_allocate(bytes) : nullptr;
+    size_t free_bytes, total_bytes;
+    cudaMemGetInfo(&free_bytes, &total_bytes);
+    *pointer = bytes && bytes <= total_bytes ? simt::device_allocate(bytes) : nullptr;
     return simt::result(*pointer || !bytes ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 template <class T> inline cudaError_t cudaMalloc(T** pointer, size_t bytes) {
@@ -176,12 +184,6 @@ inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr) {
     (void)stream;
     return cudaMemset(memory, value, bytes);
-}
-
-inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
-    *total_bytes = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    *free_bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    return cudaSuccess;
 }
 
 // ----------------------------------------------------------------------------

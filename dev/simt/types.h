@@ -21,7 +21,7 @@ ordinary arrays only, so in its builds they are that, and not refilled.
 #define __constant__ static
 #define __launch_bounds__(...)
 #define __forceinline__ inline
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #ifdef SIMT_ADDRESS
 #define __shared__ static
 #else
