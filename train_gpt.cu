@@ -8,9 +8,11 @@ the loop in main(). Operations are called by name; the headers chosen here say w
 docs/math.md. Shapes are written in its letters: B sequences, T tokens, C channels, L layers, H query heads, G key/value
 heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabulary.
 
-This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
+This file is C11 and C++17: gcc builds it as C for DEVICE=cpu, nvcc for DEVICE=cuda, and g++ for DEVICE=simt, which runs the
+kernels of CUDA on an emulator (dev/simt).
 */
 #include <malloc.h>
+#include <omp.h>
 #include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
@@ -31,14 +33,30 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
+#elif defined(DEVICE_CUDA) || defined(DEVICE_SIMT)
+#include "kernels/device.cuh" // the same functions, on the GPU or on its emulator
+#include "kernels/embedding.cuh"
+#include "kernels/rmsnorm.cuh"
+#include "kernels/matmul.cuh"
+#include "kernels/keynorm.cuh"
+#include "kernels/keyconv.cuh"
+#include "kernels/rope.cuh"
+#include "gqa.cuh"
+#include "kernels/noise.cuh"
+#include "kernels/swiglu.cuh"
+#include "kernels/classifier.cuh"
+#include "kernels/adamw.cuh"
+#include "kernels/cpu_only.cuh" // defines what has no kernel yet, as errors
 #else
-#error "define DEVICE_CPU (make DEVICE=...)"
+#error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
 #include "runtime/memory.h"      // defines Arena
+#include "runtime/gpus.h"        // defines gpu_peak_flops
 #include "runtime/schedule.h"    // defines learning_rate
 #include "runtime/options.h"     // defines Options, options_parse
 #include "runtime/sampling.h"    // defines sample_token
+#include "runtime/weights.h"     // defines Weights, weights_upload
 #include "runtime/checkpoint.h"  // defines checkpoint_save, checkpoint_load_model
 #include "runtime/metrics.h"     // defines Metrics
 #include "tokenizer/tokenizer.h" // defines tokenizer_load, tokenizer_encode, tokenizer_decode
@@ -99,7 +117,9 @@ typedef struct {
     int logit_rows; // rows of logits that are computed at once
     int training;   // 0: no gradients and no optimizer state are held
     // one block each
-    floatX* params;        // (elements)
+    floatX* params; // (elements)
+    float_acc*
+        masters; // (elements) what the optimizer updates and params are the rounding of; NULL where the same
     float_acc* grads;      // (elements)
     float_acc* exp_avg;    // (elements) first moment of AdamW
     float_acc* exp_avg_sq; // (elements) second moment
@@ -108,12 +128,19 @@ typedef struct {
     Activations acts;
     Arena parameters, gradients, optimizer, activations;
     HeadAllocation heads;   // where kv_of_q comes from
-    float_acc* host_losses; // (B, T)
+    float_acc* host_losses; // (B, T) pinned memory of the host, as is
+    float_acc* host_norm;   // (1)
     stream_t stream;
 } Model;
 
-// Logits are the widest activation by far; this much of them is held at once.
-#define LOGIT_BYTES ((size_t)128 << 20)
+static Weights gpt_weights(const Model* model) {
+    const Weights weights = {model->params, model->masters};
+    return weights;
+}
+
+// Logits are the widest activation by far; this much of them is held at once. On a GPU every part adds to the head's gradient in
+// memory, at the cost of reading and writing it whole, so there the parts are large.
+#define LOGIT_BYTES ((size_t)(DEVICE_HAS_OWN_MEMORY ? 1024 : 128) << 20)
 
 // Bytes of scratch that the attention of a layer takes, forward and backward one after the other.
 static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
@@ -153,12 +180,19 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     model->logit_rows = (int)(most_rows < 64 ? 64 : most_rows);
     if ((size_t)model->logit_rows > rows) model->logit_rows = (int)rows;
 
+    const char* fewer_weights = "fewer --layers or --channels take less";
     model->parameters.name = "parameters";
+    model->parameters.remedy = fewer_weights;
     arena_reserve(&model->parameters, (void**)&model->params, elements * sizeof(floatX), "parameters");
     if (training) {
         model->gradients.name = "gradients";
+        model->gradients.remedy = fewer_weights;
         arena_reserve(&model->gradients, (void**)&model->grads, elements * sizeof(float_acc), "gradients");
         model->optimizer.name = "optimizer";
+        model->optimizer.remedy = fewer_weights;
+        if (weights_need_masters())
+            arena_reserve(&model->optimizer, (void**)&model->masters, elements * sizeof(float_acc),
+                          "master weights");
         arena_reserve(&model->optimizer, (void**)&model->exp_avg, elements * sizeof(float_acc),
                       "first moment");
         arena_reserve(&model->optimizer, (void**)&model->exp_avg_sq, elements * sizeof(float_acc),
@@ -170,6 +204,7 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
 
     Arena* arena = &model->activations;
     arena->name = "activations";
+    arena->remedy = "a smaller --batch takes less, and trains the same";
     Activations* acts = &model->acts;
     acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
     size_t workspace = 0;
@@ -236,6 +271,12 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
 }
 
+// Bytes of the device's memory.
+static inline size_t model_bytes(const Model* model) {
+    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
+           model->activations.bytes;
+}
+
 // Gives the device the maps of `count` layers from `first` on, after they have changed.
 static void gpt_upload_maps(Model* model, int first, int count) {
     const size_t H = model->config.heads, at = (size_t)first * H;
@@ -252,7 +293,8 @@ static void gpt_allocate(Model* model) {
     }
     arena_allocate(&model->activations);
     size_t rows = (size_t)model->B * model->T, angles = (size_t)model->T * model->config.head_dim;
-    model->host_losses = (float_acc*)malloc_or_fail(rows * sizeof(float_acc), "losses");
+    model->host_losses = (float_acc*)host_malloc_pinned(rows * sizeof(float_acc), "losses");
+    model->host_norm = (float_acc*)host_malloc_pinned(sizeof(float_acc), "the gradient's norm");
     float_acc* table = (float_acc*)malloc_or_fail(angles * sizeof(float_acc), "rotary angles");
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
@@ -266,10 +308,9 @@ static void gpt_initialize(Model* model, uint64_t seed) {
     const TensorTable* table = &model->layout.table;
     for (int i = 0; i < table->count; i++) {
         const Tensor* tensor = &table->tensors[i];
-        floatX* values = (floatX*)calloc_or_fail(tensor->padded_count, sizeof(floatX), tensor->name);
+        float_acc* values = (float_acc*)calloc_or_fail(tensor->padded_count, sizeof(float_acc), tensor->name);
         tensor_initialize(values, tensor, seed);
-        copy_to_device(model->params + tensor->offset, values, tensor->padded_count * sizeof(floatX),
-                       model->stream);
+        weights_upload(gpt_weights(model), tensor->offset, values, tensor->padded_count, model->stream);
         free(values);
     }
 }
@@ -284,7 +325,8 @@ static void gpt_free(Model* model) {
     allocation_free(&model->heads);
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
-    free(model->host_losses);
+    host_free_pinned(model->host_losses);
+    host_free_pinned(model->host_norm);
 }
 
 // ----------------------------------------------------------------------------
@@ -435,6 +477,7 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
     Activations* acts = &model->acts;
     stream_t stream = model->stream;
 
+    range_begin("forward");
     copy_to_device(acts->tokens + first, tokens + first, (size_t)rows * sizeof(int), stream);
     floatX* residual = acts->layers[0].residual;
     const LayerParameters* weights = &model->layout.layers[0];
@@ -482,17 +525,21 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
                                  layer->residual_mid + first * C, acts->branch + first * C,
                                  params + next_gain, rows, C, eps, stream);
     }
+    range_end();
 }
 
-// The sum of the losses of the rows that gpt_forward() left, in nats. With gradients, also dnorm and the head's part of the
-// gradient, scaled by dloss: logits are computed, used and overwritten a few rows at a time, so they are never all there.
-static double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients, float_acc dloss) {
+// The losses of the rows that gpt_forward() left, in nats, on their way to `losses` (B, T) of the host: they are there once the
+// stream has been waited for. With gradients, also dnorm and the head's part of the gradient, scaled by dloss: logits are
+// computed, used and overwritten a few rows at a time, so they are never all there.
+static void gpt_classify(Model* model, float_acc* losses, const int* targets, int B, int T,
+                         int with_gradients, float_acc dloss) {
     const int C = model->config.channels, V = model->config.vocab_size, Vp = model->config.padded_vocab,
               rows = B * T;
     const floatX* head = model->params + model->layout.head;
     Activations* acts = &model->acts;
     stream_t stream = model->stream;
 
+    range_begin("head and loss");
     copy_to_device(acts->targets, targets, (size_t)rows * sizeof(int), stream);
     for (int first = 0; first < rows; first += model->logit_rows) {
         const int some = rows - first < model->logit_rows ? rows - first : model->logit_rows;
@@ -504,11 +551,22 @@ static double gpt_loss(Model* model, const int* targets, int B, int T, int with_
             matmul_backward(acts->dnorm + (size_t)first * C, model->grads + model->layout.head, acts->logits,
                             norm, head, some, C, Vp, stream);
     }
-    copy_to_host(model->host_losses, acts->losses, (size_t)rows * sizeof(float_acc), stream);
-    stream_synchronize(stream);
+    copy_to_host(losses, acts->losses, (size_t)rows * sizeof(float_acc), stream);
+    range_end();
+}
+
+static double sum_of_losses(const float_acc* losses, int rows) {
     double sum = 0;
-    for (int row = 0; row < rows; row++) sum += (double)model->host_losses[row];
+    for (int row = 0; row < rows; row++) sum += (double)losses[row];
     return sum;
+}
+
+// gpt_classify(), waited for: the sum of the losses.
+static inline double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients,
+                              float_acc dloss) {
+    gpt_classify(model, model->host_losses, targets, B, T, with_gradients, dloss);
+    stream_synchronize(model->stream);
+    return sum_of_losses(model->host_losses, B * T);
 }
 
 // ----------------------------------------------------------------------------
@@ -526,6 +584,7 @@ static void gpt_backward(Model* model, int B, int T) {
     Activations* acts = &model->acts;
     stream_t stream = model->stream;
 
+    range_begin("backward");
     device_zero(acts->dresidual, (size_t)rows * C * sizeof(floatX), stream);
     rmsnorm_backward(acts->dresidual, grads + model->layout.final_norm, acts->dnorm, acts->residual,
                      params + model->layout.final_norm, acts->rstd, acts->workspace, rows, C, stream);
@@ -559,28 +618,29 @@ static void gpt_backward(Model* model, int B, int T) {
     }
     embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
                        C, stream);
+    range_end();
 }
 
 static void gpt_zero_gradients(Model* model) {
     device_zero(model->grads, model->layout.table.elements * sizeof(float_acc), model->stream);
 }
 
-// One step of AdamW over every tensor. Returns the gradient's norm before clipping.
-static double gpt_update(Model* model, AdamW settings) {
+// One step of AdamW over every tensor. The gradient's norm before clipping is on its way to host_norm.
+static void gpt_update(Model* model, AdamW settings) {
     const TensorTable* table = &model->layout.table;
+    range_begin("update");
     global_norm(model->norm, model->partials, model->grads, table->elements, model->stream);
     const float decay = settings.weight_decay;
     for (int i = 0; i < table->count; i++) {
         const Tensor* tensor = &table->tensors[i];
         const size_t at = tensor->offset;
         settings.weight_decay = tensor->weight_decay ? decay : 0;
-        adamw_update(model->params + at, NULL, model->exp_avg + at, model->exp_avg_sq + at, model->grads + at,
-                     model->norm, tensor->padded_count, settings, model->stream);
+        adamw_update(model->params + at, model->masters ? model->masters + at : NULL, model->exp_avg + at,
+                     model->exp_avg_sq + at, model->grads + at, model->norm, tensor->padded_count, settings,
+                     model->stream);
     }
-    float_acc norm = 0;
-    copy_to_host(&norm, model->norm, sizeof(norm), model->stream);
-    stream_synchronize(model->stream);
-    return (double)norm;
+    copy_to_host(model->host_norm, model->norm, sizeof(float_acc), model->stream);
+    range_end();
 }
 
 // ----------------------------------------------------------------------------
@@ -595,7 +655,7 @@ static void gpt_next_logits(Model* model, float* logits, const int* tokens, int 
                    model->params + model->layout.head, 1, C, Vp, model->stream);
     copy_to_host(scratch, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
     stream_synchronize(model->stream);
-    for (int v = 0; v < model->config.vocab_size; v++) logits[v] = (float)scratch[v];
+    convert_values(logits, DTYPE_F32, scratch, DTYPE_FLOATX, (size_t)model->config.vocab_size);
 }
 
 #ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
@@ -694,13 +754,16 @@ static int retrieval_likeliest(void* context, int row, int T, int position) {
     const int C = model->config.channels, V = model->config.vocab_size, Vp = model->config.padded_vocab;
     matmul_forward(model->acts.logits, model->acts.norm + ((size_t)row * T + position) * C,
                    model->params + model->layout.head, 1, C, Vp, model->stream);
-    floatX* logits = (floatX*)malloc_or_fail((size_t)Vp * sizeof(floatX), "logits");
-    copy_to_host(logits, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
+    floatX* scratch = (floatX*)malloc_or_fail((size_t)Vp * sizeof(floatX), "logits");
+    float_acc* logits = (float_acc*)malloc_or_fail((size_t)V * sizeof(float_acc), "logits");
+    copy_to_host(scratch, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
     stream_synchronize(model->stream);
+    convert_values(logits, DTYPE_FLOAT_ACC, scratch, DTYPE_FLOATX, (size_t)V);
     int best = 0;
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[best]) best = v;
     free(logits);
+    free(scratch);
     return best;
 }
 
@@ -741,6 +804,11 @@ typedef struct {
     Schedule schedule;
     size_t resident; // bytes of main memory before the model's are taken
     TrainingState state;
+    // Between host and device, in pinned memory: every micro-batch of a step has its own place, so that the host can run ahead
+    // of the device through a whole step without waiting for copies to be done.
+    int* tokens;       // (sequences_per_step, T)
+    int* targets;      // (sequences_per_step, T)
+    float_acc* losses; // (sequences_per_step, T)
 } Run;
 
 static void find_checkpoints(Run* run) {
@@ -840,8 +908,9 @@ static void open_data(Run* run) {
 static void load_model(Model* model, const Run* run, const char* directory) {
     const int theirs = checkpoint_read_config(directory).kv_heads, G = run->config.kv_heads;
     if (theirs > G)
-        checkpoint_load_pooled(directory, &run->config, &model->layout.table, model->params, model->stream);
-    else checkpoint_load_model(directory, &model->layout.table, model->params, model->stream);
+        checkpoint_load_pooled(directory, &run->config, &model->layout.table, gpt_weights(model),
+                               model->stream);
+    else checkpoint_load_model(directory, &model->layout.table, gpt_weights(model), model->stream);
     if (theirs > G) printf("converted %d KV heads to %d, by the mean of each group\n", theirs, G);
     char path[PATH_MAX];
     path_format(path, "%s/heads.json", directory);
@@ -879,29 +948,26 @@ static void prepare_output(Run* run) {
 // ----------------------------------------------------------------------------
 // What the run will take
 
-// Bytes that come on top of the model's four blocks: the process and its libraries as they are now, batches, and what writing
-// a checkpoint takes.
+// Bytes of main memory that come on top of the model's four blocks: the process and its libraries as they are now, batches,
+// and what writing a checkpoint takes.
 static size_t other_bytes(const Run* run, const Model* model) {
-    size_t rows = (size_t)model->B * model->T, piece = model->parameters.bytes;
+    const size_t rows = (size_t)model->B * model->T, total = (size_t)run->options.total_batch;
     size_t bytes = run->resident + matmul_scratch_bytes() + loader_bytes(run->train, run->options.batch);
-    bytes += rows * sizeof(float_acc);             // losses
-    if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
-    if (run->init_from[0]) {                       // a model that is converted is there as a whole
-        ModelConfig theirs = checkpoint_read_config(run->init_from);
-        if (theirs.kv_heads > run->config.kv_heads) {
-            ParameterLayout layout = parameter_layout(&theirs);
-            bytes += layout.table.elements * sizeof(floatX);
-            parameter_layout_free(&layout);
-        }
+    bytes += total * (2 * sizeof(int) + sizeof(float_acc)); // a step's tokens, targets and losses
+    bytes += rows * sizeof(float_acc);                      // losses of a validation batch
+    if (run->val) bytes += rows * 2 * sizeof(int);          // a validation batch
+    if (run->init_from[0] && checkpoint_read_config(run->init_from).kv_heads > run->config.kv_heads)
+        bytes += checkpoint_pooled_bytes(run->init_from, &run->config);
+    if (run->options.output) { // on its way to the disk
+        const size_t weights = model->layout.table.elements * sizeof(float_acc);
+        bytes += weights < CHECKPOINT_CHUNK ? weights : CHECKPOINT_CHUNK;
     }
-    if (run->options.output)
-        bytes += piece < CHECKPOINT_CHUNK ? piece : CHECKPOINT_CHUNK; // on its way to the disk
     return bytes;
 }
 
+// What has to fit into the memory where the model lies: main memory has to hold everything else, too.
 static size_t planned_bytes(const Run* run, const Model* model) {
-    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
-           model->activations.bytes + other_bytes(run, model);
+    return model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : other_bytes(run, model));
 }
 
 static void print_plan(const Run* run, const Model* model) {
@@ -917,6 +983,10 @@ static void print_plan(const Run* run, const Model* model) {
            flops_per_token(config, config->sequence_length) / 1e6);
     printf("build    device %s, attention %s, heads %s, kconv %d, %s, %d threads\n", DEVICE_NAME, ATTN_NAME,
            GQA_NAME, KCONV, PRECISION_NAME, omp_get_max_threads());
+    const double peak = gpu_peak_flops(device_name(), PRECISION_NAME);
+    if (peak > 0) printf("         %s, at most %.0f TFLOP/s\n", device_name(), peak / 1e12);
+    else if (device_name()[0])
+        printf("         %s, whose peak in %s is unknown: no MFU\n", device_name(), PRECISION_NAME);
     printf("data     %s: %llu tokens, %llu sequences", options->train_data,
            (unsigned long long)loader_tokens(run->train), (unsigned long long)loader_sequences(run->train));
     if (run->val) printf("; validation %llu tokens", (unsigned long long)loader_tokens(run->val));
@@ -929,14 +999,17 @@ static void print_plan(const Run* run, const Model* model) {
     arena_print(&model->gradients);
     arena_print(&model->optimizer);
     arena_print(&model->activations);
-    printf("  %-34s %10.1f MB\n", "program, libraries, data", (double)other_bytes(run, model) / 1e6);
+    printf("  %-34s %10.1f MB%s\n", "program, libraries, data", (double)other_bytes(run, model) / 1e6,
+           DEVICE_HAS_OWN_MEMORY ? " of main memory, not in the peak" : "");
     printf("  %-34s %10.1f MB\n", "planned peak", (double)planned_bytes(run, model) / 1e6);
     fflush(stdout);
 }
 
 // A plan that does not fit is refused before anything is taken, with the micro-batch that would fit.
 static void check_plan_fits(const Run* run, const Model* model) {
-    size_t available = memory_available() + run->resident, planned = planned_bytes(run, model);
+    const size_t planned = planned_bytes(run, model);
+    const size_t available =
+        DEVICE_HAS_OWN_MEMORY ? device_memory_free() : memory_available() + run->resident;
     if (!available || planned <= available) return;
     for (int B = run->options.batch - 1; B >= 1; B--) {
         if (run->sequences_per_step % B != 0) continue;
@@ -990,19 +1063,37 @@ static double validate(Model* model, const Run* run) {
     return sum / ((double)count * T);
 }
 
-// One optimizer step over the next total batch. Returns the mean loss, and the gradient's norm through *norm.
-static double train_step(Model* model, const Run* run, double rate, int step, double* norm) {
-    const int T = run->config.sequence_length, B = run->options.batch;
+// Pinned memory for a step's batches on their way to the device, and its losses on their way back.
+static void allocate_staging(Run* run) {
+    const size_t places = (size_t)run->options.total_batch;
+    run->tokens = (int*)host_malloc_pinned(places * sizeof(int), "a step's tokens");
+    run->targets = (int*)host_malloc_pinned(places * sizeof(int), "a step's targets");
+    run->losses = (float_acc*)host_malloc_pinned(places * sizeof(float_acc), "a step's losses");
+}
+
+static void free_staging(Run* run) {
+    host_free_pinned(run->tokens);
+    host_free_pinned(run->targets);
+    host_free_pinned(run->losses);
+}
+
+// One optimizer step over the next total batch. Returns the mean loss, and the gradient's norm through *norm. The host queues
+// all of the step's work on the stream, and waits for it once, at the end.
+static double train_step(Model* model, Run* run, double rate, int step, double* norm) {
+    const int T = run->config.sequence_length, B = run->options.batch, rows = B * T;
     const double total = (double)run->options.total_batch;
-    double sum = 0;
+    range_begin("step");
     gpt_zero_gradients(model);
     gpt_begin_step(model, step);
-    for (long micro = 0; micro < run->sequences_per_step / B; micro++) {
+    for (long first = 0; first < run->sequences_per_step; first += B) {
+        const size_t place = (size_t)first * (size_t)T, bytes = (size_t)rows * sizeof(int);
         const int *tokens, *targets;
         loader_next(run->train, &tokens, &targets);
-        const TrainingPass pass = {run->options.seed, step, micro * B, run->options.pgqa_noise};
-        gpt_forward(model, tokens, B, T, 0, &pass);
-        sum += gpt_loss(model, targets, B, T, 1, (float_acc)(1 / total));
+        memcpy(run->tokens + place, tokens, bytes);
+        memcpy(run->targets + place, targets, bytes);
+        const TrainingPass pass = {run->options.seed, step, first, run->options.pgqa_noise};
+        gpt_forward(model, run->tokens + place, B, T, 0, &pass);
+        gpt_classify(model, run->losses + place, run->targets + place, B, T, 1, (float_acc)(1 / total));
         gpt_backward(model, B, T);
     }
     gpt_end_step(model, step, run->sequences_per_step);
@@ -1014,7 +1105,13 @@ static double train_step(Model* model, const Run* run, double rate, int step, do
     settings.weight_decay = (float)run->options.weight_decay;
     settings.clip = (float)run->options.clip;
     settings.step = step + 1;
-    *norm = gpt_update(model, settings);
+    gpt_update(model, settings);
+    stream_synchronize(model->stream);
+    range_end();
+    *norm = (double)*model->host_norm;
+    double sum = 0;
+    for (long first = 0; first < run->sequences_per_step; first += B)
+        sum += sum_of_losses(run->losses + (size_t)first * (size_t)T, rows);
     return sum / total;
 }
 
@@ -1023,9 +1120,9 @@ static void save_checkpoint(const Model* model, Run* run, Metrics* metrics, int 
     run->state.step = step;
     metrics_sync(metrics);
     checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state,
-                    heads_are_key_driven(&run->config) ? &model->heads : NULL, model->params, model->exp_avg,
-                    model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL, run->options.keep,
-                    model->stream);
+                    heads_are_key_driven(&run->config) ? &model->heads : NULL, gpt_weights(model),
+                    model->exp_avg, model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL,
+                    run->options.keep, model->stream);
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
@@ -1049,6 +1146,7 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     to.log_every = (int)options->log_every;
     to.tokens_per_step = (uint64_t)options->total_batch;
     to.flops_per_step = flops_per_token(config, config->sequence_length) * (double)options->total_batch;
+    to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME);
     metrics_describe_text(&to, "attn", ATTN_NAME);
     metrics_describe_text(&to, "gqa", GQA_NAME);
     metrics_describe_number(&to, "kconv", KCONV);
@@ -1128,6 +1226,7 @@ static void train(Model* model, Run* run) {
     const Options* options = &run->options;
     static Metrics metrics;
     start_metrics(&metrics, run);
+    allocate_staging(run);
     loader_start(run->train, run->state.sequences_seen, (uint64_t)options->batch, options->batch);
     signal(SIGINT, request_stop);
     signal(SIGTERM, request_stop);
@@ -1178,6 +1277,7 @@ static void train(Model* model, Run* run) {
         }
         metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun);
     }
+    free_staging(run);
 }
 
 // Threads of OpenMP that wait spin for some milliseconds, and where another program has a core they eat its time and their

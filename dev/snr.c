@@ -483,7 +483,7 @@ static void run_checkpoint(Settings* settings, int T_given, int blocks_given) {
     static Model model;
     gpt_plan(&model, &config, 1, T, 0);
     gpt_allocate(&model);
-    checkpoint_load_model(directory, &model.layout.table, model.params, model.stream);
+    checkpoint_load_model(directory, &model.layout.table, gpt_weights(&model), model.stream);
     if (heads_are_key_driven(&config)) {
         checkpoint_load_heads(directory, &model.heads);
         gpt_upload_maps(&model, 0, config.layers);

@@ -2,7 +2,7 @@
 Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes the files.
 
     checkpoint_clean("out");                           // at start: removes what a killed run left half-written
-    checkpoint_save("out", &config, &layout.table, &state, &heads, params, exp_avg, exp_avg_sq, tokenizer, 3,
+    checkpoint_save("out", &config, &layout.table, &state, &heads, weights, exp_avg, exp_avg_sq, tokenizer, 3,
                     stream);
 
     char path[PATH_MAX];                               // at --resume
@@ -10,7 +10,7 @@ Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes t
         checkpoint_check_same_model(path, &config);
         TrainingState state = checkpoint_load_state(path);
         checkpoint_load_heads(path, &heads);
-        checkpoint_load_model(path, &layout.table, params, stream);
+        checkpoint_load_model(path, &layout.table, weights, stream);
         checkpoint_load_optimizer(path, &layout.table, exp_avg, exp_avg_sq, stream);
     }
 
@@ -28,11 +28,10 @@ code 1.
 #include "runtime/allocation.h"
 #include "runtime/model.h"
 #include "runtime/safetensors.h"
+#include "runtime/weights.h"
 
 #define CHECKPOINT_VERSION 1
 #define CHECKPOINT_CHUNK ((size_t)16 << 20) // bytes of host memory that saving and loading take
-#define DTYPE_FLOATX dtype_of_size(sizeof(floatX))
-#define DTYPE_FLOAT_ACC dtype_of_size(sizeof(float_acc))
 
 // ----------------------------------------------------------------------------
 // state.json: where a run stands, and the settings it runs with
@@ -319,10 +318,8 @@ static inline void checkpoint_write_config(const char* path, const ModelConfig* 
     cJSON_AddFalseToObject(json, "attention_bias");
     cJSON_AddFalseToObject(json, "mlp_bias");
     json_add_float(json, "initializer_range", 0.02f);
-    cJSON_AddStringToObject(json, "torch_dtype",
-                            sizeof(floatX) == 8   ? "float64"
-                            : sizeof(floatX) == 4 ? "float32"
-                                                  : "bfloat16");
+    // Of the weights in the file: float32 in a bf16 build too, for the masters are what is saved.
+    cJSON_AddStringToObject(json, "torch_dtype", sizeof(float_acc) == 8 ? "float64" : "float32");
     // Written even when there is none: transformers would assume 1 and 2.
     int end_of_text = tokenizer_path ? tokenizer_end_of_text(tokenizer_path, config->vocab_size) : -1;
     cJSON_AddItemToObject(json, "bos_token_id",
@@ -578,17 +575,18 @@ static inline void checkpoint_read_values(const SafetensorsFile* file, const Saf
     free(host);
 }
 
-static inline void checkpoint_write_model(const char* path, const TensorTable* table, const floatX* params,
+static inline void checkpoint_write_model(const char* path, const TensorTable* table, Weights weights,
                                           stream_t stream) {
+    const float_acc* values = weights_exact(weights);
     SafetensorsWriter writer;
     safetensors_create(&writer, path);
     for (int i = 0; i < table->count; i++) {
         const Tensor* tensor = &table->tensors[i];
-        safetensors_declare(&writer, tensor->name, DTYPE_FLOATX, tensor->dims, (uint64_t)tensor->shape[0],
+        safetensors_declare(&writer, tensor->name, DTYPE_FLOAT_ACC, tensor->dims, (uint64_t)tensor->shape[0],
                             (uint64_t)tensor->shape[1]);
     }
     for (int i = 0; i < table->count; i++) // rows of padding come last in a tensor, and are left out
-        checkpoint_write_values(&writer, params + table->tensors[i].offset, DTYPE_FLOATX,
+        checkpoint_write_values(&writer, values + table->tensors[i].offset, DTYPE_FLOAT_ACC,
                                 table->tensors[i].count, stream);
     safetensors_finish(&writer);
 }
@@ -624,61 +622,73 @@ static inline void checkpoint_check_tensors(const SafetensorsFile* file, const T
             fail("%s: tensor %s is not one of the model's", file->path, json_shown(file->entries[i].name));
 }
 
-// Fills the block of parameters, table->elements long in device memory, from model.safetensors, be it this
-// program's or a Llama's saved by transformers in one file. Every tensor's name and shape is checked before
-// the first is read. Rows of padding become zero; elements between tensors stay as they are.
-static inline void checkpoint_load_model(const char* directory, const TensorTable* table, floatX* params,
-                                         stream_t stream) {
+// Opens a directory's model.safetensors, be it this program's or a Llama's saved by transformers in one file, and checks every
+// tensor's name and shape before any is read.
+static inline void checkpoint_open_model(SafetensorsFile* file, const char* directory,
+                                         const TensorTable* table) {
     char path[PATH_MAX], index_path[PATH_MAX];
     path_format(path, "%s/model.safetensors", directory);
     path_format(index_path, "%s/model.safetensors.index.json", directory);
     if (!path_exists(path) && path_exists(index_path))
         fail("%s: a model in several files is not read; save it as one (max_shard_size in transformers)",
              index_path);
+    safetensors_open(file, path);
+    checkpoint_check_tensors(file, table);
+}
+
+// Fills the weights, table->elements long in device memory. Rows of padding become zero; elements between tensors stay as
+// they are.
+static inline void checkpoint_load_model(const char* directory, const TensorTable* table, Weights weights,
+                                         stream_t stream) {
+    const size_t step = CHECKPOINT_CHUNK / sizeof(float_acc);
+    float_acc* values = (float_acc*)malloc_or_fail(CHECKPOINT_CHUNK, "a piece of a checkpoint");
     SafetensorsFile file;
-    safetensors_open(&file, path);
-    checkpoint_check_tensors(&file, table);
-    for (int i = 0; i < table->count; i++) {
-        const Tensor* tensor = &table->tensors[i];
-        floatX* values = params + tensor->offset;
-        checkpoint_read_values(&file, safetensors_find(&file, tensor->name), 0, tensor->count, values,
-                               DTYPE_FLOATX, stream);
-        if (tensor->padded_count > tensor->count)
-            device_zero(values + tensor->count, (tensor->padded_count - tensor->count) * sizeof(floatX),
-                        stream);
+    checkpoint_open_model(&file, directory, table);
+    for (int t = 0; t < table->count; t++) {
+        const Tensor* tensor = &table->tensors[t];
+        const SafetensorsEntry* entry = safetensors_find(&file, tensor->name);
+        for (size_t i = 0; i < tensor->count; i += step) {
+            const size_t n = tensor->count - i < step ? tensor->count - i : step;
+            safetensors_read(&file, entry, i, n, values, DTYPE_FLOAT_ACC);
+            weights_upload(weights, tensor->offset + i, values, n, stream);
+        }
+        weights_zero(weights, tensor->offset + tensor->count, tensor->padded_count - tensor->count, stream);
     }
     stream_synchronize(stream);
     safetensors_close(&file);
+    free(values);
 }
 
 // pooled (G rows of `width`) = the means of each group's heads of `values` (H rows of `width`), with heads[g] of them in group
 // g, one group after the other.
-static inline void pool_heads(floatX* pooled, const floatX* values, const int* heads, int G, size_t width) {
+static inline void pool_heads(float_acc* pooled, const float_acc* values, const int* heads, int G,
+                              size_t width) {
     for (int g = 0; g < G; values += (size_t)heads[g] * width, g++) {
         for (size_t i = 0; i < width; i++) {
             double sum = 0;
             for (int h = 0; h < heads[g]; h++) sum += (double)values[(size_t)h * width + i];
-            pooled[(size_t)g * width + i] = (floatX)(heads[g] ? sum / heads[g] : 0);
+            pooled[(size_t)g * width + i] = (float_acc)(heads[g] ? sum / heads[g] : 0);
         }
     }
 }
 
 // As checkpoint_load_model(), from a model with more key/value heads than config has (Ainslie et al., arXiv 2305.13245): the
 // keys' and values' projections of a group are the means of its heads, everything else is copied. The groups are even, as every
-// kind of allocation begins. Holds the other model's weights for as long as it takes.
+// kind of allocation begins. Holds one tensor of the other model at a time.
 static inline void checkpoint_load_pooled(const char* directory, const ModelConfig* config,
-                                          const TensorTable* table, floatX* params, stream_t stream) {
+                                          const TensorTable* table, Weights weights, stream_t stream) {
     ModelConfig whole = *config;
     whole.kv_heads = checkpoint_read_config(directory).kv_heads;
     ParameterLayout layout = parameter_layout(&whole);
-    floatX* block = (floatX*)device_malloc(layout.table.elements * sizeof(floatX), "the weights to convert");
-    checkpoint_load_model(directory, &layout.table, block, stream);
+    SafetensorsFile file;
+    checkpoint_open_model(&file, directory, &layout.table);
     int* heads = (int*)malloc_or_fail((size_t)config->kv_heads * sizeof(int), "the allocation of heads");
     allocate_uniform(heads, config->kv_heads, whole.kv_heads);
     for (int i = 0; i < table->count; i++) {
         const Tensor *to = &table->tensors[i], *from = &layout.table.tensors[i];
-        floatX* values = (floatX*)malloc_or_fail(from->padded_count * sizeof(floatX), to->name);
-        copy_to_host(values, block + from->offset, from->padded_count * sizeof(floatX), stream);
+        float_acc* values =
+            (float_acc*)calloc_or_fail(from->padded_count, sizeof(float_acc), "a tensor to convert");
+        safetensors_read(&file, safetensors_find(&file, from->name), 0, from->count, values, DTYPE_FLOAT_ACC);
         if (strstr(to->name, "self_attn.k_proj") || strstr(to->name, "self_attn.v_proj")) {
             pool_heads(values, values, heads, config->kv_heads, (size_t)config->head_dim * config->channels);
         } else if (strstr(to->name, "self_attn.k_conv")) { // (taps, heads D): a tap has its heads in a row
@@ -686,19 +696,30 @@ static inline void checkpoint_load_pooled(const char* directory, const ModelConf
                 pool_heads(values + (size_t)tap * to->shape[1], values + (size_t)tap * from->shape[1], heads,
                            config->kv_heads, (size_t)config->head_dim);
         }
-        copy_to_device(params + to->offset, values, to->padded_count * sizeof(floatX), stream);
+        weights_upload(weights, to->offset, values, to->padded_count, stream);
         free(values);
     }
     free(heads);
-    device_free(block);
+    safetensors_close(&file);
     parameter_layout_free(&layout);
+}
+
+// Bytes of host memory that checkpoint_load_pooled() takes beyond that of a checkpoint: the largest tensor.
+static inline size_t checkpoint_pooled_bytes(const char* directory, const ModelConfig* config) {
+    ModelConfig whole = *config;
+    whole.kv_heads = checkpoint_read_config(directory).kv_heads;
+    ParameterLayout layout = parameter_layout(&whole);
+    size_t most = 0;
+    for (int i = 0; i < layout.table.count; i++)
+        if (layout.table.tensors[i].padded_count > most) most = layout.table.tensors[i].padded_count;
+    parameter_layout_free(&layout);
+    return most * sizeof(float_acc);
 }
 
 // ----------------------------------------------------------------------------
 // optimizer-RRRRR-of-NNNNN.safetensors: slices of the flat state, one a rank
 
-// A vector of the optimizer, table->elements long over all ranks. Later ones (fp32 masters of bf16
-// parameters) are further entries of the same list.
+// A vector of the optimizer, table->elements long over all ranks.
 typedef struct {
     const char* name;
     float_acc* values; // device memory
@@ -1037,15 +1058,14 @@ static inline void checkpoint_commit(const char* output, int step) {
     remove_path(old);
 }
 
-// Writes OUTPUT/step_X of state->step, points `latest` at it, then removes older ones beyond `keep` (0:
-// none). heads: NULL where the map of query heads follows from the sizes. params: (table->elements) floatX; exp_avg, exp_avg_sq: (table->elements) float_acc; all in device
-// memory. tokenizer_path: a tokenizer.json to copy, or NULL. An error leaves earlier checkpoints and `latest`
-// as they were; so does a kill at any moment.
+// Writes OUTPUT/step_X of state->step, points `latest` at it, then removes older ones beyond `keep` (0: none). heads: NULL where
+// the map of query heads follows from the sizes. weights, exp_avg, exp_avg_sq: (table->elements), in device memory.
+// tokenizer_path: a tokenizer.json to copy, or NULL. An error leaves earlier checkpoints and `latest` as they were; so does a
+// kill at any moment.
 static inline void checkpoint_save(const char* output, const ModelConfig* config, const TensorTable* table,
-                                   const TrainingState* state, const HeadAllocation* heads,
-                                   const floatX* params, const float_acc* exp_avg,
-                                   const float_acc* exp_avg_sq, const char* tokenizer_path, int keep,
-                                   stream_t stream) {
+                                   const TrainingState* state, const HeadAllocation* heads, Weights weights,
+                                   const float_acc* exp_avg, const float_acc* exp_avg_sq,
+                                   const char* tokenizer_path, int keep, stream_t stream) {
     char scratch[PATH_MAX], path[PATH_MAX];
     make_directories_or_fail(output);
     checkpoint_clean(output);
@@ -1054,7 +1074,7 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
     if (mkdir(scratch, 0777) != 0) fail("%s: cannot make the directory: %s", scratch, strerror(errno));
 
     path_format(path, "%s/model.safetensors", scratch);
-    checkpoint_write_model(path, table, params, stream);
+    checkpoint_write_model(path, table, weights, stream);
     // The casts only drop const: what is written is not changed.
     const OptimizerVector vectors[2] = {{"exp_avg", (float_acc*)exp_avg},
                                         {"exp_avg_sq", (float_acc*)exp_avg_sq}};

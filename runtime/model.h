@@ -328,13 +328,13 @@ static inline size_t table_parameter_count(const TensorTable* table) {
 
 // Writes a tensor's initial values; the padding stays as it is (zero). `values` is in host memory,
 // padded_count long.
-static inline void tensor_initialize(floatX* values, const Tensor* tensor, uint64_t seed) {
+static inline void tensor_initialize(float_acc* values, const Tensor* tensor, uint64_t seed) {
     uint64_t stream = random_stream(tensor->name);
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < tensor->count; i++) {
         float value = tensor->initializer == INIT_ONES ? 1.0f : 0.0f;
         if (tensor->initializer == INIT_NORMAL) value = tensor->std * (float)random_normal(seed, stream, i);
-        values[i] = (floatX)value;
+        values[i] = value;
     }
 }
 

@@ -338,9 +338,14 @@ static void run_free(Run* run) {
     parameter_layout_free(&run->layout);
 }
 
+static Weights weights_of(const Run* run) {
+    const Weights weights = {run->params, NULL};
+    return weights;
+}
+
 static void run_save(void* argument) {
     Run* run = (Run*)argument;
-    checkpoint_save(run->output, &run->config, &run->layout.table, &run->state, &run->heads, run->params,
+    checkpoint_save(run->output, &run->config, &run->layout.table, &run->state, &run->heads, weights_of(run),
                     run->exp_avg, run->exp_avg_sq, run->tokenizer, run->keep, 0);
 }
 
@@ -350,7 +355,7 @@ static void run_load(void* argument) {
     checkpoint_check_same_model(run->output, &run->config);
     run->state = checkpoint_load_state(run->output);
     checkpoint_load_heads(run->output, &run->heads);
-    checkpoint_load_model(run->output, &run->layout.table, run->params, 0);
+    checkpoint_load_model(run->output, &run->layout.table, weights_of(run), 0);
     checkpoint_load_optimizer(run->output, &run->layout.table, run->exp_avg, run->exp_avg_sq, 0);
 }
 
@@ -543,7 +548,7 @@ static void test_padding(void** unused) {
     char path[PATH_MAX];
     assert_true(checkpoint_latest(run.output, path));
     memset(run.params, 0x55, run.layout.table.elements * sizeof(floatX));
-    checkpoint_load_model(path, &run.layout.table, run.params, 0);
+    checkpoint_load_model(path, &run.layout.table, weights_of(&run), 0);
     const size_t tensors[2] = {run.layout.embedding, run.layout.head};
     for (int t = 0; t < 2; t++)
         for (size_t i = 50 * 16; i < 128 * 16; i++) assert_true(run.params[tensors[t] + i] == 0);
@@ -962,7 +967,7 @@ static void test_other_model(void** unused) {
 
 static void load_model_only(void* argument) {
     Run* run = (Run*)argument;
-    checkpoint_load_model(run->output, &run->layout.table, run->params, 0);
+    checkpoint_load_model(run->output, &run->layout.table, weights_of(run), 0);
 }
 
 // A file of other tensors than the model's.
@@ -984,7 +989,7 @@ static void test_other_tensors(void** unused) {
         if (change == 1) tensor->shape[0] *= 2, tensor->shape[1] /= 2;
         if (change == 2) tensor->dims = 1, tensor->shape[0] = (int)tensor->count;
         if (change == 4) strcpy(tensor->name, "model.layers.0.self_attn.rotary_emb.inv_freq");
-        checkpoint_write_model(path, &table, run.params, 0);
+        checkpoint_write_model(path, &table, weights_of(&run), 0);
         *tensor = kept;
         char message[256];
         snprintf(message, sizeof(message),
@@ -992,18 +997,18 @@ static void test_other_tensors(void** unused) {
         if (change == 3) expect_success(load_model_only, &run);
         else expect_failure(load_model_only, &run, message);
     }
-    checkpoint_write_model(path, &table, run.params, 0);
+    checkpoint_write_model(path, &table, weights_of(&run), 0);
     ModelConfig untied =
         run.config; // a head beside a tied embedding is its copy; and the other way round it is missing
     untied.tied = 0;
     Run other = run_make(untied);
     other.output = directory;
     expect_failure(load_model_only, &other, "tensor lm_head.weight is missing");
-    checkpoint_write_model(path, &other.layout.table, other.params, 0);
+    checkpoint_write_model(path, &other.layout.table, weights_of(&other), 0);
     expect_success(load_model_only, &run);
     strcpy(other.layout.table.tensors[0].name, "other.weight"); // one too many
     strcpy(other.layout.table.tensors[other.layout.table.count - 1].name, "model.embed_tokens.weight");
-    checkpoint_write_model(path, &other.layout.table, other.params, 0);
+    checkpoint_write_model(path, &other.layout.table, weights_of(&other), 0);
     expect_failure(load_model_only, &run, "tensor other.weight is not one of the model's");
     unlink(path);
     write_text(directory, "model.safetensors.index.json", "{}");

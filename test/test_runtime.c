@@ -1,5 +1,5 @@
 /*
-The host-side headers of runtime/: learning-rate schedules, sampling, metrics.
+The host-side headers of runtime/: learning-rate schedules, sampling, metrics, what GPUs can do.
 */
 // for posix_openpt, of the tests of the terminal
 #ifndef _GNU_SOURCE
@@ -7,6 +7,7 @@ The host-side headers of runtime/: learning-rate schedules, sampling, metrics.
 #endif
 
 #include "runtime/checks.h"
+#include "runtime/gpus.h"
 #include "runtime/metrics.h"
 #include "runtime/random.h"
 #include "runtime/sampling.h"
@@ -509,6 +510,30 @@ static void metrics_description_is_bounded(void** state) {
 }
 
 // ----------------------------------------------------------------------------
+// GPUs
+
+// A name that only begins or ends like a known one is another GPU, with another peak.
+static void gpu_peaks_are_known_or_not_given(void** state) {
+    (void)state;
+    assert_true(gpu_peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12);
+    assert_true(gpu_peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12);
+    assert_true(gpu_peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12);
+    assert_true(gpu_peak_flops("NVIDIA GeForce RTX 4090", "bf16") == 165.2e12);
+    static const char* const unknown[] = {"",
+                                          "NVIDIA",
+                                          "NVIDIA H100",
+                                          "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+                                          "NVIDIA H200 NVL",
+                                          "NVIDIA GeForce RTX 4090 Laptop GPU",
+                                          "NVIDIA GeForce RTX 4090 D",
+                                          "GeForce RTX 4090",
+                                          "NVIDIA L40"};
+    for (size_t i = 0; i < sizeof(unknown) / sizeof(unknown[0]); i++)
+        assert_true(gpu_peak_flops(unknown[i], "bf16") == 0);
+    assert_true(gpu_peak_flops("NVIDIA H200", "fp32") == 0);
+}
+
+// ----------------------------------------------------------------------------
 // The terminal
 
 // What metrics show in a file: a plain line every log_every steps.
@@ -639,6 +664,7 @@ int main(void) {
         in_own_folder(metrics_in_a_file),
         cmocka_unit_test(metrics_on_a_terminal),
         cmocka_unit_test(metrics_short_forms),
+        cmocka_unit_test(gpu_peaks_are_known_or_not_given),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

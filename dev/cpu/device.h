@@ -15,6 +15,13 @@ has no meaning.
 typedef int stream_t;
 
 #define DEVICE_NAME "cpu"
+#define DEVICE_HAS_OWN_MEMORY 0 // 1: what device_malloc() gives is not main memory
+
+// What the maker calls it; "" where nobody asks.
+static inline const char* device_name(void) { return ""; }
+
+// Bytes that are free in a memory of the device's own.
+static inline size_t device_memory_free(void) { return 0; }
 
 // Zeroed memory, aligned to a page; large blocks ask for huge pages, which saves the page walks of strided
 // reads.
@@ -30,6 +37,10 @@ static inline void* device_malloc(size_t bytes, const char* what) {
 }
 
 static inline void device_free(void* memory) { free(memory); }
+
+// Memory of the host that the device copies from and to while the host goes on.
+static inline void* host_malloc_pinned(size_t bytes, const char* what) { return malloc_or_fail(bytes, what); }
+static inline void host_free_pinned(void* memory) { free(memory); }
 
 static inline void device_zero(void* memory, size_t bytes, stream_t stream) {
     (void)stream;
@@ -51,5 +62,9 @@ static inline void copy_to_host(void* host, const void* device, size_t bytes, st
 }
 
 static inline void stream_synchronize(stream_t stream) { (void)stream; }
+
+// Names what is queued between the two, for a profiler that looks on.
+static inline void range_begin(const char* name) { (void)name; }
+static inline void range_end(void) {}
 
 #endif
