@@ -23,6 +23,9 @@ Fragments, of lane l with g = l / 4 and t = l % 4 * 2; a register holds two neig
 #if defined(DEVICE_SIMT)
 #include "dev/simt/copy.h"
 #include "dev/simt/matrix.h"
+
+__device__ inline float exp2_approximate(float x) { return exp2f(x); }
+__device__ inline unsigned compute_here(unsigned value) { return value; }
 #else
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 m + i gives the address, a multiple of 16, of row i of
@@ -67,6 +70,20 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 // barrier that follows.
 template <int groups> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+// 2 to the power of x, to a relative 2^-22: one instruction, where exp2f() takes three more for results below 2^-126.
+__device__ __forceinline__ float exp2_approximate(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
+// The same value, of which the compiler knows nothing: what is computed from it is computed here, every time, instead of
+// before the loop. A loop that needs all registers for its sums has none to keep addresses in.
+__device__ __forceinline__ unsigned compute_here(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 #endif
