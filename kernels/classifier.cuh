@@ -37,6 +37,7 @@ __global__ void fused_classifier_kernel(floatX* logits, float* losses, const int
     }
     const float row_maximum = row_max(maximum);
     sum = row_sum(sum * __expf(maximum - row_maximum));
+    __syncthreads(); // every thread has its target's logit, which the gradient overwrites
     if (row >= rows) return;
     if (threadIdx.x == 0) losses[row] = logf(sum) + row_maximum - target_logit;
     if (!write_gradient) return;

@@ -5,6 +5,7 @@ dev/cpu in fp64 on the same inputs (test/reference.h). Runs on the emulator, and
 For each: outputs and gradients within the bounds of docs/math.md section 6; the same bits when repeated; nothing written
 outside of the outputs; NaN and Inf where the reference has them.
 */
+#include <omp.h>
 #include "test/numeric.h"
 #include "test/capture.h"
 #include "test/reference.h"
@@ -34,6 +35,8 @@ typedef struct {
     size_t count; // elements
     double scale; // of the normal numbers that fill it; below 0: their magnitudes, times this one's
     int limit;    // an index is 0..limit-1
+    size_t columns,
+        used; // of every row of `columns`, what lies beyond the first `used` is Inf; columns 0: nothing
 } Array;
 
 typedef struct {
@@ -45,7 +48,7 @@ typedef struct {
 } Operation;
 
 static Array array_of(Type type, Role role, size_t count, double scale) {
-    Array array = {type, role, count, scale, 0};
+    Array array = {type, role, count, scale, 0, 0, 0};
     return array;
 }
 static Array activation(Role role, size_t count) { return array_of(ACTIVATION, role, count, 1); }
@@ -53,7 +56,7 @@ static Array sum_of(Role role, size_t count) { return array_of(SUM, role, count,
 static Array positive(Role role, size_t count) { return array_of(SUM, role, count, -1); }
 static Array workspace_of(size_t bytes) { return array_of(WORKSPACE, OUTPUT, bytes, 0); }
 static Array indices(size_t count, int limit) {
-    Array array = {INDEX, INPUT, count, 0, limit};
+    Array array = {INDEX, INPUT, count, 0, limit, 0, 0};
     return array;
 }
 
@@ -239,12 +242,19 @@ static void matmul_backward_reference(void* const* arrays, const int* shape) {
     reference_matmul_backward(D(0), D(1), D(2), D(3), D(4), shape[0], shape[1], shape[2]);
 }
 
-// Classifier: rows, V, Vp
+// Classifier: rows, V, Vp. What is in the padding must not matter.
 static int classifier_arrays(Array* arrays, const int* shape) {
     arrays[0] = array_of(ACTIVATION, UPDATED, (size_t)shape[0] * shape[2], 3);
+    arrays[0].columns = (size_t)shape[2];
+    arrays[0].used = (size_t)shape[1];
     arrays[1] = sum_of(OUTPUT, (size_t)shape[0]);
     arrays[2] = indices((size_t)shape[0], shape[1]);
     return 3;
+}
+static int classifier_loss_arrays(Array* arrays, const int* shape) {
+    const int count = classifier_arrays(arrays, shape);
+    arrays[0].role = INPUT;
+    return count;
 }
 static void classifier_loss_device(void* const* arrays, const int* shape) {
     fused_classifier(X(0), S(1), I(2), 0, shape[0], shape[1], shape[2], 0, 0);
@@ -454,7 +464,7 @@ static const Operation operations[] = {
     {"matmul_forward", matmul_forward_arrays, matmul_forward_device, matmul_forward_reference, MATMUL_SHAPES},
     {"matmul_backward", matmul_backward_arrays, matmul_backward_device, matmul_backward_reference,
      MATMUL_SHAPES},
-    {"fused_classifier_loss", classifier_arrays, classifier_loss_device, classifier_loss_reference,
+    {"fused_classifier_loss", classifier_loss_arrays, classifier_loss_device, classifier_loss_reference,
      CLASSIFIER_SHAPES},
     {"fused_classifier_gradient", classifier_arrays, classifier_gradient_device,
      classifier_gradient_reference, CLASSIFIER_SHAPES},
@@ -523,10 +533,10 @@ static Case new_case(const Operation* operation, const int* shape) {
         if (array->role == OUTPUT) continue;
         for (size_t j = 0; j < array->count; j++) {
             const double z = random_normal((uint64_t)i, random_stream(operation->name), j);
+            const double value = array->scale < 0 ? fabs(array->scale * z) : array->scale * z;
+            const int padding = array->columns && j % array->columns >= array->used;
             if (array->type == INDEX) ((int*)c.inputs[i])[j] = (int)(fabs(z) * 1e6) % array->limit;
-            else
-                set_element(c.inputs[i], array->type, j,
-                            array->scale < 0 ? fabs(array->scale * z) : array->scale * z);
+            else set_element(c.inputs[i], array->type, j, padding ? INFINITY : value);
         }
     }
     return c;
@@ -697,6 +707,10 @@ static void test_not_a_number(void** state) {
 // ----------------------------------------------------------------------------
 // Memory
 
+// Memory that cannot be had is an answer, under a sanitizer too.
+extern "C" const char* __asan_default_options(void) { return "allocator_may_return_null=1"; }
+extern "C" const char* __tsan_default_options(void) { return "allocator_may_return_null=1"; }
+
 static void ask_for_too_much(void* unused) {
     (void)unused;
     device_malloc((size_t)1 << 50, "the whole library of Babel");
@@ -737,7 +751,8 @@ static void test_memory(void** state) {
     device_free(device);
 }
 
-int main(void) {
+// With an argument: the operations whose names match it, such as 'rmsnorm*'.
+int main(int argc, char** argv) {
     const struct CMUnitTest memory_tests[] = {
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_memory),
@@ -753,7 +768,11 @@ int main(void) {
         tests[OPERATIONS + i].test_func = test_not_a_number;
         tests[i].initial_state = tests[OPERATIONS + i].initial_state = (void*)&operations[i];
     }
+#if defined(__SANITIZE_THREAD__)
+    omp_set_num_threads(1); // the reference's threads meet at barriers that the sanitizer does not know
+#endif
     const int failed = cmocka_run_group_tests(memory_tests, NULL, NULL);
     matmul_start();
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
     return failed + cmocka_run_group_tests(tests, NULL, NULL);
 }
