@@ -2,13 +2,25 @@
 #
 #   make                                          the trainer for this machine, and the tokenizer
 #   make ATTN=dense GQA=gqa KCONV=0 PRECISION=fp32 DEVICE=cpu
+#   make DEVICE=cuda PRECISION=bf16               for the GPU of this machine, or for all of CUDA_ARCHS where it has none
+#   make DEVICE=simt PRECISION=bf16               the CUDA program on an emulator: for tests, on any machine
 #
 # Binaries lie side by side in build/, named by their flags; build/train_gpt is the one built last.
 
 ifeq ($(origin CC),default)
   CC := gcc
 endif
+ifeq ($(origin CXX),default)
+  CXX := g++
+endif
 BUILD ?= build
+
+# ----------------------------------------------------------------------------
+# CUDA, where it is: 12.4 or newer
+
+NVCC ?= $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+NO_NVCC := no nvcc here: install the CUDA toolkit (12.4 or newer), or name it by NVCC=
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
 # ----------------------------------------------------------------------------
 # Flags, each with its values
@@ -16,37 +28,74 @@ BUILD ?= build
 ATTN ?= dense
 GQA ?= gqa
 KCONV ?= 0
-PRECISION ?= fp32
+# What the kernels of CUDA compute so far.
+cuda_lacks = $(strip $(filter-out ATTN=dense GQA=gqa KCONV=0,ATTN=$(ATTN) GQA=$(GQA) KCONV=$(KCONV)))
 
-# Only the CPU operations exist so far; with CUDA's, the choice will follow nvcc and the driver.
 ifeq ($(origin DEVICE),undefined)
-  DEVICE := cpu
-  DEVICE_REASON := (the only device of this version)
+  ifeq ($(NVCC),)
+    DEVICE := cpu
+    DEVICE_REASON := (no nvcc here)
+  else ifeq ($(filter-out 0,$(HAS_GPU)),)
+    DEVICE := cpu
+    DEVICE_REASON := (there is an nvcc, but no GPU answers nvidia-smi)
+  else ifneq ($(cuda_lacks)$(filter fp64,$(PRECISION)),)
+    DEVICE := cpu
+    DEVICE_REASON := (a GPU is here, but $(firstword $(cuda_lacks) PRECISION=fp64) is computed on the CPU only)
+  else
+    DEVICE := cuda
+    DEVICE_REASON := (nvcc and a GPU are here)
+  endif
 endif
 
-allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)))
-$(call allow,DEVICE,cpu)
+comma := ,
+allow = $(if $(filter $($(1)),$(2)),,$(error $(1)=$($(1)): must be one of: $(2)$(3)))
+$(call allow,DEVICE,cpu cuda simt)
 $(call allow,ATTN,dense moba flashmoba)
 $(call allow,GQA,gqa kdgqa dgqa pgqa)
 $(call allow,KCONV,0 3 5)
-$(call allow,PRECISION,fp32 fp64)
+ifeq ($(DEVICE),cpu)
+  PRECISION ?= fp32
+  $(call allow,PRECISION,fp32 fp64,$(comma) with DEVICE=cpu)
+else
+  PRECISION ?= bf16
+  $(call allow,PRECISION,bf16 fp32,$(comma) with DEVICE=$(DEVICE))
+  $(if $(cuda_lacks),$(error $(cuda_lacks): computed with DEVICE=cpu only so far))
+endif
+$(if $(filter cuda,$(DEVICE)),$(if $(NVCC),,$(error DEVICE=cuda: $(NO_NVCC))))
 
 NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)
+# What is made for the CPU whatever DEVICE says: tests, the yardsticks of other devices.
+CPU_PRECISION := $(if $(filter cpu,$(DEVICE)),$(PRECISION),fp32)
 
 # ----------------------------------------------------------------------------
-# Compiler. No -ffast-math: the checks for NaN and Inf must mean something, and sums keep their order.
+# Compilers. No -ffast-math: the checks for NaN and Inf must mean something, and sums keep their order.
 
-WARNINGS := -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes
+WARNINGS := -Wall -Wextra -Werror -Wshadow
 CFLAGS ?= -O3 -march=native -g
-COMMON := -std=gnu11 $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
-variant = -DDEVICE_CPU -DATTN_NAME='"$(1)"' -DGQA_NAME='"$(2)"' -DKCONV=$(3)
-VARIANT := $(call variant,$(ATTN),$(GQA),$(KCONV))
+SHARED_FLAGS := $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
+COMMON := -std=gnu11 -Wstrict-prototypes $(SHARED_FLAGS)
+names = -DATTN_NAME='"$(1)"' -DGQA_NAME='"$(2)"' -DKCONV=$(3)
+VARIANT := -DDEVICE_CPU $(call names,$(ATTN),$(GQA),$(KCONV))
 precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
 
+# The emulator. The compiler must not assume more of types than nvcc does, and CUDA's pragmas are not g++'s. It switches between
+# threads most of the time, which -O3 does not make faster.
+SIMT := $(CXX) -std=gnu++17 $(subst -O3,-O1,$(SHARED_FLAGS)) -fno-strict-aliasing -Wno-unknown-pragmas -DDEVICE_SIMT
+
+# The GPU of this machine, or real code for what CUDA_ARCHS lists and PTX of the newest, which later GPUs compile for themselves.
+CUDA_ARCHS ?= 80 90
+ALL_ARCHS := $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+             -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
+GPU_ARCH := $(if $(filter-out 0,$(HAS_GPU)),-arch=native,$(ALL_ARCHS))
+NVCCFLAGS ?= -O3 -lineinfo
+CUDA_COMMON := -std=c++17 $(NVCCFLAGS) -Werror all-warnings -I. -MMD -MP -DDEVICE_CUDA \
+               $(patsubst %,-Xcompiler %,-Wall -Wextra -Werror -fopenmp -pthread)
+CUDA_LIBS := -lcublasLt -Xlinker -rpath$(comma)$(abspath $(dir $(NVCC))/../lib64)
+
 # A missing library is named before the compiler stumbles over it.
-NEEDED := libdnnl-dev:oneapi/dnnl/dnnl.h libpcre2-dev:pcre2.h libcjson-dev:cjson/cJSON.h
+NEEDED := libpcre2-dev:pcre2.h libcjson-dev:cjson/cJSON.h
 define missing_packages
 $(shell for pair in $(1); do \
   printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <stdarg.h>\n#include <stddef.h>\n#include <setjmp.h>\n#include <%s>\n' "$${pair#*:}" \
@@ -54,6 +103,9 @@ $(shell for pair in $(1); do \
 endef
 needs = $(if $(call missing_packages,$(1)),$(error missing: $(call missing_packages,$(1)). Run scripts/install.sh))
 BUILDING := $(filter-out help clean lint format install,$(or $(MAKECMDGOALS),all))
+ifneq ($(filter cpu,$(DEVICE))$(filter-out all train tokenizer retrieval,$(BUILDING)),)
+  NEEDED += libdnnl-dev:oneapi/dnnl/dnnl.h
+endif
 ifneq ($(BUILDING),)
   $(call needs,$(NEEDED))
 endif
@@ -61,12 +113,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr test test-long bench lint format clean help
+.PHONY: all train tokenizer retrieval snr test test-long compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr test test-long bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr test test-long gpu-check bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -79,16 +131,24 @@ tokenizer: $(BUILD)/tokenizer
 
 retrieval: $(BUILD)/retrieval
 
-# The variants that test_programs runs beside the one that is built.
-TESTED_TRAINERS := $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 flashmoba_kdgqa_kconv3,$(BUILD)/train_gpt_cpu_$(variant)_fp32)
+# The trainers that tests run: test_programs some variants on the CPU, test_simt_trainer the CUDA program on the emulator.
+TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32 \
+                     $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 flashmoba_kdgqa_kconv3,cpu_$(variant)_fp32) \
+                     cpu_dense_gqa_kconv0_fp32 simt_dense_gqa_kconv0_fp32 simt_dense_gqa_kconv0_bf16)
+
+# Those that make gpu-check runs, with DEVICE=cuda.
+GPU_TRAINERS := $(foreach p,bf16 fp32,$(BUILD)/train_gpt_$(DEVICE)_dense_gqa_kconv0_$(p))
 
 # A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))
-$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
+flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) $(call precision,$(call flag,5)) -MF $@.d
+compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
+compile_simt = $(SIMT) $(flags) -x c++ $< -o $@ $(TRAIN_LIBS)
+compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
+$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) $(call variant,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) \
-	  $(call precision,$(call flag,5)) -MF $@.d -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
+	$(Q)$(compile_$(call flag,1))
 
 $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
@@ -96,20 +156,77 @@ $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	$(Q)$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
 
 # The router's theory; for a checkpoint, built with the flags of the model.
-snr: $(BUILD)/$(NAME:train_gpt_%=snr_%)
-	@ln -sf $(NAME:train_gpt_%=snr_%) $(BUILD)/snr
+SNR := snr_cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_$(CPU_PRECISION)
+snr: $(BUILD)/$(SNR)
+	@ln -sf $(SNR) $(BUILD)/snr
 
-$(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
+$(BUILD)/$(SNR): dev/snr.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
+	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(CPU_PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(CPU_PRECISION)) $(TRAIN_LIBS)
 
 # ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
+# Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
+# as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
+KERNEL_TEST_SOURCES := test_kernels test_gqa
+KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
+# What a GPU and its emulator must have in common comes first; test_simt is the emulator's own.
+KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,test_layout test_simt $(KERNEL_TEST_NAMES))
+GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
+CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
+
+define rules_of_kernel_test
+$(BUILD)/test/$(1)_bf16 $(BUILD)/test/$(1)_fp32: $(BUILD)/test/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(SIMT) $$(call precision,$$*) -MF $$@.d -x c++ $$< -x none $(BUILD)/test/reference.o -o $$@ -lcmocka -lm
+
+$(BUILD)/gpu/$(1)_bf16 $(BUILD)/gpu/$(1)_fp32: $(BUILD)/gpu/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(GPU_ARCH) $$(call precision,$$*) -MF $$@.d $$< $(BUILD)/test/reference.o -o $$@ $$(CUDA_LIBS) -lcmocka -lm
+
+$(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
+endef
+$(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
+
+$(BUILD)/test/test_layout $(BUILD)/test/test_simt: $(BUILD)/test/%: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(SIMT) -MF $@.d -x c++ $< -o $@ -lcmocka -lm
+
+$(BUILD)/gpu/test_layout: test/test_layout.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(CUDA_COMMON) $(GPU_ARCH) -MF $@.d $< -o $@ -lcmocka
+
+$(BUILD)/cuda/test_layout.o: test/test_layout.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) -MF $@.d -c $< -o $@
+
+$(BUILD)/cuda/train_gpt_bf16.o $(BUILD)/cuda/train_gpt_fp32.o: $(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) -MF $@.d -c $< -o $@
+
+.PHONY: compile-cuda
+ifeq ($(NVCC),)
+compile-cuda:
+	@echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)"
+else
+compile-cuda: $(CUDA_OBJECTS)
+endif
+
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
-         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
+         $(KERNEL_TESTS) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
@@ -126,40 +243,77 @@ $(BUILD)/test/%_fp32: test/%.c Makefile
 $(BUILD)/test/reference.o: test/reference.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(CC) $(COMMON) -O3 -fno-sanitize=all $(call precision,fp64) -MF $@.d -c $< -o $@
+	$(Q)$(CC) $(COMMON) -O3 -fno-sanitize=all -MF $@.d -c $< -o $@
 
 $(BUILD)/test/%: test/%.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-test: all $(TESTED_TRAINERS) $(TESTS)
+test: all compile-cuda $(TESTED_TRAINERS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
+	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
 # user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
 SANITIZED := CFLAGS="-O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 THREADED := CFLAGS="-O1 -march=native -g -fsanitize=thread"
 test-long: all
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) test
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 
 # ----------------------------------------------------------------------------
-# Benchmarks
+# Benchmarks, for the CPU; and for a GPU, or the emulator that shows that they work: NAME_DEVICE_PRECISION
 
 BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
-$(BUILD)/bench/%: dev/bench/%.c Makefile
+$(BENCHES): $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
+GPU_BENCHES := $(foreach name,attention step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
+bench_flags = $(call names,dense,gqa,0) $(call precision,$(call flag,3)) -MF $@.d
+bench_simt = $(SIMT) $(bench_flags) -x c++ $< -o $@ $(TRAIN_LIBS)
+bench_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(bench_flags) -x cu $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
+$(filter $(BUILD)/bench/step%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/step.c Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(bench_$(call flag,2))
+
+$(filter $(BUILD)/bench/attention%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/attention.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(bench_$(call flag,2))
+
+ifeq ($(DEVICE),cpu)
 bench: $(BENCHES)
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
+else
+bench: $(BUILD)/bench/attention_$(DEVICE)_$(PRECISION) $(BUILD)/bench/step_$(DEVICE)_$(PRECISION)
+	$(BUILD)/bench/attention_$(DEVICE)_$(PRECISION)
+	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 32
+	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 4 --sequence-length 8192
+endif
+
+# ----------------------------------------------------------------------------
+# make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.
+
+DEVICE_TESTS := $(if $(filter simt,$(DEVICE)),$(KERNEL_TESTS),$(GPU_TESTS))
+
+.PHONY: gpu-check gpu-check-programs gpu-check-tests
+gpu-check:
+	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
+
+gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(DEVICE_TESTS) \
+                    $(BUILD)/test/test_simt_trainer $(BUILD)/bench/attention_$(DEVICE)_bf16 $(BUILD)/bench/step_$(DEVICE)_bf16
+
+gpu-check-tests:
+	@echo $(DEVICE_TESTS)
 
 # ----------------------------------------------------------------------------
 # Style
@@ -176,4 +330,4 @@ format:
 clean:
 	rm -rf $(BUILD)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d $(BUILD)/bench/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)

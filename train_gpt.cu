@@ -8,9 +8,11 @@ the loop in main(). Operations are called by name; the headers chosen here say w
 docs/math.md. Shapes are written in its letters: B sequences, T tokens, C channels, L layers, H query heads, G key/value
 heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabulary.
 
-This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
+This file is C11 and C++17: gcc builds it as C for DEVICE=cpu, nvcc for DEVICE=cuda, and g++ for DEVICE=simt, which runs the
+kernels of CUDA on an emulator (dev/simt).
 */
 #include <malloc.h>
+#include <omp.h>
 #include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
@@ -31,8 +33,22 @@ This file is C11 and C++17: gcc builds it as C for DEVICE=cpu.
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
+#elif defined(DEVICE_CUDA) || defined(DEVICE_SIMT)
+#include "kernels/device.cuh" // the same functions, on the GPU or on its emulator
+#include "kernels/embedding.cuh"
+#include "kernels/rmsnorm.cuh"
+#include "kernels/matmul.cuh"
+#include "kernels/keynorm.cuh"
+#include "kernels/keyconv.cuh"
+#include "kernels/rope.cuh"
+#include "gqa.cuh"
+#include "kernels/noise.cuh"
+#include "kernels/swiglu.cuh"
+#include "kernels/classifier.cuh"
+#include "kernels/adamw.cuh"
+#include "kernels/cpu_only.cuh" // defines what has no kernel yet, as errors
 #else
-#error "define DEVICE_CPU (make DEVICE=...)"
+#error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
 #include "runtime/memory.h"      // defines Arena
@@ -115,7 +131,7 @@ typedef struct {
     HeadAllocation heads;   // where kv_of_q comes from
     float_acc* host_losses; // (B, T) pinned memory of the host, as is
     float_acc* host_norm;   // (1)
-    moment_t* moments;      // (L, 2, 2) where a layer's attention began and ended, forward and backward
+    Mark* marks;            // (L, 2, 2) where a layer's attention began and ended, forward and backward
     stream_t stream;
 } Model;
 
@@ -124,8 +140,9 @@ static Weights gpt_weights(const Model* model) {
     return weights;
 }
 
-// Logits are the widest activation by far; this much of them is held at once.
-#define LOGIT_BYTES ((size_t)128 << 20)
+// Logits are the widest activation by far; this much of them is held at once. On a GPU every part adds to the head's gradient in
+// memory, at the cost of reading and writing it whole, so there the parts are large.
+#define LOGIT_BYTES ((size_t)(DEVICE_HAS_OWN_MEMORY ? 1024 : 128) << 20)
 
 // Bytes of scratch that the attention of a layer takes, forward and backward one after the other.
 static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
@@ -165,12 +182,16 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     model->logit_rows = (int)(most_rows < 64 ? 64 : most_rows);
     if ((size_t)model->logit_rows > rows) model->logit_rows = (int)rows;
 
+    const char* fewer_weights = "fewer --layers or --channels take less";
     model->parameters.name = "parameters";
+    model->parameters.remedy = fewer_weights;
     arena_reserve(&model->parameters, (void**)&model->params, elements * sizeof(floatX), "parameters");
     if (training) {
         model->gradients.name = "gradients";
+        model->gradients.remedy = fewer_weights;
         arena_reserve(&model->gradients, (void**)&model->grads, elements * sizeof(float_acc), "gradients");
         model->optimizer.name = "optimizer";
+        model->optimizer.remedy = fewer_weights;
         if (weights_need_masters())
             arena_reserve(&model->optimizer, (void**)&model->masters, elements * sizeof(float_acc),
                           "master weights");
@@ -185,6 +206,7 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
 
     Arena* arena = &model->activations;
     arena->name = "activations";
+    arena->remedy = "a smaller --batch takes less, and trains the same";
     Activations* acts = &model->acts;
     acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
     size_t workspace = 0;
@@ -232,6 +254,11 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     if (training) {
         const size_t norm = rmsnorm_backward_workspace((int)rows, (int)C);
         const size_t embedding = embedding_backward_workspace((int)rows, (int)C);
+        for (int l = 0; l < (int)L; l++) {
+            const int taps = layer_taps(config, l);
+            const size_t filter = taps ? keyconv_backward_workspace(B, T, (int)G, (int)D, taps) : 0;
+            if (filter > workspace) workspace = filter;
+        }
         if (norm > workspace) workspace = norm;
         if (embedding > workspace) workspace = embedding;
     }
@@ -244,6 +271,12 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->dattention, rows * H * D * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dgate_up, rows * 2 * F * sizeof(floatX), "activation gradients");
     arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
+}
+
+// Bytes of the device's memory.
+static inline size_t model_bytes(const Model* model) {
+    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
+           model->activations.bytes;
 }
 
 // Gives the device the maps of `count` layers from `first` on, after they have changed.
@@ -264,8 +297,8 @@ static void gpt_allocate(Model* model) {
     size_t rows = (size_t)model->B * model->T, angles = (size_t)model->T * model->config.head_dim;
     model->host_losses = (float_acc*)host_malloc_pinned(rows * sizeof(float_acc), "losses");
     model->host_norm = (float_acc*)host_malloc_pinned(sizeof(float_acc), "the gradient's norm");
-    model->moments = (moment_t*)calloc_or_fail((size_t)model->config.layers * 4, sizeof(moment_t), "moments");
-    for (int i = 0; i < model->config.layers * 4; i++) moment_create(&model->moments[i]);
+    model->marks = (Mark*)calloc_or_fail((size_t)model->config.layers * 4, sizeof(Mark), "marks in time");
+    for (int i = 0; i < model->config.layers * 4; i++) model->marks[i] = mark_make();
     float_acc* table = (float_acc*)malloc_or_fail(angles * sizeof(float_acc), "rotary angles");
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
@@ -298,8 +331,8 @@ static void gpt_free(Model* model) {
     free(model->acts.layers);
     host_free_pinned(model->host_losses);
     host_free_pinned(model->host_norm);
-    for (int i = 0; i < model->config.layers * 4; i++) moment_free(&model->moments[i]);
-    free(model->moments);
+    for (int i = 0; i < model->config.layers * 4; i++) mark_free(model->marks[i]);
+    free(model->marks);
 }
 
 // ----------------------------------------------------------------------------
@@ -312,7 +345,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
     const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
     void* workspace = model->acts.workspace;
-    moment_record(&model->moments[4 * l], model->stream);
+    mark(&model->marks[4 * l], model->stream);
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
@@ -327,7 +360,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
                           kv_of_q, workspace, B, T, start, H, G, D, S, K, model->stream);
         break;
     }
-    moment_record(&model->moments[4 * l + 1], model->stream);
+    mark(&model->marks[4 * l + 1], model->stream);
 }
 
 // From dattention to dqkv.
@@ -338,7 +371,7 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
     Activations* acts = &model->acts;
     const int* kv_of_q = acts->kv_of_q + (size_t)l * H;
     const LayerActivations* layer = &acts->layers[l];
-    moment_record(&model->moments[4 * l + 2], model->stream);
+    mark(&model->marks[4 * l + 2], model->stream);
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv, kv_of_q,
@@ -353,7 +386,7 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
                            layer->qkv, kv_of_q, acts->workspace, B, T, H, G, D, S, K, model->stream);
         break;
     }
-    moment_record(&model->moments[4 * l + 3], model->stream);
+    mark(&model->marks[4 * l + 3], model->stream);
 }
 
 // ----------------------------------------------------------------------------
@@ -542,7 +575,8 @@ static double sum_of_losses(const float_acc* losses, int rows) {
 }
 
 // gpt_classify(), waited for: the sum of the losses.
-static double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients, float_acc dloss) {
+static inline double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients,
+                              float_acc dloss) {
     gpt_classify(model, model->host_losses, targets, B, T, with_gradients, dloss);
     stream_synchronize(model->stream);
     return sum_of_losses(model->host_losses, B * T);
@@ -589,7 +623,7 @@ static void gpt_backward(Model* model, int B, int T) {
         if (layer_has_rope(config, l)) rope_backward(acts->dqkv, acts->rope, B, T, H, G, D, stream);
         if (layer_taps(config, l))
             keyconv_backward(acts->dqkv, grads + weights->k_conv, layer->raw_keys, params + weights->k_conv,
-                             B, T, H, G, D, layer_taps(config, l), stream);
+                             acts->workspace, B, T, H, G, D, layer_taps(config, l), stream);
         matmul_backward(acts->dnorm, grads + weights->qkv_proj, acts->dqkv, layer->norm1,
                         params + weights->qkv_proj, rows, C, QKV, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,
@@ -944,11 +978,6 @@ static size_t other_bytes(const Run* run, const Model* model) {
     return bytes;
 }
 
-static size_t model_bytes(const Model* model) {
-    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
-           model->activations.bytes;
-}
-
 // What has to fit into the memory where the model lies: main memory has to hold everything else, too.
 static size_t planned_bytes(const Run* run, const Model* model) {
     return model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : other_bytes(run, model));
@@ -1051,7 +1080,7 @@ static double validate(Model* model, const Run* run) {
 static double gpt_attention_seconds(const Model* model) {
     double sum = 0;
     for (int i = 0; i < model->config.layers * 2; i++)
-        sum += moment_seconds(&model->moments[2 * i], &model->moments[2 * i + 1]);
+        sum += seconds_between(model->marks[2 * i], model->marks[2 * i + 1]);
     return sum;
 }
 

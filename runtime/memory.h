@@ -22,6 +22,7 @@ typedef struct {
 
 typedef struct {
     const char* name;
+    const char* remedy; // what makes it smaller, for who has too little memory; may be NULL
     Reservation* reservations;
     int count;
     size_t bytes; // of the whole block
@@ -44,7 +45,9 @@ static inline void arena_reserve(Arena* arena, void** pointer, size_t bytes, con
 // Takes the block from the device, zeroed, and hands out the addresses. The device's header comes before this
 // one.
 static inline void arena_allocate(Arena* arena) {
-    arena->block = device_malloc(arena->bytes, arena->name);
+    char what[256];
+    snprintf(what, sizeof(what), arena->remedy ? "%s (%s)" : "%s", arena->name, arena->remedy);
+    arena->block = device_malloc(arena->bytes, what);
     for (int i = 0; i < arena->count; i++)
         *arena->reservations[i].pointer = (char*)arena->block + arena->reservations[i].offset;
 }

@@ -201,7 +201,7 @@ static inline void metrics_cut_file(Metrics* m, const char* path, char* descript
     char* text = read_file_or_fail(path, NULL);
     scratch_path_begin(partial);
     FILE* file = open_or_fail(partial, "wb");
-    for (char *line = text, *end; (end = strchr(line, '\n')); line = end + 1) {
+    for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
         *end = 0;
         if (!metrics_line_kept(line, m->options.resume_step)) continue;
         metrics_remember(m, line, description);

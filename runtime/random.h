@@ -15,7 +15,14 @@ Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 
 #include <math.h>
 #include <stdint.h>
 
-static inline void philox_4x32(uint32_t counter[4], uint64_t seed) {
+// Kernels draw the same bits as the host.
+#if defined(__CUDACC__)
+#define HOST_AND_DEVICE __host__ __device__
+#else
+#define HOST_AND_DEVICE
+#endif
+
+HOST_AND_DEVICE static inline void philox_4x32(uint32_t counter[4], uint64_t seed) {
     uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; round++) {
         uint64_t product0 = (uint64_t)0xD2511F53u * counter[0];
@@ -31,7 +38,8 @@ static inline void philox_4x32(uint32_t counter[4], uint64_t seed) {
 }
 
 // 128 random bits for one element of one stream, as two 64-bit words.
-static inline void random_bits(uint64_t bits[2], uint64_t seed, uint64_t stream, uint64_t element) {
+HOST_AND_DEVICE static inline void random_bits(uint64_t bits[2], uint64_t seed, uint64_t stream,
+                                               uint64_t element) {
     uint32_t counter[4] = {(uint32_t)element, (uint32_t)(element >> 32), (uint32_t)stream,
                            (uint32_t)(stream >> 32)};
     philox_4x32(counter, seed);

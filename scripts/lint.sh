@@ -5,14 +5,18 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 mapfile -t sources < <(git ls-files '*.h' '*.c' '*.cu' '*.cuh')
-mapfile -t programs < <(git ls-files '*.c' '*.cu')
+mapfile -t programs < <(git ls-files '*.c' train_gpt.cu)
+mapfile -t kernels < <(git ls-files '*.cu' | grep -vx train_gpt.cu) # C++; read as for the emulator
 mapfile -t scripts < <(git ls-files '*.sh' '.ci/run')
 
 clang-format --dry-run --Werror "${sources[@]}"
 echo "clang-format: ${#sources[@]} files"
-printf '%s\0' "${programs[@]}" | xargs -0 -P "$(nproc)" -I {} clang-tidy --quiet {} -- \
-    -x c -std=gnu11 -fopenmp -DPRECISION_FP32 -DDEVICE_CPU -I. \
-    2> >(grep -vE 'warnings? generated|^Suppressed|^Use -header-filter' >&2)
-echo "clang-tidy: ${#programs[@]} programs"
+tidy() { # compiler flags..., and names on standard input
+    xargs -0 -P "$(nproc)" -I {} clang-tidy --quiet {} -- "$@" -fopenmp -I. \
+        2> >(grep -vE 'warnings? generated|^Suppressed|^Use -header-filter' >&2)
+}
+printf '%s\0' "${programs[@]}" | tidy -x c -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU
+printf '%s\0' "${kernels[@]}" | tidy -x c++ -std=gnu++17 -DPRECISION_BF16 -DDEVICE_SIMT -Wno-unknown-pragmas
+echo "clang-tidy: $((${#programs[@]} + ${#kernels[@]})) programs"
 shellcheck "${scripts[@]}"
 echo "shellcheck: ${#scripts[@]} scripts"

@@ -8,7 +8,13 @@ central differences of a reference that is written in double precision, whatever
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#ifdef __cplusplus
+extern "C" { // cmocka.h is C's
+#endif
 #include <cmocka.h>
+#ifdef __cplusplus
+}
+#endif
 #undef fail // cmocka's macro; ours is a function, and in tests print_error and assert_true do
 #include "runtime/checks.h"
 #include "runtime/precision.h"

@@ -1,6 +1,9 @@
 /*
-The object behind test/reference.h: dev/cpu with PRECISION_FP64.
+The object behind test/reference.h: dev/cpu in fp64, whatever the precision of the build that it belongs to.
 */
+#undef PRECISION_FP32
+#undef PRECISION_FP64
+#define PRECISION_FP64
 #include "dev/cpu/embedding.h"
 #include "dev/cpu/rmsnorm.h"
 #include "dev/cpu/rope.h"
@@ -13,10 +16,6 @@ The object behind test/reference.h: dev/cpu with PRECISION_FP64.
 #include "dev/cpu/keyconv.h"
 #include "dev/cpu/noise.h"
 #include "test/reference.h"
-
-#if !defined(PRECISION_FP64)
-#error "the reference is fp64"
-#endif
 
 void reference_embedding_forward(double* out, const int* tokens, const double* weight, int rows, int C) {
     embedding_forward(out, tokens, weight, rows, C, 0);
@@ -116,7 +115,7 @@ void reference_keyconv_forward(double* qkv, double* raw, const double* weight, i
 
 void reference_keyconv_backward(double* dqkv, double* dweight, const double* raw, const double* weight, int B,
                                 int T, int H, int G, int D, int taps) {
-    keyconv_backward(dqkv, dweight, raw, weight, B, T, H, G, D, taps, 0);
+    keyconv_backward(dqkv, dweight, raw, weight, NULL, B, T, H, G, D, taps, 0);
 }
 
 void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,

@@ -435,8 +435,8 @@ static void keyconv_backward_case(floatX* const* din, const floatX* dout, floatX
     memcpy(qkv, in[0], rope_size(shape) * sizeof(floatX));
     keyconv_forward(qkv, raw, in[1], shape[0], shape[1], 0, shape[2], shape[3], shape[4], shape[5], 0);
     memcpy(din[0], dout, rope_size(shape) * sizeof(floatX));
-    keyconv_backward(din[0], din[1], raw, in[1], shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
-                     0);
+    keyconv_backward(din[0], din[1], raw, in[1], NULL, shape[0], shape[1], shape[2], shape[3], shape[4],
+                     shape[5], 0);
     free(raw);
     free(qkv);
 }
@@ -475,11 +475,11 @@ static void test_keyconv_of_zero_taps(void** state) {
     keyconv_forward(qkv, raw, taps, B, T, 0, H, G, D, TAPS, 0);
     assert_memory_equal(qkv, kept, sizeof(qkv));
     memcpy(kept, dqkv, sizeof(dqkv));
-    keyconv_backward(dqkv, dtaps, raw, taps, B, T, H, G, D, TAPS, 0);
+    keyconv_backward(dqkv, dtaps, raw, taps, NULL, B, T, H, G, D, TAPS, 0);
     assert_memory_equal(dqkv, kept, sizeof(dqkv));
     for (int i = 0; i < TAPS * KEYS; i++) assert_true(dtaps[i] != 0);
     memcpy(once, dtaps, sizeof(once));
-    keyconv_backward(dqkv, dtaps, raw, taps, B, T, H, G, D, TAPS, 0);
+    keyconv_backward(dqkv, dtaps, raw, taps, NULL, B, T, H, G, D, TAPS, 0);
     for (int i = 0; i < TAPS * KEYS; i++) assert_true(fabs((double)(dtaps[i] - 2 * once[i])) <= 1e-5);
 }
 
@@ -540,7 +540,7 @@ static void test_keyconv_is_the_same_for_any_number_of_threads(void** state) {
         fill_normal(NULL, dqkv, B * T * WIDTH, 1, 2);
         memset(dweight, 0, sizeof(dweight));
         keyconv_forward(qkv, raw, weight, B, T, 0, H, G, D, TAPS, 0);
-        keyconv_backward(dqkv, dweight, raw, weight, B, T, H, G, D, TAPS, 0);
+        keyconv_backward(dqkv, dweight, raw, weight, NULL, B, T, H, G, D, TAPS, 0);
         if (n > 1) assert_memory_equal(dweight, kept, sizeof(kept));
         if (n > 1) assert_memory_equal(dqkv, dkept, sizeof(dkept));
         memcpy(kept, dweight, sizeof(kept));

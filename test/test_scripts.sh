@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The scripts as a user calls them, on tiny texts: quickstart with good and bad texts, the download from a server of its own,
+# The scripts as a user calls them, on tiny texts: make's choice of the device, gpu-check without a GPU, quickstart with good and bad texts, the download from a server of its own,
 # the recipe from download to story. In cmocka's words, so that scripts/run_tests.sh counts them. A minute or two; used by
 # make test-long.
 # shellcheck disable=SC2317 # the functions are called by way of check()
@@ -33,6 +33,50 @@ refuses() { # exit code, text, command...
     cat "$scratch/errors"
     [ "$status" -eq "$wanted" ] && [ "$(wc -l <"$scratch/errors")" -eq 1 ] && grep -qF -- "$text" "$scratch/errors"
 }
+
+# ----------------------------------------------------------------------------
+# The device that make chooses, with tools of our own on the path: a machine that has a GPU, and one that has none.
+
+mkdir "$scratch/gpu" "$scratch/none"
+printf '#!/bin/sh\necho "GPU 0: of a test"\n' >"$scratch/gpu/nvidia-smi"
+printf '#!/bin/sh\nexit 9\n' >"$scratch/none/nvidia-smi"
+chmod +x "$scratch"/*/nvidia-smi
+
+# What `make -n` of these flags builds and why, or how it refuses.
+chosen() { # gpu or none, text, flags...
+    local path=$scratch/$1 text=$2
+    shift 2
+    PATH=$path:$PATH make -n BUILD="$scratch/nowhere" "$@" >"$scratch/chosen" 2>&1
+    grep -F -- "train_gpt ->" "$scratch/chosen" || tail -n 1 "$scratch/chosen"
+    grep -qF -- "$text" "$scratch/chosen"
+}
+devices() {
+    chosen none "train_gpt_cpu_dense_gqa_kconv0_fp32 (no nvcc here)" NVCC= &&
+        chosen gpu "train_gpt_cpu_dense_gqa_kconv0_fp32 (no nvcc here)" NVCC= &&
+        chosen none "train_gpt_cpu_dense_gqa_kconv0_fp32 (there is an nvcc, but no GPU answers nvidia-smi)" NVCC=nvcc &&
+        chosen gpu "train_gpt_cuda_dense_gqa_kconv0_bf16 (nvcc and a GPU are here)" NVCC=nvcc &&
+        chosen gpu "-arch=native" NVCC=nvcc V=1 &&
+        chosen none "arch=compute_90,code=compute_90" NVCC=nvcc V=1 DEVICE=cuda &&
+        chosen gpu "train_gpt_cpu_moba_gqa_kconv0_fp32 (a GPU is here, but ATTN=moba is computed on the CPU only)" NVCC=nvcc ATTN=moba &&
+        chosen gpu "train_gpt_cpu_dense_gqa_kconv0_fp64 (a GPU is here, but PRECISION=fp64" NVCC=nvcc PRECISION=fp64 &&
+        chosen gpu "train_gpt_cuda_dense_gqa_kconv0_fp32 (nvcc" NVCC=nvcc PRECISION=fp32 &&
+        chosen none "train_gpt_simt_dense_gqa_kconv0_bf16" DEVICE=simt &&
+        chosen gpu "ATTN=moba: computed with DEVICE=cpu only" NVCC=nvcc DEVICE=cuda ATTN=moba &&
+        chosen none "PRECISION=fp64: must be one of: bf16 fp32, with DEVICE=simt" DEVICE=simt PRECISION=fp64 &&
+        chosen none "PRECISION=bf16: must be one of: fp32 fp64, with DEVICE=cpu" DEVICE=cpu PRECISION=bf16 &&
+        chosen none "DEVICE=cuda: no nvcc here" DEVICE=cuda NVCC= &&
+        chosen none "DEVICE=tpu: must be one of: cpu cuda simt" DEVICE=tpu
+}
+check make_chooses_the_device devices
+
+gpu_check() {
+    PATH=$scratch/none:$PATH refuses 2 "no GPU on this machine" scripts/gpu_check.sh &&
+        refuses 2 "--now: unknown option" scripts/gpu_check.sh --now &&
+        scripts/gpu_check.sh --rehearse >"$scratch/rehearsal" || return 1
+    cat "$scratch/rehearsal"
+    grep -q '^bf16 learns as fp32 does *ok' "$scratch/rehearsal" && ! grep -q FAILED "$scratch/rehearsal"
+}
+check gpu_check_says_what_is_missing_and_can_be_rehearsed gpu_check
 
 # ----------------------------------------------------------------------------
 # Quickstart, in a copy of the tree: the results of the user's own stay as they are.

@@ -1,16 +1,18 @@
 /*
 A whole training step, timed: forward, loss, backward and update of one model, against the peak of matrix products that is
-measured in the same run, before and after.
+measured in the same run, before and after, and against the GPU's data sheet where it is one (MFU).
 
     build/bench/step                              a 124M model: 12 layers, 768 channels, V 50304, T 1024, B 4
     build/bench/step --model d6 --batch 8 --sequence-length 512 --steps 5 --json step.json
+    build/bench/step_cuda_bf16 --batch 32         the same on a GPU
 
 The useful operations of a token are counted by flops_per_token() of runtime/model.h; recomputation and padding do not count.
+The stages are marked in the stream while it runs, so on a GPU they overlap with the host as in training.
 */
 #define TRAIN_GPT_NO_MAIN
 #include <argp.h>
 #include "train_gpt.cu"
-#include "dev/bench/measure.h" // parse_number, new_random, median
+#include "dev/bench/measure.h" // parse_number, new_random, Mark, median
 
 typedef struct {
     const char *model, *json;
@@ -60,18 +62,27 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
 
 // The best of the sizes that a step is made of, in operations a second: the ceiling that a step could reach.
 static double matmul_peak(void) {
-    const int shapes[][3] = {{1024, 1024, 1024}, {2048, 2048, 2048}, {4096, 2304, 768}, {4096, 4096, 768}};
-    const size_t most = (size_t)4096 * 4096;
+    const int shapes[][3] = {{LARGE_PRODUCT, LARGE_PRODUCT, LARGE_PRODUCT},
+                             {1024, 1024, 1024},
+                             {4096, 2304, 768},
+                             {4096, 4096, 768}};
+    const int count = DEVICE_HAS_OWN_MEMORY ? 1 : 4; // a GPU is best at the largest
+    const size_t most =
+        (size_t)(count > 1 ? 4096 : LARGE_PRODUCT) * (size_t)(count > 1 ? 4096 : LARGE_PRODUCT);
     floatX *a = new_random(most), *b = new_random(most), *c = new_random(most);
     double best = 0;
-    for (int s = 0; s < 4; s++) {
+    Mark begun = mark_make(), done = mark_make();
+    for (int s = 0; s < count; s++) {
         for (int repeat = 0; repeat < 5; repeat++) {
-            double begun = omp_get_wtime();
+            mark(&begun, 0);
             matmul_forward(c, a, b, shapes[s][0], shapes[s][2], shapes[s][1], 0);
-            double rate = 2.0 * shapes[s][0] * shapes[s][1] * shapes[s][2] / (omp_get_wtime() - begun);
+            mark(&done, 0);
+            double rate = 2.0 * shapes[s][0] * shapes[s][1] * shapes[s][2] / seconds_between(begun, done);
             if (rate > best) best = rate;
         }
     }
+    mark_free(begun);
+    mark_free(done);
     device_free(a);
     device_free(b);
     device_free(c);
@@ -96,7 +107,7 @@ int main(int argc, char** argv) {
     gpt_plan(&model, &config, B, T, 1);
     gpt_allocate(&model);
     gpt_initialize(&model, 1);
-    int* tokens = (int*)malloc_or_fail((size_t)B * (T + 1) * sizeof(int), "tokens");
+    int* tokens = (int*)host_malloc_pinned((size_t)B * (T + 1) * sizeof(int), "tokens");
     for (int i = 0; i < B * (T + 1); i++)
         tokens[i] = (int)(random_uniform(2, 1, (uint64_t)i) * config.vocab_size);
 
@@ -105,25 +116,28 @@ int main(int argc, char** argv) {
     double* times[STAGES];
     for (int i = 0; i < STAGES; i++)
         times[i] = (double*)malloc_or_fail((size_t)settings.steps * sizeof(double), "times");
-    for (int step = -1; step < settings.steps; step++) { // the first one warms up
-        double at[STAGES + 1];
-        at[0] = omp_get_wtime();
+    Mark at[STEP + 1];
+    for (int i = 0; i <= STEP; i++) at[i] = mark_make();
+    for (int step = -2; step < settings.steps; step++) { // the first two warm up
+        mark(&at[FORWARD], model.stream);
         gpt_zero_gradients(&model);
-        gpt_begin_step(&model, step + 1);
-        const TrainingPass pass = {2, step + 1, 0, 1};
+        gpt_begin_step(&model, step + 2);
+        const TrainingPass pass = {2, step + 2, 0, 1};
         gpt_forward(&model, tokens, B, T, 0, &pass);
-        at[1] = omp_get_wtime();
-        gpt_loss(&model, tokens + 1, B, T, 1, 1.0f / (float)(B * T));
-        at[2] = omp_get_wtime();
+        mark(&at[LOSS], model.stream);
+        gpt_classify(&model, model.host_losses, tokens + 1, B, T, 1, 1.0f / (float)(B * T));
+        mark(&at[BACKWARD], model.stream);
         gpt_backward(&model, B, T);
-        at[3] = omp_get_wtime();
-        gpt_end_step(&model, step + 1, B);
-        AdamW update = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, step + 2};
+        mark(&at[UPDATE], model.stream);
+        gpt_end_step(&model, step + 2, B);
+        AdamW update = {1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1, step + 3};
         gpt_update(&model, update);
-        at[4] = omp_get_wtime();
-        for (int i = 0; i < STEP && step >= 0; i++) times[i][step] = at[i + 1] - at[i];
-        if (step >= 0) times[STEP][step] = at[4] - at[0];
+        mark(&at[STEP], model.stream);
+        stream_synchronize(model.stream);
+        for (int i = 0; i < STEP && step >= 0; i++) times[i][step] = seconds_between(at[i], at[i + 1]);
+        if (step >= 0) times[STEP][step] = seconds_between(at[FORWARD], at[STEP]);
     }
+    for (int i = 0; i <= STEP; i++) mark_free(at[i]);
     // Generation: a token at a time behind half a sequence.
     enum { GENERATED = 16 };
     float* logits = (float*)malloc_or_fail((size_t)config.vocab_size * sizeof(float), "logits");
@@ -147,23 +161,33 @@ int main(int argc, char** argv) {
            omp_get_max_threads(), PRECISION_NAME);
     for (int i = 0; i < STAGES; i++)
         printf("  %-14s %8.3f s  %5.1f %%\n", names[i], seconds[i], 100 * seconds[i] / seconds[STEP]);
+    const double data_sheet = gpu_peak_flops(device_name(), PRECISION_NAME),
+                 memory = (double)model_bytes(&model);
     printf("  %.0f tokens/s, %.2f TFLOP a step, %.1f GFLOP/s: %.1f %% of the matrix-product peak of %.1f "
            "GFLOP/s\n",
            B * T / seconds[STEP], flops / 1e12, rate / 1e9, 100 * rate / peak, peak / 1e9);
+    if (data_sheet > 0)
+        printf("  MFU %.1f %% of the %.0f TFLOP/s of %s\n", 100 * rate / data_sheet, data_sheet / 1e12,
+               device_name());
+    else if (device_name()[0])
+        printf("  MFU unknown: %s in %s is not in the table\n", device_name(), PRECISION_NAME);
+    printf("  %.1f MB for the model\n", memory / 1e6);
     printf("  generation: %.2f ms a token behind %d tokens\n", 1e3 * median(token_seconds, GENERATED), T / 2);
     if (settings.json) {
         FILE* file = open_or_fail(settings.json, "wb");
         fprintf(
             file,
-            "{\"model\": \"%s\", \"batch\": %d, \"sequence_length\": %d, \"vocab\": %d, \"threads\": %d, "
-            "\"step_seconds\": %.6f, \"tokens_per_second\": %.1f, \"gflops\": %.2f, \"peak_gflops\": %.2f, "
-            "\"fraction_of_peak\": %.4f}\n",
-            settings.model, B, T, config.vocab_size, omp_get_max_threads(), seconds[STEP],
-            B * T / seconds[STEP], rate / 1e9, peak / 1e9, rate / peak);
+            "{\"device\": \"%s\", \"gpu\": \"%s\", \"precision\": \"%s\", \"model\": \"%s\", \"batch\": %d, "
+            "\"sequence_length\": %d, \"vocab\": %d, \"threads\": %d, \"step_seconds\": %.6f, "
+            "\"tokens_per_second\": %.1f, \"gflops\": %.2f, \"peak_gflops\": %.2f, \"fraction_of_peak\": "
+            "%.4f, \"mfu\": ",
+            DEVICE_NAME, device_name(), PRECISION_NAME, settings.model, B, T, config.vocab_size,
+            omp_get_max_threads(), seconds[STEP], B * T / seconds[STEP], rate / 1e9, peak / 1e9, rate / peak);
+        fprintf(file, data_sheet > 0 ? "%.4f}\n" : "null}\n", rate / data_sheet);
         close_written_or_fail(file, settings.json);
     }
     for (int i = 0; i < STAGES; i++) free(times[i]);
-    free(tokens);
+    host_free_pinned(tokens);
     free(logits);
     free(scratch);
     gpt_free(&model);

@@ -63,15 +63,15 @@ static inline void copy_to_host(void* host, const void* device, size_t bytes, st
 
 static inline void stream_synchronize(stream_t stream) { (void)stream; }
 
-// A moment in the work of a stream, and the seconds between two of them.
-typedef double moment_t;
-static inline void moment_create(moment_t* moment) { *moment = 0; }
-static inline void moment_free(moment_t* moment) { (void)moment; }
-static inline void moment_record(moment_t* moment, stream_t stream) {
+// A moment in the order of the stream's work, and the seconds between two.
+typedef double Mark;
+static inline Mark mark_make(void) { return 0; }
+static inline void mark_free(Mark done) { (void)done; }
+static inline void mark(Mark* at, stream_t stream) {
     (void)stream;
-    *moment = omp_get_wtime();
+    *at = omp_get_wtime();
 }
-static inline double moment_seconds(const moment_t* from, const moment_t* to) { return *to - *from; }
+static inline double seconds_between(Mark begun, Mark done) { return done - begun; }
 
 // Names what is queued between the two, for a profiler that looks on.
 static inline void range_begin(const char* name) { (void)name; }

@@ -37,6 +37,9 @@ enum { ATTENTION_FEW_QUERIES = 32 };
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 
+// Whether attention can be called with this head dimension: here with any.
+static inline int attention_supports_head_dim(int D) { return D > 0; }
+
 static inline floatX attention_scale(int D) { return (floatX)(1.0 / sqrt((double)D)); }
 
 // The keys that query t sees are first_visible_key(t, window)..t.

@@ -7,7 +7,7 @@ channel by channel, with a residual,
 in place on packed rows of queries, keys and values, before RoPE.
 
     keyconv_forward(qkv, raw, weight, B, T, 0, H, G, D, taps, stream);
-    keyconv_backward(dqkv, dweight, raw, weight, B, T, H, G, D, taps, stream);
+    keyconv_backward(dqkv, dweight, raw, weight, workspace, B, T, H, G, D, taps, stream);
 
 `raw` receives the keys as they were: the backward needs them, for k' cannot be turned back into k; and a generation needs
 them, for its next key is a function of the last ones. With zero taps k' = k, and the gradient of the taps is not zero.
@@ -67,6 +67,12 @@ static inline void keyconv_forward(floatX* qkv,          // (B, T, H + 2G, D) it
     }
 }
 
+// Bytes of the workspace of keyconv_backward.
+static inline size_t keyconv_backward_workspace(int B, int T, int G, int D, int taps) {
+    (void)B, (void)T, (void)G, (void)D, (void)taps;
+    return 0;
+}
+
 // dqkv's keys hold the gradient of k' and become that of k; dweight accumulates. Threads share out the channels, and each
 // walks through the tokens in their order: so every sum has one order, and what token t passes on to the tokens before it
 // meets rows whose own gradient of k' has been used already.
@@ -74,8 +80,9 @@ static inline void keyconv_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                     float_acc* dweight,   // (taps, G, D)
                                     const floatX* raw,    // (B, T, G, D)
                                     const floatX* weight, // (taps, G, D)
-                                    int B, int T, int H, int G, int D, int taps, stream_t stream) {
-    (void)stream;
+                                    void* workspace, int B, int T, int H, int G, int D, int taps,
+                                    stream_t stream) {
+    (void)workspace, (void)stream;
     const int width = G * D;
     const size_t stride = (size_t)(H + 2 * G) * D;
 #pragma omp parallel for schedule(static)

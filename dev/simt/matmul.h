@@ -1,0 +1,67 @@
+/*
+The matrix products of DEVICE=simt: plain loops on the host where the GPU has cuBLASLt (kernels/matmul.cuh). Sums are fp32, each
+in the order of the inner dimension, whatever the number of threads.
+*/
+#ifndef DEV_SIMT_MATMUL_H
+#define DEV_SIMT_MATMUL_H
+
+#include "kernels/device.cuh"
+
+static inline void matmul_start(void) {}
+static inline size_t matmul_scratch_bytes(void) { return 0; }
+
+// The part of C that is summed at once. Loops over its columns are SIMD instructions, whatever else the compiler optimises.
+enum { SIMT_TILE_ROWS = 4, SIMT_TILE_COLUMNS = 64 };
+
+// One tile, from row m and column n of C on. B is op(B), widened to float, with rows of `stride`.
+static inline void multiply_tile(void* C, const floatX* A, const float* B, int transA, int m, int n, int M,
+                                 int N, int K, int stride, int accumulate) {
+    const int rows = M - m < SIMT_TILE_ROWS ? M - m : (int)SIMT_TILE_ROWS;
+    const int columns = N - n < SIMT_TILE_COLUMNS ? N - n : (int)SIMT_TILE_COLUMNS;
+    float sums[SIMT_TILE_ROWS][SIMT_TILE_COLUMNS] = {};
+    for (int k = 0; k < K; k++) {
+        const float* from = B + (size_t)k * stride + n;
+        for (int r = 0; r < rows; r++) {
+            const float a = (float)A[transA ? (size_t)k * M + m + r : (size_t)(m + r) * K + k];
+#pragma omp simd
+            for (int c = 0; c < SIMT_TILE_COLUMNS; c++) sums[r][c] += a * from[c];
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < columns; c++) {
+            const size_t at = (size_t)(m + r) * N + n + c;
+            if (accumulate) ((float*)C)[at] += sums[r][c];
+            else ((floatX*)C)[at] = (floatX)sums[r][c];
+        }
+    }
+}
+
+// C (M,N) = op(A) op(B), or C += op(A) op(B) in fp32; row-major, transA means that A is stored (K,M).
+static inline void multiply(void* C, const floatX* A, const floatX* B, int transA, int transB, int M, int N,
+                            int K, int accumulate, stream_t stream) {
+    (void)stream;
+    const simt::DeviceMemoryOpen open;
+    const int stride = (N + SIMT_TILE_COLUMNS - 1) / SIMT_TILE_COLUMNS * SIMT_TILE_COLUMNS;
+    const int tile_rows = (M + SIMT_TILE_ROWS - 1) / SIMT_TILE_ROWS;
+    float* widened = (float*)calloc_or_fail((size_t)K * stride, sizeof(float), "a matrix product");
+#if !defined(__SANITIZE_THREAD__) // which does not know OpenMP's barriers
+#pragma omp parallel
+#endif
+    {
+#if !defined(__SANITIZE_THREAD__)
+#pragma omp for schedule(static)
+#endif
+        for (int k = 0; k < K; k++)
+            for (int n = 0; n < N; n++)
+                widened[(size_t)k * stride + n] = (float)B[transB ? (size_t)n * K + k : (size_t)k * N + n];
+#if !defined(__SANITIZE_THREAD__)
+#pragma omp for schedule(static)
+#endif
+        for (int tile = 0; tile < tile_rows; tile++)
+            for (int n = 0; n < N; n += SIMT_TILE_COLUMNS)
+                multiply_tile(C, A, widened, transA, tile * SIMT_TILE_ROWS, n, M, N, K, stride, accumulate);
+    }
+    free(widened);
+}
+
+#endif

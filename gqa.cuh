@@ -1,0 +1,525 @@
+/*
+Causal attention, dense or in a sliding window, of H query heads over G key/value heads through any map
+(docs/math.md sections 1 and 3). The CUDA twin of dev/cpu/gqa.h.
+
+    void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
+    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, stream);
+    workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
+    attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
+
+The algorithm is FlashAttention-2's (Dao, arXiv 2307.08691): the scores exist one tile at a time, in registers.
+*/
+#ifndef GQA_CUH
+#define GQA_CUH
+
+#include <math.h>
+// stream_t
+#include "kernels/device.cuh"
+// tiles and their products
+#include "kernels/tile.cuh"
+// fail
+#include "runtime/checks.h"
+
+// Whether attention_forward and attention_backward can be called with this head dimension.
+static inline int attention_supports_head_dim(int D) { return D == 32 || D == 64 || D == 128; }
+
+static inline void attention_refuse(int D) { fail("head dimension %d: on this device 32, 64 or 128", D); }
+
+static inline float attention_scale(int D) { return (float)(1 / sqrt((double)D)); }
+
+#define LOG2_E 1.44269504f
+#define LN2 0.693147181f
+
+// ----------------------------------------------------------------------------
+// Which query sees which key. Inside the kernels a window that sees the whole past is T wide.
+
+static __device__ __forceinline__ bool sees(int query, int key, int window) {
+    return (unsigned)(query - key) < (unsigned)window;
+}
+
+// Whether any of `queries` neighbouring queries sees any of `keys` neighbouring keys, and whether all see all.
+static __device__ __forceinline__ bool some_see(int query, int queries, int key, int keys, int window) {
+    return key < query + queries && query - (key + keys - 1) < window;
+}
+
+static __device__ __forceinline__ bool all_see(int query, int queries, int key, int keys, int window) {
+    return key + keys - 1 <= query && query + queries - 1 - key < window;
+}
+
+// The scores of neighbouring queries and keys that do not see each other become -INFINITY.
+template <int M, int N>
+__device__ __forceinline__ void hide_scores(float (&scores)[M][N][4], int query, int key, int window) {
+    const int row = query + lane_of_warp() / 4, column = key + lane_of_warp() % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (!sees(row + 16 * m + i / 2 * 8, column + 8 * n + i % 2, window))
+                    scores[m][n][i] = -INFINITY;
+}
+
+// ----------------------------------------------------------------------------
+// Forward
+
+template <int D> struct attention_forward_shape {
+#if defined(PRECISION_BF16)
+    enum { M = 2, KEYS = D <= 64 ? 64 : 48, SLOTS = 4, BLOCKS = 2 };
+#else
+    enum { M = 1, KEYS = 32, SLOTS = 2, BLOCKS = 1 };
+#endif
+    enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { SHARED_BYTES = (QUERIES + SLOTS * KEYS) * D * sizeof(floatX) };
+};
+
+// One block computes QUERIES rows of one head; a warp 16M of them. Tiles of keys and of values take turns in a ring of
+// SLOTS: tile 2j is the j-th of the keys, 2j + 1 of the values; SLOTS - 1 of them are on their way while one is used.
+template <int D>
+__global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention_forward_shape<D>::BLOCKS)
+    attention_forward_kernel(floatX* out,        // (B, T, H, D)
+                             float* lse,         // (B, H, T)
+                             const floatX* qkv,  // (B, T, H + 2G, D)
+                             const int* kv_of_q, // (H)
+                             int T, int start, int H, int G, int window, float scale_log2) {
+    typedef attention_forward_shape<D> shape;
+    constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES, SLOTS = shape::SLOTS;
+    SHARED_MEMORY(floatX, shared);
+    floatX* q_tile = shared;
+    floatX* ring = q_tile + QUERIES * D;
+
+    // The last queries see the most keys: long blocks first, short ones fill the gaps.
+    const int h = blockIdx.y, b = blockIdx.z, stride = (H + 2 * G) * D;
+    const int first_query = start + (gridDim.x - 1 - blockIdx.x) * QUERIES;
+    const int end_query = min(T, first_query + QUERIES), first_key = max(0, first_query - window + 1);
+    const int tiles = 2 * ((end_query - first_key + KEYS - 1) / KEYS);
+    const floatX* sequence = qkv + (size_t)b * T * stride;
+    const floatX* k = sequence + (H + kv_of_q[h]) * D;
+    auto load = [&](int tile) {
+        if (tile < tiles)
+            load_tile<KEYS, D, shape::THREADS>(
+                ring + tile % SLOTS * KEYS * D,
+                neighbours(k + tile % 2 * G * D, stride, first_key + tile / 2 * KEYS, T));
+        cp_async_commit();
+    };
+
+    load_tile<QUERIES, D, shape::THREADS>(q_tile, neighbours(sequence + h * D, stride, first_query, T));
+    for (int tile = 0; tile < SLOTS - 1; tile++) load(tile);
+
+    const int lane = lane_of_warp(), warp_row = warp_of_block() * 16 * M;
+    const int warp_query = first_query + warp_row;
+    tile_rows<M, D, shape::IN_REGISTERS> q;
+    running_softmax<M> softmax;
+    float sum[M][D / 8][4], scores[M][KEYS / 8][4];
+    softmax.begin();
+    clear(sum);
+    // A tile is there when every thread has waited for its part of it; by then nobody uses the one before it any more,
+    // and its slot can be filled again.
+    cp_async_wait<SLOTS - 2>();
+    __syncthreads();
+    q.take(q_tile, warp_row);
+    for (int tile = 0; tile < tiles; tile += 2) {
+        const int key = first_key + tile / 2 * KEYS;
+        const bool some = some_see(warp_query, 16 * M, key, KEYS, window);
+        load(tile + SLOTS - 1);
+        if (some) multiply_transposed(scores, q, ring + tile % SLOTS * KEYS * D, 0);
+        cp_async_wait<SLOTS - 2>();
+        __syncthreads();
+
+        load(tile + SLOTS);
+        if (some) {
+            if (!all_see(warp_query, 16 * M, key, KEYS, window)) hide_scores(scores, warp_query, key, window);
+            softmax.update(scores, sum, scale_log2);
+            multiply_add(sum, scores, ring + (tile + 1) % SLOTS * KEYS * D, 0);
+        }
+        cp_async_wait<SLOTS - 2>();
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int query = warp_query + 16 * m + lane / 4 + 8 * half;
+            const float total = row_total(softmax.sum[m][half]), inverse = 1 / total;
+#pragma unroll
+            for (int c = 0; c < D / 8; c++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) sum[m][c][2 * half + i] *= inverse;
+            if (lane % 4 == 0 && query < T)
+                lse[((size_t)b * H + h) * T + query] =
+                    softmax.maximum[m][half] * (scale_log2 * LN2) + logf(total);
+        }
+    // The warp's own queries are not needed any more.
+    floatX* of_head = out + ((size_t)b * T * H + h) * D;
+    store_rows(neighbours(of_head, H * D, first_query, T), q_tile, warp_row, sum);
+}
+
+// ----------------------------------------------------------------------------
+// Backward
+
+template <int D> struct attention_backward_keys_shape {
+#if defined(PRECISION_BF16)
+    enum { M = D <= 64 ? 2 : 1, WARPS = D <= 64 ? 4 : 8, QUERIES = 32, BLOCKS = D <= 64 ? 2 : 1 };
+#else
+    enum { M = 1, WARPS = 4, QUERIES = D <= 64 ? 32 : 16, BLOCKS = 1 };
+#endif
+    enum { THREADS = 32 * WARPS, KEYS = 16 * M * WARPS };
+    enum { SHARED_BYTES = (2 * KEYS + 4 * QUERIES) * D * sizeof(floatX) + 2 * QUERIES * sizeof(float2) };
+};
+
+template <int D> struct attention_backward_queries_shape {
+#if defined(PRECISION_BF16)
+    enum { M = 2, KEYS = D <= 64 ? 64 : 32, COLUMNS = 32, IN_REGISTERS = D <= 64, BLOCKS = 2 };
+#else
+    enum { M = 1, KEYS = D <= 64 ? 32 : 16, COLUMNS = 16, IN_REGISTERS = 0, BLOCKS = 1 };
+#endif
+    enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { SHARED_BYTES = (2 * QUERIES + 4 * KEYS) * D * sizeof(floatX) + QUERIES * sizeof(float2) };
+};
+
+// What the backward knows of a row of scores: x is its log-sum-exp in powers of two, y its delta. Rows are counted to a
+// multiple of ATTENTION_ROWS, so that tiles of them are whole; beyond T they are {INFINITY, 0}, which makes every probability 0.
+enum { ATTENTION_ROWS = 128 };
+static inline int attention_padded(int T) {
+    return (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS * ATTENTION_ROWS;
+}
+
+// delta = sum over d of dout * out: what the softmax subtracts from every gradient of a row's probabilities.
+enum { STATISTICS_THREADS = 128 };
+template <int D>
+__global__ void __launch_bounds__(STATISTICS_THREADS)
+    attention_statistics_kernel(float2* statistics, // (B, H, padded)
+                                const floatX* dout, // (B, T, H, D)
+                                const floatX* out,  // (B, T, H, D)
+                                const float* lse,   // (B, H, T)
+                                int T, int padded, int H) {
+    constexpr int LANES = D / CHUNK;
+    const int t = (blockIdx.x * STATISTICS_THREADS + threadIdx.x) / LANES, lane = threadIdx.x % LANES;
+    const int h = blockIdx.y, b = blockIdx.z;
+    float delta = 0;
+    if (t < T) {
+        const size_t at = (((size_t)b * T + t) * H + h) * D + lane * CHUNK;
+        const uint4 gradient_bits = *(const uint4*)(dout + at), output_bits = *(const uint4*)(out + at);
+        floatX gradient[CHUNK], output[CHUNK];
+        memcpy(gradient, &gradient_bits, 16);
+        memcpy(output, &output_bits, 16);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) delta += (float)gradient[i] * (float)output[i];
+    }
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2)
+        delta += __shfl_xor_sync(ALL_LANES, delta, distance);
+    if (lane == 0)
+        statistics[((size_t)b * H + h) * padded + t] =
+            t < T ? make_float2(lse[((size_t)b * H + h) * T + t] * LOG2_E, delta) : make_float2(INFINITY, 0);
+}
+
+// How many query heads read a KV head below g: those of g are from there on. Every warp counts; the shuffle tells the compiler
+// that all lanes have the same number, so that what follows from it needs no registers of every thread.
+static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_q, int H) {
+    int heads = 0;
+    for (int h = 0; h < H; h += 32) {
+        const int kv = h + (int)lane_of_warp() < H ? kv_of_q[h + lane_of_warp()] : g;
+        heads += __popc(__ballot_sync(ALL_LANES, kv < g));
+    }
+    return __shfl_sync(ALL_LANES, heads, 0);
+}
+
+// One block computes dk and dv of KEYS keys of one KV head, from all queries of all its query heads in their order; a
+// warp computes 16M keys. The scores are made transposed (keys are rows, queries are columns), so that probabilities
+// and gradients of scores are the left operands of what they are multiplied with next. Tiles of queries with their
+// gradients and statistics are loaded one ahead. A group without heads gets zeros.
+template <int D>
+__global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
+                                  attention_backward_keys_shape<D>::BLOCKS)
+    attention_backward_keys_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
+                                   const floatX* dout,       // (B, T, H, D)
+                                   const floatX* qkv,        // (B, T, H + 2G, D)
+                                   const float2* statistics, // (B, H, padded)
+                                   const int* kv_of_q,       // (H)
+                                   int T, int padded, int H, int G, int window, float scale) {
+    typedef attention_backward_keys_shape<D> shape;
+    constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES;
+    constexpr int TILE = QUERIES * D;
+    SHARED_MEMORY(floatX, shared);
+    floatX* k_tile = shared;
+    floatX* v_tile = k_tile + KEYS * D;
+    floatX* ring = v_tile + KEYS * D;               // two slots, of queries and their gradients
+    float2* rows_ring = (float2*)(ring + 4 * TILE); // two slots
+
+    const int g = blockIdx.y, b = blockIdx.z, stride = (H + 2 * G) * D, lane = lane_of_warp();
+    const int first_head = count_heads_below(g, kv_of_q, H), end_head = count_heads_below(g + 1, kv_of_q, H);
+
+    // The queries that see any of the keys begin with the key of the same token.
+    const int first_key = blockIdx.x * KEYS, end_query = min(T, min(T, first_key + KEYS) - 1 + window);
+    const size_t sequence = (size_t)b * T * stride, of_group = sequence + (H + g) * D;
+    auto load = [&](int slot, int h, int query) {
+        floatX* q_tile = ring + slot * 2 * TILE;
+        const float2* of_rows = statistics + ((size_t)b * H + h) * padded + query;
+        load_tile<QUERIES, D, shape::THREADS>(q_tile, neighbours(qkv + sequence + h * D, stride, query, T));
+        load_tile<QUERIES, D, shape::THREADS>(
+            q_tile + TILE, neighbours(dout + ((size_t)b * T * H + h) * D, H * D, query, T));
+        if (threadIdx.x < QUERIES / 2)
+            cp_async16(rows_ring + slot * QUERIES + 2 * threadIdx.x, of_rows + 2 * threadIdx.x, true);
+        cp_async_commit();
+    };
+
+    const int warp_row = warp_of_block() * 16 * M, warp_key = first_key + warp_row;
+    const float scale_log2 = scale * LOG2_E;
+    tile_rows<M, D, false> k, v;
+    float dk[M][D / 8][4], dv[M][D / 8][4];
+    clear(dk);
+    clear(dv);
+    if (first_head < end_head) {
+        load_tile<KEYS, D, shape::THREADS>(k_tile, neighbours(qkv + of_group, stride, first_key, T));
+        load_tile<KEYS, D, shape::THREADS>(v_tile, neighbours(qkv + of_group + G * D, stride, first_key, T));
+        load(0, first_head, first_key);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    k.take(k_tile, warp_row), v.take(v_tile, warp_row);
+    int slot = 0, query = first_key;
+    for (int h = first_head; h < end_head; slot = 1 - slot) {
+        const bool same_head = query + QUERIES < end_query;
+        if (same_head || h + 1 < end_head)
+            load(1 - slot, same_head ? h : h + 1, same_head ? query + QUERIES : first_key);
+        const floatX* q_tile = ring + slot * 2 * TILE;
+        const floatX* dout_tile = q_tile + TILE;
+        if (some_see(query, QUERIES, warp_key, 16 * M, window)) {
+            const bool all = all_see(query, QUERIES, warp_key, 16 * M, window);
+            const float4* rows = (const float4*)(rows_ring + slot * QUERIES);
+            float probs[M][QUERIES / 8][4], dscores[M][QUERIES / 8][4];
+            multiply_transposed(probs, k, q_tile, 0);
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++) {
+                const float4 pair = rows[n * 4 + lane % 4]; // of the two columns of this lane
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        probs[m][n][i] = exp2_approximate(
+                            fmaf(probs[m][n][i], scale_log2, -(i % 2 == 0 ? pair.x : pair.z)));
+                        if (!all && !sees(query + 8 * n + lane % 4 * 2 + i % 2,
+                                          warp_key + 16 * m + lane / 4 + i / 2 * 8, window))
+                            probs[m][n][i] = 0;
+                    }
+            }
+            multiply_add(dv, probs, dout_tile, 0);
+            multiply_transposed(dscores, v, dout_tile, 0);
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++) {
+                const float4 pair = rows[n * 4 + lane % 4];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        dscores[m][n][i] =
+                            probs[m][n][i] * (dscores[m][n][i] - (i % 2 == 0 ? pair.y : pair.w));
+            }
+            multiply_add(dk, dscores, q_tile, 0);
+        }
+        query += QUERIES;
+        if (query >= end_query) h++, query = first_key;
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+    // The warp's own keys and values are not needed any more.
+    scale_rows(dk, scale);
+    store_rows(neighbours(dqkv + of_group, stride, first_key, T), k_tile, warp_row, dk);
+    store_rows(neighbours(dqkv + of_group + G * D, stride, first_key, T), v_tile, warp_row, dv);
+}
+
+// One block computes dq of QUERIES queries of one head, from all the keys that they see; a warp computes 16M queries.
+// Tiles of keys and values are loaded one ahead.
+template <int D>
+__global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
+                                  attention_backward_queries_shape<D>::BLOCKS)
+    attention_backward_queries_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
+                                      const floatX* dout,       // (B, T, H, D)
+                                      const floatX* qkv,        // (B, T, H + 2G, D)
+                                      const float2* statistics, // (B, H, padded)
+                                      const int* kv_of_q,       // (H)
+                                      int T, int padded, int H, int G, int window, float scale) {
+    typedef attention_backward_queries_shape<D> shape;
+    constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES, COLUMNS = shape::COLUMNS;
+    constexpr int TILE = KEYS * D;
+    SHARED_MEMORY(floatX, shared);
+    floatX* q_tile = shared;
+    floatX* dout_tile = q_tile + QUERIES * D;
+    floatX* ring = dout_tile + QUERIES * D;    // two slots, of keys and values
+    float2* rows = (float2*)(ring + 4 * TILE); // (QUERIES)
+
+    const int h = blockIdx.y, b = blockIdx.z, stride = (H + 2 * G) * D, lane = lane_of_warp();
+    const int first_query = (gridDim.x - 1 - blockIdx.x) * QUERIES; // long blocks first
+    const int first_key = max(0, first_query - window + 1);
+    const int end_key = min(T, first_query + QUERIES);
+    const size_t sequence = (size_t)b * T * stride;
+    const floatX* k = qkv + sequence + (H + kv_of_q[h]) * D;
+    auto load = [&](int slot, int key) {
+        floatX* k_tile = ring + slot * 2 * TILE;
+        load_tile<KEYS, D, shape::THREADS>(k_tile, neighbours(k, stride, key, T));
+        load_tile<KEYS, D, shape::THREADS>(k_tile + TILE, neighbours(k + G * D, stride, key, T));
+        cp_async_commit();
+    };
+
+    load_tile<QUERIES, D, shape::THREADS>(q_tile, neighbours(qkv + sequence + h * D, stride, first_query, T));
+    load_tile<QUERIES, D, shape::THREADS>(
+        dout_tile, neighbours(dout + ((size_t)b * T * H + h) * D, H * D, first_query, T));
+    if (threadIdx.x < QUERIES / 2)
+        cp_async16(rows + 2 * threadIdx.x,
+                   statistics + ((size_t)b * H + h) * padded + first_query + 2 * threadIdx.x, true);
+    load(0, first_key);
+
+    const int warp_row = warp_of_block() * 16 * M, warp_query = first_query + warp_row;
+    const float scale_log2 = scale * LOG2_E;
+    tile_rows<M, D, shape::IN_REGISTERS> q, gradient;
+    float dq[M][D / 8][4];
+    clear(dq);
+    cp_async_wait<0>();
+    __syncthreads();
+    q.take(q_tile, warp_row), gradient.take(dout_tile, warp_row);
+    int slot = 0;
+    for (int tile_key = first_key; tile_key < end_key; tile_key += KEYS, slot = 1 - slot) {
+        if (tile_key + KEYS < end_key) load(1 - slot, tile_key + KEYS);
+        const floatX* k_tile = ring + slot * 2 * TILE;
+        const floatX* v_tile = k_tile + TILE;
+#pragma unroll 1
+        for (int column = 0; column < KEYS; column += COLUMNS) {
+            const int key = tile_key + column;
+            if (!some_see(warp_query, 16 * M, key, COLUMNS, window)) continue;
+            const bool all = all_see(warp_query, 16 * M, key, COLUMNS, window);
+            float scores[M][COLUMNS / 8][4], dscores[M][COLUMNS / 8][4];
+            multiply_transposed(scores, q, k_tile, column);
+            multiply_transposed(dscores, gradient, v_tile, column);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int row = warp_row + 16 * m + 8 * half + lane / 4;
+                    const float2 of_row = rows[row];
+#pragma unroll
+                    for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            float* dscore = &dscores[m][n][2 * half + i];
+                            const float score = scores[m][n][2 * half + i];
+                            *dscore =
+                                exp2_approximate(fmaf(score, scale_log2, -of_row.x)) * (*dscore - of_row.y);
+                            if (!all && !sees(first_query + row, key + 8 * n + lane % 4 * 2 + i, window))
+                                *dscore = 0;
+                        }
+                }
+            multiply_add(dq, dscores, k_tile, column);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+    // The warp's own queries are not needed any more.
+    scale_rows(dq, scale);
+    store_rows(neighbours(dqkv + sequence + h * D, stride, first_query, T), q_tile, warp_row, dq);
+}
+
+// ----------------------------------------------------------------------------
+// The operations
+
+static inline dim3 attention_grid(int rows, int rows_of_block, int heads, int B) {
+    return dim3((rows + rows_of_block - 1) / rows_of_block, heads, B);
+}
+
+template <int D>
+static inline void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, const int* kv_of_q,
+                                            int B, int T, int start, int H, int G, int window,
+                                            stream_t stream) {
+    typedef attention_forward_shape<D> shape;
+    launch(attention_forward_kernel<D>, attention_grid(T - start, shape::QUERIES, H, B), shape::THREADS,
+           shape::SHARED_BYTES, stream, out, lse, qkv, kv_of_q, T, start, H, G, window,
+           attention_scale(D) * LOG2_E);
+}
+
+template <int D>
+static inline void attention_backward_launch(floatX* dqkv, const floatX* dout, const floatX* out,
+                                             const float* lse, const floatX* qkv, const int* kv_of_q,
+                                             float2* statistics, int B, int T, int H, int G, int window,
+                                             stream_t stream) {
+    typedef attention_backward_keys_shape<D> keys;
+    typedef attention_backward_queries_shape<D> queries;
+    const int padded = attention_padded(T);
+    const float scale = attention_scale(D);
+    launch(attention_statistics_kernel<D>, attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), H, B),
+           STATISTICS_THREADS, 0, stream, statistics, dout, out, lse, T, padded, H);
+    launch(attention_backward_keys_kernel<D>, attention_grid(T, keys::KEYS, G, B), keys::THREADS,
+           keys::SHARED_BYTES, stream, dqkv, dout, qkv, statistics, kv_of_q, T, padded, H, G, window, scale);
+    launch(attention_backward_queries_kernel<D>, attention_grid(T, queries::QUERIES, H, B), queries::THREADS,
+           queries::SHARED_BYTES, stream, dqkv, dout, qkv, statistics, kv_of_q, T, padded, H, G, window,
+           scale);
+}
+
+// Bytes of the workspaces. The forward needs none.
+static inline size_t attention_forward_workspace(int B, int T, int H, int G, int D) {
+    (void)B, (void)T, (void)H, (void)G, (void)D;
+    return 0;
+}
+
+static inline size_t attention_backward_workspace(int B, int T, int H, int G, int D) {
+    (void)G, (void)D;
+    return (size_t)B * H * attention_padded(T) * sizeof(float2);
+}
+
+// The window as the kernels take it.
+static inline int attention_window(int window, int T) { return window > 0 && window < T ? window : T; }
+
+// Rows start..T-1 of out and lse, given queries of these rows and keys and values of all; start > 0 continues a
+// sequence whose earlier keys and values are in qkv already.
+static inline void attention_forward(floatX* out,    // (B, T, H, D)
+                                     float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
+                                     const floatX* qkv,  // (B, T, H + 2G, D)
+                                     const int* kv_of_q, // (H) non-decreasing
+                                     void* workspace, int B, int T, int start, int H, int G, int D,
+                                     int window, stream_t stream) {
+    (void)workspace;
+    window = attention_window(window, T);
+    switch (D) {
+    case 32:
+        attention_forward_launch<32>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, stream);
+        break;
+    case 64:
+        attention_forward_launch<64>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, stream);
+        break;
+    case 128:
+        attention_forward_launch<128>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, stream);
+        break;
+    default:
+        attention_refuse(D);
+    }
+}
+
+// Every element of dqkv is written. The workspace has attention_backward_workspace() bytes and needs no initial value.
+static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
+                                      const floatX* dout,   // (B, T, H, D)
+                                      const floatX* out,    // (B, T, H, D)
+                                      const float_acc* lse, // (B, H, T)
+                                      const floatX* qkv,    // (B, T, H + 2G, D)
+                                      const int* kv_of_q,   // (H)
+                                      void* workspace, int B, int T, int H, int G, int D, int window,
+                                      stream_t stream) {
+    float2* rows = (float2*)workspace;
+    window = attention_window(window, T);
+    switch (D) {
+    case 32:
+        attention_backward_launch<32>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
+        break;
+    case 64:
+        attention_backward_launch<64>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
+        break;
+    case 128:
+        attention_backward_launch<128>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
+        break;
+    default:
+        attention_refuse(D);
+    }
+}
+
+#endif

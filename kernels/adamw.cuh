@@ -1,0 +1,103 @@
+/*
+AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the global norm of the gradient that clips it. The twin of dev/cpu/adamw.h.
+
+    global_norm(norm, partials, grads, count, stream);
+    adamw_update(params, masters, exp_avg, exp_avg_sq, grads, norm, count, settings, stream);
+
+Cost, bytes an element: the norm 4; the update 30 with bf16 parameters and fp32 masters (moments and masters read and written,
+gradients read, parameters written), 28 in fp32.
+*/
+#ifndef KERNELS_ADAMW_CUH
+#define KERNELS_ADAMW_CUH
+
+#include "kernels/device.cuh"
+#include "kernels/vector.cuh"
+// AdamW
+#include "runtime/adamw.h"
+
+enum { GLOBAL_NORM_CHUNK = 65536 }; // elements that a block sums
+enum { GLOBAL_NORM_BLOCK = 512 };
+
+// Elements of the scratch that global_norm needs.
+static inline size_t global_norm_partials(size_t count) {
+    return (count + GLOBAL_NORM_CHUNK - 1) / GLOBAL_NORM_CHUNK;
+}
+
+template <int WIDTH> __global__ void squares_kernel(float* partials, const float* grads, size_t count) {
+    const size_t first = (size_t)blockIdx.x * GLOBAL_NORM_CHUNK;
+    const size_t end = min(first + GLOBAL_NORM_CHUNK, count);
+    float sum = 0;
+    for (size_t i = first + threadIdx.x * WIDTH; i < end; i += GLOBAL_NORM_BLOCK * WIDTH) {
+        if (i + WIDTH <= end) {
+            const Values<WIDTH> some = load<WIDTH>(grads + i);
+            for (int k = 0; k < WIDTH; k++) sum += some.at[k] * some.at[k];
+        } else {
+            for (size_t k = i; k < end; k++) sum += grads[k] * grads[k];
+        }
+    }
+    sum = row_sum(sum);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// One block: the chunks' sums are few, and are added up in double.
+__global__ void square_root_kernel(float* norm, const float* partials, size_t chunks) {
+    __shared__ double sums[GLOBAL_NORM_BLOCK];
+    double sum = 0;
+    for (size_t i = threadIdx.x; i < chunks; i += GLOBAL_NORM_BLOCK) sum += (double)partials[i];
+    sums[threadIdx.x] = sum;
+    for (unsigned half = GLOBAL_NORM_BLOCK / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) *norm = (float)sqrt(sums[0]);
+}
+
+// norm = sqrt(sum of squares), in a fixed order.
+static inline void global_norm(float_acc* norm,        // (1)
+                               float_acc* partials,    // (global_norm_partials(count))
+                               const float_acc* grads, // (count)
+                               size_t count, stream_t stream) {
+    const size_t chunks = global_norm_partials(count);
+    launch((uintptr_t)grads % 16 == 0 ? squares_kernel<4> : squares_kernel<1>, (unsigned)chunks,
+           GLOBAL_NORM_BLOCK, 0, stream, partials, grads, count);
+    launch(square_root_kernel, 1, GLOBAL_NORM_BLOCK, 0, stream, norm, partials, chunks);
+}
+
+template <int WIDTH>
+__global__ void adamw_kernel(floatX* params, float* masters, float* exp_avg, float* exp_avg_sq,
+                             const float* grads, const float* norm, size_t count, float beta1, float beta2,
+                             float clip, float rate, float eps, float keep) {
+    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
+    if (at >= count) return;
+    const float scale = clip > 0 && *norm > clip ? clip / *norm : 1;
+    const Values<WIDTH> gradient = load<WIDTH>(grads + at);
+    Values<WIDTH> p = masters ? load<WIDTH>(masters + at) : load<WIDTH>(params + at);
+    Values<WIDTH> m = load<WIDTH>(exp_avg + at), v = load<WIDTH>(exp_avg_sq + at);
+    for (int i = 0; i < WIDTH; i++) {
+        const float g = gradient.at[i] * scale;
+        m.at[i] = beta1 * m.at[i] + (1 - beta1) * g;
+        v.at[i] = beta2 * v.at[i] + (1 - beta2) * g * g;
+        p.at[i] = p.at[i] * keep - rate * m.at[i] / (sqrtf(v.at[i]) + eps);
+    }
+    store(exp_avg + at, m);
+    store(exp_avg_sq + at, v);
+    store(params + at, p);
+    if (masters) store(masters + at, p);
+}
+
+// Where the parameters have masters, these are what is updated and params are the copy of them that the model computes with.
+static inline void adamw_update(floatX* params,         // (count)
+                                float_acc* masters,     // (count), or NULL: params are all there is
+                                float_acc* exp_avg,     // (count)
+                                float_acc* exp_avg_sq,  // (count)
+                                const float_acc* grads, // (count)
+                                const float_acc* norm,  // (1) the gradient's global norm
+                                size_t count, AdamW settings, stream_t stream) {
+    const AdamWStep step = adamw_step(settings);
+    const int packs = whole_packs((int)(count % PACK), params, masters, exp_avg, exp_avg_sq, grads);
+    launch(packs ? adamw_kernel<PACK> : adamw_kernel<1>, flat_grid(count, packs ? (int)PACK : 1), FLAT_BLOCK,
+           0, stream, params, masters, exp_avg, exp_avg_sq, grads, norm, count, settings.beta1,
+           settings.beta2, settings.clip, (float)step.rate, (float)step.eps, (float)step.keep);
+}
+
+#endif

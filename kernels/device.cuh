@@ -1,0 +1,139 @@
+/*
+The device of DEVICE=cuda and DEVICE=simt: a GPU, or the emulated one. The twin of dev/cpu/device.h.
+
+    floatX* out = (floatX*)device_malloc(rows * C * sizeof(floatX), "activations");   // zeroed
+    copy_to_device(tokens, host_tokens, rows * sizeof(int), stream);                  // queued, as kernels are
+    copy_to_host(losses, device_losses, rows * sizeof(float), stream);
+    stream_synchronize(stream);                                                       // now losses are there
+
+A copy is asynchronous where the host's side is from host_malloc_pinned(); its memory must then stay as it is until the stream
+has been waited for.
+*/
+#ifndef KERNELS_DEVICE_CUH
+#define KERNELS_DEVICE_CUH
+
+#include <math.h>
+#include <string.h>
+// launch, and CUDA's or the emulator's run-time
+#include "kernels/launch.cuh"
+#include "runtime/checks.h"
+#include "runtime/precision.h"
+#if defined(DEVICE_SIMT)
+#include <omp.h>
+#else
+#include <nvtx3/nvToolsExt.h>
+#endif
+
+typedef cudaStream_t stream_t;
+
+#if defined(DEVICE_SIMT)
+#define DEVICE_NAME "simt"
+#else
+#define DEVICE_NAME "cuda"
+#endif
+#define DEVICE_HAS_OWN_MEMORY 1 // what device_malloc() gives is not main memory
+
+// Ends the program where a call of the run-time failed; `doing` completes the sentence "CUDA: cannot ...".
+static inline void device_check(cudaError_t error, const char* doing) {
+    if (error != cudaSuccess) fail("CUDA: cannot %s: %s", doing, cudaGetErrorString(error));
+}
+
+// What the maker calls it.
+static inline const char* device_name(void) {
+    static cudaDeviceProp properties;
+    int device = 0;
+    device_check(cudaGetDevice(&device), "find the device");
+    device_check(cudaGetDeviceProperties(&properties, device), "ask for the device's properties");
+    return properties.name;
+}
+
+// Bytes that are free in the device's memory.
+static inline size_t device_memory_free(void) {
+    size_t available = 0, total = 0;
+    device_check(cudaMemGetInfo(&available, &total), "ask for the free memory");
+    return available;
+}
+
+// Zeroed memory of the device, for any stream.
+static inline void* device_malloc(size_t bytes, const char* what) {
+    void* memory = NULL;
+    cudaError_t error = cudaMalloc(&memory, bytes ? bytes : 1);
+    if (error == cudaErrorMemoryAllocation)
+        fail("out of memory: %.1f MB for %s, and %.1f MB of the device's memory are free",
+             (double)bytes / 1e6, what, (double)device_memory_free() / 1e6);
+    device_check(error, "allocate memory");
+    device_check(cudaMemset(memory, 0, bytes), "clear memory");
+    device_check(cudaDeviceSynchronize(), "clear memory");
+    return memory;
+}
+
+static inline void device_free(void* memory) { device_check(cudaFree(memory), "free memory"); }
+
+// Memory of the host that the device copies from and to while the host goes on.
+static inline void* host_malloc_pinned(size_t bytes, const char* what) {
+    void* memory = NULL;
+    cudaError_t error = cudaMallocHost(&memory, bytes ? bytes : 1);
+    if (error == cudaErrorMemoryAllocation)
+        fail("out of memory: %.1f MB of pinned main memory for %s", (double)bytes / 1e6, what);
+    device_check(error, "allocate pinned memory");
+    return memory;
+}
+
+static inline void host_free_pinned(void* memory) { device_check(cudaFreeHost(memory), "free memory"); }
+
+static inline void device_zero(void* memory, size_t bytes, stream_t stream) {
+    device_check(cudaMemsetAsync(memory, 0, bytes, stream), "clear memory");
+}
+
+static inline void copy_to_device(void* device, const void* host, size_t bytes, stream_t stream) {
+    device_check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "copy to the device");
+}
+
+static inline void copy_to_host(void* host, const void* device, size_t bytes, stream_t stream) {
+    device_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream), "copy to the host");
+}
+
+// Waits for all that is queued; what went wrong in a kernel shows here.
+static inline void stream_synchronize(stream_t stream) {
+    device_check(cudaStreamSynchronize(stream), "finish what was queued");
+}
+
+// A moment in the order of the stream's work, which nothing waits for until two are compared, and the seconds between them.
+#if defined(DEVICE_SIMT)
+typedef double Mark;
+static inline Mark mark_make(void) { return 0; }
+static inline void mark_free(Mark done) { (void)done; }
+static inline void mark(Mark* at, stream_t stream) {
+    (void)stream; // what is queued is done at once
+    *at = omp_get_wtime();
+}
+static inline double seconds_between(Mark begun, Mark done) { return done - begun; }
+#else
+typedef cudaEvent_t Mark;
+static inline Mark mark_make(void) {
+    Mark made;
+    device_check(cudaEventCreate(&made), "make an event");
+    return made;
+}
+static inline void mark_free(Mark done) { device_check(cudaEventDestroy(done), "free an event"); }
+static inline void mark(Mark* at, stream_t stream) {
+    device_check(cudaEventRecord(*at, stream), "record an event");
+}
+static inline double seconds_between(Mark begun, Mark done) {
+    float milliseconds = 0;
+    device_check(cudaEventSynchronize(done), "wait for an event");
+    device_check(cudaEventElapsedTime(&milliseconds, begun, done), "compare events");
+    return 1e-3 * (double)milliseconds;
+}
+#endif
+
+// Names what is queued between the two, for a profiler that looks on.
+#if defined(DEVICE_SIMT)
+static inline void range_begin(const char* name) { (void)name; }
+static inline void range_end(void) {}
+#else
+static inline void range_begin(const char* name) { nvtxRangePushA(name); }
+static inline void range_end(void) { nvtxRangePop(); }
+#endif
+
+#endif

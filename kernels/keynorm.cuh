@@ -1,0 +1,74 @@
+/*
+How long the keys of each key/value head are: the number from which key-driven attention hands out its query heads
+(docs/math.md section 3). The twin of dev/cpu/keynorm.h.
+
+    key_rms(rms, sums, qkv, B, T, H, G, D, stream);            // of this batch's keys, a number per sequence and head
+    key_weight_norm(norm, wk, gain, G, D, C, stream);          // of the weights that make them: no data at all
+
+Cost: the keys, or the weights, read once.
+*/
+#ifndef KERNELS_KEYNORM_CUH
+#define KERNELS_KEYNORM_CUH
+
+#include "kernels/device.cuh"
+#include "kernels/vector.cuh"
+
+enum { KEYNORM_BLOCK = 512 };
+
+// A block for each sequence and head.
+template <int WIDTH>
+__global__ void key_rms_kernel(float* rms, const floatX* qkv, int T, int H, int G, int D) {
+    const int b = (int)blockIdx.x / G, g = (int)blockIdx.x % G;
+    const floatX* keys = qkv + ((size_t)b * T * (H + 2 * G) + H + g) * D;
+    float square = 0;
+    for (size_t i = threadIdx.x * WIDTH; i < (size_t)T * D; i += KEYNORM_BLOCK * WIDTH) {
+        const Values<WIDTH> key = load<WIDTH>(keys + i / D * (H + 2 * G) * D + i % D);
+        for (int k = 0; k < WIDTH; k++) square += key.at[k] * key.at[k];
+    }
+    square = row_sum(square);
+    if (threadIdx.x == 0) rms[blockIdx.x] = sqrtf(square / ((float)T * D));
+}
+
+__global__ void key_sums_kernel(float* sums, const float* rms, int B, int G) {
+    const int g = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (g >= G) return;
+    float sum = sums[g];
+    for (int b = 0; b < B; b++) sum += rms[b * G + g];
+    sums[g] = sum;
+}
+
+// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of rms[b][g].
+static inline void key_rms(float_acc* rms,    // (B, G)
+                           float_acc* sums,   // (G) accumulates
+                           const floatX* qkv, // (B, T, H + 2G, D)
+                           int B, int T, int H, int G, int D, stream_t stream) {
+    launch(whole_packs(D, qkv) ? key_rms_kernel<PACK> : key_rms_kernel<1>, B * G, KEYNORM_BLOCK, 0, stream,
+           rms, qkv, T, H, G, D);
+    launch(key_sums_kernel, ceil_div(G, WARP), WARP, 0, stream, sums, rms, B, G);
+}
+
+template <int WIDTH>
+__global__ void key_weight_norm_kernel(float* norm, const floatX* wk, const floatX* gain, int D, int C) {
+    const floatX* rows = wk + (size_t)blockIdx.x * D * C;
+    float square = 0;
+    for (size_t i = threadIdx.x * WIDTH; i < (size_t)D * C; i += KEYNORM_BLOCK * WIDTH) {
+        const Values<WIDTH> weight = load<WIDTH>(rows + i), factor = load<WIDTH>(gain + i % C);
+        for (int k = 0; k < WIDTH; k++) {
+            const float weighted = weight.at[k] * factor.at[k];
+            square += weighted * weighted;
+        }
+    }
+    square = row_sum(square);
+    if (threadIdx.x == 0) norm[blockIdx.x] = sqrtf(square);
+}
+
+// norm[g] = Frobenius norm of the D rows of Wk that make the keys of head g, each column times the gain of the norm before.
+static inline void key_weight_norm(float_acc* norm,    // (G)
+                                   const floatX* wk,   // (G, D, C)
+                                   const floatX* gain, // (C)
+                                   int G, int D, int C, stream_t stream) {
+    launch(whole_packs(C, wk, gain) ? key_weight_norm_kernel<PACK> : key_weight_norm_kernel<1>, G,
+           KEYNORM_BLOCK, 0, stream, norm, wk, gain, D, C);
+}
+
+#endif

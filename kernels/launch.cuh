@@ -1,0 +1,99 @@
+/*
+The only place that knows nvcc from g++: the CUDA headers or the emulator's, shared memory, and the launch of a kernel.
+
+    __global__ void scale(float* x, float by, int n) {
+        SHARED_MEMORY(float, tile); // as many bytes as the launch says
+        ...
+    }
+    launch(scale, (n + 255) / 256, 256, 256 * sizeof(float), stream, x, 2.0f, n);
+
+Elsewhere there is no <<<>>> and no extern __shared__. A launch that CUDA refuses, and on the emulator every error inside the
+kernel, ends the program with one line that names the launch.
+*/
+#ifndef KERNELS_LAUNCH_CUH
+#define KERNELS_LAUNCH_CUH
+
+// fail
+#include "runtime/checks.h"
+
+#if defined(DEVICE_SIMT)
+#include "dev/simt/simt.h"
+#define SHARED_MEMORY(type, name) type* name = (type*)simt::dynamic_shared_memory()
+#elif defined(__CUDACC__)
+#include <cuda_runtime.h>
+#include <cuda_bf16.h>
+#define SHARED_MEMORY(type, name)                                                                            \
+    extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];                                  \
+    type* name = (type*)dynamic_shared_memory
+#else
+#error "kernels need nvcc, or g++ with -DDEVICE_SIMT"
+#endif
+
+// Several arrays in dynamic shared memory, each at a multiple of 128 bytes. Under the address sanitizer a gap that nobody may
+// touch follows each, so that an index beyond an array is found.
+//
+//     SHARED_MEMORY(char, rest);
+//     float* a = carve<float>(rest, 100);
+//     int* b = carve<int>(rest, 7);
+//     launch(kernel, grid, block, carved_bytes<float>(100) + carved_bytes<int>(7), stream, ...);
+#if defined(DEVICE_SIMT) && defined(SIMT_ADDRESS)
+enum { SHARED_GAP = 128 };
+#else
+enum { SHARED_GAP = 0 };
+#endif
+
+template <class T> __host__ __device__ constexpr size_t carved_bytes(size_t count) {
+    return (count * sizeof(T) + 127) / 128 * 128 + SHARED_GAP;
+}
+
+template <class T> __device__ __forceinline__ T* carve(char*& rest, size_t count) {
+    T* array = (T*)rest;
+    rest += carved_bytes<T>(count);
+#if defined(DEVICE_SIMT)
+    simt::poison(array + count, (size_t)(rest - (char*)(array + count)));
+#endif
+    return array;
+}
+
+// A grid, and the place of the launch, which the compiler fills in where a number or a dim3 becomes a LaunchGrid.
+struct LaunchGrid {
+    dim3 size;
+    const char* file;
+    int line;
+    LaunchGrid(dim3 size_, const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE())
+        : size(size_), file(file_), line(line_) {}
+    LaunchGrid(unsigned blocks, const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE())
+        : size(blocks), file(file_), line(line_) {}
+    LaunchGrid(int blocks, const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE())
+        : size((unsigned)blocks), file(file_), line(line_) {}
+};
+
+// Shared memory that a block gets without asking for it.
+enum { UNASKED_SHARED_BYTES = 48 * 1024 };
+
+// The launch, with its error returned.
+template <class... P, class... A>
+inline cudaError_t try_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                              cudaStream_t stream, A... arguments) {
+    if (shared_bytes > UNASKED_SHARED_BYTES) {
+        cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+        if (error != cudaSuccess) return error;
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+}
+
+template <class... P, class... A>
+inline void launch(void (*kernel)(P...), LaunchGrid grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, A... arguments) {
+    cudaError_t error = try_launch(kernel, grid.size, block, shared_bytes, stream, arguments...);
+    if (error != cudaSuccess)
+        fail("the kernel launched at %s:%d failed: %s", grid.file, grid.line, cudaGetErrorString(error));
+}
+
+#endif

@@ -1,0 +1,369 @@
+/*
+Tiles of attention: rows of D numbers in shared memory, and the products of a warp with them.
+
+A tile is a number of rows of queries, keys, values or gradients, each of D numbers of floatX. Where its rows come from
+is up to a function object, so that a tile may be neighbouring tokens or a gathered list:
+
+    struct neighbour_rows { const floatX* at(int row); bool has(int row); ... };      // below
+    load_tile<64, D, THREADS>(tile, rows);                    // by all threads; cp.async: commit, wait, barrier
+    tile_rows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows on the left of a product
+    multiply_transposed(scores, queries, k_tile, 0);                      // scores = q k^T
+    multiply_add(out, scores, v_tile, 0);                                 // out += scores v
+
+The results of a product are spread over the lanes of a warp as mma.m16n8k16 leaves them. sum[m][n][i] of a lane is the
+element of row 16 m + lane / 4 + 8 (i / 2) and column 8 n + 2 (lane % 4) + i % 2: the four lanes of a quad hold a row.
+This is also how the instruction wants its left operand, so that the result of one product goes into the next one
+without leaving the registers (Dao, FlashAttention-2, arXiv 2307.08691, section 3.3).
+
+bf16 multiplies on the tensor cores and sums in fp32. The fp32 build has the same functions in plain multiplications,
+for checking; everything outside this file is the same for both.
+*/
+#ifndef KERNELS_TILE_CUH
+#define KERNELS_TILE_CUH
+
+// __global__ and all else of CUDA, SHARED_MEMORY
+#include "kernels/launch.cuh"
+// ldmatrix, mma, cp.async
+#include "kernels/ptx.cuh"
+// floatX
+#include "runtime/precision.h"
+
+#define ALL_LANES 0xffffffffu
+
+static __device__ __forceinline__ unsigned lane_of_warp(void) { return threadIdx.x % 32; }
+
+// By way of a shuffle, so that the compiler knows: it is the same in all lanes, and so is all that follows from it.
+static __device__ __forceinline__ int warp_of_block(void) { return threadIdx.x / 32; }
+
+// ----------------------------------------------------------------------------
+// Shared memory
+
+// Memory is copied 16 bytes at a time, and a row of the matrices that ldmatrix loads has as many: a chunk.
+enum { CHUNK = 16 / sizeof(floatX) };
+
+// Where element (row, column) of a tile is. ldmatrix reads the same chunk of eight rows at once; laid out plainly these
+// would share their banks. So the chunks of a row change places, by exclusive or with the number of the row: any eight
+// chunks that are read together, along a row or down a column, cover all 32 banks. (Where a row is half as long as the banks
+// are wide, two rows change together.)
+template <int D> __device__ __forceinline__ int tile_offset(unsigned row, unsigned column) {
+    constexpr unsigned CHUNKS = D / CHUNK;
+    static_assert(CHUNKS == 4 || CHUNKS % 8 == 0, "rows of 64 bytes or a multiple of 128");
+    const unsigned turn = CHUNKS == 4 ? row / 2 % 4 : row % 8;
+    return row * D + ((column / CHUNK) ^ turn) * CHUNK + column % CHUNK;
+}
+
+// Neighbouring tokens: row i of the tile is row first + i of memory, where `end` rows exist.
+template <typename Element> struct neighbour_rows {
+    Element* memory;
+    int stride, first, end;
+
+    __device__ __forceinline__ neighbour_rows from(int row) const {
+        neighbour_rows rest = *this;
+        rest.first += row;
+        return rest;
+    }
+    __device__ __forceinline__ bool has(int row) const { return first + row < end; }
+    // An address that may be read also where the row does not exist.
+    __device__ __forceinline__ Element* at(int row) const {
+        return memory + (size_t)min(first + row, end - 1) * stride;
+    }
+};
+
+template <typename Element>
+__device__ __forceinline__ neighbour_rows<Element> neighbours(Element* memory, int stride, int first,
+                                                              int end) {
+    neighbour_rows<Element> rows;
+    rows.memory = memory, rows.stride = stride, rows.first = first, rows.end = end;
+    return rows;
+}
+
+// Starts to copy rows into a tile, each of THREADS threads its share; rows that do not exist become 0.
+template <int ROWS, int D, int THREADS, typename Rows>
+__device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows) {
+    constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS; // rows at a time
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0,
+                  "a thread copies one column of every STEP-th row");
+    const unsigned thread = compute_here(threadIdx.x);
+    const unsigned first = thread / CHUNKS, column = thread % CHUNKS * CHUNK;
+    const Rows own = rows.from(first);
+#pragma unroll
+    for (unsigned row = 0; row < ROWS; row += STEP)
+        cp_async16(tile + tile_offset<D>(first + row, column), own.at(row) + column, own.has(row));
+}
+
+// ----------------------------------------------------------------------------
+// Products
+
+template <int M, int N> __device__ __forceinline__ void clear(float (&sum)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[m][n][i] = 0;
+}
+
+template <int M, int N> __device__ __forceinline__ void scale_rows(float (&sum)[M][N][4], float factor) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[m][n][i] *= factor;
+}
+
+#if defined(PRECISION_BF16)
+
+static __device__ __forceinline__ unsigned pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    unsigned bits;
+    memcpy(&bits, &pair, sizeof(bits));
+    return bits;
+}
+
+// 16 x 16 elements of a tile as the left operand.
+template <int D>
+__device__ __forceinline__ void load_left(unsigned (&a)[4], const floatX* tile, int row, int column) {
+    const unsigned lane = lane_of_warp();
+    ldmatrix_x4(a, tile + row * D + (tile_offset<D>(lane % 16, lane / 16 * 8) ^ column));
+}
+
+// 16 x 16 elements of a tile as the right operand, the columns of which are the tile's rows.
+template <int D>
+__device__ __forceinline__ void load_right_transposed(unsigned (&b)[4], const floatX* tile, int row,
+                                                      int column) {
+    const unsigned lane = lane_of_warp();
+    ldmatrix_x4(b, tile + row * D + (tile_offset<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8) ^ column));
+}
+
+// 16 x 16 elements of a tile as the right operand, the columns of which are the tile's columns.
+template <int D>
+__device__ __forceinline__ void load_right(unsigned (&b)[4], const floatX* tile, int row, int column) {
+    const unsigned lane = lane_of_warp();
+    ldmatrix_x4_trans(b, tile + row * D + (tile_offset<D>(lane % 16, lane / 16 * 8) ^ column));
+}
+
+// 16 M rows of a tile on the left of a product: once and for all in registers, or loaded again for every product.
+template <int M, int D, bool IN_REGISTERS> struct tile_rows {
+    unsigned at[M][D / 16][4];
+
+    __device__ __forceinline__ void take(const floatX* tile, int first_row) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) load_left<D>(at[m][k], tile, first_row + 16 * m, 16 * k);
+    }
+    __device__ __forceinline__ void get(unsigned (&a)[4], int m, int k) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = at[m][k][i];
+    }
+};
+
+template <int M, int D> struct tile_rows<M, D, false> {
+    const floatX* tile;
+    int first_row;
+
+    __device__ __forceinline__ void take(const floatX* of_tile, int row) { tile = of_tile, first_row = row; }
+    __device__ __forceinline__ void get(unsigned (&a)[4], int m, int k) const {
+        load_left<D>(a, tile, first_row + 16 * m, 16 * k);
+    }
+};
+
+// product = left (16M, D) times the transpose of 8N rows of a tile, from first_row on.
+template <int M, int N, int D, bool IN_REGISTERS>
+__device__ __forceinline__ void multiply_transposed(float (&product)[M][N][4],
+                                                    const tile_rows<M, D, IN_REGISTERS>& left,
+                                                    const floatX* tile, int first_row) {
+    clear(product);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        unsigned a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) left.get(a[m], m, k);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            unsigned b[4];
+            load_right_transposed<D>(b, tile, first_row + 8 * n, 16 * k);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_m16n8k16_bf16(product[m][n], a[m], b[0], b[1]);
+                mma_m16n8k16_bf16(product[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// sum (16M, 8C) += left (16M, 8N), rounded to floatX, times 8N rows of a tile from first_row on.
+template <int M, int N, int C>
+__device__ __forceinline__ void multiply_add(float (&sum)[M][C][4], const float (&left)[M][N][4],
+                                             const floatX* tile, int first_row) {
+    unsigned a[N / 2][M][4];
+#pragma unroll
+    for (int k = 0; k < N / 2; k++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                a[k][m][i] = pack(left[m][2 * k + i / 2][i % 2 * 2], left[m][2 * k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+    for (int k = 0; k < N / 2; k++)
+#pragma unroll
+        for (int c = 0; c < C; c += 2) {
+            unsigned b[4];
+            load_right<8 * C>(b, tile, first_row + 16 * k, 8 * c);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_m16n8k16_bf16(sum[m][c], a[k][m], b[0], b[1]);
+                mma_m16n8k16_bf16(sum[m][c + 1], a[k][m], b[2], b[3]);
+            }
+        }
+}
+
+static __device__ __forceinline__ void store_pair(floatX* at, float low, float high) {
+    const unsigned bits = pack(low, high);
+    memcpy(at, &bits, sizeof(bits));
+}
+
+#else // fp32
+
+// fp32 rows are read from the tile whenever they are needed.
+template <int M, int D, bool IN_REGISTERS> struct tile_rows {
+    const floatX* tile;
+    int first_row;
+
+    __device__ __forceinline__ void take(const floatX* of_tile, int row) { tile = of_tile, first_row = row; }
+};
+
+template <int M, int N, int D, bool IN_REGISTERS>
+__device__ __forceinline__ void multiply_transposed(float (&product)[M][N][4],
+                                                    const tile_rows<M, D, IN_REGISTERS>& left,
+                                                    const floatX* tile, int first_row) {
+    const unsigned lane = lane_of_warp(), row = left.first_row + lane / 4, column = first_row + lane % 4 * 2;
+    clear(product);
+    for (int d = 0; d < D; d++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    product[m][n][i] += left.tile[tile_offset<D>(row + 16 * m + i / 2 * 8, d)] *
+                                        tile[tile_offset<D>(column + 8 * n + i % 2, d)];
+}
+
+template <int M, int N, int C>
+__device__ __forceinline__ void multiply_add(float (&sum)[M][C][4], const float (&left)[M][N][4],
+                                             const floatX* tile, int first_row) {
+    const unsigned lane = lane_of_warp(), column = lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int k = 0; k < 8 * N; k++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                // The lane of the quad that holds column k of this row hands it to the others.
+                const float factor =
+                    __shfl_sync(ALL_LANES, left[m][k / 8][half * 2 + k % 2], (lane & ~3u) + k % 8 / 2);
+#pragma unroll
+                for (int c = 0; c < C; c++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        sum[m][c][half * 2 + i] +=
+                            factor * tile[tile_offset<8 * C>(first_row + k, 8 * c + column + i)];
+            }
+}
+
+static __device__ __forceinline__ void store_pair(floatX* at, float low, float high) {
+    at[0] = low, at[1] = high;
+}
+
+#endif
+
+// ----------------------------------------------------------------------------
+// Rows of results
+
+// The largest element and the sum of a row, given those of this lane's columns.
+static __device__ __forceinline__ float row_maximum(float largest) {
+    largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
+    return fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+}
+
+static __device__ __forceinline__ float row_total(float sum) {
+    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+    return sum + __shfl_xor_sync(ALL_LANES, sum, 2);
+}
+
+// A running softmax over the columns of 16M rows, in powers of two: exp(x) = exp2(x log2(e)) and exp2 is one instruction.
+// Every lane has the whole maximum of its rows, and the sum over its own columns.
+template <int M> struct running_softmax {
+    float maximum[M][2], sum[M][2];
+
+    __device__ __forceinline__ void begin(void) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) maximum[m][half] = -INFINITY, sum[m][half] = 0;
+    }
+
+    // Scores become exp2(scale_log2 * score - maximum), and what was summed up with the old maximum is scaled to the new
+    // one. A score of -INFINITY is a key that the row does not see.
+    template <int N, int C>
+    __device__ __forceinline__ void update(float (&scores)[M][N][4], float (&out)[M][C][4],
+                                           float scale_log2) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float largest = maximum[m][half];
+#pragma unroll
+                for (int n = 0; n < N; n++)
+                    largest = fmaxf(largest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+                largest = row_maximum(largest);
+                // A row that has seen nothing yet: -INFINITY minus itself would be NaN.
+                const float offset = largest == -INFINITY ? 0 : largest * scale_log2;
+                const float correction = exp2_approximate(maximum[m][half] * scale_log2 - offset);
+                maximum[m][half] = largest;
+                sum[m][half] *= correction;
+#pragma unroll
+                for (int c = 0; c < C; c++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) out[m][c][2 * half + i] *= correction;
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float* score = &scores[m][n][2 * half + i];
+                        *score = exp2_approximate(fmaf(*score, scale_log2, -offset));
+                        sum[m][half] += *score;
+                    }
+            }
+    }
+};
+
+// Writes 16M rows of a warp to memory, 16 bytes at a time, by way of the rows of a tile from first_row on, which no
+// other warp reads or writes any more.
+template <int M, int C, typename Rows>
+__device__ __forceinline__ void store_rows(const Rows& rows, floatX* tile, int first_row,
+                                           const float (&sum)[M][C][4]) {
+    constexpr int D = 8 * C, CHUNKS = D / CHUNK;
+    const unsigned lane = lane_of_warp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int c = 0; c < C; c++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                store_pair(tile +
+                               tile_offset<D>(first_row + 16 * m + 8 * half + lane / 4, 8 * c + lane % 4 * 2),
+                           sum[m][c][2 * half], sum[m][c][2 * half + 1]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
+        const unsigned chunk = i * 32 + lane, row = first_row + chunk / CHUNKS,
+                       column = chunk % CHUNKS * CHUNK;
+        if (rows.has(row))
+            *(uint4*)(rows.at(row) + column) = *(const uint4*)(tile + tile_offset<D>(row, column));
+    }
+}
+
+#endif

@@ -1,0 +1,191 @@
+/*
+What the kernels that are bound by memory share: rows read 16 bytes at a time, and sums in a fixed order.
+
+    const int width = whole_packs(C, out, inp) ? PACK : 1;       // host: can rows of C elements be read so?
+    Values<WIDTH> x = load<WIDTH>(inp + at);                     // WIDTH elements, widened to float
+    store(out + at, x);                                          // rounded to floatX
+
+    const dim3 block = row_block(C, width);                      // x threads for each of y rows
+    float sum = row_sum(value);                                  // over the threads of one row
+
+A kernel is built for two widths: PACK elements (16 bytes of floatX), and 1 where a row's length or address is not a multiple of
+16 bytes. Sums go by butterfly through a warp and then from warp to warp: the same bits in every run and on every thread.
+*/
+#ifndef KERNELS_VECTOR_CUH
+#define KERNELS_VECTOR_CUH
+
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+#include "kernels/launch.cuh"
+#include "runtime/precision.h"
+
+enum { PACK = 16 / sizeof(floatX) };
+enum { WARP = 32 };
+
+// ----------------------------------------------------------------------------
+// Loads and stores
+
+template <int WIDTH> struct Values { float at[WIDTH]; };
+
+// 1 where rows of `width` elements of floatX (and so of float) that begin at these addresses consist of whole packs.
+template <typename... Pointers> static inline int whole_packs(int width, Pointers... rows) {
+    return width % PACK == 0 && ((uintptr_t)rows | ...) % 16 == 0;
+}
+
+static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The grid of a kernel that gives each thread `width` of `count` elements, by blocks of FLAT_BLOCK threads.
+enum { FLAT_BLOCK = 256 };
+static inline dim3 flat_grid(size_t count, int width) {
+    const size_t elements = (size_t)FLAT_BLOCK * (size_t)width;
+    return dim3((unsigned)((count + elements - 1) / elements));
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline void round_to(float* to, float x) { *to = x; }
+__device__ inline void round_to(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
+
+// What is left of a value that is stored as floatX.
+__device__ inline float rounded(float x) {
+    floatX kept;
+    round_to(&kept, x);
+    return to_float(kept);
+}
+
+template <int WIDTH> __device__ inline Values<WIDTH> load(const float* from) {
+    Values<WIDTH> values;
+    if (WIDTH % 4 == 0) {
+        for (int i = 0; i < WIDTH; i += 4) {
+            const float4 four = *(const float4*)(from + i);
+            memcpy(&values.at[i], &four, sizeof(four));
+        }
+    } else {
+        for (int i = 0; i < WIDTH; i++) values.at[i] = from[i];
+    }
+    return values;
+}
+
+template <int WIDTH> __device__ inline void store(float* to, const Values<WIDTH>& values) {
+    if (WIDTH % 4 == 0) {
+        for (int i = 0; i < WIDTH; i += 4) {
+            float4 four;
+            memcpy(&four, &values.at[i], sizeof(four));
+            *(float4*)(to + i) = four;
+        }
+    } else {
+        for (int i = 0; i < WIDTH; i++) to[i] = values.at[i];
+    }
+}
+
+// bf16 is the upper half of a float: of two in a word, the first is the lower half.
+template <int WIDTH> __device__ inline Values<WIDTH> load(const __nv_bfloat16* from) {
+    Values<WIDTH> values;
+    if (WIDTH == 8) {
+        unsigned words[4];
+        const uint4 four = *(const uint4*)from;
+        memcpy(words, &four, sizeof(words));
+        for (int i = 0; i < WIDTH; i++)
+            values.at[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
+    } else {
+        for (int i = 0; i < WIDTH; i++) values.at[i] = __bfloat162float(from[i]);
+    }
+    return values;
+}
+
+template <int WIDTH> __device__ inline void store(__nv_bfloat16* to, const Values<WIDTH>& values) {
+    if (WIDTH == 8) {
+        __nv_bfloat162 pairs[4];
+        for (int i = 0; i < 4; i++) pairs[i] = __floats2bfloat162_rn(values.at[2 * i], values.at[2 * i + 1]);
+        uint4 four;
+        memcpy(&four, pairs, sizeof(four));
+        *(uint4*)to = four;
+    } else {
+        for (int i = 0; i < WIDTH; i++) to[i] = __float2bfloat16(values.at[i]);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Sums and maxima of a row
+
+// The block of a kernel that works row by row: x threads for each row, up to 4 packs a thread before a thread takes more, and
+// as many rows (y) as make the block worth its start.
+static inline dim3 row_block(int width, int pack) {
+    const int packs = ceil_div(width, pack);
+    int threads = WARP;
+    while (threads < WARP * WARP && threads * 4 < packs) threads *= 2;
+    return dim3((unsigned)threads, threads < 256 ? 256u / (unsigned)threads : 1u);
+}
+
+__device__ inline float warp_sum(float value) {
+    for (int other = WARP / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+    return value;
+}
+
+__device__ inline float warp_max(float value) {
+    for (int other = WARP / 2; other > 0; other /= 2)
+        value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, other));
+    return value;
+}
+
+// One value from each warp of a row's threads, handed to all of them; `warps` holds a value for each warp of the block. All
+// threads of the block must come here.
+__device__ inline const float* exchange_among_warps(float* warps, float value) {
+    __syncthreads(); // an earlier exchange may still be read
+    const int warps_of_row = (int)blockDim.x / WARP, first = (int)threadIdx.y * warps_of_row;
+    if (threadIdx.x % WARP == 0) warps[first + (int)threadIdx.x / WARP] = value;
+    __syncthreads();
+    return warps + first;
+}
+
+__device__ inline float row_sum(float value) {
+    __shared__ float warps[WARP];
+    value = warp_sum(value);
+    if (blockDim.x == WARP) return value;
+    const float* of_row = exchange_among_warps(warps, value);
+    float sum = 0;
+    for (int w = 0; w < (int)blockDim.x / WARP; w++) sum += of_row[w];
+    return sum;
+}
+
+// Of numbers; a NaN among them is left out.
+__device__ inline float row_max(float value) {
+    __shared__ float warps[WARP];
+    value = warp_max(value);
+    if (blockDim.x == WARP) return value;
+    const float* of_row = exchange_among_warps(warps, value);
+    float largest = of_row[0];
+    for (int w = 1; w < (int)blockDim.x / WARP; w++) largest = fmaxf(largest, of_row[w]);
+    return largest;
+}
+
+// ----------------------------------------------------------------------------
+// Sums of columns: the second stage of what blocks have summed each for itself
+
+enum { COLUMN_SUM_PARTS = 16 };
+
+// A warp's width of columns a block, each in 16 parts that are then added in order. There is little to add and its loads are far
+// away: eight of these are under way at a time.
+__global__ void column_sums_kernel(float* totals, const float* partials, int count, int columns) {
+    __shared__ float parts[COLUMN_SUM_PARTS][WARP];
+    const int c = (int)(blockIdx.x * WARP + threadIdx.x);
+    const int end = c < columns ? count : 0;
+    float sum = 0;
+#pragma unroll 8
+    for (int i = (int)threadIdx.y; i < end; i += COLUMN_SUM_PARTS) sum += partials[(size_t)i * columns + c];
+    parts[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || c >= columns) return;
+    for (int part = 1; part < COLUMN_SUM_PARTS; part++) sum += parts[part][threadIdx.x];
+    totals[c] += sum;
+}
+
+static inline void add_column_sums(float* totals,         // (columns) accumulates
+                                   const float* partials, // (count, columns)
+                                   int count, int columns, cudaStream_t stream) {
+    launch(column_sums_kernel, ceil_div(columns, WARP), dim3(WARP, COLUMN_SUM_PARTS), 0, stream, totals,
+           partials, count, columns);
+}
+
+#endif

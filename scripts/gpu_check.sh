@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in one command: the kernels' tests on the hardware, fragment layouts first; the trainer
+# against the CPU's; 200 steps in bf16 against the same in fp32; benchmarks, and PyTorch beside them where it is installed. Under 8
+# minutes on one H200. Ends in a table and a record in JSON. Used by make gpu-check.
+#
+#   scripts/gpu_check.sh                 exit code 0: all is well, 1: something failed, 2: there is no GPU here, or no nvcc
+#   scripts/gpu_check.sh --rehearse      the same on the emulator, with sizes of a toy: shows that this script works, no more
+# shellcheck disable=SC2317 # functions that check() calls
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+
+build=${BUILD:-build}
+out=$build/gpu_check
+device=cuda
+if [ "${1:-}" = "--rehearse" ]; then device=simt; shift; fi
+if [ $# -gt 0 ]; then
+    echo "gpu_check.sh: $1: unknown option (there is --rehearse)" >&2
+    exit 2
+fi
+
+if [ $device = cuda ]; then
+    if ! gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | head -n 1) || [ -z "$gpu" ]; then
+        echo "gpu-check: there is no GPU on this machine (nvidia-smi finds none): nothing was checked" >&2
+        exit 2
+    fi
+    nvcc=${NVCC:-$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)}
+    if [ -z "$nvcc" ]; then
+        echo "gpu-check: no nvcc on this machine: nothing was checked; install the CUDA toolkit (12.4 or newer)" >&2
+        exit 2
+    fi
+    cuda=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+else
+    gpu="emulator, none, none" cuda=none
+fi
+rm -rf "$out"
+mkdir -p "$out"
+
+# ----------------------------------------------------------------------------
+# A check is a command: what it prints goes to a log, whose last line is its detail.
+
+started=$EPOCHREALTIME
+since() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }'; }
+quote() { sed -e 's/\\/\\\\/g' -e 's/"/\\"/g' -e 's/[[:cntrl:]]//g' <<<"$1"; }
+
+checks=() table=() failed=0
+note() { # name, result, seconds, detail
+    checks+=("{\"name\": \"$1\", \"result\": \"$2\", \"seconds\": $3, \"detail\": \"$(quote "$4")\"}")
+    table+=("$(printf '%-34s %-8s %6.1f s  %s' "$1" "$2" "$3" "$4")")
+    echo "${table[-1]}"
+}
+check() { # name, command...
+    local name=$1 log=$out/${1// /_}.log begun=$EPOCHREALTIME result=ok
+    shift
+    "$@" >"$log" 2>&1
+    case $? in
+    0) ;;
+    77) result=skipped ;;
+    *) result=FAILED failed=1 ;;
+    esac
+    note "$name" $result "$(since "$begun")" "$(tail -n 1 "$log" | cut -c 1-110)"
+    if [ $result = FAILED ]; then tail -n 12 "$log" | sed 's/^/    /'; fi
+    [ $result = ok ]
+}
+
+# ----------------------------------------------------------------------------
+# Build, and the tests
+
+finish() {
+    record=$out/gpu_check_$(tr -cs 'A-Za-z0-9\n' _ <<<"${gpu%%,*}")_$(date -u +%Y-%m-%d).json
+    piece() { if [ -s "$out/$1" ]; then cat "$out/$1"; else echo null; fi; }
+    {
+        printf '{"date": "%s", "commit": "%s", "gpu": "%s", "cuda": "%s", "seconds": %s,\n' \
+            "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$(git describe --always --dirty 2>/dev/null)" "$(quote "$gpu")" "$cuda" "$(since "$started")"
+        printf '"checks": [\n%s\n],\n' "$(IFS=$'\n'; sed '$!s/$/,/' <<<"${checks[*]}")"
+        printf '"curves": %s,\n"attention": %s,\n"step_1024": %s,\n"step_8192": %s,\n"peers": %s}\n' "$(piece curves.json)" \
+            "$(piece attention.json)" "$(piece step_1024.json)" "$(piece step_8192.json)" "$(piece peers.json)"
+    } >"$record"
+    echo
+    echo "$gpu; CUDA $cuda; $(date -u +%Y-%m-%d); $(since "$started") s"
+    printf '%s\n' "${table[@]}"
+    echo
+    if [ -s "$out/attention.log" ]; then cat "$out/attention.log"; fi
+    for length in 1024 8192; do if [ -s "$out/step_$length.log" ]; then cat "$out/step_$length.log"; fi; done
+    if [ -s "$out/peers.json" ]; then cat "$out/PyTorch.log"; fi
+    echo
+    echo "the record is $record"
+    if [ $device = cuda ]; then echo "---> HINT: cp $record docs/results/"; fi
+    exit $failed
+}
+
+check "build" make --no-print-directory -j"$(nproc)" BUILD="$build" DEVICE=$device HAS_GPU="$([ $device = cuda ] && echo 1)" gpu-check-programs || finish
+read -ra tests <<<"$(make --no-print-directory -s BUILD="$build" DEVICE=$device gpu-check-tests)"
+for test in "${tests[@]}"; do check "${test##*/}" scripts/run_tests.sh "$test"; done
+check "trainer against the CPU's" env BUILD="$build" DEVICE=$device scripts/run_tests.sh "$build/test/test_simt_trainer"
+
+# ----------------------------------------------------------------------------
+# 200 steps in bf16, and the same in fp32
+
+prepare_text() {
+    { git ls-files '*.[ch]' '*.cuh' '*.cu' '*.md'; find /usr/include -name '*.h' -type f 2>/dev/null | LC_ALL=C sort; } >"$out/files.txt"
+    local source=(--files-from "$out/files.txt" --max-bytes "$text_bytes")
+    "$build/tokenizer" train -q --vocab-size 1024 -o "$out/tokenizer.json" "${source[@]}" &&
+        "$build/tokenizer" prepare -q -t "$out/tokenizer.json" --output-prefix "$out/text" "${source[@]}"
+}
+train() {
+    "$build/train_gpt_${device}_dense_gqa_kconv0_$1" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --tokenizer "$out/tokenizer.json" \
+        "${model[@]}" -x 200 -l 1e-3 -u 20 -v 100 -m 4 -o "$out/$1" --overwrite
+}
+# The mean difference of the two loss curves, and that of the last validation, each at most 1 %.
+compare_curves() {
+    paste -d' ' <(sed -n 's/.*"loss":\([0-9.e-]*\),.*/\1/p' "$out/bf16/metrics.jsonl") <(sed -n 's/.*"loss":\([0-9.e-]*\),.*/\1/p' "$out/fp32/metrics.jsonl") >"$out/losses.txt"
+    local bf16 fp32
+    bf16=$(sed -n 's/.*"val_loss":\([0-9.e-]*\).*/\1/p' "$out/bf16/metrics.jsonl" | tail -n 1)
+    fp32=$(sed -n 's/.*"val_loss":\([0-9.e-]*\).*/\1/p' "$out/fp32/metrics.jsonl" | tail -n 1)
+    awk -v bf16="$bf16" -v fp32="$fp32" -v json="$out/curves.json" '
+        function abs(x) { return x < 0 ? -x : x }
+        { off = abs($1 / $2 - 1); sum += off; if (off > most) most = off }
+        END {
+            val = abs(bf16 / fp32 - 1)
+            printf "{\"steps\": %d, \"mean_difference\": %.6f, \"largest_difference\": %.6f, \"bf16_val_loss\": %.5f, \"fp32_val_loss\": %.5f}\n", \
+                NR, sum / NR, most, bf16, fp32 > json
+            printf "%d steps: losses differ by %.3f %% in the mean and %.2f %% at most; at the end %.4f in bf16, %.4f in fp32\n", \
+                NR, 100 * sum / NR, 100 * most, bf16, fp32
+            exit !(NR == 200 && sum / NR <= 0.01 && val <= 0.01)
+        }' "$out/losses.txt"
+}
+
+text_bytes=8000000
+model=(--layers 6 --channels 384 --heads 6 --kv-heads 2 -t 256 -b 32 -d 16384)
+attention=() steps=(--steps 20) short=(--sequence-length 1024 --batch 32) long=(--sequence-length 8192 --batch 4)
+if [ $device = simt ]; then
+    text_bytes=300000
+    model=(--layers 1 --channels 64 --heads 2 -t 32 -b 2 -d 128)
+    attention=(-t 64 -q 2 -k 1 -r 2) steps=(--steps 2 --model d1 --vocab 200) short=(--batch 2 --sequence-length 32) long=(--batch 1 --sequence-length 64)
+fi
+if check "text" prepare_text && check "200 steps in bf16" train bf16 && check "200 steps in fp32" train fp32; then
+    check "bf16 learns as fp32 does" compare_curves
+fi
+
+# ----------------------------------------------------------------------------
+# Benchmarks, and the same by PyTorch
+
+bench=$build/bench
+check "attention" "$bench/attention_${device}_bf16" "${attention[@]}" --json "$out/attention.json"
+check "step 1024" "$bench/step_${device}_bf16" "${steps[@]}" "${short[@]}" --json "$out/step_1024.json"
+check "step 8192" "$bench/step_${device}_bf16" "${steps[@]}" "${long[@]}" --json "$out/step_8192.json"
+check "PyTorch" python3 dev/bench/peers.py --attention "$out/attention.json" --step "$out/step_1024.json" --json "$out/peers.json"
+finish

@@ -1,0 +1,240 @@
+/*
+For tests that run the built programs: a process and what became of it, the files it left, and token shards made here.
+
+    const Result* result = run("%s -x 3 -o first", trainer);       // a line of sh; overwritten by the next call
+    must_end_well(result);
+    must_fail_with(run("%s -b 0", trainer), 2, "--batch 0");
+    must_be_same_run("first", "second", 3);
+
+Include it after the tree's other headers: cmocka.h makes fail() a macro of its own. What must be equal is compared as bytes.
+*/
+#ifndef TEST_PROGRAMS_H
+#define TEST_PROGRAMS_H
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+// snprintf that must fit.
+__attribute__((format(printf, 3, 4))) static inline void print_to(char* out, size_t size, const char* format,
+                                                                  ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(out, size, format, arguments);
+    va_end(arguments);
+    assert_true(length >= 0 && (size_t)length < size);
+}
+
+// ----------------------------------------------------------------------------
+// Running a program
+
+typedef struct {
+    int exit_code;   // 128 + the signal where one ended it
+    double peak;     // bytes of resident memory
+    char out[65536]; // what it printed, cut where longer
+    char err[8192];
+} Result;
+
+// What is done to the process while it runs; all zero is nothing.
+typedef struct {
+    long kill_after_ms; // SIGKILL so long after its start; 0: not
+    int signal;         // sent once `until_file` has `until_lines` lines; 0: none
+    const char* until_file;
+    int until_lines;
+    rlim_t file_bytes; // largest file it may write; 0: no limit
+} Treatment;
+
+static inline void read_text(char* text, size_t size, const char* path) {
+    FILE* file = fopen(path, "rb");
+    assert_non_null(file);
+    text[fread(text, 1, size - 1, file)] = 0;
+    fclose(file);
+}
+
+static inline int count_lines(const char* path) {
+    FILE* file = fopen(path, "rb");
+    int lines = 0, c;
+    while (file && (c = fgetc(file)) != EOF) lines += c == '\n';
+    if (file) fclose(file);
+    return lines;
+}
+
+static inline void sleep_ms(long ms) {
+    struct timespec wait = {ms / 1000, ms % 1000 * 1000000};
+    nanosleep(&wait, NULL);
+}
+
+static inline void treat(pid_t child, const Treatment* treatment) {
+    if (treatment->kill_after_ms) {
+        sleep_ms(treatment->kill_after_ms);
+        kill(child, SIGKILL);
+    }
+    for (int i = 0; treatment->signal && i < 4000; i++) {
+        siginfo_t info;
+        memset(&info, 0, sizeof(info));
+        waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT);
+        if (info.si_pid) break;
+        if (count_lines(treatment->until_file) >= treatment->until_lines) {
+            kill(child, treatment->signal);
+            break;
+        }
+        sleep_ms(5);
+    }
+}
+
+// Runs a line of sh. The result is static: the next call overwrites it.
+static inline const Result* run_treated(const Treatment* treatment, const char* line) {
+    static Result result;
+    char command[16384];
+    print_to(command, sizeof(command), "exec %s", line);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        int out = open("stdout.txt", O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        int err = open("stderr.txt", O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        if (dup2(out, 1) < 0 || dup2(err, 2) < 0) _exit(126);
+        if (treatment->file_bytes) {
+            struct rlimit limit = {treatment->file_bytes, treatment->file_bytes};
+            if (setrlimit(RLIMIT_FSIZE, &limit) != 0) _exit(126);
+        }
+        execl("/bin/sh", "sh", "-c", command, (char*)NULL);
+        _exit(126);
+    }
+    treat(child, treatment);
+    int status;
+    struct rusage usage;
+    assert_int_equal(wait4(child, &status, 0, &usage), child);
+    result.exit_code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    result.peak = (double)usage.ru_maxrss * 1024;
+    read_text(result.out, sizeof(result.out), "stdout.txt");
+    read_text(result.err, sizeof(result.err), "stderr.txt");
+    return &result;
+}
+
+__attribute__((format(printf, 1, 2))) static inline const Result* run(const char* format, ...) {
+    char line[8192];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    const Treatment nothing = {0};
+    return run_treated(&nothing, line);
+}
+
+static inline void must_end_well(const Result* result) {
+    if (result->exit_code != 0) print_error("exit code %d: %s\n", result->exit_code, result->err);
+    assert_int_equal(result->exit_code, 0);
+    assert_string_equal(result->err, "");
+}
+
+static inline void must_fail_with(const Result* result, int exit_code, const char* says) {
+    if (result->exit_code != exit_code || !strstr(result->err, says)) print_error("%s", result->err);
+    assert_int_equal(result->exit_code, exit_code);
+    assert_non_null(strstr(result->err, says));
+    assert_ptr_equal(strchr(result->err, '\n'), result->err + strlen(result->err) - 1);
+}
+
+// For preparing files: a line of sh that must succeed.
+__attribute__((format(printf, 1, 2))) static inline void shell(const char* format, ...) {
+    char line[4096];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    if (system(line) != 0) print_error("failed: %s\n", line);
+    assert_int_equal(system("true"), 0);
+}
+
+// ----------------------------------------------------------------------------
+// Files
+
+static inline int exists(const char* path) {
+    struct stat info;
+    return lstat(path, &info) == 0;
+}
+
+static inline void must_equal(const char* a, const char* b) {
+    const Result* result = run("cmp %s %s", a, b);
+    if (result->exit_code) print_error("%s and %s differ: %s%s\n", a, b, result->out, result->err);
+    assert_int_equal(result->exit_code, 0);
+}
+
+// The parts of a run that its flags determine.
+static inline void must_be_same_run(const char* a, const char* b, int steps) {
+    static const char* const parts[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors"};
+    char left[256], right[256];
+    for (int i = 0; i < 2; i++) {
+        print_to(left, sizeof(left), "%s/step_%08d/%s", a, steps, parts[i]);
+        print_to(right, sizeof(right), "%s/step_%08d/%s", b, steps, parts[i]);
+        must_equal(left, right);
+    }
+    print_to(left, sizeof(left), "%s/metrics.jsonl", a);
+    print_to(right, sizeof(right), "%s/metrics.jsonl", b);
+    must_equal(left, right);
+}
+
+// The values of "key" in metrics.jsonl, in order.
+static inline int read_metric(double* values, int most, const char* output, const char* key) {
+    char path[256], wanted[64];
+    static char text[1 << 20];
+    print_to(path, sizeof(path), "%s/metrics.jsonl", output);
+    print_to(wanted, sizeof(wanted), "\"%s\":", key);
+    read_text(text, sizeof(text), path);
+    int count = 0;
+    for (char* at = text; count < most && (at = strstr(at, wanted)); at++)
+        values[count++] = strtod(at + strlen(wanted), NULL);
+    return count;
+}
+
+// ----------------------------------------------------------------------------
+// Token shards
+
+enum { VOCABULARY = 97 };
+
+typedef struct {
+    int magic, version, tokens, vocabulary, hash; // the header's
+    int held;                                     // tokens that the file really holds
+    int bad_at, bad_token;                        // one token that is not of the text; bad_at -1: none
+} Shard;
+
+// A text with something to learn: after each token come two others far more often than all the rest.
+static inline void write_shard(const char* path, Shard shard) {
+    FILE* file = fopen(path, "wb");
+    assert_non_null(file);
+    int32_t header[256] = {shard.magic, shard.version, shard.tokens, shard.vocabulary, shard.hash};
+    fwrite(header, sizeof(header), 1, file);
+    uint64_t random = 12345 + (uint64_t)path[0];
+    int token = 1;
+    for (int i = 0; i < shard.held; i++) {
+        uint32_t wide = (uint32_t)(i == shard.bad_at ? shard.bad_token : token);
+        uint16_t narrow = (uint16_t)wide;
+        if (shard.magic == 20240801) fwrite(&wide, 4, 1, file);
+        else fwrite(&narrow, 2, 1, file);
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        int choice = (int)(random >> 60);
+        token = choice < 9 ? (token * 5 + 3) % VOCABULARY : choice < 15 ? (token + 7) % VOCABULARY : choice;
+    }
+    fclose(file);
+}
+
+static inline Shard good_shard(int tokens) {
+    Shard shard = {20240520, 1, tokens, VOCABULARY, 0, tokens, -1, 0};
+    return shard;
+}
+
+#endif

@@ -1,0 +1,438 @@
+/*
+dev/simt, the emulator of CUDA's execution model: its errors and their words, the orders of threads, the moments of cp.async, what
+unwritten memory holds, and the host's functions. What it shares with a GPU is in test_layout.cu, and what it has to find in kernels
+in broken.cu.
+*/
+#include "kernels/ptx.cuh"
+#include "test/capture.h"
+#include "test/device_array.h"
+
+// last, as it has a macro `fail` of its own
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+extern "C" {
+#include <cmocka.h>
+}
+
+// ----------------------------------------------------------------------------
+// Errors: one message each, with block, thread, place and counts
+
+static void assert_message(const char* expected) {
+    (void)cudaGetLastError();
+    const char* message = cudaGetErrorString(cudaErrorLaunchFailure);
+    if (!strstr(message, expected)) fail_msg("\"%s\" is not in the message: %s", expected, message);
+}
+
+// Fails the launch, and asserts that the message has this part. A later launch has to work as if nothing had been.
+template <class... P, class... A>
+static void assert_launch_fails(const char* expected, void (*kernel)(P...), int threads, A... arguments) {
+    assert_int_equal(try_launch(kernel, 2, (unsigned)threads, 4096, nullptr, arguments...),
+                     cudaErrorLaunchFailure);
+    assert_message(expected);
+}
+
+__global__ void write_indices(int* out) {
+    const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    __shared__ int values[128];
+    values[threadIdx.x] = i;
+    __syncthreads();
+    out[i] = values[(threadIdx.x + 1) % blockDim.x];
+}
+
+static void assert_launches_work() {
+    DeviceArray<int> out(256);
+    launch(write_indices, 2, 128, 0, nullptr, out.device);
+    out.to_host();
+    for (int i = 0; i < 256; i++) assert_int_equal(out.host[i], i / 128 * 128 + (i + 1) % 128);
+}
+
+__global__ void two_barriers(int* lines) {
+    if (threadIdx.x < 32) {
+        if (threadIdx.x == 0) lines[0] = __LINE__ + 1;
+        __syncthreads();
+    } else {
+        if (threadIdx.x == 32) lines[1] = __LINE__ + 1;
+        __syncthreads();
+    }
+}
+
+static void divergent_barriers(void** state) {
+    (void)state;
+    DeviceArray<int> lines(2);
+    assert_launch_fails("block (0,0,0): divergent barriers: ", two_barriers, 96, lines.device);
+    lines.to_host();
+    const char* message = simt::error_message;
+    char first[200], second[200];
+    snprintf(first, sizeof(first), "32 at __syncthreads (%s:%d) (thread 0 and others)", __FILE__,
+             lines.host[0]);
+    snprintf(second, sizeof(second), "64 at __syncthreads (%s:%d) (thread 32 and others)", __FILE__,
+             lines.host[1]);
+    if (!strstr(message, first) || !strstr(message, second))
+        fail_msg("%s, %s: not in %s", first, second, message);
+    assert_launches_work();
+}
+
+__global__ void some_leave(int stay) {
+    if ((int)threadIdx.x >= stay) return;
+    __syncthreads();
+}
+
+static void early_exit(void** state) {
+    (void)state;
+    assert_launch_fails(", 27 returned (thread 37 and others)", some_leave, 64, 37);
+    assert_true(strstr(simt::error_message, "its threads wait for ever: 37 at __syncthreads (") != NULL);
+    assert_launches_work();
+    launch(some_leave, 2, 64, 0, nullptr, 64);
+}
+
+__global__ void lanes_leave(unsigned mask, int stay) {
+    if ((int)threadIdx.x % 32 >= stay) return;
+    __syncwarp(mask);
+}
+
+static void masks(void** state) {
+    (void)state;
+    // Reverse order: the lanes that leave have left before the others come.
+    const simt::Options kept = simt::options;
+    simt::options.order = simt::ORDER_REVERSE;
+    assert_launch_fails("thread (63,0,0)", lanes_leave, 64, 0x7fffffffu, 32);
+    assert_message("mask 7fffffff does not name the calling lane 31");
+    assert_launch_fails("mask ffffffff names 2 lanes that have returned or do not exist (the first is 30)",
+                        lanes_leave, 64, 0xffffffffu, 30);
+    assert_launch_fails("mask ffffffff names 16 lanes that have returned or do not exist (the first is 16)",
+                        lanes_leave, 16, 0xffffffffu, 32);
+    // Forward order: the others wait already when the last two leave.
+    simt::options.order = simt::ORDER_FORWARD;
+    assert_launch_fails("its threads wait for ever: 30 at __syncwarp (", lanes_leave, 32, 0xffffffffu, 30);
+    assert_message(", 2 returned (thread 30 and others)");
+    launch(lanes_leave, 2, 32, 0, nullptr, 0x3fffffffu, 30);
+    simt::options = kept;
+    assert_launches_work();
+}
+
+__global__ void different_operations(int* out) {
+    if (threadIdx.x % 32 < 8) out[threadIdx.x] = __shfl_sync(0xffffffffu, 1, 0);
+    else out[threadIdx.x] = __ballot_sync(0xffffffffu, 1) != 0;
+}
+
+__global__ void shuffle_from(int* out, unsigned mask, int lane, int width) {
+    if (mask >> threadIdx.x % 32 & 1) out[threadIdx.x] = __shfl_sync(mask, 1, lane, width);
+}
+
+static void warp_operations(void** state) {
+    (void)state;
+    DeviceArray<int> out(32);
+    const simt::Options kept = simt::options;
+    simt::options.order = simt::ORDER_FORWARD;
+    assert_launch_fails("thread (8,0,0): __ballot_sync (", different_operations, 32, out.device);
+    assert_message("8 lanes of mask ffffffff are at __shfl_sync (");
+    assert_launch_fails("reads lane 20, which mask 0000ffff does not name", shuffle_from, 32, out.device,
+                        0xffffu, 20, 32);
+    assert_launch_fails("width 12 is no power of two", shuffle_from, 32, out.device, 0xffffu, 0, 12);
+    simt::options = kept;
+}
+
+__global__ void copy_from(const char* from, int offset, int shared_offset) {
+    SHARED_MEMORY(char, bytes);
+    cp_async16(bytes + shared_offset, from + offset, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+}
+
+__global__ void copy_to(const char* from, char* to) { cp_async16(to, from, true); }
+
+__global__ void load_from(const char* global, int offset) {
+    SHARED_MEMORY(char, bytes);
+    unsigned r[4];
+    ldmatrix_x4(r, global ? global : bytes + offset);
+}
+
+__global__ void copy_for_ever(const char* from) {
+    SHARED_MEMORY(char, bytes);
+    for (int i = 0; i < 1000; i++) {
+        cp_async16(bytes, from, true);
+        cp_async_commit();
+    }
+}
+
+static void addresses(void** state) {
+    (void)state;
+    DeviceArray<char> from(64), to(64);
+    launch(copy_from, 1, 1, 64, nullptr, from.device, 48, 48);
+    assert_launch_fails("must be multiples of 16", copy_from, 1, from.device, 8, 0);
+    assert_launch_fails("must be multiples of 16", copy_from, 1, from.device, 0, 4);
+    assert_launch_fails("is not device memory", copy_from, 1, from.device, 64, 0);
+    assert_launch_fails("is not shared memory", copy_to, 1, from.device, to.device);
+    assert_launch_fails("row address", load_from, 32, (char*)nullptr, 8);
+    assert_launch_fails("is not shared memory", load_from, 32, from.device, 0);
+    assert_launch_fails("copies that nobody has waited for", copy_for_ever, 1, from.device);
+    assert_launches_work();
+}
+
+#if !defined(SIMT_ADDRESS) && !defined(SIMT_THREAD)
+__device__ static int descend(volatile int* depth, int levels) {
+    volatile char room[1000];
+    room[0] = (char)levels;
+    if (levels == 0) return *depth;
+    return descend(depth, levels - 1) + room[0];
+}
+
+__global__ void recurse(int* out, int levels) { out[0] = descend(out, levels); }
+__global__ void read_address(int* out, size_t address) { out[0] = *(volatile int*)address; }
+
+static void faults(void** state) {
+    (void)state;
+    DeviceArray<int> out(1);
+    launch(recurse, 1, 1, 0, nullptr, out.device, 20);
+    assert_launch_fails("block (0,0,0), thread (0,0,0): stack overflow", recurse, 1, out.device, 1000);
+    assert_launch_fails("invalid memory access (address 0x10)", read_address, 1, out.device, (size_t)16);
+    assert_launches_work();
+}
+#endif
+
+static void refused_launches(void** state) {
+    (void)state;
+    int on_the_host = 0;
+    DeviceArray<int> out(256);
+    assert_int_equal(try_launch(write_indices, 2, 128, 0, nullptr, &on_the_host), cudaErrorInvalidValue);
+    assert_message("not device memory");
+    assert_int_equal(try_launch(write_indices, 2, 1025, 0, nullptr, out.device),
+                     cudaErrorInvalidConfiguration);
+    assert_message("a block of (1025,1,1) threads");
+    assert_int_equal(try_launch(write_indices, 0, 128, 0, nullptr, out.device),
+                     cudaErrorInvalidConfiguration);
+    assert_message("a grid of (0,1,1) blocks");
+    assert_int_equal(try_launch(write_indices, dim3(1, 65536), 128, 0, nullptr, out.device),
+                     cudaErrorInvalidConfiguration);
+    assert_int_equal(try_launch(write_indices, 1, 128, 227 * 1024 + 1, nullptr, out.device),
+                     cudaErrorInvalidConfiguration);
+    assert_message("232449 bytes of shared memory");
+    assert_int_equal(cudaPeekAtLastError(), cudaSuccess); // assert_message() took it
+    launch(write_indices, 2, 128, 227 * 1024, nullptr, out.device);
+}
+
+static int line_of_launch = __LINE__ + 1;
+static void launch_that_fails(void*) { launch(some_leave, 1, 64, 0, nullptr, 1); }
+
+static void launch_ends_the_program(void** state) {
+    (void)state;
+    const struct Captured captured = capture(launch_that_fails, NULL);
+    if (captured.exit_code != 1) print_error("%s", captured.text);
+    assert_int_equal(captured.exit_code, 1);
+    char expected[200];
+    snprintf(expected, sizeof(expected),
+             "the kernel launched at %s:%d failed: block (0,0,0): its threads wait", __FILE__,
+             line_of_launch);
+    if (!strstr(captured.text, expected)) fail_msg("%s: not in: %s", expected, captured.text);
+}
+
+// ----------------------------------------------------------------------------
+// Orders
+
+__global__ void note_turns(int* turns, int* count) {
+    const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    turns[i] = atomicAdd(count, 1);
+}
+
+static std::vector<int> turns_of(simt::Order order, uint64_t seed) {
+    const simt::Options kept = simt::options;
+    simt::options.order = order;
+    simt::options.seed = seed;
+    DeviceArray<int> turns(3 * 64), count(1);
+    count.to_device();
+    launch(note_turns, 3, 64, 0, nullptr, turns.device, count.device);
+    simt::options = kept;
+    turns.to_host();
+    return turns.host;
+}
+
+static void orders(void** state) {
+    (void)state;
+    const std::vector<int> forward = turns_of(simt::ORDER_FORWARD, 1),
+                           reverse = turns_of(simt::ORDER_REVERSE, 1);
+    const std::vector<int> random = turns_of(simt::ORDER_RANDOM, 1);
+    std::vector<bool> seen(3 * 64);
+    for (int i = 0; i < 3 * 64; i++) {
+        assert_int_equal(forward[i], i);
+        assert_int_equal(reverse[i], 3 * 64 - 1 - i);
+        assert_true(random[i] >= 0 && random[i] < 3 * 64 && !seen[random[i]]);
+        seen[random[i]] = true;
+    }
+    assert_true(random != forward && random != reverse);
+    assert_true(random == turns_of(simt::ORDER_RANDOM, 1));
+    assert_true(random != turns_of(simt::ORDER_RANDOM, 2));
+    // Every thread of a block comes first with one seed or another.
+    std::vector<bool> first(64);
+    int missing = 64;
+    for (uint64_t seed = 1; seed < 2000 && missing; seed++) {
+        const std::vector<int> turns = turns_of(simt::ORDER_RANDOM, seed);
+        for (int i = 0; i < 64; i++)
+            if (turns[i] % 64 == 0 && !first[i]) first[i] = true, missing--;
+    }
+    assert_int_equal(missing, 0);
+}
+
+// ----------------------------------------------------------------------------
+// Memory that nobody has written
+
+__global__ void read_unwritten(unsigned* out, const unsigned* global) {
+    SHARED_MEMORY(unsigned, dynamic);
+    __shared__ unsigned array[32];
+    const int i = (int)threadIdx.x;
+    unsigned* here = out + 96 * blockIdx.x;
+    here[i] = dynamic[i];
+    here[32 + i] = array[i];
+    here[64 + i] = global[i];
+    dynamic[i] = array[i] = 5; // the next block has to find it unwritten again
+}
+
+static void unwritten_memory(void** state) {
+    (void)state;
+    DeviceArray<unsigned> out(2 * 96), global(32);
+    launch(read_unwritten, 2, 32, 32 * sizeof(unsigned), nullptr, out.device, global.device);
+    out.to_host();
+    for (int i = 0; i < 2 * 96; i++) {
+#ifdef SIMT_ADDRESS
+        if (i % 96 / 32 == 1) continue; // static arrays are not refilled in this build
+#endif
+        assert_int_equal(out.host[i], 0xffffffffu);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// cp.async
+
+__global__ void look_at_copy(unsigned* seen, const unsigned* from) {
+    SHARED_MEMORY(unsigned, to);
+    for (int i = 0; i < 4; i++) to[i] = 1;
+    cp_async16(to, from, true);
+    seen[0] = to[3];
+    cp_async_wait<0>(); // not committed: in no group that a wait could wait for
+    seen[1] = to[3];
+    cp_async_commit();
+    cp_async_wait<1>();
+    seen[2] = to[3];
+    cp_async_wait<0>();
+    seen[3] = to[3];
+}
+
+static void moments_of_copies(void** state) {
+    (void)state;
+    const simt::Options kept = simt::options;
+    DeviceArray<unsigned> seen(4), from(4);
+    for (int i = 0; i < 4; i++) from.host[i] = 7;
+    from.to_device();
+    int early = 0;
+    for (int round = 0; round < 40; round++) {
+        simt::options.async = round == 0   ? simt::ASYNC_LAZY
+                              : round == 1 ? simt::ASYNC_EAGER
+                                           : simt::ASYNC_MIXED;
+        simt::options.seed = (uint64_t)round;
+        launch(look_at_copy, 1, 1, 16, nullptr, seen.device, from.device);
+        seen.to_host();
+        if (round == 0) assert_int_equal(seen.host[0], 0xffffffffu);
+        if (round == 1) assert_int_equal(seen.host[0], 7);
+        for (int i = 1; i < 3; i++) assert_int_equal(seen.host[i], seen.host[0]);
+        assert_int_equal(seen.host[3], 7);
+        early += round > 1 && seen.host[0] == 7;
+    }
+    assert_true(early > 5 && early < 33);
+    simt::options = kept;
+}
+
+// ----------------------------------------------------------------------------
+// The host's functions
+
+static void copies_of_the_host(void** state) {
+    (void)state;
+    DeviceArray<int> a(8), b(8);
+    int first[8] = {1, 2, 3, 4, 5, 6, 7, 8}, second[8];
+    assert_int_equal(cudaMemcpy(a.device, first, sizeof(first), cudaMemcpyDefault), cudaSuccess);
+    assert_int_equal(cudaMemcpyAsync(b.device, a.device, sizeof(first), cudaMemcpyDefault, nullptr),
+                     cudaSuccess);
+    assert_int_equal(cudaMemcpy(second, b.device, sizeof(first), cudaMemcpyDefault), cudaSuccess);
+    assert_memory_equal(first, second, sizeof(first));
+    assert_int_equal(cudaMemset(a.device, 0, sizeof(first)), cudaSuccess);
+    assert_int_equal(cudaMemcpy(b.device, a.device, 4 * sizeof(int), cudaMemcpyDeviceToDevice), cudaSuccess);
+    assert_int_equal(cudaMemcpy(second, b.device, sizeof(first), cudaMemcpyDeviceToHost), cudaSuccess);
+    for (int i = 0; i < 8; i++) assert_int_equal(second[i], i < 4 ? 0 : first[i]);
+
+    assert_int_equal(cudaMemcpy(a.device, first, sizeof(first), cudaMemcpyDeviceToHost),
+                     cudaErrorInvalidValue);
+    assert_message("device to host: these addresses are host to device");
+    assert_int_equal(cudaMemcpy(second, first, sizeof(first), cudaMemcpyHostToDevice), cudaErrorInvalidValue);
+    assert_int_equal(cudaMemcpy(a.device + 4, first, sizeof(first), cudaMemcpyHostToDevice),
+                     cudaErrorInvalidValue);
+    assert_int_equal(cudaMemset(a.device, 0, sizeof(first) + 1), cudaErrorInvalidValue);
+    assert_int_equal(cudaMemset(first, 0, sizeof(first)), cudaErrorInvalidValue);
+    void* volatile not_ours = first; // so that the compiler does not warn of what is tested here
+    assert_int_equal(cudaFree(not_ours), cudaErrorInvalidValue);
+    assert_int_equal(cudaFree(a.device + 1), cudaErrorInvalidValue);
+    assert_int_equal(cudaGetLastError(), cudaErrorInvalidValue);
+    assert_int_equal(cudaGetLastError(), cudaSuccess);
+}
+
+static void many_allocations(void** state) {
+    (void)state;
+    enum { N = 300 };
+    int* pointers[N];
+    for (int i = 0; i < N; i++)
+        assert_int_equal(cudaMalloc((void**)&pointers[i], (size_t)(i + 1) * 4), cudaSuccess);
+    for (int i = 0; i < N; i++) {
+        const int k = i * 7 % N; // 7 and 300 have no common divisor: each once
+        int value = 0;
+        assert_int_equal(cudaMemcpy(pointers[k] + k, &i, 4, cudaMemcpyHostToDevice), cudaSuccess);
+        assert_int_equal(cudaMemcpy(pointers[k] + k + 1, &i, 4, cudaMemcpyHostToDevice),
+                         cudaErrorInvalidValue);
+        assert_int_equal(cudaMemcpy(&value, pointers[k] + k, 4, cudaMemcpyDeviceToHost), cudaSuccess);
+        assert_int_equal(value, i);
+        assert_int_equal(cudaFree(pointers[k]), cudaSuccess);
+        assert_int_equal(cudaFree(pointers[k]), cudaErrorInvalidValue);
+    }
+    void* nothing = &pointers;
+    assert_int_equal(cudaMalloc(&nothing, 0), cudaSuccess);
+    assert_null(nothing);
+    assert_int_equal(cudaMalloc(&nothing, (size_t)1 << 60), cudaErrorMemoryAllocation);
+    assert_int_equal(cudaFree(nullptr), cudaSuccess);
+    cudaGetLastError();
+}
+
+static void options_of_the_environment(void** state) {
+    (void)state;
+    setenv("SIMT_TEST", "reverse", 1);
+    assert_int_equal(simt::option_from_environment("SIMT_TEST", "forward|reverse|random"), 1);
+    setenv("SIMT_TEST", "random", 1);
+    assert_int_equal(simt::option_from_environment("SIMT_TEST", "forward|reverse|random"), 2);
+    unsetenv("SIMT_TEST");
+    assert_int_equal(simt::option_from_environment("SIMT_TEST", "forward|reverse|random"), 0);
+    setenv("SIMT_TEST", "rev", 1);
+    const struct Captured captured =
+        capture([](void*) { simt::option_from_environment("SIMT_TEST", "forward|reverse"); }, NULL);
+    unsetenv("SIMT_TEST");
+    assert_int_equal(captured.exit_code, 2);
+    assert_string_equal(captured.text, "SIMT_TEST=rev: must be one of forward|reverse\n");
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(divergent_barriers),
+        cmocka_unit_test(early_exit),
+        cmocka_unit_test(masks),
+        cmocka_unit_test(warp_operations),
+        cmocka_unit_test(addresses),
+#if !defined(SIMT_ADDRESS) && !defined(SIMT_THREAD)
+        cmocka_unit_test(faults),
+#endif
+        cmocka_unit_test(refused_launches),
+        cmocka_unit_test(launch_ends_the_program),
+        cmocka_unit_test(orders),
+        cmocka_unit_test(unwritten_memory),
+        cmocka_unit_test(moments_of_copies),
+        cmocka_unit_test(copies_of_the_host),
+        cmocka_unit_test(many_allocations),
+        cmocka_unit_test(options_of_the_environment),
+    };
+    program_name = "test_simt";
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,212 @@
+/*
+The CUDA program against the CPU program: the same steps from the same checkpoint over the same data, and checkpoints that move
+between them.
+
+    BUILD=build build/test/test_simt_trainer                     from the top of the tree: the emulator (DEVICE=simt)
+    BUILD=build DEVICE=cuda build/test/test_simt_trainer         the GPU of this machine
+
+On the CPU fp32 is the yardstick. The fp32 build of the other device computes the same in another order, and must stay within
+1e-4 of its losses over 20 steps; the bf16 build rounds every activation to 8 bits, and must stay within 2 %.
+*/
+#define _GNU_SOURCE
+#include "runtime/safetensors.h" // defines safetensors_open, safetensors_read
+#include "test/programs.h"       // defines run, must_end_well, must_equal, write_shard
+
+// Both kinds of layers, query heads that share, a micro-batch that is half of a step.
+#define MODEL                                                                                                \
+    "--layers 2 --channels 64 --heads 2 --kv-heads 1 --ffn 128 --vocab 97 -t 64 --pattern GS --window 24"
+#define RUN "-i train.bin -j val.bin -b 2 -d 256 -l 1e-2 -u 3 -v 12 -m 1 --log-every 1 -n 4 --keep 0"
+// The followers go on from FIRST, where the CPU's run has been with its optimizer; BACK is where the CPU goes on from theirs.
+enum { FIRST = 4, BACK = 20, STEPS = 24 };
+
+typedef struct {
+    const char* precision;
+    double bound; // relative, of losses and logits
+    char trainer[PATH_MAX];
+} Build;
+
+static char top[PATH_MAX];
+static char cpu[PATH_MAX]; // the yardstick's program
+static Build builds[2] = {{"fp32", 1e-4, ""}, {"bf16", 2e-2, ""}};
+static char directory[] = "/tmp/test_simt_trainer_XXXXXX";
+
+static void train(const char* trainer, const char* output, const char* more) {
+    must_end_well(run("%s " MODEL " " RUN " -x %d -o %s %s", trainer, STEPS, output, more));
+}
+
+// A run that has come to `step` of another one, whose checkpoint it has.
+static void fork_run(const char* output, const char* of, int step) {
+    shell("mkdir %s; cp -r %s/step_%08d %s; cp %s/metrics.jsonl %s/timings.jsonl %s", output, of, step,
+          output, of, of, output);
+}
+
+// The last `count` values of a metric must be near those of another run.
+static void must_follow(const char* output, const char* yardstick, const char* key, int count, double bound) {
+    double got[64], want[64];
+    const int steps = read_metric(got, 64, output, key);
+    assert_int_equal(steps, read_metric(want, 64, yardstick, key));
+    assert_true(steps >= count);
+    double worst = 0;
+    for (int i = steps - count; i < steps; i++) {
+        const double off = fabs(got[i] / want[i] - 1);
+        if (!(off <= bound))
+            fail_msg("%s: %s %d is %.9g, %s has %.9g", output, key, i, got[i], yardstick, want[i]);
+        worst = fmax(worst, off);
+    }
+    print_message("%s: %s within %.2g of %s\n", output, key, worst, yardstick);
+}
+
+static void test_it_follows_the_cpu(void** state) {
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        fork_run(builds[i].precision, "cpu", FIRST);
+        train(builds[i].trainer, builds[i].precision, "--resume");
+        must_follow(builds[i].precision, "cpu", "loss", STEPS - FIRST, builds[i].bound);
+        must_follow(builds[i].precision, "cpu", "val_loss", 2, builds[i].bound);
+    }
+    // It did learn in these steps: following is no matter of standing still.
+    double losses[64];
+    assert_int_equal(read_metric(losses, 64, "bf16", "loss"), STEPS);
+    assert_true(losses[STEPS - 1] < losses[FIRST] - 0.5);
+}
+
+static void test_the_cpu_goes_on_from_its_checkpoint(void** state) {
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        char output[32];
+        print_to(output, sizeof(output), "cpu_from_%s", builds[i].precision);
+        fork_run(output, builds[i].precision, BACK);
+        train(cpu, output, "--resume");
+        must_follow(output, builds[i].precision, "loss", STEPS - BACK, builds[i].bound);
+    }
+}
+
+static void test_a_resume_is_bitwise(void** state) {
+    (void)state;
+    fork_run("resumed", "bf16", BACK);
+    train(builds[1].trainer, "resumed", "--resume");
+    must_be_same_run("bf16", "resumed", STEPS);
+}
+
+// A step at a learning rate of 0 changes no weight: what is saved is what was read, to the last bit of the masters.
+static void test_weights_move_unchanged(void** state) {
+    (void)state;
+    static const char* const sources[] = {"cpu", "bf16", "fp32"};
+    for (int from = 0; from < 3; from++) {
+        const Build* to = &builds[from == 1 ? 0 : 1]; // always to the other precision
+        char output[32], source[64], moved[64];
+        print_to(output, sizeof(output), "%s_from_%s", to->precision, sources[from]);
+        must_end_well(run("%s " MODEL " -i train.bin -b 4 -l 0 -x 1 --init-from %s -o %s", to->trainer,
+                          sources[from], output));
+        print_to(source, sizeof(source), "%s/step_%08d/model.safetensors", sources[from], STEPS);
+        print_to(moved, sizeof(moved), "%s/step_%08d/model.safetensors", output, 1);
+        must_equal(source, moved);
+    }
+}
+
+// The logits that a program computes from the CPU's last checkpoint; the caller frees them.
+static float* logits_of(const char* trainer, const char* name, uint64_t* count) {
+    must_end_well(
+        run("%s --write-logits %s --tokens 1,8,43,23,30,50,61,17,88,55 --init-from cpu", trainer, name));
+    SafetensorsFile file;
+    safetensors_open(&file, name);
+    const SafetensorsEntry* entry = safetensors_find(&file, "logits");
+    assert_non_null(entry);
+    *count = safetensors_count(entry);
+    assert_int_equal(*count, 10 * VOCABULARY);
+    float* values = (float*)malloc((size_t)*count * sizeof(float));
+    assert_non_null(values);
+    safetensors_read(&file, entry, 0, *count, values, DTYPE_F32);
+    safetensors_close(&file);
+    return values;
+}
+
+static void test_logits_are_those_of_the_cpu(void** state) {
+    (void)state;
+    uint64_t count;
+    float* want = logits_of(cpu, "cpu.safetensors", &count);
+    for (int i = 0; i < 2; i++) {
+        char name[32];
+        print_to(name, sizeof(name), "%s.safetensors", builds[i].precision);
+        float* got = logits_of(builds[i].trainer, name, &count);
+        double off = 0, norm = 0;
+        for (uint64_t k = 0; k < count; k++) {
+            off += pow((double)got[k] - (double)want[k], 2);
+            norm += pow((double)want[k], 2);
+        }
+        print_message("%s: logits within %.2g\n", builds[i].precision, sqrt(off / norm));
+        assert_true(sqrt(off / norm) <= builds[i].bound);
+        free(got);
+    }
+    free(want);
+}
+
+// A token at a time, with the keys and values of those before: greedily, so that the device makes no difference.
+static void test_generation_is_that_of_the_cpu(void** state) {
+    (void)state;
+    const char* line = "%s --generate --init-from cpu --temperature 0 --sample-length 12";
+    char want[256];
+    const Result* result = run(line, cpu);
+    must_end_well(result);
+    print_to(want, sizeof(want), "%s", result->out);
+    assert_true(strlen(want) > 12);
+    result = run(line, builds[0].trainer);
+    must_end_well(result);
+    assert_string_equal(result->out, want);
+}
+
+// What cannot fit is refused before it is taken, with the option that helps.
+static void test_too_large_a_batch_is_refused(void** state) {
+    (void)state;
+    const Result* result =
+        run("%s --layers 12 --channels 768 --vocab 97 -t 1024 -b 1048576 -d 1073741824 -i train.bin -x 1",
+            builds[1].trainer);
+    assert_non_null(strstr(result->out, "planned peak"));
+    must_fail_with(result, 1, "takes");
+    assert_non_null(strstr(result->err, "; --batch "));
+}
+
+static int find_program(char path[PATH_MAX], const char* device, const char* precision) {
+    const char* build = getenv("BUILD") ? getenv("BUILD") : "build";
+    char name[PATH_MAX];
+    print_to(name, sizeof(name), "%s/train_gpt_%s_dense_gqa_kconv0_%s", build, device, precision);
+    if (realpath(name, path)) return 0;
+    print_error("%s: %s (run this from the top of the tree, after make)\n", name, strerror(errno));
+    return -1;
+}
+
+static int set_up(void** state) {
+    (void)state;
+    const char* device = getenv("DEVICE") ? getenv("DEVICE") : "simt";
+    if (find_program(cpu, "cpu", "fp32")) return -1;
+    for (int i = 0; i < 2; i++)
+        if (find_program(builds[i].trainer, device, builds[i].precision)) return -1;
+    if (!realpath(".", top) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
+    setenv("OMP_WAIT_POLICY", "passive", 0);
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // what a program holds when it fails is no leak
+    setenv("LC_ALL", "C", 1);
+    write_shard("train.bin", good_shard(20000));
+    write_shard("val.bin", good_shard(400));
+    train(cpu, "cpu", "");
+    return 0;
+}
+
+static int tear_down(void** state) {
+    (void)state;
+    if (chdir(top) != 0) return -1;
+    if (!getenv("KEEP")) shell("rm -rf %s", directory);
+    return 0;
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_it_follows_the_cpu),
+        cmocka_unit_test(test_the_cpu_goes_on_from_its_checkpoint),
+        cmocka_unit_test(test_a_resume_is_bitwise),
+        cmocka_unit_test(test_weights_move_unchanged),
+        cmocka_unit_test(test_logits_are_those_of_the_cpu),
+        cmocka_unit_test(test_generation_is_that_of_the_cpu),
+        cmocka_unit_test(test_too_large_a_batch_is_refused),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
