@@ -170,7 +170,7 @@ $(BUILD)/$(SNR): dev/snr.c Makefile
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
-KERNEL_TEST_SOURCES := test_kernels
+KERNEL_TEST_SOURCES := test_kernels test_gqa
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 # What a GPU and its emulator must have in common comes first; test_simt is the emulator's own.
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,test_layout test_simt $(KERNEL_TEST_NAMES))
