@@ -8,6 +8,9 @@
 ifeq ($(origin CC),default)
   CC := gcc
 endif
+ifeq ($(origin CXX),default)
+  CXX := g++
+endif
 BUILD ?= build
 
 # ----------------------------------------------------------------------------
@@ -105,12 +108,39 @@ $(BUILD)/$(NAME:train_gpt_%=snr_%): dev/snr.c Makefile
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(PRECISION)) $(TRAIN_LIBS)
 
 # ----------------------------------------------------------------------------
+# The emulator of CUDA (dev/simt): plain, or with sanitizers, which then replace CFLAGS. It lays every type over the same bytes, as
+# CUDA allows.
+
+ADDRESS_FLAGS := -O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+THREAD_FLAGS := -O1 -march=native -g -fsanitize=thread
+simt = $(CXX) -std=gnu++17 $(1) -fno-math-errno -fno-trapping-math -fno-strict-aliasing -Wall -Wextra -Werror -Wshadow \
+       -Wno-unknown-pragmas -DDEVICE_SIMT -I. -MMD -MP
+
+EMULATOR_TESTS := test_layout test_simt test_broken
+
+$(addprefix $(BUILD)/test/,$(EMULATOR_TESTS)): $(BUILD)/test/%: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(call simt,$(CFLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
+
+$(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_address)): $(BUILD)/test/%_address: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(call simt,$(ADDRESS_FLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
+
+$(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(call simt,$(THREAD_FLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
+
+# ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval \
-         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
+         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32) \
+         $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_address test_broken_thread)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
 	@mkdir -p $(@D)
@@ -132,9 +162,13 @@ test: all $(TESTED_TRAINERS) $(TESTS)
 
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
 # user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
-SANITIZED := CFLAGS="-O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-THREADED := CFLAGS="-O1 -march=native -g -fsanitize=thread"
-test-long: all
+SANITIZED := CFLAGS="$(ADDRESS_FLAGS)"
+THREADED := CFLAGS="$(THREAD_FLAGS)"
+# The emulator's tests in random orders, with several seeds.
+SEEDS := 2 3 4 5
+EMULATOR_LONG := $(addprefix $(BUILD)/test/,$(foreach test,$(EMULATOR_TESTS),$(test) $(test)_thread))
+test-long: all $(EMULATOR_LONG)
+	@for seed in $(SEEDS); do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed scripts/run_tests.sh $(EMULATOR_LONG) || exit 1; done
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
