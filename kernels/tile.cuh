@@ -4,7 +4,7 @@ Tiles of attention: rows of D numbers in shared memory, and the products of a wa
 A tile is a number of rows of queries, keys, values or gradients, each of D numbers of floatX. Where its rows come from
 is up to a function object, so that a tile may be neighbouring tokens or a gathered list:
 
-    struct neighbour_rows { const floatX* at(int row); bool has(int row); ... };      // below
+    rows = neighbours(memory, stride, first, T);              // or another type with from(), has() and at()
     load_tile<64, D, THREADS>(tile, rows);                    // by all threads; cp.async: commit, wait, barrier
     tile_rows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows on the left of a product
     multiply_transposed(scores, queries, k_tile, 0);                      // scores = q k^T
@@ -31,8 +31,6 @@ for checking; everything outside this file is the same for both.
 #define ALL_LANES 0xffffffffu
 
 static __device__ __forceinline__ unsigned lane_of_warp(void) { return threadIdx.x % 32; }
-
-// By way of a shuffle, so that the compiler knows: it is the same in all lanes, and so is all that follows from it.
 static __device__ __forceinline__ int warp_of_block(void) { return threadIdx.x / 32; }
 
 // ----------------------------------------------------------------------------
@@ -57,6 +55,7 @@ template <typename Element> struct neighbour_rows {
     Element* memory;
     int stride, first, end;
 
+    // The rows from this one on.
     __device__ __forceinline__ neighbour_rows from(int row) const {
         neighbour_rows rest = *this;
         rest.first += row;
