@@ -80,9 +80,8 @@ precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
 
-# The emulator. The compiler must not assume more of types than nvcc does, and CUDA's pragmas are not g++'s. It switches between
-# threads most of the time, which -O3 does not make faster.
-SIMT := $(CXX) -std=gnu++17 $(subst -O3,-O1,$(SHARED_FLAGS)) -fno-strict-aliasing -Wno-unknown-pragmas -DDEVICE_SIMT
+# The CUDA programs on the emulator. It switches between threads most of the time, which -O3 does not make faster.
+SIMT = $(call simt,$(subst -O3,-O1,$(CFLAGS)) -fopenmp -pthread)
 
 # The GPU of this machine, or real code for what CUDA_ARCHS lists and PTX of the newest, which later GPUs compile for themselves.
 CUDA_ARCHS ?= 80 90
@@ -166,14 +165,40 @@ $(BUILD)/$(SNR): dev/snr.c Makefile
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(CPU_PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(CPU_PRECISION)) $(TRAIN_LIBS)
 
 # ----------------------------------------------------------------------------
+# The emulator of CUDA (dev/simt): plain, or with sanitizers, which then replace CFLAGS. It lays every type over the same bytes, as
+# CUDA allows.
+
+ADDRESS_FLAGS := -O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+THREAD_FLAGS := -O1 -march=native -g -fsanitize=thread
+simt = $(CXX) -std=gnu++17 $(1) -fno-math-errno -fno-trapping-math -fno-strict-aliasing -Wall -Wextra -Werror -Wshadow \
+       -Wno-unknown-pragmas -DDEVICE_SIMT -I. -MMD -MP
+
+EMULATOR_TESTS := test_layout test_simt test_broken
+
+$(addprefix $(BUILD)/test/,$(EMULATOR_TESTS)): $(BUILD)/test/%: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(call simt,$(CFLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
+
+$(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_address)): $(BUILD)/test/%_address: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(call simt,$(ADDRESS_FLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
+
+$(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: test/%.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(call simt,$(THREAD_FLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
+
+# ----------------------------------------------------------------------------
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
 KERNEL_TEST_SOURCES := test_kernels test_gqa
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
-# What a GPU and its emulator must have in common comes first; test_simt is the emulator's own.
-KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,test_layout test_simt $(KERNEL_TEST_NAMES))
+# What a GPU and its emulator must have in common comes first, then what is the emulator's own.
+KERNEL_TESTS := $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_address test_broken_thread $(KERNEL_TEST_NAMES))
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
 
@@ -194,11 +219,6 @@ $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: tes
 	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
-
-$(BUILD)/test/test_layout $(BUILD)/test/test_simt: $(BUILD)/test/%: test/%.cu Makefile
-	@mkdir -p $(@D)
-	@echo "  build $@"
-	$(Q)$(SIMT) -MF $@.d -x c++ $< -o $@ -lcmocka -lm
 
 $(BUILD)/gpu/test_layout: test/test_layout.cu Makefile
 	@mkdir -p $(@D)
@@ -256,9 +276,13 @@ test: all compile-cuda $(TESTED_TRAINERS) $(TESTS)
 
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
 # user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
-SANITIZED := CFLAGS="-O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-THREADED := CFLAGS="-O1 -march=native -g -fsanitize=thread"
-test-long: all
+SANITIZED := CFLAGS="$(ADDRESS_FLAGS)"
+THREADED := CFLAGS="$(THREAD_FLAGS)"
+# The emulator's tests in random orders, with several seeds.
+SEEDS := 2 3 4 5
+EMULATOR_LONG := $(addprefix $(BUILD)/test/,$(foreach test,$(EMULATOR_TESTS),$(test) $(test)_thread))
+test-long: all $(EMULATOR_LONG)
+	@for seed in $(SEEDS); do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed scripts/run_tests.sh $(EMULATOR_LONG) || exit 1; done
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader

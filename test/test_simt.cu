@@ -434,5 +434,6 @@ int main(void) {
         cmocka_unit_test(options_of_the_environment),
     };
     program_name = "test_simt";
+    simt::options = {simt::ORDER_FORWARD, simt::ASYNC_LAZY, 1}; // whatever the environment says
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
