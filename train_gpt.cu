@@ -426,8 +426,8 @@ static void gpt_begin_step(Model* model, int step) {
                             model->params + weights->input_norm, G, D, C, model->stream);
             gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
             heads->measured[l] = 1;
-        } else if (heads->settings.source == SOURCE_RANDOM) {
-            allocation_random(n, heads, l);
+        } else if (!allocation_needs_keys(&heads->settings)) {
+            allocation_random(n, heads, l, step);
             heads->measured[l] = 1;
         }
         if (!heads->measured[l]) continue;

@@ -296,7 +296,7 @@ static const Variant variants[] = {
     {ATTN_NAME, "kdgqa", 3, "--pattern SG --window 8", 1, 1},
     {ATTN_NAME, "kdgqa", 3, "--kd-source forward --kd-min-heads 0", 1, 1},
     {ATTN_NAME, "kdgqa", 3, "--kd-source weights", 1, 1},
-    {ATTN_NAME, "kdgqa", 3, "--kd-source random", 1, 1},
+    {ATTN_NAME, "kdgqa", 3, "--kd-source shuffled", 1, 1},
     {ATTN_NAME, "dgqa", 5, "--kd-window 3", 1, 0},
     {ATTN_NAME, "dgqa", 5, "--kd-window 3 --dgqa-kind diff --kd-source forward", 1, 1},
     {ATTN_NAME, "pgqa", 3, "--pattern GS --window 8 --position S=rope,G=none", 0, 0},
