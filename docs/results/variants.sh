@@ -32,10 +32,21 @@ scripts/compare.sh --train-data "$out/text_train_*.bin" --val-data "$out/text_va
     --variant 'dense_k5|ATTN=dense KCONV=5|' \
     --variant 'kdgqa|GQA=kdgqa|' \
     --variant 'random_map|GQA=kdgqa|--kd-source random' \
+    --variant 'shuffled_map|GQA=kdgqa|--kd-source shuffled' \
     --variant 'dgqa_diff|GQA=dgqa|--kd-window 20 --dgqa-kind diff' \
     --variant 'pgqa|GQA=pgqa|' \
     --variant 'moba_32x8_k3_kdgqa|ATTN=flashmoba KCONV=3 GQA=kdgqa|--moba-block 32 --moba-topk 8' \
     -- --layers 4 --channels 128 --heads 8 --kv-heads 4 -t 1024 -b 1 -d 1024 --learning-rate 2e-3 -u 20 --val-batches 24
+
+curves() { # file, directory of the runs, variants
+    local name runs=()
+    for name in "${@:3}"; do
+        for seed in 1337 1338 1339; do runs+=("$name=$out/$2/$name/seed_$seed"); done
+    done
+    scripts/plot.sh --band "${runs[@]}" --output "$out/$1" --title "$1" >/dev/null
+}
+curves variants_blocks text dense moba_128x2 moba_64x4 moba_32x8 moba_32x8_k3 dense_k3
+curves variants_heads text dense kdgqa shuffled_map random_map dgqa_diff pgqa
 
 # ----------------------------------------------------------------------------
 # The retrieval task: one pair in five sentences said again and again. A model of dense attention learns it at 32 tokens, then at
@@ -77,13 +88,16 @@ needle 400 needle --seeds 3 "${blocks[@]}" \
     --variant 'pgqa|GQA=pgqa|--kv-heads 2' \
     -- "${model[@]}" --learning-rate 1e-3 -u 20
 
-# Accuracy of every cell, at 1024 tokens.
+curves variants_needle needle dense moba_128x2 moba_64x4 moba_32x8 moba_32x8_k3 dense_k3
+
+# Accuracy of every cell at 1024 tokens, in all and by the needle's depth.
+grep '"length":1024' "$out/needle_index.jsonl" >"$out/far_index.jsonl"
+cp "$out/needle_1024_val_000000.bin" "$out/far_1024_val_000000.bin"
 for cell in "$out"/swapped/*/seed_* "$out"/needle/*/seed_*; do
     [ -d "$cell" ] || continue
-    read -r device attn gqa kconv precision < <(tr ' ' '\n' <"$cell.settings" | sed -n 's/^[A-Z]*=//p' | head -n 5 | tr '\n' ' ')
-    [ -e "$cell/retrieval.json" ] ||
-        "build/train_gpt_${device}_${attn}_${gqa}_kconv${kconv}_$precision" --eval-retrieval "$out/needle" --init-from "$cell" -b 4 \
-            -o "$cell" >/dev/null
+    flags=$(tr ' ' '\n' <"$cell.settings" | sed -n '1,5s/^[A-Z]*=//p' | paste -s -d ' ')
+    read -r device attn gqa kconv precision <<<"$flags"
     printf '%s ' "${cell#"$out"/}"
-    sed -n 's/.*"accuracy": *\([0-9.]*\).*/\1/p' "$cell/retrieval.json" | head -n 1
-done
+    "build/train_gpt_${device}_${attn}_${gqa}_kconv${kconv}_$precision" --eval-retrieval "$out/far" --init-from "$cell" -b 4 |
+        sed -n 's/^ *1024 //p'
+done | tee "$out/accuracy.txt"
