@@ -1131,7 +1131,8 @@ static double train_step(Model* model, Run* run, double rate, int step, double* 
     stream_synchronize(model->stream);
     range_end();
     *norm = (double)*model->host_norm;
-    *attention = gpt_attention_seconds(model) * (double)(run->sequences_per_step / B);
+    const long batches = run->sequences_per_step / B;
+    *attention = gpt_attention_seconds(model) * (double)batches;
     double sum = 0;
     for (long first = 0; first < run->sequences_per_step; first += B)
         sum += sum_of_losses(run->losses + (size_t)first * (size_t)T, rows);
