@@ -847,6 +847,9 @@ static void choose_model(Run* run) {
         base = model_config_from_descriptor(options->model ? options->model : descriptor);
     }
     run->config = options_model(options, base);
+    if (!attention_supports_head_dim(run->config.head_dim))
+        fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
+                   run->config.heads, run->config.head_dim, DEVICE_NAME);
 
     if (options->tokenizer) path_format(run->tokenizer_path, "%s", options->tokenizer);
     else if (directory[0]) path_format(run->tokenizer_path, "%s/tokenizer.json", directory);

@@ -164,6 +164,14 @@ static void test_too_large_a_batch_is_refused(void** state) {
     assert_non_null(strstr(result->err, "; --batch "));
 }
 
+// So is a head that the kernels have no tiles for.
+static void test_other_head_dimensions_are_refused(void** state) {
+    (void)state;
+    must_fail_with(
+        run("%s --layers 1 --channels 48 --heads 3 -t 32 -b 1 -i train.bin -x 1", builds[1].trainer), 2,
+        "--heads 3: heads of 16 channels");
+}
+
 static int find_program(char path[PATH_MAX], const char* device, const char* precision) {
     const char* build = getenv("BUILD") ? getenv("BUILD") : "build";
     char name[PATH_MAX];
@@ -195,6 +203,7 @@ int main(void) {
         cmocka_unit_test(test_logits_are_those_of_the_cpu),
         cmocka_unit_test(test_generation_is_that_of_the_cpu),
         cmocka_unit_test(test_too_large_a_batch_is_refused),
+        cmocka_unit_test(test_other_head_dimensions_are_refused),
     };
     return cmocka_run_group_tests(tests, set_up, leave_directory);
 }
