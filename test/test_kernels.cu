@@ -707,9 +707,8 @@ static void test_not_a_number(void** state) {
 // ----------------------------------------------------------------------------
 // Memory
 
-// Memory that cannot be had is an answer, under a sanitizer too.
+// Memory that cannot be had is an answer, under the address sanitizer too.
 extern "C" const char* __asan_default_options(void) { return "allocator_may_return_null=1"; }
-extern "C" const char* __tsan_default_options(void) { return "allocator_may_return_null=1"; }
 
 static void ask_for_too_much(void* unused) {
     (void)unused;
