@@ -209,7 +209,7 @@ template <int D> struct attention_backward_queries_shape {
 };
 
 // What the backward knows of a row of scores: x is its log-sum-exp in powers of two, y its delta. Rows are counted to a
-// multiple of ATTENTION_ROWS, so that tiles of them are whole; beyond T they are {INFINITY, 0}, which makes every probability 0.
+// multiple of ATTENTION_ROWS, so that tiles of them are whole; beyond T they are 0, as are queries and gradients there, which add nothing to dk and dv.
 enum { ATTENTION_ROWS = 128 };
 static inline int attention_padded(int T) {
     return (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS * ATTENTION_ROWS;
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
         delta += __shfl_xor_sync(ALL_LANES, delta, distance);
     if (lane == 0)
         statistics[((size_t)b * H + h) * padded + t] =
-            t < T ? make_float2(lse[((size_t)b * H + h) * T + t] * LOG2_E, delta) : make_float2(INFINITY, 0);
+            t < T ? make_float2(lse[((size_t)b * H + h) * T + t] * LOG2_E, delta) : make_float2(0, 0);
 }
 
 // How many query heads read a KV head below g: those of g are from there on. Every warp counts; the shuffle tells the compiler

@@ -426,8 +426,8 @@ static void gpt_begin_step(Model* model, int step) {
                             model->params + weights->input_norm, G, D, C, model->stream);
             gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
             heads->measured[l] = 1;
-        } else if (heads->settings.source == SOURCE_RANDOM) {
-            allocation_random(n, heads, l);
+        } else if (!allocation_needs_keys(&heads->settings)) {
+            allocation_random(n, heads, l, step);
             heads->measured[l] = 1;
         }
         if (!heads->measured[l]) continue;
@@ -1131,7 +1131,8 @@ static double train_step(Model* model, Run* run, double rate, int step, double* 
     stream_synchronize(model->stream);
     range_end();
     *norm = (double)*model->host_norm;
-    *attention = gpt_attention_seconds(model) * (double)(run->sequences_per_step / B);
+    const long batches = run->sequences_per_step / B;
+    *attention = gpt_attention_seconds(model) * (double)batches;
     double sum = 0;
     for (long first = 0; first < run->sequences_per_step; first += B)
         sum += sum_of_losses(run->losses + (size_t)first * (size_t)T, rows);

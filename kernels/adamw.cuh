@@ -97,7 +97,7 @@ static inline void adamw_update(floatX* params,         // (count)
     const int packs = whole_packs((int)(count % PACK), params, masters, exp_avg, exp_avg_sq, grads);
     launch(packs ? adamw_kernel<PACK> : adamw_kernel<1>, flat_grid(count, packs ? (int)PACK : 1), FLAT_BLOCK,
            0, stream, params, masters, exp_avg, exp_avg_sq, grads, norm, count, settings.beta1,
-           settings.beta2, settings.clip, (float)step.rate, (float)step.eps, (float)step.keep);
+           settings.beta2, settings.clip, step.rate, step.eps, step.keep);
 }
 
 #endif

@@ -96,10 +96,16 @@ static inline void weights_of_range(double* weights, const double* n, int G) {
 // ----------------------------------------------------------------------------
 // A model's allocations, and what they are made from
 
-// SOURCE_RANDOM is the control: a map as uneven as the others, which no key has a part in.
-typedef enum { SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS, SOURCE_RANDOM } StatisticSource;
+// The last two are controls: maps as uneven as the others, which no key has a part in, drawn once or at every step.
+typedef enum {
+    SOURCE_LAGGED,
+    SOURCE_FORWARD,
+    SOURCE_WEIGHTS,
+    SOURCE_RANDOM,
+    SOURCE_SHUFFLED
+} StatisticSource;
 typedef enum { DGQA_EMA, DGQA_DIFF } DgqaKind;
-static const char* const statistic_source_names[] = {"lagged", "forward", "weights", "random"};
+static const char* const statistic_source_names[] = {"lagged", "forward", "weights", "random", "shuffled"};
 static const char* const dgqa_kind_names[] = {"ema", "diff"};
 
 typedef struct {
@@ -253,10 +259,11 @@ static inline void allocation_end_step(HeadAllocation* a,
     for (int l = 0; l < a->L; l++) a->measured[l] = 1;
 }
 
-// What stands in the place of the statistic with SOURCE_RANDOM: uniform numbers, the same at every step.
+// What stands in the place of the statistic with SOURCE_RANDOM, the same at every step, and SOURCE_SHUFFLED: uniform numbers.
 static inline void allocation_random(double* n, // (G)
-                                     const HeadAllocation* a, int l) {
-    const uint64_t stream = random_stream("random map"), first = (uint64_t)l * (uint64_t)a->G;
+                                     const HeadAllocation* a, int l, int step) {
+    const uint64_t draw = a->settings.source == SOURCE_SHUFFLED ? (uint64_t)step : 0;
+    const uint64_t stream = random_stream("random map") + draw, first = (uint64_t)l * (uint64_t)a->G;
     for (int g = 0; g < a->G; g++) n[g] = random_uniform(a->settings.seed, stream, first + (uint64_t)g);
 }
 

@@ -138,7 +138,7 @@ static const struct argp_option option_table[] = {
     {0, 0, 0, 0, "Query heads by keys (builds of GQA=kdgqa, dgqa, pgqa)", 1},
     {"kd-source", KEY_KD_SOURCE, "NAME", 0,
      "kdgqa, dgqa: the keys that are measured: lagged (the step before's; default), forward (the batch's "
-     "own), weights (no data) or random (a map that no key has a part in: the control)",
+     "own), weights (no data) or, as controls, random (a map drawn once) or shuffled (at every step)",
      1},
     {"kd-min-heads", KEY_KD_MIN_HEADS, "N", 0,
      "kdgqa, dgqa: query heads that every KV head has at least (default 1)", 1},
@@ -261,7 +261,7 @@ static inline void option_parse_heads(AllocationSettings* heads, int key, const 
     if (dynamic_only) option_needs_variant(key, 1 << GQA_DYNAMIC, "dgqa");
     else option_needs_variant(key, 1 << GQA_KEY | 1 << GQA_DYNAMIC, "kdgqa or dgqa");
     if (key == KEY_KD_SOURCE)
-        heads->source = (StatisticSource)option_choice(key, text, statistic_source_names, 4);
+        heads->source = (StatisticSource)option_choice(key, text, statistic_source_names, 5);
     if (key == KEY_KD_MIN_HEADS) heads->least = (int)option_integer(key, text, 0, 1024);
     if (key == KEY_KD_WINDOW) heads->window = (int)option_integer(key, text, 1, INT_MAX);
     if (key == KEY_KD_BETA) heads->beta = option_number(key, text, 0, 1);

@@ -237,4 +237,28 @@ static inline Shard good_shard(int tokens) {
     return shard;
 }
 
+// ----------------------------------------------------------------------------
+// Where it all happens
+
+static char top[PATH_MAX]; // of the source tree
+static char directory[] =
+    "/tmp/test_of_programs_XXXXXX"; // made by enter_directory(), with KEEP in the environment it stays
+
+// From the top of the tree into a directory of the test's own; what its programs see of the environment. 0: all is well.
+static inline int enter_directory(void) {
+    if (!realpath(".", top) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
+    // Threads that spin while they wait are slow where others compute too.
+    setenv("OMP_WAIT_POLICY", "passive", 0);
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // what a program holds when it fails is no leak
+    setenv("LC_ALL", "C", 1);
+    return 0;
+}
+
+static inline int leave_directory(void** state) {
+    (void)state;
+    if (chdir(top) != 0) return -1;
+    if (!getenv("KEEP")) shell("rm -rf %s", directory);
+    return 0;
+}
+
 #endif

@@ -293,20 +293,24 @@ static void test_kdgqa_follows_every_step(void** state) {
     allocation_free(&a);
 }
 
-// The control: numbers that the seed and the layer determine, and no step.
+// The controls: numbers that the seed and the layer determine, and the step only where the source says so.
 static void test_random_numbers_as_the_source(void** state) {
     (void)state;
     HeadAllocation a = start(0, DGQA_EMA, 1);
     double first[4], again[4], other_layer[4], other_seed[4];
-    allocation_random(first, &a, 0);
-    allocation_random(again, &a, 0);
-    allocation_random(other_layer, &a, 1);
+    double other_step[4];
+    a.settings.source = SOURCE_SHUFFLED;
+    allocation_random(other_step, &a, 0, 7);
+    a.settings.source = SOURCE_RANDOM;
+    allocation_random(first, &a, 0, 0);
+    allocation_random(again, &a, 0, 7);
+    allocation_random(other_layer, &a, 1, 0);
     a.settings.seed = 1;
-    allocation_random(other_seed, &a, 0);
+    allocation_random(other_seed, &a, 0, 0);
     assert_memory_equal(first, again, sizeof(first));
     for (int g = 0; g < 4; g++) {
         assert_true(first[g] > 0 && first[g] < 1);
-        assert_true(first[g] != other_layer[g] && first[g] != other_seed[g]);
+        assert_true(first[g] != other_layer[g] && first[g] != other_seed[g] && first[g] != other_step[g]);
     }
     allocation_free(&a);
 }

@@ -11,6 +11,8 @@ the fp32 build is held to 1e-5 of the reference on the same inputs (docs/math.md
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+// head_maps
+#include "test/head_maps.h"
 
 #if defined(PRECISION_FP64)
 #define TOLERANCE 1e-12
@@ -20,25 +22,6 @@ the fp32 build is held to 1e-5 of the reference on the same inputs (docs/math.md
 
 // ----------------------------------------------------------------------------
 // Cases
-
-enum { MAX_HEADS = 8 };
-
-typedef struct {
-    int H, G;
-    int kv_of_q[MAX_HEADS];
-} head_map_t;
-
-static const head_map_t head_maps[] = {
-    {1, 1, {0}},
-    {2, 2, {0, 1}},                   // MHA
-    {4, 2, {0, 0, 1, 1}},             // GQA
-    {3, 1, {0, 0, 0}},                // MQA
-    {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}}, // uneven
-    {3, 3, {1, 1, 2}},                // first group empty
-    {3, 4, {0, 0, 3}},                // middle groups empty
-    {4, 3, {0, 1, 1, 1}},             // last group empty
-};
-enum { NUM_HEAD_MAPS = sizeof(head_maps) / sizeof(head_maps[0]) };
 
 // Inputs, what attention computes from them, and what the reference computes.
 typedef struct {

@@ -211,7 +211,7 @@ static void check(const HeadMap* map, int B, int T, int D, int window) {
 static void check_full_matrix(void) {
     const HeadMap* maps[] = {&ONE, &MHA, &GQA, &MQA, &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY};
     const int Ts[] = {1, 2, 16, 31, 64, 65, 127, 128, 130, 200, 257, 400},
-              windows[] = {0, 1, 3, 32, 64, 100, 129, 1000}, Ds[] = {32, 64, 128};
+              windows[] = {0, 1, 3, 47, 63, 66, 129, 1000}, Ds[] = {32, 64, 128};
     int i = 0;
     for (int t = 0; t < 12; t++)
         for (int w = 0; w < 8; w++)
@@ -225,11 +225,24 @@ static void test_shapes(void** state) {
         const HeadMap* map;
         int B, T, D, window;
     } shapes[] = {
-        {&ONE, 1, 1, 64, 0},           {&MHA, 2, 1, 32, 1},          {&GQA, 1, 17, 128, 0},
-        {&UNEVEN, 1, 65, 32, 0},       {&FIRST_EMPTY, 2, 70, 64, 0}, {&MIDDLE_EMPTY, 1, 33, 128, 3},
-        {&LAST_EMPTY, 1, 129, 32, 64}, {&MQA, 1, 300, 64, 0},        {&ONE, 1, 300, 64, 100},
-        {&MHA, 1, 270, 32, 1},         {&ONE, 1, 290, 128, 0},       {&ONE, 1, 290, 128, 150},
-        {&ONE, 2, 128, 64, 128},       {&ONE, 1, 256, 32, 0},
+        {&ONE, 1, 1, 64, 0},
+        {&MHA, 2, 1, 32, 1},
+        {&GQA, 1, 17, 128, 0},
+        {&UNEVEN, 1, 65, 32, 0},
+        {&FIRST_EMPTY, 2, 70, 64, 0},
+        {&MIDDLE_EMPTY, 1, 33, 128, 3},
+        {&LAST_EMPTY, 1, 129, 32, 64},
+        {&MQA, 1, 300, 64, 0},
+        {&ONE, 1, 300, 64, 100},
+        {&MHA, 1, 270, 32, 1},
+        {&ONE, 1, 290, 128, 0},
+        {&ONE, 1, 290, 128, 150},
+        {&ONE, 2, 128, 64, 128},
+        {&ONE, 1, 256, 32, 0},
+        // the first or last key of a tile is one that only one row of a warp sees, or does not see
+        {&MHA, 1, 200, 64, 63},
+        {&ONE, 1, 200, 64, 66},
+        {&ONE, 1, 200, 128, 47},
     };
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
         check(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].window);

@@ -9,6 +9,8 @@ must then be the reference's, ties included.
 #include "dev/cpu/moba.h"
 // assert_close, fill_normal, central_difference
 #include "test/numeric.h"
+// head_maps
+#include "test/head_maps.h"
 
 // ----------------------------------------------------------------------------
 // Cases
@@ -28,25 +30,6 @@ static const algorithm_t algorithms[2] = {
     {"flashmoba", flashmoba_forward, flashmoba_backward, flashmoba_forward_workspace,
      flashmoba_backward_workspace},
 };
-
-enum { MAX_HEADS = 8 };
-
-typedef struct {
-    int H, G;
-    int kv_of_q[MAX_HEADS];
-} head_map_t;
-
-static const head_map_t head_maps[] = {
-    {1, 1, {0}},
-    {2, 2, {0, 1}},                   // MHA
-    {4, 2, {0, 0, 1, 1}},             // GQA
-    {3, 1, {0, 0, 0}},                // MQA
-    {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}}, // uneven
-    {3, 3, {1, 1, 2}},                // first group empty
-    {3, 4, {0, 0, 3}},                // middle groups empty
-    {4, 3, {0, 1, 1, 1}},             // last group empty
-};
-enum { NUM_HEAD_MAPS = sizeof(head_maps) / sizeof(head_maps[0]) };
 
 // Inputs, what an algorithm computes from them, and what the reference computes.
 typedef struct {

@@ -160,21 +160,22 @@ compare_in_a_shell() { (compare "$@"); }
 check compare_makes_a_table_and_runs_nothing_twice compare_table
 
 compare_killed() {
-    local out=$scratch/killed script steps
+    local out=$scratch/killed script steps moment signal most
     # Interrupted in the middle of the second variant, then killed there with all its processes: the first is not run again,
     # the second goes on from its checkpoint.
     compare_in_a_shell 1000 killed --seeds 1 --variants dense kdgqa >"$scratch/whole" || return 1
     mv "$out" "$scratch/whole run"
-    for signal in TERM KILL; do
+    for moment in "TERM 100" "KILL 400"; do
+        read -r signal most <<<"$moment"
         (compare 1000 killed --seeds 1 --variants dense kdgqa) &
         script=$!
         for _ in $(seq 1 600); do
             steps=$(grep -c step_ms "$out/kdgqa/seed_1337/timings.jsonl" 2>/dev/null)
-            [ "${steps:-0}" -lt $([ $signal = TERM ] && echo 100 || echo 400) ] || break
+            [ "${steps:-0}" -lt "$most" ] || break
             sleep 0.05
         done
-        if [ $signal = KILL ]; then pkill -KILL -f "$out/kdgqa/seed_1337"; fi
-        kill -$signal "$script"
+        kill -"$signal" "$script"
+        if [ "$signal" = KILL ]; then pkill -KILL -f "$out/kdgqa/seed_1337"; fi
         wait "$script" && return 1
         [ ! -e "$out/table.md" ] || return 1
     done

@@ -25,10 +25,8 @@ typedef struct {
     char trainer[PATH_MAX];
 } Build;
 
-static char top[PATH_MAX];
 static char cpu[PATH_MAX]; // the yardstick's program
 static Build builds[2] = {{"fp32", 1e-4, ""}, {"bf16", 2e-2, ""}};
-static char directory[] = "/tmp/test_simt_trainer_XXXXXX";
 
 static void train(const char* trainer, const char* output, const char* more) {
     must_end_well(run("%s " MODEL " " RUN " -x %d -o %s %s", trainer, STEPS, output, more));
@@ -181,20 +179,10 @@ static int set_up(void** state) {
     if (find_program(cpu, "cpu", "fp32")) return -1;
     for (int i = 0; i < 2; i++)
         if (find_program(builds[i].trainer, device, builds[i].precision)) return -1;
-    if (!realpath(".", top) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
-    setenv("OMP_WAIT_POLICY", "passive", 0);
-    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // what a program holds when it fails is no leak
-    setenv("LC_ALL", "C", 1);
+    if (enter_directory() != 0) return -1;
     write_shard("train.bin", good_shard(20000));
     write_shard("val.bin", good_shard(400));
     train(cpu, "cpu", "");
-    return 0;
-}
-
-static int tear_down(void** state) {
-    (void)state;
-    if (chdir(top) != 0) return -1;
-    if (!getenv("KEEP")) shell("rm -rf %s", directory);
     return 0;
 }
 
@@ -208,5 +196,5 @@ int main(void) {
         cmocka_unit_test(test_generation_is_that_of_the_cpu),
         cmocka_unit_test(test_too_large_a_batch_is_refused),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, set_up, leave_directory);
 }

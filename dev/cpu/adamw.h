@@ -51,7 +51,7 @@ static inline void adamw_update(floatX* params,         // (count)
     const float_acc beta1 = settings.beta1, beta2 = settings.beta2;
     const float_acc scale = settings.clip > 0 && *norm > settings.clip ? settings.clip / *norm : 1;
     const AdamWStep step = adamw_step(settings);
-    const float_acc rate = (float_acc)step.rate, eps = (float_acc)step.eps, keep = (float_acc)step.keep;
+    const float_acc rate = step.rate, eps = step.eps, keep = step.keep;
     const float_acc* from = masters ? masters : params; // floatX is float_acc on this device
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < count; i++) {
