@@ -1,0 +1,595 @@
+#!/usr/bin/env python3
+"""Breaks the kernels on purpose, one place at a time, and tells whether the tests of kernels notice.
+
+    dev/simt/mutate.py                          every barrier, wait and commit; 300 perturbed expressions
+    dev/simt/mutate.py --expressions 0          barriers, waits and commits alone
+    dev/simt/mutate.py --file gqa.cuh --list    what there is to break, without running it
+    dev/simt/mutate.py --sample 40 --seed 7     some of everything; the 95 % are then not asked for
+
+A mutant is one change of gqa.cuh or kernels/*.cuh: a barrier or cp.async wait deleted, a wait that lets one more group be under
+way, a bound one too far, an offset or stride shifted by one, / for %, min for max, a condition always or never true. All
+of them are compiled into one program: every change is an expression that asks MUTANT(n), and the environment's MUTANT=n
+chooses one. So a mutant costs a run of the tests of its file, not a build. The changed headers lie in build/mutate; the tree is
+not touched.
+
+Each mutant goes from mode to mode until one catches it. A program that exceeds its time is not caught; the address sanitizer
+decides then, as a mutant that damages the heap can get stuck in the handler of its own fault.
+
+A survivor must be in mutate_survivors.txt beside this file, with the reason why it is harmless. Exit code 1: a survivor that is
+not there, an entry there that matches no mutant any more, or (without --sample) fewer than 95 % caught.
+"""
+
+import argparse
+import collections
+import os
+import random
+import re
+import resource
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SURVIVORS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mutate_survivors.txt")
+WANTED = 0.95
+PRECISIONS = ("bf16", "fp32")
+
+# The tests of each file: a program and its filters, None for all of it. A kernel may have its own.
+FILES = {
+    "gqa.cuh": ("test_gqa", [None]),
+    "kernels/tile.cuh": ("test_gqa", [None]),
+    "kernels/vector.cuh": ("test_kernels", ["rmsnorm_*", "attention_noise*", None]),
+    "kernels/embedding.cuh": ("test_kernels", ["embedding_*"]),
+    "kernels/rmsnorm.cuh": ("test_kernels", ["*rmsnorm_*"]),
+    "kernels/rope.cuh": ("test_kernels", ["rope_*"]),
+    "kernels/swiglu.cuh": ("test_kernels", ["swiglu_*"]),
+    "kernels/matmul.cuh": ("test_kernels", ["matmul_*"]),
+    "kernels/classifier.cuh": ("test_kernels", ["fused_classifier_*"]),
+    "kernels/adamw.cuh": ("test_kernels", ["global_norm*", "adamw_*"]),
+    "kernels/keynorm.cuh": ("test_kernels", ["key_*"]),
+    "kernels/keyconv.cuh": ("test_kernels", ["keyconv_*"]),
+    "kernels/noise.cuh": ("test_kernels", ["attention_noise*"]),
+}
+
+# ----------------------------------------------------------------------------
+# Mutants
+
+Edit = collections.namedtuple("Edit", "begin end text")  # of a line; {n} in the text is the mutant's number
+
+
+class Mutant:
+    """One change of one line."""
+
+    def __init__(self, place, kind, change, edits):
+        self.file, self.line, self.function, self.precisions, self.source = place
+        self.kind, self.change, self.edits = kind, change, edits
+        self.number, self.caught_by, self.verdict = 0, "", ""
+
+    def key(self):
+        return (self.file, " ".join(self.source.split()), self.change)
+
+
+COLLECTIVE = re.compile(r"(__syncthreads|__syncwarp|cp_async_commit)\(\)")
+WAIT = re.compile(r"cp_async_wait<(.+?)>\(\)")
+RELATION = re.compile(r" (<=?|>=?) (?=\S)")
+OTHER_RELATION = {"<": ("<=", "1"), "<=": ("<", "-1"), ">": (">=", "-1"), ">=": (">", "1")}
+SWAP = re.compile(r"(?<![\w.\])>*/%] )(?<![\w.)])((?:threadIdx\.|blockIdx\.)?[a-z]\w*) ([/%]) (\w+)\b(?![.(\[])")
+LITERAL = re.compile(r"(?<= [-+*/%] )(\d+)\b(?!\.)|(?<![\w.])(\d+)(?= \* )")
+OPERAND = re.compile(r"(?<= [-+*%^] )((?:gridDim|blockDim|threadIdx|blockIdx)\.[xyz]|[A-Za-z]\w*)(?![\w.(\[<:]|->)"
+                     r"|(?<=\w\[)([a-z]\w*)(?=[\] ])")
+EXTREME = re.compile(r"\b(min|max|fmaxf)\(")
+CONDITION = re.compile(r"\b(?:if|while) \(")
+CHOICE = re.compile(r"(?<=[=(,] )(\w+(?: [-+] \w+)? [<>]=? \w+)(?= \? )")
+EXCHANGE = re.compile(r"\b1 - slot\b")
+DISTANCE = re.compile(r"(?<=_xor_sync\(ALL_LANES, )(\w+), (\d)\)")
+
+# Lines of which a part must be constant where it is compiled, and numbers that are no indices.
+CONSTANT = re.compile(r"constexpr|\benum\b|static_assert|\btemplate\b|typedef|__launch_bounds__|^\s*#|asm|\(&\w+\)\[|"
+                      r"^\s*(?:const )?(?:__shared__ )?(?:float|unsigned|floatX|int|double|uint64_t|EmbeddingKey|"
+                      r"Values<WIDTH>|__nv_bfloat162) \w+\[|if \(WIDTH|__shared__")
+NUMBERS = set("scale scale_log2 sum sigmoid silu sine cosine first_ slope r square z mean uniform turn_ target_logit rate "
+              "eps keep beta1 beta2 clip g_ maximum row_maximum dloss inverse correction offset factor added apart norm "
+              "theta LN2 LOG2_E alpha direction FLT_MAX sizeof value values gradient".split())
+
+
+def matching(text, opening):
+    depth = 0
+    for i in range(opening, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    return -1
+
+
+def mutants_of_line(code, place, unrolled):
+    """Those of one line of code without comments; `unrolled` is the head of a loop over registers."""
+    made = []
+
+    def add(kind, change, *edits):
+        made.append(Mutant(place, kind, change, [Edit(*edit) for edit in edits]))
+
+    for found in COLLECTIVE.finditer(code):
+        text = found.group(0)
+        kind = "commit" if "commit" in text else "barrier"
+        add(kind, "delete " + text, (found.start(), found.start(), "(MUTANT({n}) ? (void)0 : "),
+            (found.end(), found.end(), ")"))
+    for found in WAIT.finditer(code):
+        text, groups = found.group(0), found.group(1)
+        add("wait", "delete " + text, (found.start(), found.start(), "(MUTANT({n}) ? (void)0 : "),
+            (found.end(), found.end(), ")"))
+        add("wait", "%s: one more group" % text,
+            (found.start(), found.start(), "(MUTANT({n}) ? cp_async_wait<%s + 1>() : " % groups),
+            (found.end(), found.end(), ")"))
+    if CONSTANT.search(code):
+        return made
+    templates = [m.span() for m in re.finditer(r"\w<[^<>;()]*>", code)]
+    strings = [m.span() for m in re.finditer(r'"[^"]*"', code)]
+
+    def outside(found):
+        return not any(a <= found.start() < b for a, b in templates + strings)
+
+    for found in RELATION.finditer(code):
+        if unrolled or not outside(found):
+            continue
+        other, shift = OTHER_RELATION[found.group(1)]
+        add("bound", "%s -> %s, %s" % (found.group(1), other, code[found.end():].split(";")[0][:24].strip()),
+            (found.end(), found.end(), "%s * MUTANT({n}) + " % shift))
+    for found in SWAP.finditer(code):
+        if not outside(found) or found.group(1) in NUMBERS or found.group(3) == "D" and "(float)" in code:
+            continue
+        left, operator, right = found.groups()
+        other = "%" if operator == "/" else "/"
+        add("quotient", "%s %s %s -> %s" % (left, operator, right, other),
+            (found.start(), found.end(),
+             "(MUTANT({n}) ? %s %s %s : %s %s %s)" % (left, other, right, left, operator, right)))
+    for found in LITERAL.finditer(code):
+        literal = found.group(1) or found.group(2)
+        if not outside(found) or (unrolled and "++" in code):
+            continue
+        shifted = int(literal) - 1 if literal == "1" and code[found.start() - 2] in "+-" else int(literal) + 1
+        before = code[max(0, found.start() - 12):found.start()]
+        add("literal", "%s%s -> %d" % (before.split("(")[-1].lstrip(), literal, shifted),
+            (found.start(), found.end(), "(MUTANT({n}) ? %d : %s)" % (shifted, literal)))
+    for found in OPERAND.finditer(code):
+        name = found.group(1) or found.group(2)
+        if not outside(found) or name in NUMBERS or (unrolled and "++" in code):
+            continue
+        before = code[max(0, found.start() - 12):found.start()]
+        add("offset", "%s%s -> + 1" % (before.lstrip(), name),
+            (found.start(), found.end(), "(%s + MUTANT({n}))" % name))
+    for found in EXTREME.finditer(code):
+        name = found.group(1)
+        add("extreme", "%s -> %s" % (code[found.start():found.end() + 12], "max" if name == "min" else "min"),
+            (found.start(), found.end(), "mutant_%s(MUTANT({n}), " % name))
+    for found in CONDITION.finditer(code):
+        opening = found.end() - 1
+        closing = matching(code, opening)
+        if closing < 0 or "while" in found.group(0):
+            continue
+        condition = code[opening + 1:closing]
+        add("condition", "(%s) always" % condition[:40], (opening + 1, opening + 1, "MUTANT({n}) || ("),
+            (closing, closing, ")"))
+        add("condition", "(%s) never" % condition[:40], (opening + 1, opening + 1, "!MUTANT({n}) && ("),
+            (closing, closing, ")"))
+    for found in CHOICE.finditer(code):
+        add("condition", "(%s ?) always" % found.group(1), (found.start(), found.start(), "(MUTANT({n}) || "),
+            (found.end(), found.end(), ")"))
+    for found in EXCHANGE.finditer(code):
+        add("slot", "1 - slot -> slot", (found.start(), found.end(), "(MUTANT({n}) ? slot : 1 - slot)"))
+    for found in DISTANCE.finditer(code):
+        begin = found.start(2)
+        add("literal", "shuffle distance %s -> + 1" % found.group(2),
+            (begin, begin + 1, "(%s + MUTANT({n}))" % found.group(2)))
+    return made
+
+
+def mutants_of_file(name):
+    """Of the code that the emulator compiles; that of one precision has only that one."""
+    made, function, unrolled, in_comment = [], "", False, False
+    conditions = []  # of the preprocessor, each with what holds now
+    with open(os.path.join(ROOT, name), encoding="utf-8") as source:
+        for number, line in enumerate(source, 1):
+            code = line.rstrip("\n")
+            if in_comment or code.startswith("/*"):
+                in_comment = "*/" not in code
+                continue
+            code = re.sub(r"//.*", "", code)
+            directive = code.strip()
+            if directive.startswith("#if"):
+                conditions.append([directive, True])
+            elif directive.startswith("#el"):
+                conditions[-1][1] = False
+            elif directive.startswith("#endif"):
+                conditions.pop()
+            named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=attention_\w+_kernel))\b(\w+)\(", code)
+            if named and not code.startswith("     ") and named.group(1) not in ("__launch_bounds__", "launch"):
+                function = named.group(1)
+            precisions, elsewhere = PRECISIONS, False
+            for condition, holds in conditions:
+                if "DEVICE_SIMT" in condition:
+                    elsewhere = elsewhere or not holds
+                if "PRECISION_BF16" in condition:
+                    precisions = PRECISIONS[:1] if holds else PRECISIONS[1:]
+            if not elsewhere:
+                made += mutants_of_line(code, (name, number, function, precisions, directive), unrolled)
+            unrolled = directive == "#pragma unroll"
+    return made
+
+
+SYNCHRONISATION = ("barrier", "wait", "commit")
+
+
+def chosen_mutants(options):
+    """All that there are, and those to run: spread over the functions, in an order that the seed alone decides."""
+    everything = [m for name in FILES for m in mutants_of_file(name)]
+    draw = random.Random(options.seed)
+    by_function = collections.OrderedDict()
+    for mutant in everything:
+        if options.file and mutant.file not in options.file:
+            continue
+        if mutant.kind not in SYNCHRONISATION:
+            by_function.setdefault((mutant.file, mutant.function), []).append(mutant)
+    chosen = [m for m in everything if m.kind in SYNCHRONISATION and (not options.file or m.file in options.file)]
+    limit = options.expressions
+    if options.sample:
+        draw.shuffle(chosen)
+        chosen = chosen[:options.sample // 4]
+        limit = options.sample - len(chosen)
+    # One of each function, and then of all.
+    queues = list(by_function.values())
+    for queue in queues:
+        draw.shuffle(queue)
+    draw.shuffle(queues)
+    rest = [mutant for queue in queues for mutant in queue[1:]]
+    draw.shuffle(rest)
+    drawn = []
+    for mutant in [queue[0] for queue in queues] + rest:
+        if len(drawn) < limit and not any(overlap(mutant, other) for other in drawn):
+            drawn.append(mutant)
+    chosen += drawn
+    order = list(FILES)
+    chosen.sort(key=lambda m: (m.kind not in SYNCHRONISATION, order.index(m.file), m.line))
+    for number, mutant in enumerate(chosen, 1):
+        mutant.number = number
+    return everything, chosen
+
+
+def overlap(one, other):
+    """Whether both replace the same text, so that one program cannot hold both."""
+    if (one.file, one.line) != (other.file, other.line):
+        return False
+    return any(a.begin < b.end and b.begin < a.end for a in one.edits for b in other.edits if a.end > a.begin or b.end > b.begin)
+
+
+# ----------------------------------------------------------------------------
+# Programs
+
+MUTANT_HEADER = """// What every mutant asks: is it the one?
+#include <stdlib.h>
+#ifdef __cplusplus
+inline const int chosen_mutant = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0;
+#define MUTANT(n) (chosen_mutant == (n))
+#define mutant_min(other, a, b) ((other) ? max(a, b) : min(a, b))
+#define mutant_max(other, a, b) ((other) ? min(a, b) : max(a, b))
+#define mutant_fmaxf(other, a, b) ((other) ? fminf(a, b) : fmaxf(a, b))
+#endif
+"""
+
+
+def write_headers(directory, mutants):
+    os.makedirs(os.path.join(directory, "kernels"), exist_ok=True)
+    for name in os.listdir(os.path.join(ROOT, "kernels")):
+        shutil.copy(os.path.join(ROOT, "kernels", name), os.path.join(directory, "kernels"))
+    shutil.copy(os.path.join(ROOT, "gqa.cuh"), directory)
+    with open(os.path.join(directory, "mutant.h"), "w", encoding="utf-8") as header:
+        header.write(MUTANT_HEADER)
+    by_file = collections.defaultdict(lambda: collections.defaultdict(list))
+    for mutant in mutants:
+        by_file[mutant.file][mutant.line] += [(edit, mutant) for edit in mutant.edits]
+    for name, lines in by_file.items():
+        path = os.path.join(directory, name)
+        with open(path, encoding="utf-8") as source:
+            text = source.read().split("\n")
+        for line, edits in lines.items():
+            text[line - 1] = edited(text[line - 1], edits)
+        with open(path, "w", encoding="utf-8") as target:
+            target.write("\n".join(text))
+
+
+def edited(line, edits):
+    """At one place what encloses a condition comes before what is in it, and ends after it."""
+    pieces, at = [], 0
+    def order(item):
+        edit, mutant = item
+        encloses = mutant.kind == "condition" or mutant.kind in SYNCHRONISATION
+        closes = edit.text == ")"
+        return (edit.begin, edit.end > edit.begin, 0 if closes else 1 if encloses else 2)
+    for edit, mutant in sorted(edits, key=order):
+        pieces += [line[at:edit.begin], edit.text.replace("{n}", str(mutant.number))]
+        at = edit.end
+    return "".join(pieces) + line[at:]
+
+
+SANITIZERS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+class Programs:
+    """The tests of kernels with all mutants inside, built when they are first needed."""
+
+    def __init__(self, directory, compiler, mutants):
+        self.directory, self.compiler, self.mutants = directory, compiler, mutants
+        self.seconds, self.sound = {}, set()
+        write_headers(directory, mutants)
+
+    def assert_sound(self, path, pattern, mode):
+        """Without a mutant the tests must pass, in this mode too: what a mutant does could not be told otherwise."""
+        if (path, pattern, mode) in self.sound:
+            return
+        self.sound.add((path, pattern, mode))
+        build, environment = MODES[mode]
+        ended, where = run(path, [pattern] if pattern else [], 0, build, environment)
+        if ended != "passed":
+            sys.exit("%s %s in mode %s %s without a mutant, in %s" % (path, pattern or "", mode, ended, where))
+
+    def leave_out(self, errors):
+        """What the compiler refuses is no mutant: those in the lines that its messages show."""
+        refused = [m for m in self.mutants if "MUTANT(%d)" % m.number in errors and m.verdict != "no build"]
+        if not refused:
+            sys.exit(errors)
+        for mutant in refused:
+            mutant.verdict = "no build"
+            print("does not compile: %s:%d: %s" % (mutant.file, mutant.line, mutant.change))
+        write_headers(self.directory, [m for m in self.mutants if m.verdict != "no build"])
+
+    def path(self, test, precision, build):
+        path = os.path.join(self.directory, "%s_%s_%s" % (test, precision, build))
+        if path in self.seconds:
+            return path
+        command = [self.compiler, "-std=gnu++17", "-O1", "-march=native", "-g0" if build == "plain" else "-g1", "-w",
+                   "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fopenmp", "-pthread",
+                   "-DDEVICE_SIMT", "-DPRECISION_" + precision.upper(), "-include", os.path.join(self.directory, "mutant.h"),
+                   "-I" + self.directory, "-I."] + SANITIZERS[build] + \
+                  ["-x", "c++", "test/%s.cu" % test, "-x", "none", os.path.join(self.directory, "reference.o"),
+                   "-o", path, "-lcmocka", "-lm"]
+        started = time.time()
+        while True:
+            built = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            if built.returncode == 0:
+                break
+            self.leave_out(built.stderr)
+        self.seconds[path] = time.time() - started
+        print("built %s in %.0f s" % (os.path.basename(path), self.seconds[path]), flush=True)
+        return path
+
+
+# ----------------------------------------------------------------------------
+# Runs
+
+MODES = {  # build, and what the emulator is told
+    "forward": ("plain", {}),
+    "reverse": ("plain", {"SIMT_ORDER": "reverse", "SIMT_ASYNC": "eager"}),
+    "random": ("plain", {"SIMT_ORDER": "random", "SIMT_ASYNC": "mixed", "SIMT_SEED": "2"}),
+    "address": ("address", {}),
+    "thread": ("thread", {}),
+}
+CPU_SECONDS = {"plain": 20, "address": 60, "thread": 200}
+WALL_SECONDS = 400  # of a process that waits for ever; others may use the machine, too
+TROUBLE = re.compile(r"^\[  ERROR   \]|^\[  FAILED  \]|ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer", re.M)
+
+
+def limit_time(seconds):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return limit
+
+
+def run(path, arguments, mutant, build, environment):
+    """How it ended, "passed", "failed" or "timeout", and the test that was running then."""
+    settings = dict(os.environ, MUTANT=str(mutant), OMP_NUM_THREADS="1", MALLOC_PERTURB_="165", **environment)
+    settings["ASAN_OPTIONS"] = "allocator_may_return_null=1:detect_leaks=0"
+    process = subprocess.Popen([path] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=settings, cwd=ROOT,
+                               preexec_fn=limit_time(CPU_SECONDS[build]), start_new_session=True)
+    output, begun, stopped = b"", time.time(), None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while stopped is None:
+            if not selector.select(timeout=max(0, begun + WALL_SECONDS - time.time())):
+                stopped = "timeout"
+                break
+            some = os.read(process.stdout.fileno(), 65536)
+            output += some
+            if not some:
+                break
+            if TROUBLE.search(output[-70000:].decode("utf-8", "replace")):
+                stopped = "failed"
+    if stopped:
+        os.killpg(process.pid, signal.SIGKILL)
+    status = process.wait()
+    text = output.decode("utf-8", "replace")
+    trouble = TROUBLE.search(text)
+    if trouble: # the next test may have begun since
+        text = text[:trouble.start()]
+    tests = re.findall(r"^\[ RUN      \] (\S+)", text, re.M)
+    test = tests[-1] if tests else "start"
+    if stopped:
+        return stopped, test
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "timeout", test
+    return ("passed" if status == 0 else "failed"), test
+
+
+def judge(mutant, programs, options):
+    """Fills in verdict (caught, survived or timeout) and what caught it."""
+    test, filters = FILES[mutant.file]
+    first = mutant.precisions[0]
+    plan = [("forward", precision) for precision in mutant.precisions]
+    plan += [("reverse", first), ("random", first)]
+    if not options.plain:
+        plan += [("address", first)]
+        if mutant.kind in SYNCHRONISATION:
+            plan += [("thread", first)]
+    mutant.verdict = "survived"
+    for mode, precision in plan:
+        build, environment = MODES[mode]
+        if mutant.verdict == "timeout" and mode != "address":
+            continue
+        path = programs.path(test, precision, build)
+        for pattern in filters:
+            programs.assert_sound(path, pattern, mode)
+            ended, where = run(path, [pattern] if pattern else [], mutant.number, build, environment)
+            if ended == "failed":
+                mutant.verdict, mutant.caught_by = "caught", "%s %s: %s" % (mode, precision, where)
+                return
+            if ended == "timeout":
+                mutant.verdict, mutant.caught_by = "timeout", "%s %s: %s" % (mode, precision, where)
+                break
+
+
+# ----------------------------------------------------------------------------
+# Known survivors
+
+def known_survivors():
+    """(file, source line, change) -> reason. An entry is three lines, and its reason on indented ones."""
+    known, key = collections.OrderedDict(), None
+    if not os.path.exists(SURVIVORS):
+        return known
+    with open(SURVIVORS, encoding="utf-8") as entries:
+        lines = [line.rstrip("\n") for line in entries if not line.startswith("#")]
+    heads = []
+    for line in lines:
+        if line.startswith("    "):
+            known[key] = (known[key] + " " + line.strip()).strip()
+        elif line.strip():
+            heads.append(" ".join(line.split()))
+            if len(heads) == 3:
+                key = tuple(heads)
+                known[key], heads = "", []
+    return known
+
+
+# ----------------------------------------------------------------------------
+# Report
+
+def table(rows):
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def totals(mutants):
+    rows = [("kind", "mutants", "caught", "survived", "time exceeded")]
+    rows.append(("---",) * 5)
+    kinds = sorted({m.kind for m in mutants}, key=lambda k: (k not in SYNCHRONISATION, k))
+    for kind in kinds + ["all"]:
+        of_kind = [m for m in mutants if kind in (m.kind, "all")]
+        rows.append((kind, len(of_kind)) + tuple(sum(m.verdict == v for m in of_kind) for v in ("caught", "survived", "timeout")))
+    return table(rows)
+
+
+def report(mutants, known, path, command):
+    caught = sum(m.verdict == "caught" for m in mutants)
+    modes = collections.Counter(m.caught_by.split(":")[0] for m in mutants if m.verdict == "caught")
+    survivors = [("file", "function", "line", "mutation", "why it is harmless"), ("---",) * 5]
+    survivors += [(m.file, m.function, "`%s`" % m.source, "`%s`" % m.change, known.get(m.key(), "**unknown**"))
+                  for m in mutants if m.verdict != "caught"]
+    with open(path, "w", encoding="utf-8") as page:
+        page.write("""# Mutants of the kernels
+
+Every barrier, wait and commit of the kernels deleted, and expressions perturbed, one at a time; the tests of kernels on the
+emulator then have to fail (dev/simt/mutate.py says how). Written by
+
+    %s
+
+%s: %d of %d mutants are caught, %.1f %%.
+
+%s
+
+Caught by, the first mode that does: %s.
+
+## Survivors
+
+%s
+""" % (command, time.strftime("%Y-%m-%d", time.gmtime()), caught, len(mutants), 100 * caught / len(mutants), totals(mutants),
+            ", ".join("%s %d" % item for item in modes.most_common()), table(survivors)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", action="append", help="mutate this file alone; may be given more than once")
+    parser.add_argument("--expressions", type=int, default=300, help="how many expressions to perturb (default 300)")
+    parser.add_argument("--sample", type=int, default=0, help="so many mutants in all, a quarter of them barriers and waits")
+    parser.add_argument("--seed", type=int, default=1, help="which expressions (default 1)")
+    parser.add_argument("--plain", action="store_true", help="no sanitizers: quick, and some survive that they would catch")
+    parser.add_argument("--list", action="store_true", help="name the mutants and stop")
+    parser.add_argument("--report", help="write the results to this Markdown file")
+    parser.add_argument("--seconds", type=float, default=0, help="begin no mutant after so many seconds")
+    parser.add_argument("--build", default=os.path.join("build", "mutate"), help="folder for programs (default build/mutate)")
+    parser.add_argument("--compiler", default=os.environ.get("CXX", "g++"))
+    options = parser.parse_args()
+    for name in options.file or []:
+        if name not in FILES:
+            parser.error("--file %s: must be one of %s" % (name, ", ".join(FILES)))
+
+    everything, mutants = chosen_mutants(options)
+    if options.list:
+        for m in mutants:
+            print("%4d %-24s %-34s %4d  %-10s %s" % (m.number, m.file, m.function, m.line, m.kind, m.change))
+        print("%d mutants, of %d" % (len(mutants), len(everything)))
+        return 0
+
+    known = known_survivors()
+    keys = {m.key() for m in everything}
+    obsolete = [key for key in known if key not in keys]
+
+    directory = os.path.join(ROOT, options.build)
+    os.makedirs(directory, exist_ok=True)
+    subprocess.run(["make", "--no-print-directory", os.path.join("build", "test", "reference.o")], cwd=ROOT, check=True)
+    shutil.copy(os.path.join(ROOT, "build", "test", "reference.o"), directory)
+    programs = Programs(directory, options.compiler, mutants)
+
+    for test in sorted({FILES[m.file][0] for m in mutants}):
+        for precision in PRECISIONS:
+            programs.path(test, precision, "plain")
+    mutants = [m for m in mutants if m.verdict != "no build"]
+    begun = time.time()
+    for m in mutants:
+        if options.seconds and time.time() - begun > options.seconds:
+            break
+        judge(m, programs, options)
+        note = "" if m.verdict == "caught" else "known" if m.key() in known else "NOT KNOWN"
+        print("%4d %-24s %-32s %4d  %-44s %-8s %s %s" % (m.number, m.file, m.function[:32], m.line, m.change[:44],
+                                                        m.verdict, m.caught_by, note), flush=True)
+    run_mutants = [m for m in mutants if m.verdict]
+    print()
+    print(totals(run_mutants))
+    if len(run_mutants) < len(mutants):
+        print("%d of %d mutants were not begun in %.0f s" % (len(mutants) - len(run_mutants), len(mutants), options.seconds))
+
+    if options.report:
+        command = "dev/simt/mutate.py " + " ".join(sys.argv[1:])
+        report(run_mutants, known, options.report, command)
+
+    good = True
+    for m in run_mutants:
+        if m.verdict != "caught" and m.key() not in known:
+            print("not caught, and not known to be harmless (%s):\n%s\n%s\n%s" % ((m.verdict,) + m.key()))
+            good = False
+    for key in obsolete:
+        print("a known survivor matches nothing any more:\n%s\n%s\n%s" % key)
+        good = False
+    caught = sum(m.verdict == "caught" for m in run_mutants)
+    print("%d of %d caught, %.1f %%" % (caught, len(run_mutants), 100 * caught / max(1, len(run_mutants))))
+    if not options.sample and caught < WANTED * len(run_mutants):
+        print("fewer than %.0f %%" % (100 * WANTED))
+        good = False
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
