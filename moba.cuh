@@ -742,7 +742,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
                 for (int c = 0; c < CHUNK; c++) sum.at[c] += more.at[c];
             }
         }
-        if (end > end_here) store(carried, sum);
+        if (end > end_here && first < end) store(carried, sum);
         else store(dqkv + (token * (x.H + 2 * x.G) + x.H + which * x.G + g) * D + column, sum);
     }
 }
@@ -1003,7 +1003,6 @@ static inline void flashmoba_forward_launch(floatX* out, float* lse, int* select
                                             const moba_shape_t* s, stream_t stream) {
     typedef moba_forward_shape<D> shape;
     const int blocks = s->T / s->S, first_block = s->start / s->S;
-    const size_t count = moba_centroids_count(s->B, s->T, s->G, D, s->S);
     const floatX* terms = (const floatX*)centroids;
     size_t used = 0;
     if (blocks > first_block)
@@ -1011,6 +1010,7 @@ static inline void flashmoba_forward_launch(floatX* out, float* lse, int* select
                dim3((unsigned)(blocks - first_block), (unsigned)s->G, (unsigned)s->B), MOBA_CENTROID_THREADS,
                0, stream, centroids, qkv, s->T, s->H, s->G, s->S, first_block);
 #if defined(PRECISION_BF16)
+    const size_t count = moba_centroids_count(s->B, s->T, s->G, D, s->S);
     floatX* split = (floatX*)moba_take(workspace, &used, count * MOBA_TERMS, sizeof(floatX));
     if (blocks > 0 && s->K > 1)
         launch(moba_split_kernel, flat_grid(count, 1), FLAT_BLOCK, 0, stream, split, centroids, count);
