@@ -195,7 +195,7 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
-KERNEL_TEST_SOURCES := test_kernels test_gqa
+KERNEL_TEST_SOURCES := test_kernels test_gqa test_moba_kernels
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
@@ -279,7 +279,7 @@ SANITIZED := CFLAGS="$(ADDRESS_FLAGS)"
 THREADED := CFLAGS="$(THREAD_FLAGS)"
 # Kernels and emulator in other orders of the threads; and under the thread sanitizer, which sees every thread of the emulator.
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
-KERNELS_THREADED := test_layout test_simt test_kernels_bf16 test_gqa_bf16
+KERNELS_THREADED := test_layout test_simt test_kernels_bf16 test_gqa_bf16 test_moba_kernels_bf16
 test-long: all $(ORDERED)
 	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 scripts/run_tests.sh $(ORDERED)
 	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed scripts/run_tests.sh $(ORDERED) || exit 1; done

@@ -54,6 +54,15 @@ void reference_attention_backward(double* dqkv, const double* dout, const double
                                   const double* qkv, const int* kv_of_q, int B, int T, int H, int G, int D,
                                   int window);
 
+// With the selection of the caller, and the selection itself.
+void reference_flashmoba_forward(double* out, double* lse, const int* selected, const double* qkv,
+                                 const int* kv_of_q, int B, int T, int H, int G, int D, int S, int K);
+void reference_flashmoba_select(int* selected, double* centroids, const double* qkv, const int* kv_of_q,
+                                int B, int T, int H, int G, int D, int S, int K);
+void reference_flashmoba_backward(double* dqkv, const double* dout, const double* out, const double* lse,
+                                  const int* selected, const double* qkv, const int* kv_of_q, int B, int T,
+                                  int H, int G, int D, int S, int K);
+
 void reference_key_rms(double* rms, double* sums, const double* qkv, int B, int T, int H, int G, int D);
 void reference_key_weight_norm(double* norm, const double* wk, const double* gain, int G, int D, int C);
 
