@@ -42,6 +42,7 @@ kernels of CUDA on an emulator (dev/simt).
 #include "kernels/keyconv.cuh"
 #include "kernels/rope.cuh"
 #include "gqa.cuh"
+#include "moba.cuh"
 #include "kernels/noise.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"

@@ -10,6 +10,7 @@ floatX or float_acc there is double here.
 #ifndef TEST_REFERENCE_H
 #define TEST_REFERENCE_H
 
+#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include "runtime/adamw.h"
@@ -77,5 +78,12 @@ void reference_attention_noise(double* noised, const double* out, int B, int T, 
 #ifdef __cplusplus
 }
 #endif
+
+// Before the first call: under the thread sanitizer with one thread, for it does not know the barriers of OpenMP.
+static inline void reference_start(void) {
+#if defined(__SANITIZE_THREAD__)
+    omp_set_num_threads(1);
+#endif
+}
 
 #endif

@@ -5,7 +5,6 @@ dev/cpu in fp64 on the same inputs (test/reference.h). Runs on the emulator, and
 For each: outputs and gradients within the bounds of docs/math.md section 6; the same bits when repeated; nothing written
 outside of the outputs; NaN and Inf where the reference has them.
 */
-#include <omp.h>
 #include "test/numeric.h"
 #include "test/capture.h"
 #include "test/reference.h"
@@ -764,9 +763,7 @@ int main(int argc, char** argv) {
         tests[OPERATIONS + i].test_func = test_not_a_number;
         tests[i].initial_state = tests[OPERATIONS + i].initial_state = (void*)&operations[i];
     }
-#if defined(__SANITIZE_THREAD__)
-    omp_set_num_threads(1); // the reference's threads meet at barriers that the sanitizer does not know
-#endif
+    reference_start();
     const int failed = cmocka_run_group_tests(memory_tests, NULL, NULL);
     matmul_start();
     if (argc > 1) cmocka_set_test_filter(argv[1]);

@@ -485,6 +485,7 @@ int main(void) {
         cmocka_unit_test(test_start),
         cmocka_unit_test(test_repeatable),
     };
+    reference_start();
     return cmocka_run_group_tests_name("mixture of block attention on the device, " PRECISION_NAME, tests,
                                        NULL, NULL);
 }
