@@ -214,7 +214,7 @@ template <int D> struct moba_route_shape {
 
 // One block chooses for QUERIES queries of one head, a warp for 16 of them.
 template <int D, int EACH>
-__global__ void __launch_bounds__(moba_route_shape<D>::THREADS, 1)
+__global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 1)
     moba_route_kernel(int* selected,       // (B, H, T, choices)
                       const floatX* terms, // (MOBA_TERMS, B, blocks, G, D)
                       const floatX* qkv,   // (B, T, H + 2G, D)
@@ -713,11 +713,13 @@ __global__ void __launch_bounds__(moba_keys_shape<D>::THREADS, 1)
 }
 
 // Adds up the items of a block, in the order of heads and items. A KV head that has queries before the group continues
-// from the sums that were carried here, and one that has queries after it leaves its own.
+// from the sums that the group before has carried; one that has queries after it leaves its own for the next. These are
+// two places, for a group may end one KV head and begin another.
 template <int D>
 __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
-    moba_merge_keys_kernel(floatX* dqkv, // (B, T, H + 2G, D)
-                           float* carry, // (2, T, D)
+    moba_merge_keys_kernel(floatX* dqkv,         // (B, T, H + 2G, D)
+                           const float* carried, // (2, T, D)
+                           float* carry,         // (2, T, D)
                            const float* partial_dkv, moba_lists_t x) {
     constexpr int LANES = D / CHUNK;
     const int key = (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, g = blockIdx.y;
@@ -729,9 +731,9 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     const int block = key / x.S, part = key % x.S / x.keys, row = key % x.S % x.keys;
     const size_t token = (size_t)(x.first_sequence + blockIdx.z) * x.T + key;
     for (int which = 0; which < 2; which++) {
-        float* carried = carry + ((size_t)which * x.T + key) * D + column;
+        const size_t of_key = ((size_t)which * x.T + key) * D + column;
         Values<CHUNK> sum = {};
-        if (first < first_here) sum = load<CHUNK>(carried);
+        if (first < first_here) sum = load<CHUNK>(carried + of_key);
         for (int h = first_here; h < end_here; h++) {
             const size_t head = (size_t)blockIdx.z * x.heads + h - x.first_head;
             const int* items = x.first_item + head * (x.blocks + 1) + block;
@@ -742,7 +744,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
                 for (int c = 0; c < CHUNK; c++) sum.at[c] += more.at[c];
             }
         }
-        if (end > end_here && first < end) store(carried, sum);
+        if (end > end_here && first < end) store(carry + of_key, sum);
         else store(dqkv + (token * (x.H + 2 * x.G) + x.H + which * x.G + g) * D + column, sum);
     }
 }
@@ -1046,14 +1048,16 @@ static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, c
     const float scale = attention_scale(D);
     size_t used = 0;
     float2* statistics = (float2*)moba_take(workspace, &used, (size_t)s->B * s->H * padded, sizeof(float2));
-    float* carry = (float*)moba_take(workspace, &used, (size_t)2 * s->T * D, sizeof(float));
+    const size_t carry = (size_t)2 * s->T * D;
+    float* carries = (float*)moba_take(workspace, &used, 2 * carry, sizeof(float));
     launch(attention_statistics_kernel<D>,
            attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), s->H, s->B), STATISTICS_THREADS, 0,
            stream, statistics, dout, out, lse, s->T, padded, s->H);
 
     moba_group_t group;
+    int turn = 0;
     for (int b = 0; b < s->B; b += group.lists.sequences)
-        for (int h = 0; h < s->H; h += group.lists.heads) {
+        for (int h = 0; h < s->H; h += group.lists.heads, turn = 1 - turn) {
             group = moba_group(workspace + used, s, b, h, selected, qkv, kv_of_q, 1);
             const moba_lists_t* x = &group.lists;
             const size_t tiles = 2 * keys::QUERIES + x->keys;
@@ -1062,7 +1066,8 @@ static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, c
                    sizeof(floatX) * D * 2 * tiles + 2 * sizeof(moba_tile_rows<keys::QUERIES>), stream,
                    group.partial_dkv, dout, statistics, *x, padded, scale);
             launch(moba_merge_keys_kernel<D>, moba_merge_grid<D>(s->T, s->G, x->sequences),
-                   MOBA_MERGE_THREADS, 0, stream, dqkv, carry, group.partial_dkv, *x);
+                   MOBA_MERGE_THREADS, 0, stream, dqkv, carries + (1 - turn) * carry, carries + turn * carry,
+                   group.partial_dkv, *x);
             launch(moba_backward_queries_kernel<D>, moba_item_grid(&group), queries::THREADS,
                    sizeof(floatX) * D * 2 * (x->keys + queries::SLOTS * queries::QUERIES), stream,
                    group.partial_rows, dout, statistics, *x, padded, scale);
@@ -1084,7 +1089,7 @@ static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, in
     const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
     size_t used = 0;
     moba_take(NULL, &used, (size_t)B * H * attention_padded(T), sizeof(float2));
-    moba_take(NULL, &used, (size_t)2 * T * D, sizeof(float));
+    moba_take(NULL, &used, (size_t)4 * T * D, sizeof(float));
     return used + moba_group_bytes(&shape, 1);
 }
 
