@@ -356,7 +356,7 @@ class Programs:
                    "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fopenmp", "-pthread",
                    "-DDEVICE_SIMT", "-DPRECISION_" + precision.upper(), "-include", os.path.join(self.directory, "mutant.h"),
                    "-I" + self.directory, "-I."] + SANITIZERS[build] + \
-                  ["-x", "c++", "test/%s.cu" % test, "-x", "none", os.path.join(self.directory, "reference.o"),
+                  ["-x", "c++", "test/%s.cu" % test, "-x", "none", os.path.join(self.directory, "test", "reference.o"),
                    "-o", path, "-lcmocka", "-lm"]
         started = time.time()
         while True:
@@ -549,8 +549,9 @@ def main():
 
     directory = os.path.join(ROOT, options.build)
     os.makedirs(directory, exist_ok=True)
-    subprocess.run(["make", "--no-print-directory", os.path.join("build", "test", "reference.o")], cwd=ROOT, check=True)
-    shutil.copy(os.path.join(ROOT, "build", "test", "reference.o"), directory)
+    reference = os.path.join(options.build, "test", "reference.o")
+    subprocess.run([os.environ.get("MAKE", "make"), "--no-print-directory", "BUILD=" + options.build, reference],
+                   cwd=ROOT, check=True)
     programs = Programs(directory, options.compiler, mutants)
 
     for test in sorted({FILES[m.file][0] for m in mutants}):
