@@ -718,6 +718,17 @@ static void test_not_a_number(void** state) {
     }
 }
 
+// The table that the device gets is made on the host.
+static void test_rope_table(void** state) {
+    (void)state;
+    const int T = 9, D = 6;
+    float_acc table[T * D];
+    double expected[T * D];
+    rope_table(table, T, D, 500);
+    reference_rope_table(expected, T, D, 500);
+    for (int i = 0; i < T * D; i++) assert_true(fabs((double)table[i] - expected[i]) <= 1e-7);
+}
+
 // ----------------------------------------------------------------------------
 // Memory
 
@@ -770,7 +781,7 @@ int main(int argc, char** argv) {
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_memory),
     };
-    struct CMUnitTest tests[2 * OPERATIONS];
+    struct CMUnitTest tests[2 * OPERATIONS + 1];
     char names[OPERATIONS][64];
     memset(tests, 0, sizeof(tests));
     for (int i = 0; i < OPERATIONS; i++) {
@@ -781,6 +792,8 @@ int main(int argc, char** argv) {
         tests[OPERATIONS + i].test_func = test_not_a_number;
         tests[i].initial_state = tests[OPERATIONS + i].initial_state = (void*)&operations[i];
     }
+    tests[2 * OPERATIONS].name = "rope_table";
+    tests[2 * OPERATIONS].test_func = test_rope_table;
 #if defined(__SANITIZE_THREAD__)
     omp_set_num_threads(1); // the reference's threads meet at barriers that the sanitizer does not know
 #endif
