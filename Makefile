@@ -117,12 +117,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr test test-long compile-cuda bench lint format clean help
+.PHONY: all train tokenizer retrieval snr test test-long mutate compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr test test-long gpu-check bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr test test-long mutate gpu-check bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -296,6 +296,12 @@ test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
+	@$(MUTATE) --sample 60
+
+# Kernels broken on purpose, in every place that dev/simt/mutate.py knows: do the tests notice? test-long takes a sample.
+MUTATE := CXX=$(CXX) MAKE=$(MAKE) dev/simt/mutate.py --build $(BUILD)/mutate
+mutate:
+	$(MUTATE) --report docs/results/mutation.md
 
 # ----------------------------------------------------------------------------
 # Benchmarks, for the CPU; and for a GPU, or the emulator that shows that they work: NAME_DEVICE_PRECISION

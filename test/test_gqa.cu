@@ -25,7 +25,7 @@ static const double LSE_BOUND = 1e-5;
 // ----------------------------------------------------------------------------
 // Cases
 
-enum { MAX_HEADS = 8 };
+enum { MAX_HEADS = 40 };
 
 typedef struct {
     int H, G;
@@ -35,7 +35,10 @@ typedef struct {
 static const HeadMap ONE = {1, 1, {0}}, MHA = {2, 2, {0, 1}}, GQA = {4, 2, {0, 0, 1, 1}},
                      MQA = {3, 1, {0, 0, 0}}, UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}},
                      FIRST_EMPTY = {3, 3, {1, 1, 2}}, MIDDLE_EMPTY = {3, 4, {0, 0, 3}},
-                     LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
+                     LAST_EMPTY = {4, 3, {0, 1, 1, 1}},
+                     // more heads than a warp has lanes, and a group that begins beyond them
+    MANY = {40, 3, {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2}};
 
 typedef struct {
     int B, T, H, G, D, window;
@@ -243,6 +246,7 @@ static void test_shapes(void** state) {
         {&MHA, 1, 200, 64, 63},
         {&ONE, 1, 200, 64, 66},
         {&ONE, 1, 200, 128, 47},
+        {&MANY, 1, 3, 32, 0},
     };
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
         check(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].window);

@@ -34,6 +34,7 @@ typedef struct {
     size_t count; // elements
     double scale; // of the normal numbers that fill it; below 0: their magnitudes, times this one's
     int limit;    // an index is 0..limit-1
+    int run;      // 0: indices are random; else each stands in so many neighbours, the largest first
     size_t columns,
         used; // of every row of `columns`, what lies beyond the first `used` is Inf; columns 0: nothing
 } Array;
@@ -47,7 +48,7 @@ typedef struct {
 } Operation;
 
 static Array array_of(Type type, Role role, size_t count, double scale) {
-    Array array = {type, role, count, scale, 0, 0, 0};
+    Array array = {type, role, count, scale, 0, 0, 0, 0};
     return array;
 }
 static Array activation(Role role, size_t count) { return array_of(ACTIVATION, role, count, 1); }
@@ -55,7 +56,7 @@ static Array sum_of(Role role, size_t count) { return array_of(SUM, role, count,
 static Array positive(Role role, size_t count) { return array_of(SUM, role, count, -1); }
 static Array workspace_of(size_t bytes) { return array_of(WORKSPACE, OUTPUT, bytes, 0); }
 static Array indices(size_t count, int limit) {
-    Array array = {INDEX, INPUT, count, 0, limit, 0, 0};
+    Array array = {INDEX, INPUT, count, 0, limit, 0, 0, 0};
     return array;
 }
 
@@ -103,6 +104,12 @@ static int embedding_backward_arrays(Array* arrays, const int* shape) {
     arrays[2] = indices(rows, shape[2]);
     arrays[3] = workspace_of(embedding_backward_workspace(shape[0], shape[1]));
     return 4;
+}
+// Tokens whose sorted rows end where a chunk of them does, while row 0 has the token after. Shape: rows, C, Vp, run
+static int embedding_backward_of_runs_arrays(Array* arrays, const int* shape) {
+    const int count = embedding_backward_arrays(arrays, shape);
+    arrays[2].run = shape[3];
+    return count;
 }
 static void embedding_backward_device(void* const* arrays, const int* shape) {
     embedding_backward(S(0), X(1), I(2), arrays[3], shape[0], shape[1], 0);
@@ -449,6 +456,11 @@ static const Operation operations[] = {
      EMBEDDING_SHAPES},
     {"embedding_backward", embedding_backward_arrays, embedding_backward_device, embedding_backward_reference,
      EMBEDDING_SHAPES},
+    {"embedding_backward_of_runs",
+     embedding_backward_of_runs_arrays,
+     embedding_backward_device,
+     embedding_backward_reference,
+     {{128, 16, 2, 64}, {192, 13, 2, 96}, {96, 8, 3, 32}, {200, 5, 7, 33}}},
     {"rmsnorm_forward", rmsnorm_forward_arrays, rmsnorm_forward_device, rmsnorm_forward_reference,
      RMSNORM_SHAPES},
     {"residual_rmsnorm_forward", residual_rmsnorm_arrays, residual_rmsnorm_device, residual_rmsnorm_reference,
@@ -534,7 +546,9 @@ static Case new_case(const Operation* operation, const int* shape) {
             const double z = random_normal((uint64_t)i, random_stream(operation->name), j);
             const double value = array->scale < 0 ? fabs(array->scale * z) : array->scale * z;
             const int padding = array->columns && j % array->columns >= array->used;
-            if (array->type == INDEX) ((int*)c.inputs[i])[j] = (int)(fabs(z) * 1e6) % array->limit;
+            if (array->type == INDEX)
+                ((int*)c.inputs[i])[j] = array->run ? (int)(array->count - 1 - j) / array->run
+                                                    : (int)(fabs(z) * 1e6) % array->limit;
             else set_element(c.inputs[i], array->type, j, padding ? INFINITY : value);
         }
     }
@@ -703,6 +717,17 @@ static void test_not_a_number(void** state) {
     }
 }
 
+// The table that the device gets is made on the host.
+static void test_rope_table(void** state) {
+    (void)state;
+    const int T = 9, D = 6;
+    float_acc table[T * D];
+    double expected[T * D];
+    rope_table(table, T, D, 500);
+    reference_rope_table(expected, T, D, 500);
+    for (int i = 0; i < T * D; i++) assert_true(fabs((double)table[i] - expected[i]) <= 1e-7);
+}
+
 // ----------------------------------------------------------------------------
 // Memory
 
@@ -752,7 +777,7 @@ int main(int argc, char** argv) {
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_memory),
     };
-    struct CMUnitTest tests[2 * OPERATIONS];
+    struct CMUnitTest tests[2 * OPERATIONS + 1];
     char names[OPERATIONS][64];
     memset(tests, 0, sizeof(tests));
     for (int i = 0; i < OPERATIONS; i++) {
@@ -763,6 +788,8 @@ int main(int argc, char** argv) {
         tests[OPERATIONS + i].test_func = test_not_a_number;
         tests[i].initial_state = tests[OPERATIONS + i].initial_state = (void*)&operations[i];
     }
+    tests[2 * OPERATIONS].name = "rope_table";
+    tests[2 * OPERATIONS].test_func = test_rope_table;
     reference_start();
     const int failed = cmocka_run_group_tests(memory_tests, NULL, NULL);
     matmul_start();

@@ -21,6 +21,7 @@ not there, an entry there that matches no mutant any more, or (without --sample)
 
 import argparse
 import collections
+import json
 import os
 import random
 import re
@@ -71,6 +72,10 @@ class Mutant:
     def key(self):
         return (self.file, " ".join(self.source.split()), self.change)
 
+    def identity(self):
+        """Of this one alone, where a line occurs twice in a file, or holds two such changes."""
+        return "%s:%d:%d: %s" % (self.file, self.line, self.edits[0].begin, self.change)
+
 
 COLLECTIVE = re.compile(r"(__syncthreads|__syncwarp|cp_async_commit)\(\)")
 WAIT = re.compile(r"cp_async_wait<(.+?)>\(\)")
@@ -102,6 +107,14 @@ def matching(text, opening):
         if depth == 0:
             return i
     return -1
+
+
+def words_before(code, at):
+    """Of the code before a place some 16 characters, beginning with a whole word."""
+    begin = max(0, at - 16)
+    while begin > 0 and re.match(r"\w", code[begin]) and re.match(r"\w", code[begin - 1]):
+        begin -= 1
+    return code[begin:at].lstrip()
 
 
 def mutants_of_line(code, place, unrolled):
@@ -150,15 +163,13 @@ def mutants_of_line(code, place, unrolled):
         if not outside(found) or (unrolled and "++" in code):
             continue
         shifted = int(literal) - 1 if literal == "1" and code[found.start() - 2] in "+-" else int(literal) + 1
-        before = code[max(0, found.start() - 12):found.start()]
-        add("literal", "%s%s -> %d" % (before.split("(")[-1].lstrip(), literal, shifted),
+        add("literal", "%s%s -> %d" % (words_before(code, found.start()), literal, shifted),
             (found.start(), found.end(), "(MUTANT({n}) ? %d : %s)" % (shifted, literal)))
     for found in OPERAND.finditer(code):
         name = found.group(1) or found.group(2)
         if not outside(found) or name in NUMBERS or (unrolled and "++" in code):
             continue
-        before = code[max(0, found.start() - 12):found.start()]
-        add("offset", "%s%s -> + 1" % (before.lstrip(), name),
+        add("offset", "%s%s -> %s + 1" % (words_before(code, found.start()), name, name),
             (found.start(), found.end(), "(%s + MUTANT({n}))" % name))
     for found in EXTREME.finditer(code):
         name = found.group(1)
@@ -356,7 +367,7 @@ class Programs:
                    "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fopenmp", "-pthread",
                    "-DDEVICE_SIMT", "-DPRECISION_" + precision.upper(), "-include", os.path.join(self.directory, "mutant.h"),
                    "-I" + self.directory, "-I."] + SANITIZERS[build] + \
-                  ["-x", "c++", "test/%s.cu" % test, "-x", "none", os.path.join(self.directory, "reference.o"),
+                  ["-x", "c++", "test/%s.cu" % test, "-x", "none", os.path.join(self.directory, "test", "reference.o"),
                    "-o", path, "-lcmocka", "-lm"]
         started = time.time()
         while True:
@@ -529,6 +540,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     parser.add_argument("--report", help="write the results to this Markdown file")
     parser.add_argument("--seconds", type=float, default=0, help="begin no mutant after so many seconds")
+    parser.add_argument("--resume", action="store_true",
+                        help="take as caught what the last run caught, as when it was interrupted or tests have been added since")
     parser.add_argument("--build", default=os.path.join("build", "mutate"), help="folder for programs (default build/mutate)")
     parser.add_argument("--compiler", default=os.environ.get("CXX", "g++"))
     options = parser.parse_args()
@@ -549,19 +562,32 @@ def main():
 
     directory = os.path.join(ROOT, options.build)
     os.makedirs(directory, exist_ok=True)
-    subprocess.run(["make", "--no-print-directory", os.path.join("build", "test", "reference.o")], cwd=ROOT, check=True)
-    shutil.copy(os.path.join(ROOT, "build", "test", "reference.o"), directory)
+    reference = os.path.join(options.build, "test", "reference.o")
+    subprocess.run([os.environ.get("MAKE", "make"), "--no-print-directory", "BUILD=" + options.build, reference],
+                   cwd=ROOT, check=True)
     programs = Programs(directory, options.compiler, mutants)
 
     for test in sorted({FILES[m.file][0] for m in mutants}):
         for precision in PRECISIONS:
             programs.path(test, precision, "plain")
     mutants = [m for m in mutants if m.verdict != "no build"]
+    caught_before = os.path.join(directory, "caught.json")
+    results = {}
+    if options.resume and os.path.exists(caught_before):
+        with open(caught_before, encoding="utf-8") as stored:
+            results = json.load(stored)
     begun = time.time()
     for m in mutants:
+        if m.identity() in results:
+            m.verdict, m.caught_by = "caught", results[m.identity()]
+            continue
         if options.seconds and time.time() - begun > options.seconds:
             break
         judge(m, programs, options)
+        if m.verdict == "caught":
+            results[m.identity()] = m.caught_by
+            with open(caught_before, "w", encoding="utf-8") as stored:
+                json.dump(results, stored, indent=1)
         note = "" if m.verdict == "caught" else "known" if m.key() in known else "NOT KNOWN"
         print("%4d %-24s %-32s %4d  %-44s %-8s %s %s" % (m.number, m.file, m.function[:32], m.line, m.change[:44],
                                                         m.verdict, m.caught_by, note), flush=True)
