@@ -848,7 +848,8 @@ static void choose_model(Run* run) {
         base = model_config_from_descriptor(options->model ? options->model : descriptor);
     }
     run->config = options_model(options, base);
-    if (!attention_supports_head_dim(run->config.head_dim))
+    // 0: the heads do not divide the channels, which the model's own checks say
+    if (run->config.head_dim > 0 && !attention_supports_head_dim(run->config.head_dim))
         fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
                    run->config.heads, run->config.head_dim, DEVICE_NAME);
 
