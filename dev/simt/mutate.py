@@ -262,11 +262,6 @@ def chosen_mutants(options):
         if mutant.kind not in SYNCHRONISATION:
             by_function.setdefault((mutant.file, mutant.function), []).append(mutant)
     chosen = [m for m in everything if m.kind in SYNCHRONISATION and (not options.file or m.file in options.file)]
-    limit = options.expressions
-    if options.sample:
-        draw.shuffle(chosen)
-        chosen = chosen[:options.sample // 4]
-        limit = options.sample - len(chosen)
     # One of each function, and then of all.
     queues = list(by_function.values())
     for queue in queues:
@@ -276,10 +271,14 @@ def chosen_mutants(options):
     draw.shuffle(rest)
     drawn = []
     for mutant in [queue[0] for queue in queues] + rest:
-        if len(drawn) < limit and not any(overlap(mutant, other) for other in drawn):
+        if len(drawn) < options.expressions and not any(overlap(mutant, other) for other in drawn):
             drawn.append(mutant)
     # Zero halves to zero: such loops would not end, and no test can tell them from slow ones.
     chosen += [m for m in drawn if not (m.kind == "bound" and re.search("> -> >=.*(/= 2|while)", m.change + m.source))]
+    if options.sample:  # of those that a whole run would have
+        draw.shuffle(chosen)
+        synchronising = [m for m in chosen if m.kind in SYNCHRONISATION][:options.sample // 4]
+        chosen = synchronising + [m for m in chosen if m.kind not in SYNCHRONISATION][:options.sample - len(synchronising)]
     order = list(FILES)
     chosen.sort(key=lambda m: (m.kind not in SYNCHRONISATION, order.index(m.file), m.line))
     for number, mutant in enumerate(chosen, 1):
@@ -521,7 +520,12 @@ def totals(mutants):
     return table(rows)
 
 
-def report(mutants, known, path, command):
+RESUMED = """
+which takes over what an earlier run, with the same tests or fewer, had caught.
+"""
+
+
+def report(mutants, known, path, command, resumed):
     caught = sum(m.verdict == "caught" for m in mutants)
     modes = collections.Counter(m.caught_by.split(":")[0] for m in mutants if m.verdict == "caught")
     survivors = [("file", "function", "line", "mutation", "why it is harmless"), ("---",) * 5]
@@ -531,10 +535,11 @@ def report(mutants, known, path, command):
         page.write("""# Mutants of the kernels
 
 Every barrier, wait and commit of the kernels deleted, and expressions perturbed, one at a time; the tests of kernels on the
-emulator then have to fail (dev/simt/mutate.py says how). Written by
+emulator then have to fail (dev/simt/mutate.py says how). What sizes grids, workspaces and the tiles that a block looks at is made
+smaller, not larger, as nobody minds a block without work; loops that would never end are left alone. Written by
 
     %s
-
+%s
 %s: %d of %d mutants are caught, %.1f %%.
 
 %s
@@ -544,7 +549,7 @@ Caught by, the first mode that does: %s.
 ## Survivors
 
 %s
-""" % (command, time.strftime("%Y-%m-%d", time.gmtime()), caught, len(mutants), 100 * caught / len(mutants), totals(mutants),
+""" % (command, RESUMED if resumed else "", time.strftime("%Y-%m-%d", time.gmtime()), caught, len(mutants), 100 * caught / len(mutants), totals(mutants),
             ", ".join("%s %d" % item for item in modes.most_common()), table(survivors)))
 
 
@@ -602,7 +607,7 @@ def main():
         if options.seconds and time.time() - begun > options.seconds:
             break
         judge(m, programs, options, m.key() in known)
-        if m.verdict == "caught":
+        if m.verdict == "caught" and not options.sample:
             results[m.identity()] = m.caught_by
             with open(caught_before, "w", encoding="utf-8") as stored:
                 json.dump(results, stored, indent=1)
@@ -616,8 +621,8 @@ def main():
         print("%d of %d mutants were not begun in %.0f s" % (len(mutants) - len(run_mutants), len(mutants), options.seconds))
 
     if options.report:
-        command = "dev/simt/mutate.py " + " ".join(sys.argv[1:])
-        report(run_mutants, known, options.report, command)
+        command = "dev/simt/mutate.py" + "".join(" " + argument for argument in sys.argv[1:])
+        report(run_mutants, known, options.report, command, options.resume)
 
     good = True
     for m in run_mutants:
