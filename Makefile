@@ -29,7 +29,7 @@ ATTN ?= dense
 GQA ?= gqa
 KCONV ?= 0
 # What the kernels of CUDA compute so far.
-cuda_lacks = $(strip $(filter-out ATTN=dense GQA=gqa KCONV=0,ATTN=$(ATTN) GQA=$(GQA) KCONV=$(KCONV)))
+cuda_lacks = $(filter ATTN=moba,ATTN=$(ATTN))
 
 ifeq ($(origin DEVICE),undefined)
   ifeq ($(NVCC),)
@@ -138,7 +138,12 @@ retrieval: $(BUILD)/retrieval
 # The trainers that tests run: test_programs some variants on the CPU, test_simt_trainer the CUDA program on the emulator.
 TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32 \
                      $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 flashmoba_kdgqa_kconv3,cpu_$(variant)_fp32) \
-                     cpu_dense_gqa_kconv0_fp32 simt_dense_gqa_kconv0_fp32 simt_dense_gqa_kconv0_bf16)
+                     cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 \
+                     $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5, \
+                       simt_$(variant)_fp32 simt_$(variant)_bf16))
+# All combinations, which test-long runs.
+ALL_TRAINERS := $(foreach attention,dense flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
+                  $(BUILD)/train_gpt_$(device)_$(attention)_$(heads)_kconv$(taps)_fp32))))
 
 # Those that make gpu-check runs, with DEVICE=cuda.
 GPU_TRAINERS := $(foreach p,bf16 fp32,$(BUILD)/train_gpt_$(DEVICE)_dense_gqa_kconv0_$(p))
@@ -149,7 +154,7 @@ flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call fl
 compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
 compile_simt = $(SIMT) $(flags) -x c++ $< -o $@ $(TRAIN_LIBS)
 compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
-$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
+$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(ALL_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(compile_$(call flag,1))
@@ -195,7 +200,7 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
-KERNEL_TEST_SOURCES := test_kernels test_gqa
+KERNEL_TEST_SOURCES := test_kernels test_gqa test_moba_kernels
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
@@ -277,14 +282,16 @@ test: all compile-cuda $(TESTED_TRAINERS) $(TESTS)
 # user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
 SANITIZED := CFLAGS="$(ADDRESS_FLAGS)"
 THREADED := CFLAGS="$(THREAD_FLAGS)"
-# Kernels and emulator in other orders of the threads; and under the thread sanitizer, which sees every thread of the emulator.
+# Kernels and emulator in other orders of the threads; and under the thread sanitizer, which sees every thread of the emulator but
+# not those of OpenMP, so that the yardstick must do with one.
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
-KERNELS_THREADED := test_layout test_simt test_kernels_bf16 test_gqa_bf16
-test-long: all $(ORDERED)
+KERNELS_THREADED := test_layout test_simt test_kernels_bf16 test_gqa_bf16 test_moba_kernels_bf16
+test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer
+	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh $(BUILD)/test/test_simt_trainer
 	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 scripts/run_tests.sh $(ORDERED)
 	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed scripts/run_tests.sh $(ORDERED) || exit 1; done
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(patsubst %,$(BUILD)/thread/test/%,$(KERNELS_THREADED))
-	@scripts/run_tests.sh $(patsubst %,$(BUILD)/thread/test/%,$(KERNELS_THREADED))
+	@OMP_NUM_THREADS=1 scripts/run_tests.sh $(patsubst %,$(BUILD)/thread/test/%,$(KERNELS_THREADED))
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= EMULATOR_SANITIZED= test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader

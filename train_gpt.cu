@@ -42,6 +42,7 @@ kernels of CUDA on an emulator (dev/simt).
 #include "kernels/keyconv.cuh"
 #include "kernels/rope.cuh"
 #include "gqa.cuh"
+#include "moba.cuh"
 #include "kernels/noise.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"
@@ -847,6 +848,9 @@ static void choose_model(Run* run) {
         base = model_config_from_descriptor(options->model ? options->model : descriptor);
     }
     run->config = options_model(options, base);
+    if (!attention_supports_head_dim(run->config.head_dim))
+        fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
+                   run->config.heads, run->config.head_dim, DEVICE_NAME);
 
     if (options->tokenizer) path_format(run->tokenizer_path, "%s", options->tokenizer);
     else if (directory[0]) path_format(run->tokenizer_path, "%s/tokenizer.json", directory);

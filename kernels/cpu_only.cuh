@@ -1,5 +1,5 @@
 /*
-What only DEVICE=cpu computes so far: block-sparse attention. The Makefile refuses ATTN=moba and flashmoba for other devices, so no
+What only DEVICE=cpu computes so far: block-sparse attention written plainly. The Makefile refuses ATTN=moba for other devices, so no
 call below is ever reached; the names let one trainer be compiled for all.
 */
 #ifndef KERNELS_CPU_ONLY_CUH
@@ -12,15 +12,9 @@ call below is ever reached; the names let one trainer be compiled for all.
         fail(#name ": computed with DEVICE=cpu only");                                                       \
     }
 
-CPU_ONLY(size_t, moba_selected_count)
-CPU_ONLY(size_t, moba_centroids_count)
 CPU_ONLY(size_t, moba_forward_workspace)
 CPU_ONLY(size_t, moba_backward_workspace)
-CPU_ONLY(size_t, flashmoba_forward_workspace)
-CPU_ONLY(size_t, flashmoba_backward_workspace)
 CPU_ONLY(void, moba_forward)
 CPU_ONLY(void, moba_backward)
-CPU_ONLY(void, flashmoba_forward)
-CPU_ONLY(void, flashmoba_backward)
 
 #endif

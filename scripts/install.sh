@@ -7,7 +7,7 @@
 set -euo pipefail
 
 packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev gnuplot-nox)
-if [ "${1:-}" = "--tests" ]; then packages+=(libcmocka-dev clang-format clang-tidy shellcheck); fi
+if [ "${1:-}" = "--tests" ]; then packages+=(libcmocka-dev clang-format clang-tidy shellcheck python3); fi
 
 missing=()
 for package in "${packages[@]}"; do

@@ -12,6 +12,7 @@ The object behind test/reference.h: dev/cpu in fp64, whatever the precision of t
 #include "dev/cpu/classifier.h"
 #include "dev/cpu/adamw.h"
 #include "dev/cpu/gqa.h"
+#include "dev/cpu/moba.h"
 #include "dev/cpu/keynorm.h"
 #include "dev/cpu/keyconv.h"
 #include "dev/cpu/noise.h"
@@ -97,6 +98,32 @@ void reference_attention_backward(double* dqkv, const double* dout, const double
                                   int window) {
     void* workspace = malloc_or_fail(attention_backward_workspace(B, T, H, G, D), "attention");
     attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, 0);
+    free(workspace);
+}
+
+void reference_flashmoba_forward(double* out, double* lse, const int* selected, const double* qkv,
+                                 const int* kv_of_q, int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    char* workspace = (char*)malloc_or_fail(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    flashmoba_local_forward(out, lse, qkv, kv_of_q, workspace, &shape);
+    if (K > 1) flashmoba_routed_forward(out, lse, selected, qkv, kv_of_q, workspace, &shape);
+    free(workspace);
+}
+
+void reference_flashmoba_select(int* selected, double* centroids, const double* qkv, const int* kv_of_q,
+                                int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    char* workspace = (char*)malloc_or_fail(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    moba_centroids(centroids, qkv, &shape);
+    if (K > 1) flashmoba_route(selected, centroids, qkv, kv_of_q, workspace, &shape);
+    free(workspace);
+}
+
+void reference_flashmoba_backward(double* dqkv, const double* dout, const double* out, const double* lse,
+                                  const int* selected, const double* qkv, const int* kv_of_q, int B, int T,
+                                  int H, int G, int D, int S, int K) {
+    void* workspace = malloc_or_fail(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
+    flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, 0);
     free(workspace);
 }
 

@@ -10,6 +10,7 @@ floatX or float_acc there is double here.
 #ifndef TEST_REFERENCE_H
 #define TEST_REFERENCE_H
 
+#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include "runtime/adamw.h"
@@ -54,6 +55,15 @@ void reference_attention_backward(double* dqkv, const double* dout, const double
                                   const double* qkv, const int* kv_of_q, int B, int T, int H, int G, int D,
                                   int window);
 
+// With the selection of the caller, and the selection itself.
+void reference_flashmoba_forward(double* out, double* lse, const int* selected, const double* qkv,
+                                 const int* kv_of_q, int B, int T, int H, int G, int D, int S, int K);
+void reference_flashmoba_select(int* selected, double* centroids, const double* qkv, const int* kv_of_q,
+                                int B, int T, int H, int G, int D, int S, int K);
+void reference_flashmoba_backward(double* dqkv, const double* dout, const double* out, const double* lse,
+                                  const int* selected, const double* qkv, const int* kv_of_q, int B, int T,
+                                  int H, int G, int D, int S, int K);
+
 void reference_key_rms(double* rms, double* sums, const double* qkv, int B, int T, int H, int G, int D);
 void reference_key_weight_norm(double* norm, const double* wk, const double* gain, int G, int D, int C);
 
@@ -68,5 +78,12 @@ void reference_attention_noise(double* noised, const double* out, int B, int T, 
 #ifdef __cplusplus
 }
 #endif
+
+// Before the first call: under the thread sanitizer with one thread, for it does not know the barriers of OpenMP.
+static inline void reference_start(void) {
+#if defined(__SANITIZE_THREAD__)
+    omp_set_num_threads(1);
+#endif
+}
 
 #endif

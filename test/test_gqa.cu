@@ -332,5 +332,6 @@ int main(void) {
         cmocka_unit_test(test_start),      cmocka_unit_test(test_decoding),
         cmocka_unit_test(test_repeatable), cmocka_unit_test(test_head_dimensions),
     };
+    reference_start();
     return cmocka_run_group_tests_name("attention on the device, " PRECISION_NAME, tests, NULL, NULL);
 }

@@ -5,7 +5,6 @@ dev/cpu in fp64 on the same inputs (test/reference.h). Runs on the emulator, and
 For each: outputs and gradients within the bounds of docs/math.md section 6; the same bits when repeated; nothing written
 outside of the outputs; NaN and Inf where the reference has them.
 */
-#include <omp.h>
 #include "test/numeric.h"
 #include "test/capture.h"
 #include "test/reference.h"
@@ -732,9 +731,6 @@ static void test_rope_table(void** state) {
 // ----------------------------------------------------------------------------
 // Memory
 
-// Memory that cannot be had is an answer, under the address sanitizer too.
-extern "C" const char* __asan_default_options(void) { return "allocator_may_return_null=1"; }
-
 static void ask_for_too_much(void* unused) {
     (void)unused;
     device_malloc((size_t)1 << 50, "the whole library of Babel");
@@ -794,9 +790,7 @@ int main(int argc, char** argv) {
     }
     tests[2 * OPERATIONS].name = "rope_table";
     tests[2 * OPERATIONS].test_func = test_rope_table;
-#if defined(__SANITIZE_THREAD__)
-    omp_set_num_threads(1); // the reference's threads meet at barriers that the sanitizer does not know
-#endif
+    reference_start();
     const int failed = cmocka_run_group_tests(memory_tests, NULL, NULL);
     matmul_start();
     if (argc > 1) cmocka_set_test_filter(argv[1]);

@@ -34,7 +34,7 @@ SIMT_INTERNAL inline void copy_async(void* to, const void* from, bool valid, con
                      place.line, to, from);
     if (!may_be_shared(to, 16))
         kernel_error("%s (%s:%d): %p is not shared memory", place.operation, place.file, place.line, to);
-    if (valid && !is_device_memory(from, 16))
+    if (valid && !is_device_memory((uintptr_t)from, 16))
         kernel_error("%s (%s:%d): %p is not device memory", place.operation, place.file, place.line, from);
     Thread* thread = current;
     if (thread->pending_end - thread->first_pending == MAX_PENDING)

@@ -49,8 +49,9 @@ SIMT_INTERNAL inline Allocation* device_allocation(const void* address, size_t b
                                                                                    : nullptr;
 }
 
-SIMT_INTERNAL inline bool is_device_memory(const void* address, size_t bytes) {
-    return device_allocation(address, bytes);
+// A number, for nothing is read there: memory that nobody has written yet may be asked about.
+SIMT_INTERNAL inline bool is_device_memory(uintptr_t address, size_t bytes) {
+    return device_allocation((const void*)address, bytes);
 }
 
 inline void* device_allocate(size_t bytes) {

@@ -153,8 +153,8 @@ inline cudaError_t cudaFreeHost(void* pointer) {
 }
 
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-    const bool to_device = simt::is_device_memory(to, bytes),
-               from_device = simt::is_device_memory(from, bytes);
+    const bool to_device = simt::is_device_memory((uintptr_t)to, bytes),
+               from_device = simt::is_device_memory((uintptr_t)from, bytes);
     const cudaMemcpyKind actual = (cudaMemcpyKind)(to_device + 2 * from_device);
     static const char* const names[] = {"host to host", "host to device", "device to host",
                                         "device to device"};
@@ -174,7 +174,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 
 inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
     if (bytes == 0) return cudaSuccess;
-    if (!simt::is_device_memory(memory, bytes))
+    if (!simt::is_device_memory((uintptr_t)memory, bytes))
         return simt::result(cudaErrorInvalidValue, "cudaMemset of %zu bytes at %p: not device memory", bytes,
                             memory);
     simt::DeviceMemoryOpen open;
@@ -283,7 +283,7 @@ template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*)(P...), cu
 namespace simt {
 
 template <class T> inline bool is_valid_argument(const T& value) {
-    if constexpr (std::is_pointer_v<T>) return !value || is_device_memory((const void*)value, 1);
+    if constexpr (std::is_pointer_v<T>) return !value || is_device_memory((uintptr_t)value, 1);
     else return true;
 }
 

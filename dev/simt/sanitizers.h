@@ -18,6 +18,10 @@ The emulator's own functions are marked SIMT_INTERNAL: not instrumented, for wha
 #define SIMT_ADDRESS
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+// Memory that cannot be had is an answer.
+extern "C" __attribute__((weak, used)) const char* __asan_default_options() {
+    return "allocator_may_return_null=1";
+}
 #endif
 #if defined(__SANITIZE_THREAD__)
 #define SIMT_THREAD
@@ -25,8 +29,7 @@ The emulator's own functions are marked SIMT_INTERNAL: not instrumented, for wha
 // The interface for managed languages: the one way to say that memory is fresh, and earlier accesses to it forgotten.
 extern "C" void __tsan_java_init(uintptr_t heap_begin, uintptr_t heap_size);
 extern "C" void __tsan_java_alloc(uintptr_t pointer, uintptr_t size);
-// It waits a second at exit for threads that might still race; there are none. Memory that cannot be had is an error of
-// cudaMalloc(), not the end of the program.
+// It waits a second at exit for threads that might still race; there are none. Memory that cannot be had is an answer.
 extern "C" __attribute__((weak, used)) const char* __tsan_default_options() {
     return "atexit_sleep_ms=0:allocator_may_return_null=1";
 }

@@ -1,0 +1,1138 @@
+/*
+Mixture of block attention, forward and backward (docs/math.md section 2). The CUDA twin of dev/cpu/moba.h.
+
+Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean key scores
+highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571):
+
+    void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
+    flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
+
+A chain of kernels without a word from the host:
+
+    centroids    means of the blocks' keys
+    router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers
+    lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
+    partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
+                 memory, gathered queries stream by, and each leaves a row of output and its log-sum-exp
+    merge        a query adds its K rows up, in the order of its choices
+
+A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
+the future from them. So the causal part needs no kernel of its own, and costs the same bytes as one that would be
+fused with the merge: a row of queries read and a row of output written and read again, instead of a query read, and
+keys and values by every tile. The backward goes over the same lists twice, once for the gradients of keys and values
+(an item leaves its sums in fp32, and they are added up in the order of heads and items) and once for those of queries
+(a row for each choice, merged as in the forward). Nothing is added by atomics but integers: every run has the same bits.
+
+A block of more than MOBA_KEYS keys is so many parts of MOBA_KEYS keys, each with rows of its own.
+
+Partial rows cost K times the output. So heads go in groups whose share of the workspace stays below
+moba_workspace_bound, one head at least. With a map that no host knows, a KV head may have queries in two groups:
+its sums are carried from one to the next.
+
+Bytes (bf16), a query head: centroids 2TD; router 2TD + (T/128)(n/2) 4D + 4T(K-1), n = T/S; partials TK(4D + 4)
++ items * 4SD; merge TK(2D + 4) + 2TD. Scores are of 16 bits of the queries and 16 bits of the centroids (two terms of
+bf16 each): exact enough for the same choice as in fp32, for twice the products of a router that rounds its centroids.
+*/
+#ifndef MOBA_CUH
+#define MOBA_CUH
+
+#include <limits.h>
+// attention_supports_head_dim, attention_scale, the statistics of the backward, count_heads_below
+#include "gqa.cuh"
+// load, store
+#include "kernels/vector.cuh"
+
+// Keys of an item, and the most queries.
+#if defined(PRECISION_BF16)
+enum { MOBA_KEYS = 128 };
+#else
+enum { MOBA_KEYS = 32 };
+#endif
+enum { MOBA_ITEM = 1024 };
+// Queries whose entries of lists one warp writes.
+enum { MOBA_LIST_QUERIES = 256 };
+// An entry of a list: the token of a query, and above it the number of the choice.
+enum { MOBA_TOKEN_BITS = 25 };
+
+// What the partial rows and lists of a group of heads may take, unless one head alone takes more.
+static size_t moba_workspace_bound = (size_t)1 << 30;
+
+// Sizes of one call; the rows computed are start..T-1.
+typedef struct {
+    int B, T, start, H, G, D, S, K;
+} moba_shape_t;
+
+// Numbers of elements of what the caller keeps between forward and backward, or between two tokens.
+static inline size_t moba_selected_count(int B, int T, int H, int K) { return (size_t)B * H * T * (K - 1); }
+static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
+    return (size_t)B * (T / S) * G * D;
+}
+
+// Starts to copy `count` rows into a tile, each thread of the block its share; rows that do not exist become 0.
+template <int D, typename Rows>
+__device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int count) {
+    constexpr int CHUNKS = D / CHUNK;
+    const int column = threadIdx.x % CHUNKS * CHUNK, step = blockDim.x / CHUNKS;
+    for (int row = threadIdx.x / CHUNKS; row < count; row += step)
+        cp_async16(tile + tile_offset<D>(row, column), rows.at(row) + column, rows.has(row));
+}
+
+// ----------------------------------------------------------------------------
+// Centroids
+
+enum { MOBA_CENTROID_THREADS = 128 };
+template <int D>
+__global__ void moba_centroids_kernel(float* centroids,  // (B, T/S, G, D)
+                                      const floatX* qkv, // (B, T, H + 2G, D)
+                                      int T, int H, int G, int S, int first_block) {
+    constexpr int LANES = D / CHUNK, ROWS = MOBA_CENTROID_THREADS / LANES;
+    __shared__ float sums[ROWS][D];
+    const int block = first_block + blockIdx.x, g = blockIdx.y, b = blockIdx.z;
+    const int column = threadIdx.x % LANES * CHUNK, first = threadIdx.x / LANES;
+    const size_t stride = (size_t)(H + 2 * G) * D;
+    const floatX* k = qkv + ((size_t)b * T + (size_t)block * S) * stride + (size_t)(H + g) * D + column;
+    Values<CHUNK> sum = {};
+    for (int t = first; t < S; t += ROWS) {
+        const Values<CHUNK> key = load<CHUNK>(k + t * stride);
+        for (int i = 0; i < CHUNK; i++) sum.at[i] += key.at[i];
+    }
+    for (int i = 0; i < CHUNK; i++) sums[first][column + i] = sum.at[i];
+    __syncthreads();
+    if (threadIdx.x >= D) return;
+    float total = 0;
+    for (int row = 0; row < ROWS; row++) total += sums[row][threadIdx.x];
+    centroids[(((size_t)b * (T / S) + block) * G + g) * D + threadIdx.x] = total / (float)S;
+}
+
+// The router multiplies floatX: what bf16 leaves of a centroid, and what it leaves of the rest.
+#if defined(PRECISION_BF16)
+enum { MOBA_TERMS = 2 };
+static __global__ void moba_split_kernel(floatX* terms, // (MOBA_TERMS, count)
+                                         const float* centroids, size_t count) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float rest = centroids[i];
+    for (int term = 0; term < MOBA_TERMS; term++) {
+        terms[term * count + i] = __float2bfloat16(rest);
+        rest -= rounded(rest);
+    }
+}
+#else
+enum { MOBA_TERMS = 1 };
+#endif
+
+// ----------------------------------------------------------------------------
+// Router
+
+// Scores and blocks in one order: the higher score, of equal ones the later block. A score that is not a number is 0,
+// and so is what cannot be chosen.
+typedef unsigned long long moba_rank_t;
+static const moba_rank_t MOBA_NO_SLOT = ~0ull; // higher than all
+
+static __device__ __forceinline__ moba_rank_t moba_rank(float score, int block, int eligible) {
+    if (block >= eligible || score != score) return 0;
+    const unsigned bits = __float_as_uint(score + 0.0f); // no negative zero
+    const unsigned ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (moba_rank_t)ordered << 32 | (unsigned)block;
+}
+
+static __device__ __forceinline__ moba_rank_t quad_highest(moba_rank_t x) {
+    for (int other = 1; other < 4; other *= 2) {
+        const moba_rank_t theirs = __shfl_xor_sync(ALL_LANES, x, other);
+        x = theirs > x ? theirs : x;
+    }
+    return x;
+}
+
+// The best of the scores that a row has had. A quad has a row, each of its lanes EACH of the slots. An empty slot has a
+// rank below all others and different from theirs: its number.
+template <int EACH> struct best_of_row {
+    moba_rank_t slots[EACH], lowest;
+
+    __device__ __forceinline__ void find_lowest(void) {
+        lowest = slots[0];
+#pragma unroll
+        for (int e = 1; e < EACH; e++) lowest = slots[e] < lowest ? slots[e] : lowest;
+        lowest = ~quad_highest(~lowest);
+    }
+
+    __device__ __forceinline__ void begin(int choices) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int slot = lane_of_warp() % 4 * EACH + e;
+            slots[e] = slot < choices ? (moba_rank_t)(slot + 1) : MOBA_NO_SLOT;
+        }
+        find_lowest();
+    }
+
+    // The best of the candidates takes the place of the worst so far, until none is better. All rows of a warp together.
+    template <int COUNT> __device__ __forceinline__ void take(moba_rank_t (&candidates)[COUNT]) {
+        for (;;) {
+            moba_rank_t best = 0;
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) best = candidates[i] > best ? candidates[i] : best;
+            best = quad_highest(best);
+            const bool better = best > lowest;
+            if (!__any_sync(ALL_LANES, better)) return;
+#pragma unroll
+            for (int i = 0; i < COUNT; i++)
+                if (candidates[i] == best) candidates[i] = 0;
+#pragma unroll
+            for (int e = 0; e < EACH; e++)
+                if (better && slots[e] == lowest) slots[e] = best;
+            find_lowest();
+        }
+    }
+
+    // The newest block first, then -1.
+    __device__ __forceinline__ void write(int* selected, bool exists) const {
+        int order[EACH], before[EACH] = {};
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            order[e] = slots[e] == MOBA_NO_SLOT ? INT_MIN
+                       : slots[e] >> 32         ? (int)(unsigned)slots[e]
+                                                : -(int)slots[e];
+        for (int lane = 0; lane < 4; lane++)
+#pragma unroll
+            for (int other = 0; other < EACH; other++) {
+                const int theirs = __shfl_sync(ALL_LANES, order[other], (int)(lane_of_warp() & ~3u) + lane);
+#pragma unroll
+                for (int e = 0; e < EACH; e++) before[e] += theirs > order[e];
+            }
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            if (exists && order[e] != INT_MIN) selected[before[e]] = max(order[e], -1);
+    }
+};
+
+template <int D> struct moba_route_shape {
+    enum { WARPS = 8, THREADS = 32 * WARPS, QUERIES = 16 * WARPS, COLUMNS = 32, TILE = COLUMNS * D };
+    enum { SHARED_BYTES = (QUERIES * D + 2 * MOBA_TERMS * TILE) * sizeof(floatX) };
+};
+
+// One block chooses for QUERIES queries of one head, a warp for 16 of them.
+template <int D, int EACH>
+__global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 1)
+    moba_route_kernel(int* selected,       // (B, H, T, choices)
+                      const floatX* terms, // (MOBA_TERMS, B, blocks, G, D)
+                      const floatX* qkv,   // (B, T, H + 2G, D)
+                      const int* kv_of_q,  // (H)
+                      int B, int T, int start, int H, int G, int S, int choices) {
+    typedef moba_route_shape<D> shape;
+    constexpr int QUERIES = shape::QUERIES, COLUMNS = shape::COLUMNS, TILE = shape::TILE;
+    SHARED_MEMORY(floatX, shared);
+    floatX* q_tile = shared;
+    floatX* ring = q_tile + QUERIES * D; // two slots of MOBA_TERMS tiles
+
+    const int h = blockIdx.y, b = blockIdx.z, stride = (H + 2 * G) * D, blocks = T / S;
+    const int first_query = start + (gridDim.x - 1 - blockIdx.x) * QUERIES; // long rows first
+    const int end_block = (min(T, first_query + QUERIES) - 1) / S;
+    const int tiles = (end_block + COLUMNS - 1) / COLUMNS;
+    const floatX* of_head = terms + ((size_t)b * blocks * G + kv_of_q[h]) * D;
+    auto load = [&](int tile) {
+        if (tile < tiles)
+            for (int term = 0; term < MOBA_TERMS; term++)
+                load_rows<D>(ring + (tile % 2 * MOBA_TERMS + term) * TILE,
+                             neighbours(of_head + (size_t)term * B * blocks * G * D, G * D,
+                                        (tiles - 1 - tile) * COLUMNS, blocks),
+                             COLUMNS);
+        cp_async_commit();
+    };
+
+    load_rows<D>(q_tile, neighbours(qkv + (size_t)b * T * stride + h * D, stride, first_query, T), QUERIES);
+    load(0);
+    const int lane = lane_of_warp(), warp_row = warp_of_block() * 16;
+    const int query = first_query + warp_row + lane / 4; // and the 8th after it
+    best_of_row<EACH> best[2];
+    best[0].begin(choices), best[1].begin(choices);
+    tile_rows<1, D, true> q;
+    for (int tile = 0; tile < tiles; tile++) {
+        cp_async_wait<0>();
+        __syncthreads();
+        if (tile == 0) q.take(q_tile, warp_row);
+        load(tile + 1);
+        float scores[1][COLUMNS / 8][4], more[1][COLUMNS / 8][4];
+        multiply_transposed(scores, q, ring + tile % 2 * MOBA_TERMS * TILE, 0);
+        if (MOBA_TERMS == 2) {
+            multiply_transposed(more, q, ring + (tile % 2 * MOBA_TERMS + MOBA_TERMS - 1) * TILE, 0);
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) scores[0][n][i] += more[0][n][i];
+        }
+        const int first_column = (tiles - 1 - tile) * COLUMNS + lane % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            moba_rank_t candidates[COLUMNS / 4];
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 4; i++)
+                candidates[i] = moba_rank(scores[0][i / 2][2 * half + i % 2],
+                                          first_column + i / 2 * 8 + i % 2, (query + 8 * half) / S);
+            best[half].take(candidates);
+        }
+    }
+    cp_async_wait<0>();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int t = query + 8 * half;
+        best[half].write(selected + (((size_t)b * H + h) * T + t) * choices, t < T);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Lists. A group of heads is heads first_head..first_head+heads-1 of the sequences first_sequence..; its heads are
+// counted through, the heads of one sequence after those of the other.
+
+typedef struct {
+    int T, start, H, G, S, K;
+    int blocks;      // also the last one, which may lack keys
+    int keys, parts; // S = keys * parts
+    int first_sequence, first_head, sequences, heads;
+    int tiles;           // of MOBA_LIST_QUERIES queries
+    int max_items;       // of a head
+    const int* selected; // (B, H, T, K-1)
+    const floatX* qkv;   // (B, T, H + 2G, D)
+    const int* kv_of_q;  // (H)
+    // of every head of the group:
+    int* counts;     // (tiles, blocks) entries of a tile in a list, then where the next one goes
+    int* totals;     // (blocks) entries of a list
+    int* begins;     // (blocks + 1) where lists begin
+    int* first_item; // (blocks + 1) where the items of a block begin
+    int* entries;    // (T * K) lists
+    int2* items;     // (max_items) block, first entry
+} moba_lists_t;
+
+static __device__ __forceinline__ int moba_sequence(const moba_lists_t& x, int head) {
+    return x.first_sequence + head / x.heads;
+}
+static __device__ __forceinline__ int moba_head(const moba_lists_t& x, int head) {
+    return x.first_head + head % x.heads;
+}
+// Where the head's rows begin in (B, H, T).
+static __device__ __forceinline__ size_t moba_rows(const moba_lists_t& x, int head) {
+    return ((size_t)moba_sequence(x, head) * x.H + moba_head(x, head)) * x.T;
+}
+
+// The block that is a query's choice: the first is its own.
+static __device__ __forceinline__ int moba_choice(const moba_lists_t& x, int head, int t, int choice) {
+    return choice == 0 ? t / x.S : x.selected[(moba_rows(x, head) + t) * (x.K - 1) + choice - 1];
+}
+
+static __device__ __forceinline__ int* moba_tile_counts(const moba_lists_t& x, int head, int t) {
+    return x.counts +
+           ((size_t)head * x.tiles + t / MOBA_LIST_QUERIES - x.start / MOBA_LIST_QUERIES) * x.blocks;
+}
+
+static __global__ void moba_count_kernel(moba_lists_t x) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int head = blockIdx.y, t = x.start + (int)(i / x.K);
+    if (t >= x.T) return;
+    const int block = moba_choice(x, head, t, (int)(i % x.K));
+    if (block >= 0) atomicAdd(moba_tile_counts(x, head, t) + block, 1);
+}
+
+static __global__ void moba_scan_tiles_kernel(moba_lists_t x) {
+    const int block = blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
+    if (block >= x.blocks) return;
+    int total = 0;
+    for (int tile = 0; tile < x.tiles; tile++) {
+        int* count = x.counts + ((size_t)head * x.tiles + tile) * x.blocks + block;
+        const int before = total;
+        total += *count;
+        *count = before;
+    }
+    x.totals[(size_t)head * x.blocks + block] = total;
+}
+
+static __host__ __device__ __forceinline__ int moba_items(int entries) {
+    return (entries + MOBA_ITEM - 1) / MOBA_ITEM;
+}
+
+// A thread adds up neighbouring blocks, the first thread what the others have, and then every thread goes over its blocks again.
+enum { MOBA_SCAN_THREADS = 256 };
+static __global__ void moba_scan_blocks_kernel(moba_lists_t x) {
+    __shared__ int2 sums[MOBA_SCAN_THREADS + 1]; // entries, items
+    const int head = blockIdx.x, each = (x.blocks + MOBA_SCAN_THREADS - 1) / MOBA_SCAN_THREADS;
+    const int first = min(x.blocks, (int)threadIdx.x * each), end = min(x.blocks, first + each);
+    const int* totals = x.totals + (size_t)head * x.blocks;
+    int2 sum = make_int2(0, 0);
+    for (int block = first; block < end; block++) sum.x += totals[block], sum.y += moba_items(totals[block]);
+    sums[threadIdx.x + 1] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        sums[0] = make_int2(0, 0);
+        for (int i = 0; i < MOBA_SCAN_THREADS; i++) sums[i + 1].x += sums[i].x, sums[i + 1].y += sums[i].y;
+    }
+    __syncthreads();
+    int* begins = x.begins + (size_t)head * (x.blocks + 1);
+    int* first_item = x.first_item + (size_t)head * (x.blocks + 1);
+    sum = sums[threadIdx.x];
+    for (int block = first; block < end; block++) {
+        begins[block] = sum.x, first_item[block] = sum.y;
+        for (int entry = 0; entry < totals[block]; entry += MOBA_ITEM)
+            x.items[(size_t)head * x.max_items + sum.y++] = make_int2(block, sum.x + entry);
+        sum.x += totals[block];
+    }
+    if (threadIdx.x == 0)
+        begins[x.blocks] = sums[MOBA_SCAN_THREADS].x, first_item[x.blocks] = sums[MOBA_SCAN_THREADS].y;
+}
+
+// A warp goes over the queries of its tile in their order; the choices of one query are of different blocks.
+static __global__ void moba_fill_kernel(moba_lists_t x) {
+    const int head = blockIdx.y, tile = x.start / MOBA_LIST_QUERIES + blockIdx.x;
+    const int first = max(x.start, tile * MOBA_LIST_QUERIES), end = min(x.T, (tile + 1) * MOBA_LIST_QUERIES);
+    const int* begins = x.begins + (size_t)head * (x.blocks + 1);
+    int* counts = moba_tile_counts(x, head, first);
+    for (int t = first; t < end; t++) {
+        for (int choice = lane_of_warp(); choice < x.K; choice += 32) {
+            const int block = moba_choice(x, head, t, choice);
+            if (block >= 0)
+                x.entries[(size_t)head * x.T * x.K + begins[block] + counts[block]++] =
+                    (int)((unsigned)choice << MOBA_TOKEN_BITS) | t;
+        }
+        __syncwarp();
+    }
+}
+
+static __device__ __forceinline__ int moba_token(int entry) { return entry & ((1 << MOBA_TOKEN_BITS) - 1); }
+
+// One item: keys first_key.. of one block, and entries of its list.
+typedef struct {
+    int first_key, end_local, count; // queries before end_local are the block's own
+    size_t number;                   // of all items of the group
+    const int* entries;              // (count)
+} moba_item_t;
+
+// False where the block of threads has none.
+static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_lists_t& x, int head) {
+    const int i = blockIdx.x / x.parts, part = blockIdx.x % x.parts;
+    if (i >= x.first_item[(size_t)head * (x.blocks + 1) + x.blocks]) return false;
+    const int2 of_item = x.items[(size_t)head * x.max_items + i];
+    const int end = x.begins[(size_t)head * (x.blocks + 1) + of_item.x + 1];
+    item->first_key = of_item.x * x.S + part * x.keys;
+    item->end_local = (of_item.x + 1) * x.S;
+    item->count = min((int)MOBA_ITEM, end - of_item.y);
+    item->number = ((size_t)head * x.max_items + i) * x.parts + part;
+    item->entries = x.entries + (size_t)head * x.T * x.K + of_item.y;
+    return true;
+}
+
+// Row i of a tile is the token of entry i, of the entries that there are.
+template <typename Element> struct gathered_rows {
+    Element* memory;
+    const int* entries;
+    int stride, end;
+
+    __device__ __forceinline__ bool has(int row) const { return row < end; }
+    __device__ __forceinline__ Element* at(int row) const {
+        return memory + (size_t)moba_token(entries[min(row, end - 1)]) * stride;
+    }
+};
+
+template <typename Element>
+__device__ __forceinline__ gathered_rows<Element> gathered(Element* memory, int stride, const int* entries,
+                                                           int end) {
+    gathered_rows<Element> rows;
+    rows.memory = memory, rows.entries = entries, rows.stride = stride, rows.end = end;
+    return rows;
+}
+
+// Where a head's partial rows are: (T, K, parts, D), and for each its log-sum-exp.
+static __device__ __forceinline__ size_t moba_partial(const moba_lists_t& x, int entry) {
+    return ((size_t)moba_token(entry) * x.K + ((unsigned)entry >> MOBA_TOKEN_BITS)) * x.parts;
+}
+
+// Row i of a tile goes to the partial row of entry i.
+template <int D> struct partial_rows {
+    floatX* memory;
+    const int* entries;
+    int end, K, parts;
+
+    __device__ __forceinline__ bool has(int row) const { return row < end; }
+    __device__ __forceinline__ floatX* at(int row) const {
+        const int entry = entries[row];
+        return memory + ((size_t)moba_token(entry) * K + ((unsigned)entry >> MOBA_TOKEN_BITS)) * parts * D;
+    }
+};
+
+template <int D>
+__device__ __forceinline__ partial_rows<D> partials(floatX* memory, const moba_lists_t& x, const int* entries,
+                                                    int end) {
+    partial_rows<D> rows;
+    rows.memory = memory, rows.entries = entries, rows.end = end, rows.K = x.K, rows.parts = x.parts;
+    return rows;
+}
+
+// ----------------------------------------------------------------------------
+// Forward
+
+template <int D> struct moba_forward_shape {
+#if defined(PRECISION_BF16)
+    enum { M = D <= 64 ? 2 : 1 };
+#else
+    enum { M = 1 };
+#endif
+    enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+};
+
+// One block computes an item; a warp 16M of every QUERIES of its queries. The tile of queries after the one in use is on
+// its way.
+template <int D, int COLUMNS>
+__global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
+    moba_forward_kernel(floatX* partial_out, // (heads, T, K, parts, D)
+                        float* partial_lse,  // (heads, T, K, parts) in powers of two
+                        moba_lists_t x, float scale_log2) {
+    typedef moba_forward_shape<D> shape;
+    constexpr int M = shape::M, QUERIES = shape::QUERIES;
+    SHARED_MEMORY(floatX, shared);
+    floatX* k_tile = shared;
+    floatX* v_tile = k_tile + x.keys * D;
+    floatX* ring = v_tile + x.keys * D; // two slots
+
+    moba_item_t item;
+    const int head = blockIdx.y, part = blockIdx.x % x.parts;
+    if (!moba_item(&item, x, head)) return;
+    const int h = moba_head(x, head), stride = (x.H + 2 * x.G) * D, lane = lane_of_warp();
+    const floatX* sequence = x.qkv + (size_t)moba_sequence(x, head) * x.T * stride;
+    const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
+    auto load = [&](int first) {
+        if (first < item.count)
+            load_rows<D>(ring + first / QUERIES % 2 * QUERIES * D,
+                         gathered(sequence + h * D, stride, item.entries + first, item.count - first),
+                         QUERIES);
+        cp_async_commit();
+    };
+    load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
+    load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
+    load(0);
+
+    const size_t of_head = (size_t)head * x.T * x.K * x.parts + part;
+    const int warp_row = warp_of_block() * 16 * M;
+    for (int first = 0; first < item.count; first += QUERIES) {
+        cp_async_wait<0>();
+        __syncthreads(); // the tile is there, and nobody uses the one before it any more
+        load(first + QUERIES);
+        if (first + warp_row >= item.count) continue;
+        floatX* q_tile = ring + first / QUERIES % 2 * QUERIES * D;
+        const int* entries = item.entries + first;
+        const int end = item.count - first;
+        const bool local = moba_token(entries[warp_row]) < item.end_local;
+        tile_rows<M, D, true> q;
+        running_softmax<M> softmax;
+        float sum[M][D / 8][4], scores[M][COLUMNS / 8][4];
+        q.take(q_tile, warp_row);
+        softmax.begin();
+        clear(sum);
+#pragma unroll 1
+        for (int column = 0; column < x.keys; column += COLUMNS) {
+            multiply_transposed(scores, q, k_tile, column);
+            if (local) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int row = warp_row + 16 * m + i / 2 * 8 + lane / 4;
+                        const int t = moba_token(entries[min(row, end - 1)]);
+                        const int key = item.first_key + column + lane % 4 * 2 + i % 2;
+#pragma unroll
+                        for (int n = 0; n < COLUMNS / 8; n++)
+                            if (key + 8 * n > t) scores[m][n][i] = -INFINITY;
+                    }
+            }
+            softmax.update(scores, sum, scale_log2);
+            multiply_add(sum, scores, v_tile, column);
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = warp_row + 16 * m + lane / 4 + 8 * half;
+                // A part of the own block may lie in the future as a whole.
+                const float total = row_total(softmax.sum[m][half]), inverse = total > 0 ? 1 / total : 0;
+#pragma unroll
+                for (int c = 0; c < D / 8; c++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) sum[m][c][2 * half + i] *= inverse;
+                if (lane % 4 == 0 && row < end)
+                    partial_lse[of_head + moba_partial(x, entries[row])] =
+                        total > 0 ? softmax.maximum[m][half] * scale_log2 + log2f(total) : -INFINITY;
+            }
+        __syncwarp(); // the warp's own queries are not needed any more
+        store_rows(partials<D>(partial_out + of_head * D, x, entries, end), q_tile, warp_row, sum);
+    }
+}
+
+// How many choices a query has.
+static __device__ __forceinline__ int moba_count_choices(const moba_lists_t& x, int head, int t) {
+    int count = 1;
+    while (count < x.K && moba_choice(x, head, t, count) >= 0) count++;
+    return count;
+}
+
+// The rows of D that a lane of LANES has 16 bytes of: one query each.
+enum { MOBA_MERGE_THREADS = 128 };
+template <int D>
+__global__ void __launch_bounds__(MOBA_MERGE_THREADS)
+    moba_merge_kernel(floatX* out, // (B, T, H, D)
+                      float* lse,  // (B, H, T)
+                      const floatX* partial_out, const float* partial_lse, moba_lists_t x) {
+    constexpr int LANES = D / CHUNK;
+    const int t = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int column = threadIdx.x % LANES * CHUNK;
+    if (t >= x.T) return;
+    const int rows = moba_count_choices(x, head, t) * x.parts;
+    const size_t first = ((size_t)head * x.T + t) * x.K * x.parts;
+    float maximum = -INFINITY, total = 0;
+    for (int i = 0; i < rows; i++) maximum = fmaxf(maximum, partial_lse[first + i]);
+    Values<CHUNK> sum = {};
+    for (int i = 0; i < rows; i++) {
+        const Values<CHUNK> row = load<CHUNK>(partial_out + (first + i) * D + column);
+        const float weight = exp2f(partial_lse[first + i] - maximum);
+        total += weight;
+        for (int c = 0; c < CHUNK; c++) sum.at[c] += weight * row.at[c];
+    }
+    for (int c = 0; c < CHUNK; c++) sum.at[c] /= total;
+    const size_t token = (size_t)moba_sequence(x, head) * x.T + t;
+    store(out + (token * x.H + moba_head(x, head)) * D + column, sum);
+    if (column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+}
+
+// ----------------------------------------------------------------------------
+// Backward
+
+template <int D> struct moba_keys_shape {
+#if defined(PRECISION_BF16)
+    enum { QUERIES = 32 };
+#else
+    enum { QUERIES = D <= 64 ? 32 : 16 };
+#endif
+    enum { THREADS = 2 * MOBA_KEYS }; // at most: a warp for 16 keys
+};
+
+// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and tokens.
+template <int QUERIES> struct moba_tile_rows {
+    float4 statistics[QUERIES / 2];
+    int2 tokens[QUERIES / 2];
+};
+
+// One block computes what an item adds to the gradients of its keys and values; a warp owns 16 keys. The scores are
+// made transposed, as in gqa.cuh. Tiles of queries and of their gradients are loaded one ahead.
+template <int D>
+__global__ void __launch_bounds__(moba_keys_shape<D>::THREADS, 1)
+    moba_backward_keys_kernel(float* partial_dkv,       // (heads, items, parts, 2, keys, D)
+                              const floatX* dout,       // (B, T, H, D)
+                              const float2* statistics, // (B, H, padded)
+                              moba_lists_t x, int padded, float scale) {
+    constexpr int QUERIES = moba_keys_shape<D>::QUERIES, TILE = QUERIES * D;
+    typedef moba_tile_rows<QUERIES> tile_of_rows;
+    SHARED_MEMORY(floatX, shared);
+    floatX* k_tile = shared;
+    floatX* v_tile = k_tile + x.keys * D;
+    floatX* ring = v_tile + x.keys * D;                         // two slots, of queries and their gradients
+    tile_of_rows* rows_ring = (tile_of_rows*)(ring + 4 * TILE); // two slots
+
+    moba_item_t item;
+    const int head = blockIdx.y;
+    if (!moba_item(&item, x, head)) return;
+    const int h = moba_head(x, head), b = moba_sequence(x, head), stride = (x.H + 2 * x.G) * D;
+    const int lane = lane_of_warp();
+    const floatX* sequence = x.qkv + (size_t)b * x.T * stride;
+    const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
+    const float2* of_head = statistics + ((size_t)b * x.H + h) * padded;
+    auto load = [&](int slot, int first) {
+        floatX* q_tile = ring + slot * 2 * TILE;
+        const int* entries = item.entries + first;
+        const int end = item.count - first;
+        load_rows<D>(q_tile, gathered(sequence + h * D, stride, entries, end), QUERIES);
+        load_rows<D>(q_tile + TILE, gathered(dout + ((size_t)b * x.T * x.H + h) * D, x.H * D, entries, end),
+                     QUERIES);
+        cp_async_commit();
+        for (int row = threadIdx.x; row < QUERIES; row += blockDim.x) {
+            const int t = moba_token(entries[min(row, end - 1)]);
+            ((float2*)rows_ring[slot].statistics)[row] = row < end ? of_head[t] : make_float2(INFINITY, 0);
+            ((int*)rows_ring[slot].tokens)[row] = t;
+        }
+    };
+
+    load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
+    load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
+    load(0, 0);
+    const int warp_row = warp_of_block() * 16, key = item.first_key + warp_row + lane / 4;
+    const float scale_log2 = scale * LOG2_E;
+    tile_rows<1, D, false> k_rows, v_rows;
+    float dk[1][D / 8][4], dv[1][D / 8][4];
+    clear(dk);
+    clear(dv);
+    k_rows.take(k_tile, warp_row), v_rows.take(v_tile, warp_row);
+    int slot = 0;
+    for (int first = 0; first < item.count; first += QUERIES, slot = 1 - slot) {
+        cp_async_wait<0>();
+        __syncthreads(); // the tile is there, and nobody uses the one before it any more
+        if (first + QUERIES < item.count) load(1 - slot, first + QUERIES);
+        const floatX* q_tile = ring + slot * 2 * TILE;
+        const floatX* dout_tile = q_tile + TILE;
+        const tile_of_rows& rows = rows_ring[slot];
+        const bool local = rows.tokens[0].x < item.end_local;
+        float probs[1][QUERIES / 8][4], dscores[1][QUERIES / 8][4];
+        multiply_transposed(probs, k_rows, q_tile, 0);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+            const float4 pair = rows.statistics[n * 4 + lane % 4]; // of the two columns of this lane
+            const int2 tokens = rows.tokens[n * 4 + lane % 4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                probs[0][n][i] =
+                    exp2_approximate(fmaf(probs[0][n][i], scale_log2, -(i % 2 == 0 ? pair.x : pair.z)));
+                if (local && key + i / 2 * 8 > (i % 2 == 0 ? tokens.x : tokens.y)) probs[0][n][i] = 0;
+            }
+        }
+        multiply_add(dv, probs, dout_tile, 0);
+        multiply_transposed(dscores, v_rows, dout_tile, 0);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+            const float4 pair = rows.statistics[n * 4 + lane % 4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                dscores[0][n][i] = probs[0][n][i] * (dscores[0][n][i] - (i % 2 == 0 ? pair.y : pair.w));
+        }
+        multiply_add(dk, dscores, q_tile, 0);
+    }
+
+    scale_rows(dk, scale);
+    float* to = partial_dkv + item.number * 2 * x.keys * D;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int c = 0; c < D / 8; c++) {
+            float* at = to + (warp_row + lane / 4 + 8 * half) * D + 8 * c + lane % 4 * 2;
+            *(float2*)at = make_float2(dk[0][c][2 * half], dk[0][c][2 * half + 1]);
+            *(float2*)(at + x.keys * D) = make_float2(dv[0][c][2 * half], dv[0][c][2 * half + 1]);
+        }
+}
+
+// Adds up the items of a block, in the order of heads and items. A KV head that has queries before the group continues
+// from the sums that the group before has carried; one that has queries after it leaves its own for the next. These are
+// two places, for a group may end one KV head and begin another.
+template <int D>
+__global__ void __launch_bounds__(MOBA_MERGE_THREADS)
+    moba_merge_keys_kernel(floatX* dqkv,         // (B, T, H + 2G, D)
+                           const float* carried, // (2, T, D)
+                           float* carry,         // (2, T, D)
+                           const float* partial_dkv, moba_lists_t x) {
+    constexpr int LANES = D / CHUNK;
+    const int key = (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, g = blockIdx.y;
+    const int column = threadIdx.x % LANES * CHUNK, end_group = x.first_head + x.heads;
+    const int first = count_heads_below(g, x.kv_of_q, x.H), end = count_heads_below(g + 1, x.kv_of_q, x.H);
+    const int first_here = max(first, x.first_head), end_here = min(end, end_group);
+    if (key >= x.T || (first == end ? x.first_head > 0 : first_here >= end_here)) return;
+
+    const int block = key / x.S, part = key % x.S / x.keys, row = key % x.S % x.keys;
+    const size_t token = (size_t)(x.first_sequence + blockIdx.z) * x.T + key;
+    for (int which = 0; which < 2; which++) {
+        const size_t of_key = ((size_t)which * x.T + key) * D + column;
+        Values<CHUNK> sum = {};
+        if (first < first_here) sum = load<CHUNK>(carried + of_key);
+        for (int h = first_here; h < end_here; h++) {
+            const size_t head = (size_t)blockIdx.z * x.heads + h - x.first_head;
+            const int* items = x.first_item + head * (x.blocks + 1) + block;
+            for (int i = items[0]; i < items[1]; i++) {
+                const size_t number = (head * x.max_items + i) * x.parts + part;
+                const Values<CHUNK> more =
+                    load<CHUNK>(partial_dkv + ((number * 2 + which) * x.keys + row) * D + column);
+                for (int c = 0; c < CHUNK; c++) sum.at[c] += more.at[c];
+            }
+        }
+        if (end > end_here && first < end) store(carry + of_key, sum);
+        else store(dqkv + (token * (x.H + 2 * x.G) + x.H + which * x.G + g) * D + column, sum);
+    }
+}
+
+template <int D> struct moba_queries_shape {
+#if defined(PRECISION_BF16)
+    enum { M = D <= 64 ? 2 : 1 };
+#else
+    enum { M = 1 };
+#endif
+    enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { SLOTS = D <= 64 ? 2 : 1 }; // what shared memory has room for beside keys and values
+};
+
+// One block computes what an item adds to the gradients of its queries: a row for each.
+template <int D>
+__global__ void __launch_bounds__(moba_queries_shape<D>::THREADS, 2)
+    moba_backward_queries_kernel(floatX* partial_dq,       // (heads, T, K, parts, D)
+                                 const floatX* dout,       // (B, T, H, D)
+                                 const float2* statistics, // (B, H, padded)
+                                 moba_lists_t x, int padded, float scale) {
+    typedef moba_queries_shape<D> shape;
+    constexpr int M = shape::M, QUERIES = shape::QUERIES, SLOTS = shape::SLOTS, COLUMNS = 16;
+    constexpr int TILE = QUERIES * D;
+    SHARED_MEMORY(floatX, shared);
+    floatX* k_tile = shared;
+    floatX* v_tile = k_tile + x.keys * D;
+    floatX* ring = v_tile + x.keys * D; // SLOTS, of queries and their gradients
+
+    moba_item_t item;
+    const int head = blockIdx.y, part = blockIdx.x % x.parts;
+    if (!moba_item(&item, x, head)) return;
+    const int h = moba_head(x, head), b = moba_sequence(x, head), stride = (x.H + 2 * x.G) * D;
+    const int lane = lane_of_warp();
+    const floatX* sequence = x.qkv + (size_t)b * x.T * stride;
+    const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
+    const float2* of_head = statistics + ((size_t)b * x.H + h) * padded;
+    auto load = [&](int first) {
+        if (first < item.count) {
+            floatX* q_tile = ring + first / QUERIES % SLOTS * 2 * TILE;
+            const int* entries = item.entries + first;
+            const int end = item.count - first;
+            load_rows<D>(q_tile, gathered(sequence + h * D, stride, entries, end), QUERIES);
+            load_rows<D>(q_tile + TILE,
+                         gathered(dout + ((size_t)b * x.T * x.H + h) * D, x.H * D, entries, end), QUERIES);
+        }
+        cp_async_commit();
+    };
+
+    load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
+    load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
+    load(0);
+    const int warp_row = warp_of_block() * 16 * M;
+    const float scale_log2 = scale * LOG2_E;
+    for (int first = 0; first < item.count; first += QUERIES) {
+        cp_async_wait<0>();
+        __syncthreads(); // the tile is there, and with two slots nobody uses the one before it any more
+        if (SLOTS == 2) load(first + QUERIES);
+        if (first + warp_row < item.count) {
+            floatX* q_tile = ring + first / QUERIES % SLOTS * 2 * TILE;
+            const int* entries = item.entries + first;
+            const int end = item.count - first;
+            const bool local = moba_token(entries[warp_row]) < item.end_local;
+            tile_rows<M, D, true> q, gradient;
+            float dq[M][D / 8][4];
+            q.take(q_tile, warp_row), gradient.take(q_tile + TILE, warp_row);
+            clear(dq);
+            int tokens[M][2];
+            float2 of_rows[M][2];
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int row = warp_row + 16 * m + 8 * half + lane / 4;
+                    tokens[m][half] = moba_token(entries[min(row, end - 1)]);
+                    of_rows[m][half] = of_head[tokens[m][half]];
+                }
+#pragma unroll 1
+            for (int column = 0; column < x.keys; column += COLUMNS) {
+                const int key = item.first_key + column + lane % 4 * 2;
+                float scores[M][COLUMNS / 8][4], dscores[M][COLUMNS / 8][4];
+                multiply_transposed(scores, q, k_tile, column);
+                multiply_transposed(dscores, gradient, v_tile, column);
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const float2 of_row = of_rows[m][i / 2];
+                            dscores[m][n][i] =
+                                exp2_approximate(fmaf(scores[m][n][i], scale_log2, -of_row.x)) *
+                                (dscores[m][n][i] - of_row.y);
+                            if (local && key + 8 * n + i % 2 > tokens[m][i / 2]) dscores[m][n][i] = 0;
+                        }
+                multiply_add(dq, dscores, k_tile, column);
+            }
+            scale_rows(dq, scale);
+            __syncwarp(); // the warp's own queries are not needed any more
+            store_rows(
+                partials<D>(partial_dq + (((size_t)head * x.T * x.K) * x.parts + part) * D, x, entries, end),
+                q_tile, warp_row, dq);
+        }
+        if (SLOTS == 1) {
+            __syncthreads();
+            load(first + QUERIES);
+        }
+    }
+}
+
+template <int D>
+__global__ void __launch_bounds__(MOBA_MERGE_THREADS)
+    moba_merge_queries_kernel(floatX* dqkv, // (B, T, H + 2G, D)
+                              const floatX* partial_dq, moba_lists_t x) {
+    constexpr int LANES = D / CHUNK;
+    const int t = (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int column = threadIdx.x % LANES * CHUNK;
+    if (t >= x.T) return;
+    const int rows = moba_count_choices(x, head, t) * x.parts;
+    const floatX* first = partial_dq + ((size_t)head * x.T + t) * x.K * x.parts * D + column;
+    Values<CHUNK> sum = {};
+    for (int i = 0; i < rows; i++) {
+        const Values<CHUNK> row = load<CHUNK>(first + (size_t)i * D);
+        for (int c = 0; c < CHUNK; c++) sum.at[c] += row.at[c];
+    }
+    const size_t token = (size_t)moba_sequence(x, head) * x.T + t;
+    store(dqkv + (token * (x.H + 2 * x.G) + moba_head(x, head)) * D + column, sum);
+}
+
+// ----------------------------------------------------------------------------
+// Workspaces
+
+typedef struct {
+    moba_lists_t lists;
+    floatX* partial_rows;
+    float* partial_lse; // forward
+    float* partial_dkv; // backward
+    int heads;          // of the group, in all its sequences
+} moba_group_t;
+
+static inline void* moba_take(char* memory, size_t* used, size_t count, size_t size) {
+    void* taken = memory ? memory + *used : NULL;
+    *used += (count * size + 255) / 256 * 256;
+    return taken;
+}
+
+// Lays out what `heads` heads need, or without memory only counts its bytes.
+static inline size_t moba_lay_out(moba_group_t* group, char* memory, const moba_shape_t* s, int heads,
+                                  int is_backward) {
+    moba_lists_t* x = &group->lists;
+    const size_t n = (size_t)heads;
+    size_t used = 0;
+    x->T = s->T, x->start = s->start, x->H = s->H, x->G = s->G, x->S = s->S, x->K = s->K;
+    x->blocks = ceil_div(s->T, s->S);
+    x->keys = s->S < MOBA_KEYS ? s->S : MOBA_KEYS, x->parts = s->S / x->keys;
+    x->tiles = ceil_div(s->T, MOBA_LIST_QUERIES);
+    x->max_items = x->blocks + (int)((size_t)s->T * s->K / MOBA_ITEM);
+    const size_t blocks = (size_t)x->blocks, rows = (size_t)s->T * s->K, parts = (size_t)x->parts;
+    const size_t items = (size_t)x->max_items, D = (size_t)s->D;
+    x->counts = (int*)moba_take(memory, &used, n * x->tiles * blocks, sizeof(int));
+    x->totals = (int*)moba_take(memory, &used, n * blocks, sizeof(int));
+    x->begins = (int*)moba_take(memory, &used, n * (blocks + 1), sizeof(int));
+    x->first_item = (int*)moba_take(memory, &used, n * (blocks + 1), sizeof(int));
+    x->entries = (int*)moba_take(memory, &used, n * rows, sizeof(int));
+    x->items = (int2*)moba_take(memory, &used, n * items, sizeof(int2));
+    x->tiles -= s->start / MOBA_LIST_QUERIES;
+    group->partial_rows = (floatX*)moba_take(memory, &used, n * rows * parts * D, sizeof(floatX));
+    group->partial_lse = (float*)moba_take(memory, &used, is_backward ? 0 : n * rows * parts, sizeof(float));
+    group->partial_dkv =
+        (float*)moba_take(memory, &used, is_backward ? n * items * 2 * s->S * D : 0, sizeof(float));
+    return used;
+}
+
+// How many heads of a sequence go in one group, and of how many sequences: more than one only when all heads do.
+static inline void moba_group_size(int* sequences, int* heads, const moba_shape_t* s, int is_backward) {
+    moba_group_t group;
+    const size_t bound = moba_workspace_bound / moba_lay_out(&group, NULL, s, 1, is_backward);
+    const size_t fit = bound > 0 ? bound : 1, H = (size_t)s->H, B = (size_t)s->B;
+    *heads = (int)(fit < H ? fit : H);
+    *sequences = (int)(fit < H ? 1 : fit / H < B ? fit / H : B);
+}
+
+static inline size_t moba_group_bytes(const moba_shape_t* s, int is_backward) {
+    int sequences, heads;
+    moba_group_t group;
+    moba_group_size(&sequences, &heads, s, is_backward);
+    return moba_lay_out(&group, NULL, s, sequences * heads, is_backward);
+}
+
+// The heads from first_head on of the sequences from first_sequence on, as many as fit.
+static inline moba_group_t moba_group(char* memory, const moba_shape_t* s, int first_sequence, int first_head,
+                                      const int* selected, const floatX* qkv, const int* kv_of_q,
+                                      int is_backward) {
+    int sequences, heads;
+    moba_group_t group;
+    moba_group_size(&sequences, &heads, s, is_backward);
+    moba_lay_out(&group, memory, s, sequences * heads, is_backward);
+    moba_lists_t* x = &group.lists;
+    x->first_sequence = first_sequence, x->first_head = first_head;
+    x->sequences = s->B - first_sequence < sequences ? s->B - first_sequence : sequences;
+    x->heads = s->H - first_head < heads ? s->H - first_head : heads;
+    x->selected = selected, x->qkv = qkv, x->kv_of_q = kv_of_q;
+    group.heads = x->sequences * x->heads;
+    return group;
+}
+
+static inline void moba_build_lists(const moba_group_t* group, stream_t stream) {
+    const moba_lists_t* x = &group->lists;
+    const unsigned heads = (unsigned)group->heads;
+    const size_t choices = (size_t)(x->T - x->start) * x->K;
+    device_zero(x->counts, sizeof(int) * heads * x->tiles * x->blocks, stream);
+    launch(moba_count_kernel, dim3((unsigned)((choices + 255) / 256), heads), 256, 0, stream, *x);
+    launch(moba_scan_tiles_kernel, dim3((unsigned)ceil_div(x->blocks, 128), heads), 128, 0, stream, *x);
+    launch(moba_scan_blocks_kernel, heads, MOBA_SCAN_THREADS, 0, stream, *x);
+    launch(moba_fill_kernel, dim3((unsigned)x->tiles, heads), 32, 0, stream, *x);
+}
+
+static inline dim3 moba_item_grid(const moba_group_t* group) {
+    return dim3((unsigned)(group->lists.max_items * group->lists.parts), (unsigned)group->heads);
+}
+
+// A thread for every 16 bytes of `rows` rows.
+template <int D> static inline dim3 moba_merge_grid(int rows, int heads, int sequences) {
+    return dim3((unsigned)ceil_div(rows, MOBA_MERGE_THREADS / (D / CHUNK)), (unsigned)heads,
+                (unsigned)sequences);
+}
+
+// Whether MoBA can be called with these sizes.
+static inline int moba_supports(int T, int D, int S, int K) {
+    return attention_supports_head_dim(D) && S >= 16 && S <= 512 && (S & (S - 1)) == 0 && K >= 1 && K <= 64 &&
+           T < 1 << MOBA_TOKEN_BITS;
+}
+
+static inline void moba_refuse(const moba_shape_t* s) {
+    fail("MoBA with %d tokens, head dimension %d, blocks of %d keys, %d of them a query: on this device head "
+         "dimension 32, 64 or 128, blocks of 16, 32, ... 512, up to 64 of them, less than 2^%d tokens",
+         s->T, s->D, s->S, s->K, (int)MOBA_TOKEN_BITS);
+}
+
+// ----------------------------------------------------------------------------
+// The operations
+
+template <int D>
+static inline void moba_route_launch(int* selected, const floatX* terms, const floatX* qkv,
+                                     const int* kv_of_q, const moba_shape_t* s, stream_t stream) {
+    typedef moba_route_shape<D> shape;
+    const int choices = s->K - 1;
+    launch(choices <= 8    ? moba_route_kernel<D, 2>
+           : choices <= 16 ? moba_route_kernel<D, 4>
+                           : moba_route_kernel<D, 16>,
+           attention_grid(s->T - s->start, shape::QUERIES, s->H, s->B), shape::THREADS, shape::SHARED_BYTES,
+           stream, selected, terms, qkv, kv_of_q, s->B, s->T, s->start, s->H, s->G, s->S, choices);
+}
+
+template <int D>
+static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, float* centroids,
+                                            const floatX* qkv, const int* kv_of_q, char* workspace,
+                                            const moba_shape_t* s, stream_t stream) {
+    typedef moba_forward_shape<D> shape;
+    const int blocks = s->T / s->S, first_block = s->start / s->S;
+    const floatX* terms = (const floatX*)centroids;
+    size_t used = 0;
+    if (blocks > first_block)
+        launch(moba_centroids_kernel<D>,
+               dim3((unsigned)(blocks - first_block), (unsigned)s->G, (unsigned)s->B), MOBA_CENTROID_THREADS,
+               0, stream, centroids, qkv, s->T, s->H, s->G, s->S, first_block);
+#if defined(PRECISION_BF16)
+    const size_t count = moba_centroids_count(s->B, s->T, s->G, D, s->S);
+    floatX* split = (floatX*)moba_take(workspace, &used, count * MOBA_TERMS, sizeof(floatX));
+    if (blocks > 0 && s->K > 1)
+        launch(moba_split_kernel, flat_grid(count, 1), FLAT_BLOCK, 0, stream, split, centroids, count);
+    terms = split;
+#endif
+    if (s->K > 1) moba_route_launch<D>(selected, terms, qkv, kv_of_q, s, stream);
+
+    moba_group_t group;
+    for (int b = 0; b < s->B; b += group.lists.sequences)
+        for (int h = 0; h < s->H; h += group.lists.heads) {
+            group = moba_group(workspace + used, s, b, h, selected, qkv, kv_of_q, 0);
+            const moba_lists_t* x = &group.lists;
+            auto kernel = moba_forward_kernel<D, 16>;
+            if constexpr (MOBA_KEYS >= 64)
+                if (x->keys >= 64) kernel = moba_forward_kernel<D, 64>;
+            moba_build_lists(&group, stream);
+            launch(kernel, moba_item_grid(&group), shape::THREADS,
+                   sizeof(floatX) * D * (2 * x->keys + 2 * shape::QUERIES), stream, group.partial_rows,
+                   group.partial_lse, *x, attention_scale(D) * LOG2_E);
+            launch(moba_merge_kernel<D>, moba_merge_grid<D>(s->T - s->start, group.heads, 1),
+                   MOBA_MERGE_THREADS, 0, stream, out, lse, group.partial_rows, group.partial_lse, *x);
+        }
+}
+
+template <int D>
+static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, const floatX* out,
+                                             const float* lse, const int* selected, const floatX* qkv,
+                                             const int* kv_of_q, char* workspace, const moba_shape_t* s,
+                                             stream_t stream) {
+    typedef moba_keys_shape<D> keys;
+    typedef moba_queries_shape<D> queries;
+    const int padded = attention_padded(s->T);
+    const float scale = attention_scale(D);
+    size_t used = 0;
+    float2* statistics = (float2*)moba_take(workspace, &used, (size_t)s->B * s->H * padded, sizeof(float2));
+    const size_t carry = (size_t)2 * s->T * D;
+    float* carries = (float*)moba_take(workspace, &used, 2 * carry, sizeof(float));
+    launch(attention_statistics_kernel<D>,
+           attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), s->H, s->B), STATISTICS_THREADS, 0,
+           stream, statistics, dout, out, lse, s->T, padded, s->H);
+
+    moba_group_t group;
+    int turn = 0;
+    for (int b = 0; b < s->B; b += group.lists.sequences)
+        for (int h = 0; h < s->H; h += group.lists.heads, turn = 1 - turn) {
+            group = moba_group(workspace + used, s, b, h, selected, qkv, kv_of_q, 1);
+            const moba_lists_t* x = &group.lists;
+            const size_t tiles = 2 * keys::QUERIES + x->keys;
+            moba_build_lists(&group, stream);
+            launch(moba_backward_keys_kernel<D>, moba_item_grid(&group), 2 * x->keys,
+                   sizeof(floatX) * D * 2 * tiles + 2 * sizeof(moba_tile_rows<keys::QUERIES>), stream,
+                   group.partial_dkv, dout, statistics, *x, padded, scale);
+            launch(moba_merge_keys_kernel<D>, moba_merge_grid<D>(s->T, s->G, x->sequences),
+                   MOBA_MERGE_THREADS, 0, stream, dqkv, carries + (1 - turn) * carry, carries + turn * carry,
+                   group.partial_dkv, *x);
+            launch(moba_backward_queries_kernel<D>, moba_item_grid(&group), queries::THREADS,
+                   sizeof(floatX) * D * 2 * (x->keys + queries::SLOTS * queries::QUERIES), stream,
+                   group.partial_rows, dout, statistics, *x, padded, scale);
+            launch(moba_merge_queries_kernel<D>, moba_merge_grid<D>(s->T, group.heads, 1), MOBA_MERGE_THREADS,
+                   0, stream, dqkv, group.partial_rows, *x);
+        }
+}
+
+// Bytes of the workspaces, with moba_workspace_bound as it is then and when they are used.
+static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    size_t used = 0;
+    if (MOBA_TERMS > 1)
+        moba_take(NULL, &used, moba_centroids_count(B, T, G, D, S) * MOBA_TERMS, sizeof(floatX));
+    return used + moba_group_bytes(&shape, 0);
+}
+
+static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    size_t used = 0;
+    moba_take(NULL, &used, (size_t)B * H * attention_padded(T), sizeof(float2));
+    moba_take(NULL, &used, (size_t)4 * T * D, sizeof(float));
+    return used + moba_group_bytes(&shape, 1);
+}
+
+// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already, and the
+// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected.
+static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
+                                     float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
+                                     int* selected, // (B, H, T, K-1) blocks chosen, the newest first, then -1
+                                     float_acc* centroids, // (B, T/S, G, D)
+                                     const floatX* qkv,    // (B, T, H + 2G, D)
+                                     const int* kv_of_q,   // (H) non-decreasing
+                                     void* workspace, int B, int T, int start, int H, int G, int D, int S,
+                                     int K, stream_t stream) {
+    const moba_shape_t shape = {B, T, start, H, G, D, S, K};
+    char* memory = (char*)workspace;
+    if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
+    if (D == 32)
+        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+    if (D == 64)
+        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+    if (D == 128)
+        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+}
+
+// Every element of dqkv is written: exact zeros for a KV head without queries.
+static inline void flashmoba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
+                                      const floatX* dout,   // (B, T, H, D)
+                                      const floatX* out,    // (B, T, H, D)
+                                      const float_acc* lse, // (B, H, T)
+                                      const int* selected,  // (B, H, T, K-1)
+                                      const floatX* qkv,    // (B, T, H + 2G, D)
+                                      const int* kv_of_q,   // (H)
+                                      void* workspace, int B, int T, int H, int G, int D, int S, int K,
+                                      stream_t stream) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    char* memory = (char*)workspace;
+    if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
+    if (D == 32)
+        flashmoba_backward_launch<32>(dqkv, dout, out, lse, selected, qkv, kv_of_q, memory, &shape, stream);
+    if (D == 64)
+        flashmoba_backward_launch<64>(dqkv, dout, out, lse, selected, qkv, kv_of_q, memory, &shape, stream);
+    if (D == 128)
+        flashmoba_backward_launch<128>(dqkv, dout, out, lse, selected, qkv, kv_of_q, memory, &shape, stream);
+}
+
+#endif

@@ -1,0 +1,491 @@
+/*
+moba.cuh against dev/cpu/moba.h in fp64 on the same inputs (test/reference.h), in the precision of the build: the selection,
+and with the same selection output, log-sum-exp and gradients within the bounds of docs/math.md section 6, for sizes that
+reach every branch; what follows from the definition; the same bits when repeated. Runs on the emulator and on a GPU.
+
+TEST_LONG=1 runs the full matrix.
+*/
+// flashmoba_forward, flashmoba_backward
+#include "moba.cuh"
+// reference_flashmoba_forward, reference_flashmoba_backward
+#include "test/reference.h"
+// new_doubles, fill_normal; cmocka
+#include "test/numeric.h"
+
+static const int LONG_MATRIX = getenv("TEST_LONG") != NULL;
+
+// Relative errors, in the Euclidean norm. A log-sum-exp is fp32 in every build, of rows that are.
+#if defined(PRECISION_BF16)
+static const double BOUND = 1e-2;
+#else
+static const double BOUND = 1e-5;
+#endif
+static const double LSE_BOUND = 1e-5;
+
+// ----------------------------------------------------------------------------
+// Cases
+
+enum { MAX_HEADS = 8 };
+
+typedef struct {
+    int H, G;
+    int kv_of_q[MAX_HEADS];
+} HeadMap;
+
+static const HeadMap ONE = {1, 1, {0}}, MHA = {2, 2, {0, 1}}, GQA = {4, 2, {0, 0, 1, 1}},
+                     MQA = {3, 1, {0, 0, 0}}, UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}},
+                     FIRST_EMPTY = {3, 3, {1, 1, 2}}, MIDDLE_EMPTY = {3, 4, {0, 0, 3}},
+                     LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
+
+typedef struct {
+    const HeadMap* map;
+    int B, T, H, G, D, S, K;
+    size_t qkv_count, out_count, lse_count, selected_count, centroids_count;
+    // on the host, floatX and what it holds exactly
+    floatX *host_qkv, *host_dout;
+    double *exact_qkv, *exact_dout;
+    // on the device
+    floatX *qkv, *dout, *out, *dqkv;
+    float *lse, *centroids;
+    int *selected, *kv_of_q;
+} Case;
+
+static void upload(Case* c) {
+    for (size_t i = 0; i < c->qkv_count; i++) c->host_qkv[i] = (floatX)(float)c->exact_qkv[i];
+    for (size_t i = 0; i < c->out_count; i++) c->host_dout[i] = (floatX)(float)c->exact_dout[i];
+    for (size_t i = 0; i < c->qkv_count; i++) c->exact_qkv[i] = (double)(float)c->host_qkv[i];
+    for (size_t i = 0; i < c->out_count; i++) c->exact_dout[i] = (double)(float)c->host_dout[i];
+    copy_to_device(c->qkv, c->host_qkv, c->qkv_count * sizeof(floatX), 0);
+    copy_to_device(c->dout, c->host_dout, c->out_count * sizeof(floatX), 0);
+}
+
+// Device memory that no kernel has written: NaN in every type, and no block.
+static void* forgotten(size_t bytes) {
+    void* memory = device_malloc(bytes, "a test");
+    device_check(cudaMemset(memory, 0xFF, bytes), "clear memory");
+    return memory;
+}
+
+static Case new_case(const HeadMap* map, int B, int T, int D, int S, int K) {
+    Case c = {};
+    c.map = map, c.B = B, c.T = T, c.H = map->H, c.G = map->G, c.D = D, c.S = S, c.K = K;
+    c.qkv_count = (size_t)B * T * (c.H + 2 * c.G) * D;
+    c.out_count = (size_t)B * T * c.H * D;
+    c.lse_count = (size_t)B * c.H * T;
+    c.selected_count = moba_selected_count(B, T, c.H, K);
+    c.centroids_count = moba_centroids_count(B, T, c.G, D, S);
+    c.host_qkv = new_floats(c.qkv_count), c.host_dout = new_floats(c.out_count);
+    c.exact_qkv = new_doubles(c.qkv_count), c.exact_dout = new_doubles(c.out_count);
+    c.qkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
+    c.dqkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
+    c.dout = (floatX*)forgotten(c.out_count * sizeof(floatX));
+    c.out = (floatX*)forgotten(c.out_count * sizeof(floatX));
+    c.lse = (float*)forgotten(c.lse_count * sizeof(float));
+    c.centroids = (float*)forgotten(c.centroids_count * sizeof(float));
+    c.selected = (int*)forgotten(c.selected_count * sizeof(int));
+    c.kv_of_q = (int*)forgotten(c.H * sizeof(int));
+    copy_to_device(c.kv_of_q, map->kv_of_q, c.H * sizeof(int), 0);
+    fill_normal(c.exact_qkv, NULL, c.qkv_count, 1, (uint64_t)T);
+    fill_normal(c.exact_dout, NULL, c.out_count, 1, (uint64_t)T + 1);
+    upload(&c);
+    return c;
+}
+
+static void free_case(Case* c) {
+    free(c->host_qkv), free(c->host_dout), free(c->exact_qkv), free(c->exact_dout);
+    device_free(c->qkv), device_free(c->dqkv), device_free(c->dout), device_free(c->out), device_free(c->lse);
+    device_free(c->centroids), device_free(c->selected), device_free(c->kv_of_q);
+}
+
+static void run_forward(Case* c, int start) {
+    void* workspace = forgotten(flashmoba_forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
+    flashmoba_forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
+                      start, c->H, c->G, c->D, c->S, c->K, 0);
+    stream_synchronize(0);
+    device_free(workspace);
+}
+
+static void run_backward(Case* c) {
+    void* workspace = forgotten(flashmoba_backward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
+    flashmoba_backward(c->dqkv, c->dout, c->out, c->lse, c->selected, c->qkv, c->kv_of_q, workspace, c->B,
+                       c->T, c->H, c->G, c->D, c->S, c->K, 0);
+    stream_synchronize(0);
+    device_free(workspace);
+}
+
+// What the device holds, as doubles.
+template <typename Element> static double* download(const Element* values, size_t count) {
+    Element* host = (Element*)calloc_or_fail(count + 1, sizeof(Element), "a test");
+    double* exact = new_doubles(count + 1);
+    copy_to_host(host, values, count * sizeof(Element), 0);
+    stream_synchronize(0);
+    for (size_t i = 0; i < count; i++) exact[i] = (double)(float)host[i];
+    free(host);
+    return exact;
+}
+
+static int* download_selected(const Case* c) {
+    int* selected = (int*)calloc_or_fail(c->selected_count + 1, sizeof(int), "a test");
+    copy_to_host(selected, c->selected, c->selected_count * sizeof(int), 0);
+    stream_synchronize(0);
+    return selected;
+}
+
+// ----------------------------------------------------------------------------
+// Errors
+
+// One of the parts of dqkv (or all of out): the squares of its difference from the reference, of the difference that
+// rounding alone makes, and of the reference.
+typedef struct {
+    double difference, rounding, norm;
+} Error;
+
+static void add_error(Error* error, double value, double reference) {
+    const double rounded = (double)(float)(floatX)(float)reference;
+    error->difference += (value - reference) * (value - reference);
+    error->rounding += (rounded - reference) * (rounded - reference);
+    error->norm += reference * reference;
+}
+
+// `noise` is what may be left where a gradient is 0 but for cancellation: the norm of another one that is not.
+static void assert_error(const char* what, const Case* c, const Error* error, double noise,
+                         int rounded_only) {
+    const double difference = sqrt(error->difference), rounding = sqrt(error->rounding),
+                 norm = sqrt(error->norm);
+    int good = difference <= BOUND * norm + 2e-6 * noise;
+#if defined(PRECISION_BF16)
+    if (rounded_only) good = good && difference <= 2 * rounding + 1e-5 * noise;
+#endif
+    (void)rounded_only;
+    if (getenv("SHOW") || !good)
+        print_error("%s: error %.3g of %.3g, %.3g by rounding: B %d T %d H %d G %d D %d S %d K %d\n", what,
+                    difference, norm, rounding, c->B, c->T, c->H, c->G, c->D, c->S, c->K);
+    assert_true(good);
+}
+
+static double score(const Case* c, const double* centroids, int b, int h, int t, int block) {
+    const int g = c->map->kv_of_q[h], stride = (c->H + 2 * c->G) * c->D;
+    return dot(c->exact_qkv + ((size_t)b * c->T + t) * stride + (size_t)h * c->D,
+               centroids + (((size_t)b * (c->T / c->S) + block) * c->G + g) * c->D, (size_t)c->D);
+}
+
+static int contains(const int* blocks, int count, int block) {
+    for (int i = 0; i < count; i++)
+        if (blocks[i] == block) return 1;
+    return 0;
+}
+
+// Where a row's choices are not the reference's, the scores that they differ by are nearly equal, and not equal.
+static void check_row(const Case* c, const int* chosen, const int* expected, const double* centroids, int b,
+                      int h, int t) {
+    const int choices = c->K - 1;
+    double highest = -INFINITY, lowest = INFINITY;
+    for (int block = 0; block < t / c->S; block++) {
+        highest = fmax(highest, score(c, centroids, b, h, t, block));
+        lowest = fmin(lowest, score(c, centroids, b, h, t, block));
+    }
+    for (int i = 0; i < choices; i++) {
+        assert_int_equal(chosen[i] < 0, expected[i] < 0);
+        assert_true(chosen[i] < t / c->S && (i == 0 || chosen[i] < 0 || chosen[i] < chosen[i - 1]));
+        for (int j = 0; j < choices; j++) {
+            if (contains(expected, choices, chosen[i]) || contains(chosen, choices, expected[j])) continue;
+            const double gap =
+                fabs(score(c, centroids, b, h, t, chosen[i]) - score(c, centroids, b, h, t, expected[j]));
+            if (!(gap < 1e-5 * (highest - lowest)) || gap == 0)
+                print_error("row %d of head %d chooses %d, not %d: scores %.3g apart of %.3g\n", t, h,
+                            chosen[i], expected[j], gap, highest - lowest);
+            assert_true(gap < 1e-5 * (highest - lowest) && gap > 0);
+        }
+    }
+}
+
+static void check_selection(const Case* c) {
+    int* selected = download_selected(c);
+    int* expected = (int*)calloc_or_fail(c->selected_count + 1, sizeof(int), "a test");
+    double *centroids = download(c->centroids, c->centroids_count),
+           *ref_centroids = new_doubles(c->centroids_count + 1);
+    reference_flashmoba_select(expected, ref_centroids, c->exact_qkv, c->map->kv_of_q, c->B, c->T, c->H, c->G,
+                               c->D, c->S, c->K);
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < c->centroids_count; i++) {
+        difference += (centroids[i] - ref_centroids[i]) * (centroids[i] - ref_centroids[i]);
+        norm += ref_centroids[i] * ref_centroids[i];
+    }
+    assert_true(sqrt(difference) <= 1e-6 * sqrt(norm));
+    for (size_t row = 0; row < (c->K > 1 ? c->lse_count : 0); row++)
+        check_row(c, selected + row * (c->K - 1), expected + row * (c->K - 1), ref_centroids,
+                  (int)(row / c->T / c->H), (int)(row / c->T % c->H), (int)(row % c->T));
+    free(selected), free(expected), free(centroids), free(ref_centroids);
+}
+
+static void check_output(const Case* c, const double* ref_out, const double* ref_lse) {
+    double *out = download(c->out, c->out_count), *lse = download(c->lse, c->lse_count);
+    Error of_out = {}, of_lse = {};
+    for (size_t i = 0; i < c->out_count; i++) add_error(&of_out, out[i], ref_out[i]);
+    for (size_t i = 0; i < c->lse_count; i++) add_error(&of_lse, lse[i], ref_lse[i]);
+    assert_error("out", c, &of_out, 0, c->T >= 16);
+    const double lse_error = sqrt(of_lse.difference), lse_norm = sqrt(of_lse.norm + (double)c->lse_count);
+    if (!(lse_error <= LSE_BOUND * lse_norm))
+        print_error("lse: error %.3g of %.3g: T %d D %d S %d K %d\n", lse_error, lse_norm, c->T, c->D, c->S,
+                    c->K);
+    assert_true(lse_error <= LSE_BOUND * lse_norm);
+    free(out), free(lse);
+}
+
+static void check_forward(const Case* c) {
+    double *ref_out = new_doubles(c->out_count), *ref_lse = new_doubles(c->lse_count);
+    int* selected = download_selected(c);
+    reference_flashmoba_forward(ref_out, ref_lse, selected, c->exact_qkv, c->map->kv_of_q, c->B, c->T, c->H,
+                                c->G, c->D, c->S, c->K);
+    check_output(c, ref_out, ref_lse);
+    free(ref_out), free(ref_lse), free(selected);
+}
+
+// The reference has the same inputs, among them selection, output and log-sum-exp of the device.
+static void check_backward(const Case* c) {
+    double *out = download(c->out, c->out_count), *lse = download(c->lse, c->lse_count);
+    double *dqkv = download(c->dqkv, c->qkv_count), *ref_dqkv = new_doubles(c->qkv_count);
+    int* selected = download_selected(c);
+    reference_flashmoba_backward(ref_dqkv, c->exact_dout, out, lse, selected, c->exact_qkv, c->map->kv_of_q,
+                                 c->B, c->T, c->H, c->G, c->D, c->S, c->K);
+    Error errors[3] = {};
+    for (size_t i = 0; i < c->qkv_count; i++) {
+        const int head = (int)(i / c->D % (c->H + 2 * c->G));
+        add_error(&errors[head < c->H ? 0 : head < c->H + c->G ? 1 : 2], dqkv[i], ref_dqkv[i]);
+        if (head < c->H) continue;
+        if (!contains(c->map->kv_of_q, c->H, (head - c->H) % c->G)) assert_true(dqkv[i] == 0);
+    }
+    const double noise = sqrt(errors[2].norm);
+    assert_error("dq", c, &errors[0], noise, c->T >= 16);
+    assert_error("dk", c, &errors[1], noise, c->T >= 16);
+    assert_error("dv", c, &errors[2], 0, c->T >= 16);
+    free(out), free(lse), free(dqkv), free(ref_dqkv), free(selected);
+}
+
+static void check_all(Case* c) {
+    run_forward(c, 0);
+    check_selection(c);
+    check_forward(c);
+    run_backward(c);
+    check_backward(c);
+}
+
+static void check(const HeadMap* map, int B, int T, int D, int S, int K) {
+    Case c = new_case(map, B, T, D, S, K);
+    check_all(&c);
+    free_case(&c);
+}
+
+// ----------------------------------------------------------------------------
+// Tests
+
+static void check_full_matrix(void) {
+    const HeadMap* maps[] = {&ONE, &MHA, &GQA, &MQA, &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY};
+    const int Ts[] = {1, 16, 31, 65, 128, 200, 400, 700}, Ss[] = {16, 32, 64, 128, 256, 512},
+              Ks[] = {1, 2, 5, 10, 64}, Ds[] = {32, 64, 128};
+    for (int i = 0; i < 8 * 6 * 5; i++)
+        check(maps[(i + i / 8) % 8], 1 + i % 7 / 6, Ts[i % 8], Ds[i % 3], Ss[i / 8 % 6], Ks[i / 48]);
+}
+
+static void test_shapes(void** state) {
+    (void)state;
+    static const struct {
+        const HeadMap* map;
+        int B, T, D, S, K;
+    } shapes[] = {
+        {&ONE, 1, 1, 64, 16, 3},           {&MHA, 2, 70, 32, 16, 1},
+        {&GQA, 1, 100, 64, 16, 3},         {&UNEVEN, 1, 75, 32, 32, 9},
+        {&FIRST_EMPTY, 2, 150, 64, 64, 2}, {&MIDDLE_EMPTY, 1, 90, 128, 16, 4},
+        {&LAST_EMPTY, 1, 270, 32, 128, 2}, {&ONE, 1, 520, 64, 256, 2},
+        {&ONE, 1, 300, 128, 128, 2},       {&ONE, 1, 1060, 32, 512, 2},
+        {&ONE, 1, 600, 32, 16, 12},        {&ONE, 1, 520, 32, 16, 30},
+        {&MHA, 1, 64, 64, 64, 4},
+    };
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
+        check(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].S, shapes[i].K);
+    if (LONG_MATRIX) check_full_matrix();
+}
+
+// The first component of every query is 2; `favoured` keys have 6 there.
+static void favour(Case* c, int first, int end) {
+    const int row = (c->H + 2 * c->G) * c->D;
+    for (int t = 0; t < c->T; t++)
+        for (int head = 0; head < c->H + c->G; head++)
+            c->exact_qkv[(size_t)t * row + (size_t)head * c->D] = head < c->H             ? 2
+                                                                  : t >= first && t < end ? 6
+                                                                                          : 0;
+    upload(c);
+}
+
+// A block that all later queries choose is more than one item.
+static void test_hot_block(void** state) {
+    (void)state;
+    Case c = new_case(&ONE, 1, MOBA_ITEM + 120, 32, 32, 2);
+    favour(&c, 32, 64);
+    check_all(&c);
+    int* selected = download_selected(&c);
+    for (int t = 64; t < c.T; t++) assert_int_equal(selected[t], 1);
+    free(selected);
+    free_case(&c);
+}
+
+// Groups of one head and of two, through KV heads that begin in one group and end in another.
+static void test_groups_of_heads(void** state) {
+    (void)state;
+    const HeadMap* maps[] = {&MQA, &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY, &GQA, &ONE};
+    const size_t kept = moba_workspace_bound;
+    for (int i = 0; i < 7; i++) {
+        const moba_shape_t shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
+        moba_group_t group;
+        int sequences, heads;
+        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_lay_out(&group, NULL, &shape, 1, 1);
+        moba_group_size(&sequences, &heads, &shape, 1);
+        assert_true(sequences == 1 && heads == 1 + i % 2);
+        check(maps[i], 2, 70, 32, 16, 3);
+    }
+    moba_workspace_bound = kept;
+}
+
+// Blocks with the same keys have the same scores, and the newest of them are chosen.
+static void test_ties(void** state) {
+    (void)state;
+    const int Ks[] = {2, 4, 12, 20};
+    for (int i = 0; i < 4; i++) {
+        Case c = new_case(&GQA, 1, 700, 32, 16, Ks[i]);
+        const int row = (c.H + 2 * c.G) * c.D;
+        for (int t = 16; t < c.T; t++)
+            memcpy(c.exact_qkv + (size_t)t * row + c.H * c.D,
+                   c.exact_qkv + (size_t)(t % 16) * row + c.H * c.D, sizeof(double) * c.G * c.D);
+        upload(&c);
+        run_forward(&c, 0);
+        int* selected = download_selected(&c);
+        for (size_t at = 0; at < c.selected_count; at++) {
+            const int choices = c.K - 1, t = (int)(at / choices % c.T), choice = (int)(at % choices);
+            assert_int_equal(selected[at], max(-1, t / c.S - 1 - choice));
+        }
+        free(selected);
+        free_case(&c);
+    }
+}
+
+// A block whose score is not a number is not chosen.
+static void test_nan(void** state) {
+    (void)state;
+    Case c = new_case(&ONE, 1, 200, 64, 16, 5);
+    c.exact_qkv[(size_t)(3 * 16 + 5) * 3 * c.D + c.D] = NAN;
+    upload(&c);
+    run_forward(&c, 0);
+    int* selected = download_selected(&c);
+    for (int t = 0; t < c.T; t++) {
+        int count = 0;
+        for (int i = 0; i < 4; i++) count += selected[t * 4 + i] >= 0;
+        assert_false(contains(selected + t * 4, 4, 3));
+        assert_int_equal(count, min(4, t / 16 - (t / 16 > 3)));
+    }
+    free(selected);
+    free_case(&c);
+}
+
+// K S >= T: dense causal attention. T <= S: the own block alone.
+static void test_all_blocks(void** state) {
+    (void)state;
+    const int sizes[][3] = {{100, 16, 7}, {64, 64, 1}, {130, 32, 64}, {60, 512, 3}};
+    for (int i = 0; i < 4; i++) {
+        Case c = new_case(&UNEVEN, 1, sizes[i][0], 32, sizes[i][1], sizes[i][2]);
+        run_forward(&c, 0);
+        double *ref_out = new_doubles(c.out_count), *ref_lse = new_doubles(c.lse_count);
+        reference_attention_forward(ref_out, ref_lse, c.exact_qkv, c.map->kv_of_q, c.B, c.T, 0, c.H, c.G, c.D,
+                                    0);
+        check_output(&c, ref_out, ref_lse);
+        free(ref_out), free(ref_lse);
+        free_case(&c);
+    }
+}
+
+// Another token at the end changes no bit of earlier rows.
+static void test_later_token(void** state) {
+    (void)state;
+    const int Ds[] = {32, 64, 128};
+    for (int d = 0; d < 3; d++) {
+        Case c = new_case(&GQA, 1, 96, Ds[d], 16, 3);
+        const size_t row = (size_t)(c.H + 2 * c.G) * c.D;
+        run_forward(&c, 0);
+        double* before = download(c.out, c.out_count);
+        for (size_t i = c.qkv_count - row; i < c.qkv_count; i++) c.exact_qkv[i] = 3 - c.exact_qkv[i];
+        upload(&c);
+        run_forward(&c, 0);
+        double* after = download(c.out, c.out_count);
+        const size_t last = c.out_count - (size_t)c.H * c.D;
+        assert_memory_equal(before, after, last * sizeof(double));
+        assert_memory_not_equal(before + last, after + last, sizeof(double) * c.H * c.D);
+        free(before), free(after);
+        free_case(&c);
+    }
+}
+
+// Rows start..T-1 alone have the bits of the whole; no other row is touched.
+static void test_start(void** state) {
+    (void)state;
+    const int starts[] = {1, 64, 263, 299};
+    for (int i = 0; i < 4; i++) {
+        Case c = new_case(&UNEVEN, 1, 300, 32, 32, 3);
+        run_forward(&c, 0);
+        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        int* selected = download_selected(&c);
+        device_check(cudaMemset(c.out, 0xFF, c.out_count * sizeof(floatX)), "clear memory");
+        device_check(cudaMemset(c.lse, 0xFF, c.lse_count * sizeof(float)), "clear memory");
+        device_check(cudaMemset(c.selected, 0x7F, c.selected_count * sizeof(int)), "clear memory");
+        const size_t kept = (size_t)(starts[i] / c.S) * c.G * c.D;
+        device_check(cudaMemset(c.centroids + kept, 0xFF, (c.centroids_count - kept) * sizeof(float)),
+                     "clear memory");
+        run_forward(&c, starts[i]);
+        double *rows = download(c.out, c.out_count), *row_lse = download(c.lse, c.lse_count);
+        int* row_selected = download_selected(&c);
+        for (size_t at = 0; at < c.out_count; at++)
+            assert_true((int)(at / c.D / c.H) < starts[i] ? isnan(rows[at]) : rows[at] == out[at]);
+        for (size_t at = 0; at < c.lse_count; at++)
+            assert_true((int)(at % c.T) < starts[i] ? isnan(row_lse[at]) : row_lse[at] == lse[at]);
+        for (size_t at = 0; at < c.selected_count; at++)
+            assert_int_equal(row_selected[at],
+                             (int)(at / (c.K - 1) % c.T) < starts[i] ? 0x7F7F7F7F : selected[at]);
+        free(out), free(lse), free(selected), free(rows), free(row_lse), free(row_selected);
+        free_case(&c);
+    }
+}
+
+static void test_repeatable(void** state) {
+    (void)state;
+    const int Ds[] = {32, 64, 128};
+    for (int d = 0; d < 3; d++) {
+        Case c = new_case(&MQA, 1, 140, Ds[d], 32, 3);
+        double *out[2], *lse[2], *dqkv[2];
+        for (int run = 0; run < 2; run++) {
+            run_forward(&c, 0);
+            run_backward(&c);
+            out[run] = download(c.out, c.out_count), lse[run] = download(c.lse, c.lse_count);
+            dqkv[run] = download(c.dqkv, c.qkv_count);
+        }
+        assert_memory_equal(out[0], out[1], c.out_count * sizeof(double));
+        assert_memory_equal(lse[0], lse[1], c.lse_count * sizeof(double));
+        assert_memory_equal(dqkv[0], dqkv[1], c.qkv_count * sizeof(double));
+        for (int run = 0; run < 2; run++) free(out[run]), free(lse[run]), free(dqkv[run]);
+        free_case(&c);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_hot_block),
+        cmocka_unit_test(test_groups_of_heads),
+        cmocka_unit_test(test_ties),
+        cmocka_unit_test(test_nan),
+        cmocka_unit_test(test_all_blocks),
+        cmocka_unit_test(test_later_token),
+        cmocka_unit_test(test_start),
+        cmocka_unit_test(test_repeatable),
+    };
+    reference_start();
+    return cmocka_run_group_tests_name("mixture of block attention on the device, " PRECISION_NAME, tests,
+                                       NULL, NULL);
+}
