@@ -6,11 +6,11 @@
     dev/simt/mutate.py --file gqa.cuh --list    what there is to break, without running it
     dev/simt/mutate.py --sample 40 --seed 7     some of everything; the 95 % are then not asked for
 
-A mutant is one change of gqa.cuh or kernels/*.cuh: a barrier or cp.async wait deleted, a wait that lets one more group be under
-way, a bound one too far, an offset or stride shifted by one, / for %, min for max, a condition always or never true. All
-of them are compiled into one program: every change is an expression that asks MUTANT(n), and the environment's MUTANT=n
-chooses one. So a mutant costs a run of the tests of its file, not a build. The changed headers lie in build/mutate; the tree is
-not touched.
+A mutant is one change of gqa.cuh or kernels/*.cuh: a barrier or cp.async wait deleted, a wait that lets one more group be
+under way, a bound one too far, an offset or stride shifted by one, a grid or workspace too small, / for %, min for max, a
+condition always or never true. All of them are compiled into one program: every change is an expression that asks
+MUTANT(n), and the environment's MUTANT=n chooses one. So a mutant costs a run of the tests of its file, not a build. The
+changed headers lie in build/mutate; the tree is not touched.
 
 Each mutant goes from mode to mode until one catches it. A program that exceeds its time is not caught; the address sanitizer
 decides then, as a mutant that damages the heap can get stuck in the handler of its own fault.
@@ -117,9 +117,19 @@ def words_before(code, at):
     return code[begin:at].lstrip()
 
 
-def mutants_of_line(code, place, unrolled):
+# Grids, workspaces and the tiles that a block looks at may be larger than they need be, and nobody minds. So what they are
+# computed from becomes smaller: all code of the host, and these lines.
+ROOMY = re.compile(r"some_see|all_see|first_key = max|end_query = |const int tiles")
+# In which direction a bound of these functions does harm.
+HARMFUL = {"some_see": -1, "all_see": 1}
+
+
+def mutants_of_line(code, place, unrolled, host):
     """Those of one line of code without comments; `unrolled` is the head of a loop over registers."""
     made = []
+    smaller = host or ROOMY.search(code) or place[2] in HARMFUL
+    # after which operators a larger number makes the result smaller; the first key is a bound from below, and becomes larger
+    growing = "+/%" if "first_key = max" in code else "-/%"
 
     def add(kind, change, *edits):
         made.append(Mutant(place, kind, change, [Edit(*edit) for edit in edits]))
@@ -148,6 +158,9 @@ def mutants_of_line(code, place, unrolled):
         if unrolled or not outside(found):
             continue
         other, shift = OTHER_RELATION[found.group(1)]
+        if place[2] in HARMFUL:
+            shift = HARMFUL[place[2]]
+            other = "%s %d +" % (found.group(1), shift)
         add("bound", "%s -> %s, %s" % (found.group(1), other, code[found.end():].split(";")[0][:24].strip()),
             (found.end(), found.end(), "%s * MUTANT({n}) + " % shift))
     for found in SWAP.finditer(code):
@@ -162,15 +175,19 @@ def mutants_of_line(code, place, unrolled):
         literal = found.group(1) or found.group(2)
         if not outside(found) or (unrolled and "++" in code):
             continue
-        shifted = int(literal) - 1 if literal == "1" and code[found.start() - 2] in "+-" else int(literal) + 1
+        operator = code[found.start() - 2]
+        shifted = int(literal) - 1 if literal == "1" and operator in "+-" else int(literal) + 1
+        if smaller:
+            shifted = int(literal) + (1 if not found.group(2) and operator in growing else -1)
         add("literal", "%s%s -> %d" % (words_before(code, found.start()), literal, shifted),
             (found.start(), found.end(), "(MUTANT({n}) ? %d : %s)" % (shifted, literal)))
     for found in OPERAND.finditer(code):
         name = found.group(1) or found.group(2)
         if not outside(found) or name in NUMBERS or (unrolled and "++" in code):
             continue
-        add("offset", "%s%s -> %s + 1" % (words_before(code, found.start()), name, name),
-            (found.start(), found.end(), "(%s + MUTANT({n}))" % name))
+        sign = "-" if smaller and not (found.group(1) and code[found.start() - 2] in growing) else "+"
+        add("offset", "%s%s -> %s %s 1" % (words_before(code, found.start()), name, name, sign),
+            (found.start(), found.end(), "(%s %s MUTANT({n}))" % (name, sign)))
     for found in EXTREME.finditer(code):
         name = found.group(1)
         add("extreme", "%s -> %s" % (code[found.start():found.end() + 12], "max" if name == "min" else "min"),
@@ -199,7 +216,7 @@ def mutants_of_line(code, place, unrolled):
 
 def mutants_of_file(name):
     """Of the code that the emulator compiles; that of one precision has only that one."""
-    made, function, unrolled, in_comment = [], "", False, False
+    made, function, host, unrolled, in_comment = [], "", False, False, False
     conditions = []  # of the preprocessor, each with what holds now
     with open(os.path.join(ROOT, name), encoding="utf-8") as source:
         for number, line in enumerate(source, 1):
@@ -218,6 +235,7 @@ def mutants_of_file(name):
             named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=attention_\w+_kernel))\b(\w+)\(", code)
             if named and not code.startswith("     ") and named.group(1) not in ("__launch_bounds__", "launch"):
                 function = named.group(1)
+                host = "__device__" not in code and "__global__" not in code and not function.endswith("_kernel")
             precisions, elsewhere = PRECISIONS, False
             for condition, holds in conditions:
                 if "DEVICE_SIMT" in condition:
@@ -225,7 +243,7 @@ def mutants_of_file(name):
                 if "PRECISION_BF16" in condition:
                     precisions = PRECISIONS[:1] if holds else PRECISIONS[1:]
             if not elsewhere:
-                made += mutants_of_line(code, (name, number, function, precisions, directive), unrolled)
+                made += mutants_of_line(code, (name, number, function, precisions, directive), unrolled, host)
             unrolled = directive == "#pragma unroll"
     return made
 
@@ -244,11 +262,6 @@ def chosen_mutants(options):
         if mutant.kind not in SYNCHRONISATION:
             by_function.setdefault((mutant.file, mutant.function), []).append(mutant)
     chosen = [m for m in everything if m.kind in SYNCHRONISATION and (not options.file or m.file in options.file)]
-    limit = options.expressions
-    if options.sample:
-        draw.shuffle(chosen)
-        chosen = chosen[:options.sample // 4]
-        limit = options.sample - len(chosen)
     # One of each function, and then of all.
     queues = list(by_function.values())
     for queue in queues:
@@ -258,9 +271,14 @@ def chosen_mutants(options):
     draw.shuffle(rest)
     drawn = []
     for mutant in [queue[0] for queue in queues] + rest:
-        if len(drawn) < limit and not any(overlap(mutant, other) for other in drawn):
+        if len(drawn) < options.expressions and not any(overlap(mutant, other) for other in drawn):
             drawn.append(mutant)
-    chosen += drawn
+    # Zero halves to zero: such loops would not end, and no test can tell them from slow ones.
+    chosen += [m for m in drawn if not (m.kind == "bound" and re.search("> -> >=.*(/= 2|while)", m.change + m.source))]
+    if options.sample:  # of those that a whole run would have
+        draw.shuffle(chosen)
+        synchronising = [m for m in chosen if m.kind in SYNCHRONISATION][:options.sample // 4]
+        chosen = synchronising + [m for m in chosen if m.kind not in SYNCHRONISATION][:options.sample - len(synchronising)]
     order = list(FILES)
     chosen.sort(key=lambda m: (m.kind not in SYNCHRONISATION, order.index(m.file), m.line))
     for number, mutant in enumerate(chosen, 1):
@@ -437,16 +455,15 @@ def run(path, arguments, mutant, build, environment):
     return ("passed" if status == 0 else "failed"), test
 
 
-def judge(mutant, programs, options):
-    """Fills in verdict (caught, survived or timeout) and what caught it."""
+def judge(mutant, programs, options, is_known):
+    """Fills in verdict (caught, survived or timeout) and what caught it. What is known to be harmless is tried in one mode."""
     test, filters = FILES[mutant.file]
     first = mutant.precisions[0]
     plan = [("forward", precision) for precision in mutant.precisions]
-    plan += [("reverse", first), ("random", first)]
-    if not options.plain:
-        plan += [("address", first)]
-        if mutant.kind in SYNCHRONISATION:
-            plan += [("thread", first)]
+    if not is_known:
+        plan += [("reverse", first), ("random", first)]
+    if not is_known and not options.plain:
+        plan += [("address", first), ("thread", first)]
     mutant.verdict = "survived"
     for mode, precision in plan:
         build, environment = MODES[mode]
@@ -503,7 +520,12 @@ def totals(mutants):
     return table(rows)
 
 
-def report(mutants, known, path, command):
+RESUMED = """
+which takes over what an earlier run, with the same tests or fewer, had caught.
+"""
+
+
+def report(mutants, known, path, command, resumed):
     caught = sum(m.verdict == "caught" for m in mutants)
     modes = collections.Counter(m.caught_by.split(":")[0] for m in mutants if m.verdict == "caught")
     survivors = [("file", "function", "line", "mutation", "why it is harmless"), ("---",) * 5]
@@ -513,10 +535,11 @@ def report(mutants, known, path, command):
         page.write("""# Mutants of the kernels
 
 Every barrier, wait and commit of the kernels deleted, and expressions perturbed, one at a time; the tests of kernels on the
-emulator then have to fail (dev/simt/mutate.py says how). Written by
+emulator then have to fail (dev/simt/mutate.py says how). What sizes grids, workspaces and the tiles that a block looks at is made
+smaller, not larger, as nobody minds a block without work; loops that would never end are left alone. Written by
 
     %s
-
+%s
 %s: %d of %d mutants are caught, %.1f %%.
 
 %s
@@ -526,7 +549,7 @@ Caught by, the first mode that does: %s.
 ## Survivors
 
 %s
-""" % (command, time.strftime("%Y-%m-%d", time.gmtime()), caught, len(mutants), 100 * caught / len(mutants), totals(mutants),
+""" % (command, RESUMED if resumed else "", time.strftime("%Y-%m-%d", time.gmtime()), caught, len(mutants), 100 * caught / len(mutants), totals(mutants),
             ", ".join("%s %d" % item for item in modes.most_common()), table(survivors)))
 
 
@@ -583,8 +606,8 @@ def main():
             continue
         if options.seconds and time.time() - begun > options.seconds:
             break
-        judge(m, programs, options)
-        if m.verdict == "caught":
+        judge(m, programs, options, m.key() in known)
+        if m.verdict == "caught" and not options.sample:
             results[m.identity()] = m.caught_by
             with open(caught_before, "w", encoding="utf-8") as stored:
                 json.dump(results, stored, indent=1)
@@ -598,8 +621,8 @@ def main():
         print("%d of %d mutants were not begun in %.0f s" % (len(mutants) - len(run_mutants), len(mutants), options.seconds))
 
     if options.report:
-        command = "dev/simt/mutate.py " + " ".join(sys.argv[1:])
-        report(run_mutants, known, options.report, command)
+        command = "dev/simt/mutate.py" + "".join(" " + argument for argument in sys.argv[1:])
+        report(run_mutants, known, options.report, command, options.resume)
 
     good = True
     for m in run_mutants:
