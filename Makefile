@@ -296,7 +296,7 @@ test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
-	@$(MUTATE) --sample 60
+	@$(MUTATE) --sample 30
 
 # Kernels broken on purpose, in every place that dev/simt/mutate.py knows: do the tests notice? test-long takes a sample.
 MUTATE := CXX=$(CXX) MAKE=$(MAKE) dev/simt/mutate.py --build $(BUILD)/mutate
