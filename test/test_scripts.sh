@@ -132,13 +132,13 @@ compare() {
 
 compare_usage() {
     refuses 2 "no such variant; there are: dense" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --steps 5 \
-        --output "$scratch/none" --variants sparse &&
-        refuses 2 "--steps 0" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --output "$scratch/none" --steps 0 &&
+        --output "$scratch/never" --variants sparse &&
+        refuses 2 "--steps 0" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --output "$scratch/never" --steps 0 &&
         refuses 2 "want 'name|flags" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --steps 5 \
-            --output "$scratch/none" --variant 'kconv' &&
+            --output "$scratch/never" --variant 'kconv' &&
         refuses 2 "--seed: not after --" "$top/scripts/compare.sh" --train-data x --val-data x --tokenizer x --steps 5 \
-            --output "$scratch/none" -- --seed 3 &&
-        refuses 2 "unknown option" "$top/scripts/compare.sh" --fast && [ ! -e "$scratch/none" ]
+            --output "$scratch/never" -- --seed 3 &&
+        refuses 2 "unknown option" "$top/scripts/compare.sh" --fast && [ ! -e "$scratch/never" ]
 }
 check compare_refuses_bad_usage compare_usage
 
