@@ -756,13 +756,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     }
 }
 
-template <int D> struct moba_queries_shape {
-#if defined(PRECISION_BF16)
-    enum { M = D <= 64 ? 2 : 1 };
-#else
-    enum { M = 1 };
-#endif
-    enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+template <int D> struct moba_queries_shape : moba_forward_shape<D> {
     enum { SLOTS = D <= 64 ? 2 : 1 }; // what shared memory has room for beside keys and values
 };
 

@@ -419,6 +419,7 @@ static void gpt_begin_step(Model* model, int step) {
     if (!heads_are_key_driven(config)) return;
     device_zero(model->acts.key_sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
     if (heads->settings.source == SOURCE_FORWARD) return;
+    const int from_keys = allocation_needs_keys(&heads->settings);
     for (int l = 0; l < config->layers; l++) {
         const LayerParameters* weights = &model->layout.layers[l];
         double* n = heads->statistic + (size_t)l * G;
@@ -426,11 +427,10 @@ static void gpt_begin_step(Model* model, int step) {
             key_weight_norm(model->acts.key_norms, model->params + weights->qkv_proj + (size_t)H * D * C,
                             model->params + weights->input_norm, G, D, C, model->stream);
             gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
-            heads->measured[l] = 1;
-        } else if (!allocation_needs_keys(&heads->settings)) {
+        } else if (!from_keys) {
             allocation_random(n, heads, l, step);
-            heads->measured[l] = 1;
         }
+        if (!from_keys) heads->measured[l] = 1;
         if (!heads->measured[l]) continue;
         allocation_update(heads, l, n, step);
         allocation_remember(heads, l, n, step);
@@ -660,15 +660,20 @@ static void gpt_update(Model* model, AdamW settings) {
 // ----------------------------------------------------------------------------
 // Generation
 
+// The logits (Vp) of one row that gpt_forward() left.
+static void gpt_read_logits(Model* model, floatX* logits, size_t row) {
+    const int C = model->config.channels, Vp = model->config.padded_vocab;
+    matmul_forward(model->acts.logits, model->acts.norm + row * C, model->params + model->layout.head, 1, C,
+                   Vp, model->stream);
+    copy_to_host(logits, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
+    stream_synchronize(model->stream);
+}
+
 // The logits (V) that follow the T tokens of one sequence, of which `start` were there at the last call.
 static void gpt_next_logits(Model* model, float* logits, const int* tokens, int T, int start,
                             floatX* scratch) {
-    const int C = model->config.channels, Vp = model->config.padded_vocab;
     gpt_forward(model, tokens, 1, T, start, NULL);
-    matmul_forward(model->acts.logits, model->acts.norm + (size_t)(T - 1) * C,
-                   model->params + model->layout.head, 1, C, Vp, model->stream);
-    copy_to_host(scratch, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
-    stream_synchronize(model->stream);
+    gpt_read_logits(model, scratch, (size_t)T - 1);
     convert_values(logits, DTYPE_F32, scratch, DTYPE_FLOATX, (size_t)model->config.vocab_size);
 }
 
@@ -728,7 +733,7 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
 
 // Runs the model over --tokens and writes all logits: how other programs are compared with this one.
 static void write_logits(Model* model, const Options* options) {
-    const int V = model->config.vocab_size, Vp = model->config.padded_vocab, C = model->config.channels;
+    const int V = model->config.vocab_size, Vp = model->config.padded_vocab;
     int* tokens = (int*)malloc_or_fail((size_t)model->T * sizeof(int), "tokens");
     int T = 0;
     for (const char* text = options->tokens; *text;) {
@@ -744,12 +749,7 @@ static void write_logits(Model* model, const Options* options) {
     if (T == 0) fail_usage("--tokens: want at least one id");
     gpt_forward(model, tokens, 1, T, 0, NULL);
     floatX* logits = (floatX*)malloc_or_fail((size_t)T * Vp * sizeof(floatX), "logits");
-    for (int t = 0; t < T; t++) {
-        matmul_forward(model->acts.logits, model->acts.norm + (size_t)t * C,
-                       model->params + model->layout.head, 1, C, Vp, model->stream);
-        copy_to_host(logits + (size_t)t * Vp, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
-    }
-    stream_synchronize(model->stream);
+    for (int t = 0; t < T; t++) gpt_read_logits(model, logits + (size_t)t * Vp, (size_t)t);
     logits_write(options->write_logits, logits, tokens, T, V, Vp);
     free(tokens);
     free(logits);
@@ -765,13 +765,10 @@ static void retrieval_forward(void* model, const int* tokens, int rows, int T) {
 // The likeliest token after one position of what retrieval_forward() ran; among equals the first.
 static int retrieval_likeliest(void* context, int row, int T, int position) {
     Model* model = (Model*)context;
-    const int C = model->config.channels, V = model->config.vocab_size, Vp = model->config.padded_vocab;
-    matmul_forward(model->acts.logits, model->acts.norm + ((size_t)row * T + position) * C,
-                   model->params + model->layout.head, 1, C, Vp, model->stream);
-    floatX* scratch = (floatX*)malloc_or_fail((size_t)Vp * sizeof(floatX), "logits");
+    const int V = model->config.vocab_size;
+    floatX* scratch = (floatX*)malloc_or_fail((size_t)model->config.padded_vocab * sizeof(floatX), "logits");
     float_acc* logits = (float_acc*)malloc_or_fail((size_t)V * sizeof(float_acc), "logits");
-    copy_to_host(scratch, model->acts.logits, (size_t)Vp * sizeof(floatX), model->stream);
-    stream_synchronize(model->stream);
+    gpt_read_logits(model, scratch, (size_t)row * T + position);
     convert_values(logits, DTYPE_FLOAT_ACC, scratch, DTYPE_FLOATX, (size_t)V);
     int best = 0;
     for (int v = 1; v < V; v++)
@@ -848,10 +845,6 @@ static void choose_model(Run* run) {
         base = model_config_from_descriptor(options->model ? options->model : descriptor);
     }
     run->config = options_model(options, base);
-    // 0: the heads do not divide the channels, which the model's own checks say
-    if (run->config.head_dim > 0 && !attention_supports_head_dim(run->config.head_dim))
-        fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
-                   run->config.heads, run->config.head_dim, DEVICE_NAME);
 
     if (options->tokenizer) path_format(run->tokenizer_path, "%s", options->tokenizer);
     else if (directory[0]) path_format(run->tokenizer_path, "%s/tokenizer.json", directory);
@@ -871,6 +864,9 @@ static void choose_model(Run* run) {
              (int)tokenizer_vocab_size(run->tokenizer), *V);
     model_config_complete(&run->config);
     model_config_check(&run->config);
+    if (!attention_supports_head_dim(run->config.head_dim))
+        fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
+                   run->config.heads, run->config.head_dim, DEVICE_NAME);
     const int least = options->heads_by_keys.least, G = run->config.kv_heads, H = run->config.heads;
     if (heads_are_key_driven(&run->config) && least * G > H)
         fail_usage("--kd-min-heads %d: %d KV heads would need %d query heads, --heads is %d", least, G,
@@ -1311,15 +1307,16 @@ static void train(Model* model, Run* run) {
         const int last = step == run->steps;
         const int out_of_time = options->max_seconds > 0 && seconds_now() - started >= options->max_seconds;
         const int stopping = stop_requested || out_of_time;
-        if (fresh && run->val && is_due(options->val_every, step, last)) {
+        const int validating = fresh && is_due(options->val_every, step, last);
+        if (validating && run->val) {
             double begun = seconds_now();
             run->state.val_loss = validate(model, run);
             metrics_validation(&metrics, step, run->state.val_loss, seconds_now() - begun);
         }
-        if (fresh && heads_are_key_driven(&run->config) && is_due(options->val_every, step, last))
-            log_heads(&metrics, model, step);
-        if (fresh && run->val && run->config.attention != ATTENTION_DENSE && run->config.moba_topk > 1 &&
-            is_due(options->val_every, step, last))
+        if (validating && heads_are_key_driven(&run->config)) log_heads(&metrics, model, step);
+        // Its forward passes are for metrics.jsonl alone.
+        if (validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
+            run->config.moba_topk > 1)
             log_selection(&metrics, model, run, step);
         if (fresh && step > 0 && is_due(options->sample_every, step, last)) {
             metrics_message(&metrics, "step %d  sample:", step);

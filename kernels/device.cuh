@@ -18,9 +18,7 @@ has been waited for.
 #include "kernels/launch.cuh"
 #include "runtime/checks.h"
 #include "runtime/precision.h"
-#if defined(DEVICE_SIMT)
-#include <omp.h>
-#else
+#if !defined(DEVICE_SIMT)
 #include <nvtx3/nvToolsExt.h>
 #endif
 
@@ -99,16 +97,6 @@ static inline void stream_synchronize(stream_t stream) {
 }
 
 // A moment in the order of the stream's work, which nothing waits for until two are compared, and the seconds between them.
-#if defined(DEVICE_SIMT)
-typedef double Mark;
-static inline Mark mark_make(void) { return 0; }
-static inline void mark_free(Mark done) { (void)done; }
-static inline void mark(Mark* at, stream_t stream) {
-    (void)stream; // what is queued is done at once
-    *at = omp_get_wtime();
-}
-static inline double seconds_between(Mark begun, Mark done) { return done - begun; }
-#else
 typedef cudaEvent_t Mark;
 static inline Mark mark_make(void) {
     Mark made;
@@ -125,7 +113,6 @@ static inline double seconds_between(Mark begun, Mark done) {
     device_check(cudaEventElapsedTime(&milliseconds, begun, done), "compare events");
     return 1e-3 * (double)milliseconds;
 }
-#endif
 
 // Names what is queued between the two, for a profiler that looks on.
 #if defined(DEVICE_SIMT)

@@ -96,16 +96,18 @@ static inline void weights_of_range(double* weights, const double* n, int G) {
 // ----------------------------------------------------------------------------
 // A model's allocations, and what they are made from
 
-// The last two are controls: maps as uneven as the others, which no key has a part in, drawn once or at every step.
+// Random and shuffled are controls: maps as uneven as the others, which no key has a part in, drawn once or at every step.
 typedef enum {
     SOURCE_LAGGED,
     SOURCE_FORWARD,
     SOURCE_WEIGHTS,
     SOURCE_RANDOM,
-    SOURCE_SHUFFLED
+    SOURCE_SHUFFLED,
+    STATISTIC_SOURCES
 } StatisticSource;
 typedef enum { DGQA_EMA, DGQA_DIFF } DgqaKind;
-static const char* const statistic_source_names[] = {"lagged", "forward", "weights", "random", "shuffled"};
+static const char* const statistic_source_names[STATISTIC_SOURCES] = {"lagged", "forward", "weights",
+                                                                      "random", "shuffled"};
 static const char* const dgqa_kind_names[] = {"ema", "diff"};
 
 typedef struct {

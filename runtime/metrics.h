@@ -10,8 +10,8 @@ metrics.jsonl   the run's description, {"event":"start", ...}, then a line a ste
                 validations (step, tokens, and a member of its own). Only what the flags determine is in it:
                 two runs with the same flags write the same bytes, interrupted and resumed or not. Every number
                 reads back as the same float or double; one that is not a number is null.
-timings.jsonl   what the clock says: a line a step (step, tokens, seconds, tokens_per_second, step_ms, and
-                attention_ms, flops_per_second and mfu where they are known) and one an event (validation,
+timings.jsonl   what the clock says: a line a step (step, tokens, seconds, tokens_per_second, step_ms,
+                attention_ms, and flops_per_second and mfu where they are known) and one an event (validation,
                 checkpoint, ...; with the seconds spent). "seconds" counts from the start of the run, and goes on over resumes.
 main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validation, "s:0 trl:..." for training.
 
@@ -345,7 +345,7 @@ static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
 }
 
 // A training step: `step` optimizer steps are done with it; the rest is that step's, `seconds` its duration, of which
-// attention took `attention_seconds` (negative: not known).
+// attention took `attention_seconds`.
 static inline void metrics_step(Metrics* m, int step, double loss, double grad_norm, double lr,
                                 double seconds, double attention_seconds) {
     const MetricsOptions* o = &m->options;
@@ -360,20 +360,18 @@ static inline void metrics_step(Metrics* m, int step, double loss, double grad_n
                   tokens, loss_text, norm_text, lr_text);
 
     double rate = seconds > 0 ? 1.0 / seconds : 0.0;
-    char speed[128] = "";
+    char speed[96] = "";
     int used = 0;
-    if (attention_seconds >= 0)
-        used = snprintf(speed, sizeof(speed), ",\"attention_ms\":%.3f", 1e3 * attention_seconds);
     if (o->flops_per_step > 0)
-        used += snprintf(speed + used, sizeof(speed) - (size_t)used, ",\"flops_per_second\":%.5g",
-                         o->flops_per_step * rate);
+        used = snprintf(speed, sizeof(speed), ",\"flops_per_second\":%.5g", o->flops_per_step * rate);
     if (o->flops_per_step > 0 && o->peak_flops > 0)
         snprintf(speed + used, sizeof(speed) - (size_t)used, ",\"mfu\":%.4f",
                  o->flops_per_step * rate / o->peak_flops);
     metrics_write(&m->timings,
                   "{\"step\":%d,\"tokens\":%llu,\"seconds\":%.3f,\"tokens_per_second\":%.1f,"
-                  "\"step_ms\":%.3f%s}\n",
-                  step, tokens, metrics_seconds(m), (double)o->tokens_per_step * rate, 1e3 * seconds, speed);
+                  "\"step_ms\":%.3f,\"attention_ms\":%.3f%s}\n",
+                  step, tokens, metrics_seconds(m), (double)o->tokens_per_step * rate, 1e3 * seconds,
+                  1e3 * attention_seconds, speed);
     metrics_write(&m->log, "s:%d trl:%.4f lr:%.6f norm:%.2f\n", step - 1, loss, lr, grad_norm);
     int shown = step == 1 || step == o->total_steps || step % o->log_every == 0;
     metrics_show(m, step, shown, loss, grad_norm, lr);

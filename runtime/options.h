@@ -261,7 +261,7 @@ static inline void option_parse_heads(AllocationSettings* heads, int key, const 
     if (dynamic_only) option_needs_variant(key, 1 << GQA_DYNAMIC, "dgqa");
     else option_needs_variant(key, 1 << GQA_KEY | 1 << GQA_DYNAMIC, "kdgqa or dgqa");
     if (key == KEY_KD_SOURCE)
-        heads->source = (StatisticSource)option_choice(key, text, statistic_source_names, 5);
+        heads->source = (StatisticSource)option_choice(key, text, statistic_source_names, STATISTIC_SOURCES);
     if (key == KEY_KD_MIN_HEADS) heads->least = (int)option_integer(key, text, 0, 1024);
     if (key == KEY_KD_WINDOW) heads->window = (int)option_integer(key, text, 1, INT_MAX);
     if (key == KEY_KD_BETA) heads->beta = option_number(key, text, 0, 1);

@@ -9,36 +9,15 @@ TEST_LONG=1 runs the full matrix.
 #include "moba.cuh"
 // reference_flashmoba_forward, reference_flashmoba_backward
 #include "test/reference.h"
-// new_doubles, fill_normal; cmocka
-#include "test/numeric.h"
-
-static const int LONG_MATRIX = getenv("TEST_LONG") != NULL;
-
-// Relative errors, in the Euclidean norm. A log-sum-exp is fp32 in every build, of rows that are.
-#if defined(PRECISION_BF16)
-static const double BOUND = 1e-2;
-#else
-static const double BOUND = 1e-5;
-#endif
-static const double LSE_BOUND = 1e-5;
+// HeadMap, download, assert_error; cmocka
+#include "test/device_attention.h"
 
 // ----------------------------------------------------------------------------
 // Cases
 
-enum { MAX_HEADS = 8 };
-
-typedef struct {
-    int H, G;
-    int kv_of_q[MAX_HEADS];
-} HeadMap;
-
-static const HeadMap ONE = {1, 1, {0}}, MHA = {2, 2, {0, 1}}, GQA = {4, 2, {0, 0, 1, 1}},
-                     MQA = {3, 1, {0, 0, 0}}, UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}},
-                     FIRST_EMPTY = {3, 3, {1, 1, 2}}, MIDDLE_EMPTY = {3, 4, {0, 0, 3}},
-                     LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
-
 typedef struct {
     const HeadMap* map;
+    char words[96]; // what it is
     int B, T, H, G, D, S, K;
     size_t qkv_count, out_count, lse_count, selected_count, centroids_count;
     // on the host, floatX and what it holds exactly
@@ -51,19 +30,8 @@ typedef struct {
 } Case;
 
 static void upload(Case* c) {
-    for (size_t i = 0; i < c->qkv_count; i++) c->host_qkv[i] = (floatX)(float)c->exact_qkv[i];
-    for (size_t i = 0; i < c->out_count; i++) c->host_dout[i] = (floatX)(float)c->exact_dout[i];
-    for (size_t i = 0; i < c->qkv_count; i++) c->exact_qkv[i] = (double)(float)c->host_qkv[i];
-    for (size_t i = 0; i < c->out_count; i++) c->exact_dout[i] = (double)(float)c->host_dout[i];
-    copy_to_device(c->qkv, c->host_qkv, c->qkv_count * sizeof(floatX), 0);
-    copy_to_device(c->dout, c->host_dout, c->out_count * sizeof(floatX), 0);
-}
-
-// Device memory that no kernel has written: NaN in every type, and no block.
-static void* forgotten(size_t bytes) {
-    void* memory = device_malloc(bytes, "a test");
-    device_check(cudaMemset(memory, 0xFF, bytes), "clear memory");
-    return memory;
+    upload_rounded(c->qkv, c->host_qkv, c->exact_qkv, c->qkv_count);
+    upload_rounded(c->dout, c->host_dout, c->exact_dout, c->out_count);
 }
 
 static Case new_case(const HeadMap* map, int B, int T, int D, int S, int K) {
@@ -87,6 +55,7 @@ static Case new_case(const HeadMap* map, int B, int T, int D, int S, int K) {
     copy_to_device(c.kv_of_q, map->kv_of_q, c.H * sizeof(int), 0);
     fill_normal(c.exact_qkv, NULL, c.qkv_count, 1, (uint64_t)T);
     fill_normal(c.exact_dout, NULL, c.out_count, 1, (uint64_t)T + 1);
+    snprintf(c.words, sizeof(c.words), "B %d T %d H %d G %d D %d S %d K %d", B, T, c.H, c.G, D, S, K);
     upload(&c);
     return c;
 }
@@ -113,17 +82,6 @@ static void run_backward(Case* c) {
     device_free(workspace);
 }
 
-// What the device holds, as doubles.
-template <typename Element> static double* download(const Element* values, size_t count) {
-    Element* host = (Element*)calloc_or_fail(count + 1, sizeof(Element), "a test");
-    double* exact = new_doubles(count + 1);
-    copy_to_host(host, values, count * sizeof(Element), 0);
-    stream_synchronize(0);
-    for (size_t i = 0; i < count; i++) exact[i] = (double)(float)host[i];
-    free(host);
-    return exact;
-}
-
 static int* download_selected(const Case* c) {
     int* selected = (int*)calloc_or_fail(c->selected_count + 1, sizeof(int), "a test");
     copy_to_host(selected, c->selected, c->selected_count * sizeof(int), 0);
@@ -133,35 +91,6 @@ static int* download_selected(const Case* c) {
 
 // ----------------------------------------------------------------------------
 // Errors
-
-// One of the parts of dqkv (or all of out): the squares of its difference from the reference, of the difference that
-// rounding alone makes, and of the reference.
-typedef struct {
-    double difference, rounding, norm;
-} Error;
-
-static void add_error(Error* error, double value, double reference) {
-    const double rounded = (double)(float)(floatX)(float)reference;
-    error->difference += (value - reference) * (value - reference);
-    error->rounding += (rounded - reference) * (rounded - reference);
-    error->norm += reference * reference;
-}
-
-// `noise` is what may be left where a gradient is 0 but for cancellation: the norm of another one that is not.
-static void assert_error(const char* what, const Case* c, const Error* error, double noise,
-                         int rounded_only) {
-    const double difference = sqrt(error->difference), rounding = sqrt(error->rounding),
-                 norm = sqrt(error->norm);
-    int good = difference <= BOUND * norm + 2e-6 * noise;
-#if defined(PRECISION_BF16)
-    if (rounded_only) good = good && difference <= 2 * rounding + 1e-5 * noise;
-#endif
-    (void)rounded_only;
-    if (getenv("SHOW") || !good)
-        print_error("%s: error %.3g of %.3g, %.3g by rounding: B %d T %d H %d G %d D %d S %d K %d\n", what,
-                    difference, norm, rounding, c->B, c->T, c->H, c->G, c->D, c->S, c->K);
-    assert_true(good);
-}
 
 static double score(const Case* c, const double* centroids, int b, int h, int t, int block) {
     const int g = c->map->kv_of_q[h], stride = (c->H + 2 * c->G) * c->D;
@@ -223,12 +152,8 @@ static void check_output(const Case* c, const double* ref_out, const double* ref
     Error of_out = {}, of_lse = {};
     for (size_t i = 0; i < c->out_count; i++) add_error(&of_out, out[i], ref_out[i]);
     for (size_t i = 0; i < c->lse_count; i++) add_error(&of_lse, lse[i], ref_lse[i]);
-    assert_error("out", c, &of_out, 0, c->T >= 16);
-    const double lse_error = sqrt(of_lse.difference), lse_norm = sqrt(of_lse.norm + (double)c->lse_count);
-    if (!(lse_error <= LSE_BOUND * lse_norm))
-        print_error("lse: error %.3g of %.3g: T %d D %d S %d K %d\n", lse_error, lse_norm, c->T, c->D, c->S,
-                    c->K);
-    assert_true(lse_error <= LSE_BOUND * lse_norm);
+    assert_error("out", c->words, &of_out, 0, c->T >= 16);
+    assert_lse_error(c->words, &of_lse, c->lse_count);
     free(out), free(lse);
 }
 
@@ -248,17 +173,7 @@ static void check_backward(const Case* c) {
     int* selected = download_selected(c);
     reference_flashmoba_backward(ref_dqkv, c->exact_dout, out, lse, selected, c->exact_qkv, c->map->kv_of_q,
                                  c->B, c->T, c->H, c->G, c->D, c->S, c->K);
-    Error errors[3] = {};
-    for (size_t i = 0; i < c->qkv_count; i++) {
-        const int head = (int)(i / c->D % (c->H + 2 * c->G));
-        add_error(&errors[head < c->H ? 0 : head < c->H + c->G ? 1 : 2], dqkv[i], ref_dqkv[i]);
-        if (head < c->H) continue;
-        if (!contains(c->map->kv_of_q, c->H, (head - c->H) % c->G)) assert_true(dqkv[i] == 0);
-    }
-    const double noise = sqrt(errors[2].norm);
-    assert_error("dq", c, &errors[0], noise, c->T >= 16);
-    assert_error("dk", c, &errors[1], noise, c->T >= 16);
-    assert_error("dv", c, &errors[2], 0, c->T >= 16);
+    check_gradients(c->words, dqkv, ref_dqkv, (size_t)c->B * c->T, c->map, c->D, c->T >= 16);
     free(out), free(lse), free(dqkv), free(ref_dqkv), free(selected);
 }
 
@@ -280,11 +195,10 @@ static void check(const HeadMap* map, int B, int T, int D, int S, int K) {
 // Tests
 
 static void check_full_matrix(void) {
-    const HeadMap* maps[] = {&ONE, &MHA, &GQA, &MQA, &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY};
     const int Ts[] = {1, 16, 31, 65, 128, 200, 400, 700}, Ss[] = {16, 32, 64, 128, 256, 512},
               Ks[] = {1, 2, 5, 10, 64}, Ds[] = {32, 64, 128};
     for (int i = 0; i < 8 * 6 * 5; i++)
-        check(maps[(i + i / 8) % 8], 1 + i % 7 / 6, Ts[i % 8], Ds[i % 3], Ss[i / 8 % 6], Ks[i / 48]);
+        check(ALL_MAPS[(i + i / 8) % 8], 1 + i % 7 / 6, Ts[i % 8], Ds[i % 3], Ss[i / 8 % 6], Ks[i / 48]);
 }
 
 static void test_shapes(void** state) {

@@ -1,0 +1,136 @@
+/*
+What the tests of attention's kernels share (test_gqa.cu, test_moba_kernels.cu): bounds, maps of heads, inputs that floatX holds
+exactly, and errors beside those that rounding alone makes. Include it after the header with the kernels, for it uses their device.
+
+TEST_LONG=1 in the environment asks for the full matrix.
+*/
+#ifndef TEST_DEVICE_ATTENTION_H
+#define TEST_DEVICE_ATTENTION_H
+
+#include "kernels/device.cuh"
+// new_doubles, fill_normal; cmocka
+#include "test/numeric.h"
+
+static const int LONG_MATRIX = getenv("TEST_LONG") != NULL;
+
+// Relative errors, in the Euclidean norm. A log-sum-exp is fp32 in every build, of rows that are.
+#if defined(PRECISION_BF16)
+static const double BOUND = 1e-2;
+#else
+static const double BOUND = 1e-5;
+#endif
+static const double LSE_BOUND = 1e-5;
+
+// ----------------------------------------------------------------------------
+// Maps of heads
+
+enum { MAX_HEADS = 40 };
+
+typedef struct {
+    int H, G;
+    int kv_of_q[MAX_HEADS];
+} HeadMap;
+
+static const HeadMap ONE = {1, 1, {0}}, MHA = {2, 2, {0, 1}}, GQA = {4, 2, {0, 0, 1, 1}},
+                     MQA = {3, 1, {0, 0, 0}}, UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}},
+                     FIRST_EMPTY = {3, 3, {1, 1, 2}}, MIDDLE_EMPTY = {3, 4, {0, 0, 3}},
+                     LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
+static const HeadMap* const ALL_MAPS[8] = {&ONE,    &MHA,         &GQA,          &MQA,
+                                           &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY};
+
+// ----------------------------------------------------------------------------
+// Memory of the device
+
+// What the device gets, and what it then holds exactly.
+static void upload_rounded(floatX* device, floatX* host, double* exact, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        host[i] = (floatX)(float)exact[i];
+        exact[i] = (double)(float)host[i];
+    }
+    copy_to_device(device, host, count * sizeof(floatX), 0);
+}
+
+// Bytes that no kernel has written: NaN in every type, and no block.
+static void forget(void* memory, size_t bytes) {
+    device_check(cudaMemset(memory, 0xFF, bytes), "clear memory");
+}
+
+static void* forgotten(size_t bytes) {
+    void* memory = device_malloc(bytes, "a test");
+    forget(memory, bytes);
+    return memory;
+}
+
+// What the device holds, as doubles.
+template <typename Element> static double* download(const Element* values, size_t count) {
+    Element* host = (Element*)calloc_or_fail(count + 1, sizeof(Element), "a test");
+    double* exact = new_doubles(count + 1);
+    copy_to_host(host, values, count * sizeof(Element), 0);
+    stream_synchronize(0);
+    for (size_t i = 0; i < count; i++) exact[i] = (double)(float)host[i];
+    free(host);
+    return exact;
+}
+
+// ----------------------------------------------------------------------------
+// Errors
+
+// One of the parts of dqkv (or all of out): the squares of its difference from the reference, of the difference that
+// rounding alone makes, and of the reference.
+typedef struct {
+    double difference, rounding, norm;
+} Error;
+
+static void add_error(Error* error, double value, double reference) {
+    const double rounded = (double)(float)(floatX)(float)reference;
+    error->difference += (value - reference) * (value - reference);
+    error->rounding += (rounded - reference) * (rounded - reference);
+    error->norm += reference * reference;
+}
+
+// `noise` is what may be left where a gradient is 0 but for cancellation: the norm of another one that is not. `which` is the case,
+// in words.
+static void assert_error(const char* what, const char* which, const Error* error, double noise,
+                         int rounded_only) {
+    const double difference = sqrt(error->difference), rounding = sqrt(error->rounding),
+                 norm = sqrt(error->norm);
+    int good = difference <= BOUND * norm + 2e-6 * noise;
+#if defined(PRECISION_BF16)
+    if (rounded_only) good = good && difference <= 2 * rounding + 1e-5 * noise;
+#endif
+    (void)rounded_only;
+    if (getenv("SHOW") || !good)
+        print_error("%s: error %.3g of %.3g, %.3g by rounding: %s\n", what, difference, norm, rounding,
+                    which);
+    assert_true(good);
+}
+
+// The log-sum-exp of `count` rows.
+static void assert_lse_error(const char* which, const Error* error, size_t count) {
+    const double difference = sqrt(error->difference), norm = sqrt(error->norm + (double)count);
+    if (!(difference <= LSE_BOUND * norm))
+        print_error("lse: error %.3g of %.3g: %s\n", difference, norm, which);
+    assert_true(difference <= LSE_BOUND * norm);
+}
+
+// The gradients of queries, keys and values, (rows, H + 2G, D) against the reference's. Those of a KV head that no query head reads
+// are 0.
+static void check_gradients(const char* which, const double* dqkv, const double* reference, size_t rows,
+                            const HeadMap* map, int D, int rounded_only) {
+    const int heads = map->H + 2 * map->G;
+    Error errors[3] = {};
+    for (size_t i = 0; i < rows * heads * D; i++) {
+        const int head = (int)(i / D % heads);
+        add_error(&errors[head < map->H ? 0 : head < map->H + map->G ? 1 : 2], dqkv[i], reference[i]);
+        if (head < map->H) continue;
+        int used = 0;
+        for (int h = 0; h < map->H; h++) used += map->kv_of_q[h] == (head - map->H) % map->G;
+        if (!used) assert_true(dqkv[i] == 0);
+    }
+    const double noise = sqrt(errors[2].norm);
+    assert_error("dq", which, &errors[0], noise, rounded_only);
+    assert_error("dk", which, &errors[1], noise, rounded_only);
+    assert_error("dv", which, &errors[2], 0, rounded_only);
+}
+
+#endif
