@@ -27,6 +27,7 @@ typedef struct {
     floatX *qkv, *dout, *out, *dqkv;
     float *lse, *centroids;
     int *selected, *kv_of_q;
+    const AttentionNoise* noise; // NULL but where it is tested
 } Case;
 
 static void upload(Case* c) {
@@ -69,7 +70,7 @@ static void free_case(Case* c) {
 static void run_forward(Case* c, int start) {
     void* workspace = forgotten(flashmoba_forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
     flashmoba_forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
-                      start, c->H, c->G, c->D, c->S, c->K, 0);
+                      start, c->H, c->G, c->D, c->S, c->K, c->noise, 0);
     stream_synchronize(0);
     device_free(workspace);
 }
@@ -367,6 +368,41 @@ static void test_start(void** state) {
     }
 }
 
+// Output and log-sum-exp with noise are the bits of those without; what is noised is that output; from any row on.
+static void test_noise(void** state) {
+    (void)state;
+    static const struct {
+        const HeadMap* map;
+        int B, T, D, S, K, start;
+    } shapes[] = {
+        {&ONE, 1, 1, 64, 16, 2, 0},
+        {&UNEVEN, 2, 65, 32, 16, 3, 0},
+        {&GQA, 1, 70, 64, 32, 1, 33},
+        {&MQA, 2, 37, 128, 16, 2, 36},
+    };
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        Case c = new_case(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].S, shapes[i].K);
+        floatX* noised = (floatX*)forgotten(c.out_count * sizeof(floatX));
+        const AttentionNoise noise = {noised, 0.75f, 5, noise_stream(3, 2), 7};
+        run_forward(&c, 0);
+        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        c.noise = &noise;
+        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        run_forward(&c, 0);
+        double *same_out = download(c.out, c.out_count), *same_lse = download(c.lse, c.lse_count);
+        assert_memory_equal(same_out, out, c.out_count * sizeof(double));
+        assert_memory_equal(same_lse, lse, c.lse_count * sizeof(double));
+        check_noised(c.words, c.out, &noise, c.B, c.T, 0, c.H, c.D);
+        forget(noised, c.out_count * sizeof(floatX));
+        run_forward(&c, shapes[i].start);
+        check_noised(c.words, c.out, &noise, c.B, c.T, shapes[i].start, c.H, c.D);
+        free(same_out), free(same_lse);
+        free(out), free(lse);
+        device_free(noised);
+        free_case(&c);
+    }
+}
+
 static void test_repeatable(void** state) {
     (void)state;
     const int Ds[] = {32, 64, 128};
@@ -397,6 +433,7 @@ int main(void) {
         cmocka_unit_test(test_all_blocks),
         cmocka_unit_test(test_later_token),
         cmocka_unit_test(test_start),
+        cmocka_unit_test(test_noise),
         cmocka_unit_test(test_repeatable),
     };
     reference_start();

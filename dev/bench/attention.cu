@@ -142,7 +142,7 @@ static Timing measure(const Shape* shape, int rounds) {
     for (int round = -3; round < rounds; round++) { // the first ones warm up
         const Buffers* x = &sets[(round + 3) % count];
         mark(&begun, 0);
-        attention_forward(x->out, x->lse, x->qkv, kv_of_q, workspace, B, T, 0, H, G, D, W, 0);
+        attention_forward(x->out, x->lse, x->qkv, kv_of_q, workspace, B, T, 0, H, G, D, W, NULL, 0);
         mark(&middle, 0);
         attention_backward(x->dqkv, x->dout, x->out, x->lse, x->qkv, kv_of_q, workspace, B, T, H, G, D, W, 0);
         mark(&done, 0);
