@@ -271,13 +271,15 @@ static void test_head_dimensions(void** state) {
         assert_int_equal(attention_supports_head_dim(D), D == 32 || D == 64 || D == 128);
 }
 
-int main(void) {
+// The argument: a pattern that the names of tests must match.
+int main(int argc, char** argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_shapes),          cmocka_unit_test(test_large_scores),
         cmocka_unit_test(test_start),           cmocka_unit_test(test_decoding),
         cmocka_unit_test(test_noise),           cmocka_unit_test(test_repeatable),
         cmocka_unit_test(test_head_dimensions),
     };
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
     reference_start();
     return cmocka_run_group_tests_name("attention on the device, " PRECISION_NAME, tests, NULL, NULL);
 }
