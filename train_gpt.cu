@@ -25,6 +25,7 @@ kernels of CUDA on an emulator (dev/simt).
 #include "dev/cpu/rmsnorm.h"    // defines rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward
 #include "dev/cpu/matmul.h"     // defines matmul_start, matmul_forward, matmul_backward
 #include "dev/cpu/keynorm.h"    // defines key_rms, key_weight_norm
+#include "dev/cpu/heads.h"      // defines heads_begin_step, heads_of_batch, heads_measure
 #include "dev/cpu/keyconv.h"    // defines keyconv_forward, keyconv_backward
 #include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
@@ -39,6 +40,7 @@ kernels of CUDA on an emulator (dev/simt).
 #include "kernels/rmsnorm.cuh"
 #include "kernels/matmul.cuh"
 #include "kernels/keynorm.cuh"
+#include "kernels/heads.cuh"
 #include "kernels/keyconv.cuh"
 #include "kernels/rope.cuh"
 #include "gqa.cuh"
@@ -52,7 +54,7 @@ kernels of CUDA on an emulator (dev/simt).
 #error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
 #include "runtime/comm.h"        // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
-#include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
+#include "runtime/allocation.h"  // defines HeadAllocation, allocation_start
 #include "runtime/memory.h"      // defines Arena
 #include "runtime/gpus.h"        // defines gpu_peak_flops
 #include "runtime/schedule.h"    // defines learning_rate
@@ -100,9 +102,8 @@ typedef struct {
     int* tokens;              // (B, T)
     int* targets;             // (B, T)
     float_acc* rope;          // (T, D/2, 2)
-    int* kv_of_q;             // (L, H) the KV head that each query head reads
     float_acc* key_norms;     // (B, G) of one layer: the statistic of each sequence's keys
-    float_acc* key_sums;      // (L, G) the sums of these over the step
+    float_acc* key_sums;      // (L, G) the sums of these over the step, or what stands in their place
     // gradients, shared by all layers
     floatX* dresidual;  // (B, T, C)
     floatX* dnorm;      // (B, T, C)
@@ -143,9 +144,11 @@ typedef struct {
     float_acc* partials;   // scratch of these sums
     Activations acts;
     Arena parameters, gradients, optimizer, activations;
-    HeadAllocation heads;   // where kv_of_q comes from
+    HeadAllocation heads;   // the KV head that each query head reads; its arrays are the device's
     float_acc* host_losses; // (B, T) pinned memory of the host, as is
     float_acc* host_norm;   // (1)
+    int* host_not_finite;   // (L) of heads
+    int warned;             // 1 after the warning of a statistic that is not finite
     Mark* marks;            // (L, 2, 2) where a layer's attention began and ended, forward and backward
     stream_t stream;
 } Model;
@@ -303,7 +306,7 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->tokens, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->targets, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->rope, (size_t)T * D * sizeof(float_acc), "tokens and tables");
-    arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
+    arena_reserve(arena, &model->heads.block, allocation_bytes((int)L, (int)H, (int)G), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_norms, B * G * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_sums, L * G * sizeof(float_acc), "tokens and tables");
     if (training) {
@@ -334,10 +337,18 @@ static inline size_t model_bytes(const Model* model) {
            model->activations.bytes;
 }
 
-// Gives the device the maps of `count` layers from `first` on, after they have changed.
-static void gpt_upload_maps(Model* model, int first, int count) {
-    const size_t H = model->config.heads, at = (size_t)first * H;
-    copy_to_device(model->acts.kv_of_q + at, model->heads.map + at, (size_t)count * H * sizeof(int),
+// A copy of how the query heads stand, in memory of the host; allocation_free() ends it.
+static HeadAllocation gpt_read_heads(const Model* model) {
+    HeadAllocation heads;
+    const HeadAllocation* of_device = &model->heads;
+    allocation_start(&heads, of_device->settings, of_device->L, of_device->H, of_device->G);
+    copy_to_host(heads.block, of_device->block, allocation_bytes(heads.L, heads.H, heads.G), model->stream);
+    stream_synchronize(model->stream);
+    return heads;
+}
+
+static void gpt_write_heads(const Model* model, const HeadAllocation* heads) {
+    copy_to_device(model->heads.block, heads->block, allocation_bytes(heads->L, heads->H, heads->G),
                    model->stream);
 }
 
@@ -355,6 +366,14 @@ static void gpt_upload_decays(Model* model) {
     copy_to_device(model->decays, decays, blocks * sizeof(float_acc), model->stream);
     stream_synchronize(model->stream);
     free(decays);
+}
+
+// How a checkpoint's query heads stand.
+static inline void gpt_load_heads(Model* model, const char* directory) {
+    HeadAllocation heads = gpt_read_heads(model);
+    checkpoint_load_heads(directory, &heads);
+    gpt_write_heads(model, &heads);
+    allocation_free(&heads);
 }
 
 // Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
@@ -375,9 +394,13 @@ static void gpt_allocate(Model* model) {
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
     free(table);
-    allocation_start(&model->heads, allocation_defaults(model->config.gqa == GQA_DYNAMIC),
-                     model->config.layers, model->config.heads, model->config.kv_heads);
-    gpt_upload_maps(model, 0, model->config.layers);
+    const int L = model->config.layers, H = model->config.heads, G = model->config.kv_heads;
+    HeadAllocation heads;
+    allocation_start(&heads, allocation_defaults(model->config.gqa == GQA_DYNAMIC), L, H, G);
+    model->heads = allocation_at(model->heads.block, heads.settings, L, H, G);
+    model->host_not_finite = (int*)host_malloc_pinned((size_t)L * sizeof(int), "statistics of the keys");
+    gpt_write_heads(model, &heads);
+    allocation_free(&heads);
 }
 
 // From the weights that gpt_weights() was filled with to this rank's masters, and back to all of them.
@@ -439,12 +462,12 @@ static void gpt_free(Model* model) {
         arena_free(&model->optimizer);
     }
     arena_free(&model->activations);
-    allocation_free(&model->heads);
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
     free(model->buckets);
     host_free_pinned(model->host_losses);
     host_free_pinned(model->host_norm);
+    host_free_pinned(model->host_not_finite);
     for (int i = 0; i < model->config.layers * 4; i++) mark_free(model->marks[i]);
     free(model->marks);
 }
@@ -456,7 +479,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
     const ModelConfig* config = &model->config;
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
-    const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
+    const int* kv_of_q = model->heads.map + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
     void* workspace = model->acts.workspace;
     mark(&model->marks[4 * l], model->stream);
@@ -483,7 +506,7 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
     Activations* acts = &model->acts;
-    const int* kv_of_q = acts->kv_of_q + (size_t)l * H;
+    const int* kv_of_q = model->heads.map + (size_t)l * H;
     const LayerActivations* layer = &acts->layers[l];
     mark(&model->marks[4 * l + 2], model->stream);
     switch (layer_attention(config, l)) {
@@ -505,7 +528,8 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
 
 // ----------------------------------------------------------------------------
 // Query heads that follow the keys (docs/math.md section 3). Maps change between steps, or, with the keys' own statistic as
-// the source, in the middle of a training pass; never in evaluation or generation.
+// the source, in the middle of a training pass; never in evaluation or generation. All of it happens on the device, in the order
+// of the stream: the host neither waits for a statistic nor knows a map.
 
 // What a training pass knows that evaluation and generation do not.
 typedef struct {
@@ -515,40 +539,22 @@ typedef struct {
     double noise_alpha; // of pgqa
 } TrainingPass;
 
-// Numbers of the device as doubles of the host.
-static void gpt_read_numbers(const Model* model, double* out, const float_acc* numbers, size_t count) {
-    float_acc* host = (float_acc*)malloc_or_fail(count * sizeof(float_acc), "statistics of the keys");
-    copy_to_host(host, numbers, count * sizeof(float_acc), model->stream);
-    stream_synchronize(model->stream);
-    for (size_t i = 0; i < count; i++) out[i] = (double)host[i];
-    free(host);
-}
-
 // The maps of a step: from the keys of the step before, from the weights as they are now, or from random numbers.
 static void gpt_begin_step(Model* model, int step) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
-    HeadAllocation* heads = &model->heads;
+    const StatisticSource source = model->heads.settings.source;
+    float_acc* sums = model->acts.key_sums;
     if (!heads_are_key_driven(config)) return;
-    device_zero(model->acts.key_sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
-    if (heads->settings.source == SOURCE_FORWARD) return;
-    const int from_keys = allocation_needs_keys(&heads->settings);
-    for (int l = 0; l < config->layers; l++) {
+    device_zero(sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
+    if (source == SOURCE_FORWARD) return;
+    for (int l = 0; l < config->layers && source == SOURCE_WEIGHTS; l++) {
         const LayerParameters* weights = &model->layout.layers[l];
-        double* n = heads->statistic + (size_t)l * G;
-        if (heads->settings.source == SOURCE_WEIGHTS) {
-            key_weight_norm(model->acts.key_norms, model->params + weights->qkv_proj + (size_t)H * D * C,
-                            model->params + weights->input_norm, G, D, C, model->stream);
-            gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
-        } else if (!from_keys) {
-            allocation_random(n, heads, l, step);
-        }
-        if (!from_keys) heads->measured[l] = 1;
-        if (!heads->measured[l]) continue;
-        allocation_update(heads, l, n, step);
-        allocation_remember(heads, l, n, step);
+        key_weight_norm(sums + (size_t)l * G, model->params + weights->qkv_proj + (size_t)H * D * C,
+                        model->params + weights->input_norm, G, D, C, model->stream);
     }
-    gpt_upload_maps(model, 0, config->layers);
+    if (source == SOURCE_WEIGHTS) heads_measure(&model->heads, sums, 1, step, model->stream);
+    heads_begin_step(&model->heads, step, model->stream);
 }
 
 // Measures the keys that the projection of layer l has made; they are this very pass's map where the source is forward.
@@ -558,30 +564,28 @@ static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
     key_rms(acts->key_norms, acts->key_sums + (size_t)l * G, acts->layers[l].qkv, B, T, H, G, D,
             model->stream);
     if (model->heads.settings.source != SOURCE_FORWARD) return;
-    double* n = (double*)malloc_or_fail((size_t)B * G * sizeof(double), "statistics of the keys");
-    gpt_read_numbers(model, n, acts->key_norms, (size_t)B * G);
-    for (int g = 0; g < G; g++)
-        for (int b = 1; b < B; b++) n[g] += n[(size_t)b * G + g];
-    comm_sum(n, G);
-    for (int g = 0; g < G; g++) n[g] /= (double)B * comm_size();
-    allocation_update(&model->heads, l, n, step);
-    gpt_upload_maps(model, l, 1);
-    free(n);
+    // The statistic of the sequences of all ranks: row by row their sum, then that of the rows.
+    comm_all_reduce(acts->key_norms, (size_t)B * G, model->stream);
+    comm_wait(model->stream);
+    heads_of_batch(&model->heads, l, acts->key_norms, B, B * comm_size(), step, model->stream);
 }
 
 // The statistic of a step of so many sequences: what a later step's maps are made from.
 static void gpt_end_step(Model* model, int step, long sequences) {
-    HeadAllocation* heads = &model->heads;
-    const size_t count = (size_t)heads->L * heads->G;
-    if (!heads_are_key_driven(&model->config) || !allocation_needs_keys(&heads->settings)) return;
-    double* sums = (double*)malloc_or_fail(count * sizeof(double), "statistics of the keys");
-    comm_all_reduce(model->acts.key_sums, count, model->stream);
-    comm_wait(model->stream);
-    gpt_read_numbers(model, sums, model->acts.key_sums, count);
-    allocation_end_step(heads, sums, sequences);
-    for (int l = 0; l < heads->L && heads->settings.source == SOURCE_FORWARD; l++)
-        allocation_remember(heads, l, heads->statistic + (size_t)l * heads->G, step);
-    free(sums);
+    const HeadAllocation* heads = &model->heads;
+    if (!heads_are_key_driven(&model->config)) return;
+    if (allocation_needs_keys(&heads->settings)) {
+        comm_all_reduce(model->acts.key_sums, (size_t)heads->L * heads->G, model->stream);
+        comm_wait(model->stream);
+        heads_measure(heads, model->acts.key_sums, sequences, step, model->stream);
+    }
+    copy_to_host(model->host_not_finite, heads->not_finite, (size_t)heads->L * sizeof(int), model->stream);
+}
+
+// Warns of a statistic that was not finite, once in a run; after the stream has been waited for.
+static inline void gpt_check_heads(Model* model) {
+    if (heads_are_key_driven(&model->config))
+        allocation_warn(&model->warned, model->host_not_finite, model->config.layers);
 }
 
 // ----------------------------------------------------------------------------
@@ -1086,8 +1090,7 @@ static void load_model(Model* model, const Run* run, const char* directory) {
     char path[PATH_MAX];
     path_format(path, "%s/heads.json", directory);
     if (!heads_are_key_driven(&run->config) || theirs > G || !path_exists(path)) return;
-    checkpoint_load_heads(directory, &model->heads);
-    gpt_upload_maps(model, 0, run->config.layers);
+    gpt_load_heads(model, directory);
 }
 
 static void load_optimizer(Model* model, const char* directory) {
@@ -1311,6 +1314,7 @@ static double train_step(Model* model, Run* run, double rate, int step, double* 
     settings.step = step + 1;
     gpt_update(model, settings);
     comm_synchronize(model->stream);
+    gpt_check_heads(model);
     range_end();
     *norm = (double)*model->host_norm;
     const long batches = run->sequences_per_rank / B;
@@ -1324,6 +1328,7 @@ static double train_step(Model* model, Run* run, double rate, int step, double* 
 
 static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) {
     double started = seconds_now();
+    HeadAllocation heads = gpt_read_heads(model);
     run->state.step = step;
     metrics_sync(metrics);
     gpt_gather_masters(model);
@@ -1331,10 +1336,11 @@ static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) 
                                                      "a checkpoint's ranges");
     const int range_count = gpt_state_ranges(model, ranges);
     checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state,
-                    heads_are_key_driven(&run->config) ? &model->heads : NULL, gpt_weights(model),
-                    model->exp_avg, model->exp_avg_sq, ranges, range_count,
+                    heads_are_key_driven(&run->config) ? &heads : NULL, gpt_weights(model), model->exp_avg,
+                    model->exp_avg_sq, ranges, range_count,
                     run->tokenizer_path[0] ? run->tokenizer_path : NULL, run->options.keep, model->stream);
     free(ranges);
+    allocation_free(&heads);
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
@@ -1401,18 +1407,19 @@ static void log_member(Metrics* metrics, int step, const char* key, cJSON* value
 // How the query heads stand after `step` steps. Of every layer: the statistic of the last one, the query heads of each KV
 // head, how many have changed their KV head since the start, and how many KV heads nobody reads.
 static void log_heads(Metrics* metrics, const Model* model, int step) {
-    const HeadAllocation* heads = &model->heads;
+    HeadAllocation heads = gpt_read_heads(model);
     cJSON* layers = cJSON_CreateArray();
-    for (int l = 0; l < heads->L; l++) {
-        const size_t first = (size_t)l * heads->G;
+    for (int l = 0; l < heads.L; l++) {
+        const size_t first = (size_t)l * heads.G;
         cJSON* layer = cJSON_CreateObject();
-        json_add_doubles(layer, "statistic", heads->statistic + first, heads->G);
-        cJSON_AddItemToObject(layer, "allocation", cJSON_CreateIntArray(heads->heads + first, heads->G));
-        json_add_whole(layer, "moved", heads->moved[l]);
-        json_add_whole(layer, "empty", allocation_empty(heads, l));
+        json_add_doubles(layer, "statistic", heads.statistic + first, heads.G);
+        cJSON_AddItemToObject(layer, "allocation", cJSON_CreateIntArray(heads.heads + first, heads.G));
+        json_add_whole(layer, "moved", heads.moved[l]);
+        json_add_whole(layer, "empty", allocation_empty(&heads, l));
         cJSON_AddItemToArray(layers, layer);
     }
     log_member(metrics, step, "heads", layers);
+    allocation_free(&heads);
 }
 
 // What the router's choices are worth after `step` steps, layer by layer (runtime/selection.h): on the first sequences of the
@@ -1427,6 +1434,7 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     floatX* qkv = (floatX*)malloc_or_fail(values * sizeof(floatX), "queries and keys");
     int* selected = (int*)malloc_or_fail(choices * sizeof(int), "chosen blocks");
     SelectionStats* stats = (SelectionStats*)calloc_or_fail((size_t)L, sizeof(SelectionStats), "choices");
+    HeadAllocation heads = gpt_read_heads(model);
     for (uint64_t s = 0; s < SEQUENCES && s < loader_sequences(run->val); s++) {
         loader_read(run->val, s, 1, tokens, tokens + T);
         gpt_forward(model, tokens, 1, T, 0, NULL);
@@ -1436,7 +1444,7 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
             copy_to_host(qkv, layer->qkv, values * sizeof(floatX), model->stream);
             copy_to_host(selected, layer->selected, choices * sizeof(int), model->stream);
             stream_synchronize(model->stream);
-            selection_add(&stats[l], qkv, selected, model->heads.map + (size_t)l * H, T, H, G, D, S, K);
+            selection_add(&stats[l], qkv, selected, heads.map + (size_t)l * H, T, H, G, D, S, K);
         }
     }
     cJSON* layers = cJSON_CreateArray();
@@ -1451,6 +1459,7 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     free(qkv);
     free(selected);
     free(stats);
+    allocation_free(&heads);
 }
 
 // A step that is due every `every` steps, and at the last one; never with 0.

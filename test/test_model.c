@@ -294,13 +294,11 @@ static void set_up(Fixture* fixture, const Case* c) {
     // Maps such as training comes to, KV heads that nobody reads among them.
     for (int l = 0; l < c->layers && heads_are_key_driven(&config); l++) {
         double weights[8];
-        int heads[8];
         for (int g = 0; g < c->kv_heads; g++)
             weights[g] = pow(random_uniform(7, (uint64_t)l, (uint64_t)g), 3);
-        assert_true(allocate_heads(heads, weights, c->kv_heads, c->heads, 0));
-        allocation_set(&model->heads, l, heads);
+        assert_true(allocate_heads(model->heads.heads + l * c->kv_heads, weights, c->kv_heads, c->heads, 0));
+        allocation_apply(&model->heads, l);
     }
-    gpt_upload_maps(model, 0, c->layers);
     size_t rows = (size_t)BATCH * c->T;
     fixture->tokens = (int*)malloc_or_fail(rows * sizeof(int), "tokens");
     fixture->targets = (int*)malloc_or_fail(rows * sizeof(int), "targets");
@@ -602,7 +600,7 @@ static void must_be_near(const char* what, const double* got, const double* want
     }
 }
 
-// All layers' maps, on the device too, are those of kdgqa from the statistic n (L, G).
+// All layers' maps are those of kdgqa from the statistic n (L, G).
 static void must_follow(const Model* model, const double* n, int least) {
     const int G = model->config.kv_heads, H = model->config.heads;
     for (int l = 0; l < model->config.layers; l++) {
@@ -612,7 +610,6 @@ static void must_follow(const Model* model, const double* n, int least) {
         allocate_heads(heads, weights, G, H, least);
         map_from_allocation(map, heads, G);
         assert_memory_equal(model->heads.map + l * H, map, (size_t)H * sizeof(int));
-        assert_memory_equal(model->acts.kv_of_q + l * H, map, (size_t)H * sizeof(int));
     }
 }
 
@@ -685,7 +682,6 @@ static void test_maps_follow_the_keys(void** state) {
             gpt_next_logits(model, logits, fixture.tokens, 1, 0, scratch);
             gpt_next_logits(model, logits, fixture.tokens, 4, 1, scratch);
             assert_memory_equal(model->heads.map, maps, sizeof(maps));
-            assert_memory_equal(model->acts.kv_of_q, maps, sizeof(maps));
             assert_memory_equal(model->heads.statistic, before, sizeof(before));
             assert_memory_equal(model->acts.key_sums, sums, sizeof(sums));
             for (int l = 0; l < L; l++) moved += (int)model->heads.moved[l];
