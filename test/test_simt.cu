@@ -436,13 +436,13 @@ __global__ void counted_work(const char* from, int* sum) {
     atomicAdd(sum, 1);
     Values<4> values = load<4>((const float*)from);
     values.at[0] = d[0];
-    if (threadIdx.x == 0) store((float*)sum + 4, values);
+    if (threadIdx.x == 0) store((float*)sum + 4 + 4 * blockIdx.x, values);
 }
 
 static void counters(void** state) {
     (void)state;
     DeviceArray<char> from(COUNTED_THREADS * 16);
-    DeviceArray<int> sum(8);
+    DeviceArray<int> sum(4 + 4 * COUNTED_BLOCKS);
     from.to_device(), sum.to_device();
     const simt::Counters before = simt::counters;
     launch(counted_work, COUNTED_BLOCKS, COUNTED_THREADS, COUNTED_THREADS * 16, nullptr, from.device,
