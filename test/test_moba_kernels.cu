@@ -250,11 +250,9 @@ static void test_groups_of_heads(void** state) {
     const size_t kept = moba_workspace_bound;
     for (int i = 0; i < 7; i++) {
         const moba_shape_t shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
-        moba_group_t group;
-        int sequences, heads;
-        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_lay_out(&group, NULL, &shape, 1, 1);
-        moba_group_size(&sequences, &heads, &shape, 1);
-        assert_true(sequences == 1 && heads == 1 + i % 2);
+        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_bytes(&shape, 1, 70, 1);
+        const moba_turn_t turn = moba_turn(&shape, 1);
+        assert_true(turn.sequences == 1 && turn.heads == 1 + i % 2);
         check(maps[i], 2, 70, 32, 16, 3);
     }
     moba_workspace_bound = kept;
