@@ -37,6 +37,7 @@ static void after_launch(LaunchObserver* self, const void* kernel, cudaStream_t)
 
 typedef struct {
     moba_shape_t shape;
+    int kv_of_q[4];
     int sink; // every query's first choice is block 0
 } Case;
 
@@ -57,10 +58,10 @@ static floatX* random_rows(const Case* c, size_t heads, uint64_t seed) {
     return device;
 }
 
-// Runs forward and backward; the lengths of the lists of all heads.
+// Runs forward and backward; the selection of all heads.
 static int* run_counted(StageCounters* counters, const Case* c) {
     const moba_shape_t* s = &c->shape;
-    const size_t heads = (size_t)s->B * s->H, rows = heads * s->T, blocks = (size_t)ceil_div(s->T, s->S);
+    const size_t rows = (size_t)s->B * s->H * s->T;
     const size_t choices = moba_selected_count(s->B, s->T, s->H, s->K);
     floatX *qkv = random_rows(c, s->H + 2 * s->G, 1), *dout = random_rows(c, s->H, 2);
     floatX* out = (floatX*)new_array(rows * s->D * sizeof(floatX));
@@ -68,9 +69,7 @@ static int* run_counted(StageCounters* counters, const Case* c) {
     float* lse = (float*)new_array(rows * sizeof(float));
     float* centroids = (float*)new_array(moba_centroids_count(s->B, s->T, s->G, s->D, s->S) * sizeof(float));
     int *selected = (int*)new_array(choices * sizeof(int)), *kv_of_q = (int*)new_array(s->H * sizeof(int));
-    int* map = (int*)calloc_or_fail(s->H, sizeof(int), "a test");
-    for (int h = 0; h < s->H; h++) map[h] = h * s->G / s->H;
-    copy_to_device(kv_of_q, map, s->H * sizeof(int), 0);
+    copy_to_device(kv_of_q, c->kv_of_q, s->H * sizeof(int), 0);
 
     void* workspace = new_array(flashmoba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
     memset(counters, 0, sizeof(*counters));
@@ -85,18 +84,11 @@ static int* run_counted(StageCounters* counters, const Case* c) {
     launch_observer = NULL;
 
     int* chosen = (int*)calloc_or_fail(choices + 1, sizeof(int), "a test");
-    int* lengths = (int*)calloc_or_fail(heads * blocks, sizeof(int), "a test");
     copy_to_host(chosen, selected, choices * sizeof(int), 0);
     stream_synchronize(0);
-    for (size_t head = 0; head < heads; head++) {
-        int* of_head = lengths_of_selection(s, chosen + head * s->T * (s->K - 1));
-        memcpy(lengths + head * blocks, of_head, blocks * sizeof(int));
-        free(of_head);
-    }
-    free(map), free(chosen);
     device_free(qkv), device_free(dout), device_free(out), device_free(dqkv), device_free(lse);
     device_free(centroids), device_free(selected), device_free(kv_of_q), device_free(workspace);
-    return lengths;
+    return chosen;
 }
 
 static int differs(const char* what, int stage, const moba_shape_t* s, uint64_t counted, double formula) {
@@ -110,8 +102,8 @@ static int differs(const char* what, int stage, const moba_shape_t* s, uint64_t 
 static void check_case(const Case* c) {
     StageCounters counters;
     Work works[NUM_STAGES];
-    int* lengths = run_counted(&counters, c);
-    count_work(works, &c->shape, lengths, c->shape.B * c->shape.H);
+    int* selected = run_counted(&counters, c);
+    count_work(works, &c->shape, c->kv_of_q, selected, c->shape.B * c->shape.H);
     int differences = 0;
     for (int i = 0; i < NUM_STAGES; i++) {
         const simt::Counters* counted = &counters.stages[i];
@@ -123,70 +115,81 @@ static void check_case(const Case* c) {
         differences += differs("bytes stored", i, &c->shape, counted->stored, formula->stored);
         differences += differs("atomics", i, &c->shape, counted->atomics, formula->atomics);
     }
-    if (c->sink && c->shape.K > 1) assert_int_equal(lengths[0], c->shape.T);
     assert_int_equal(differences, 0);
-    free(lengths);
+    if (c->sink) assert_int_equal(selected[(size_t)c->shape.T * (c->shape.K - 1) - 1], 0);
+    free(selected);
 }
 
 static void formulas_are_what_is_counted(void** state) {
     (void)state;
     static const Case cases[] = {
-        {{1, 256, 0, 2, 2, 64, 32, 4}, 0},   // whole blocks and tiles
-        {{2, 333, 0, 4, 2, 64, 64, 3}, 0},   // the last block and the last tiles lack rows; GQA
-        {{1, 200, 0, 3, 1, 128, 16, 8}, 0},  // small blocks, many choices
-        {{1, 700, 0, 1, 1, 32, 256, 2}, 0},  // blocks of two parts
-        {{1, 600, 0, 2, 2, 32, 512, 3}, 0},  // the last block has a part without keys
-        {{1, 1300, 0, 1, 1, 32, 128, 5}, 1}, // a block that everyone chooses: two items
-        {{1, 100, 0, 2, 2, 128, 128, 4}, 0}, // one block, not complete
-        {{1, 1, 0, 1, 1, 64, 16, 2}, 0},     // one token
-        {{2, 130, 0, 2, 2, 64, 64, 1}, 0},   // no choice
+        {{1, 256, 0, 2, 2, 64, 32, 4}, {0, 1}, 0},       // whole blocks and tiles
+        {{2, 333, 0, 4, 2, 64, 64, 3}, {0, 0, 1, 1}, 0}, // the last block and the last tiles lack rows; GQA
+        {{1, 200, 0, 3, 1, 128, 16, 8}, {0, 0, 0}, 0},   // small blocks, many choices
+        {{1, 150, 0, 4, 5, 32, 16, 3}, {1, 1, 3, 3}, 0}, // KV heads that nobody reads
+        {{1, 700, 0, 1, 1, 32, 256, 2}, {0}, 0},         // blocks of two parts
+        {{1, 600, 0, 2, 2, 32, 512, 3}, {0, 1}, 0},      // the last block has a part without keys
+        {{1, 1300, 0, 1, 1, 32, 128, 5}, {0}, 1},        // a block that everyone chooses: two items
+        {{1, 100, 0, 2, 2, 128, 128, 4}, {0, 1}, 0},     // one block, not complete
+        {{1, 1, 0, 1, 1, 64, 16, 2}, {0}, 0},            // one token
+        {{2, 130, 0, 2, 2, 64, 64, 1}, {0, 1}, 0},       // no choice
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) check_case(&cases[i]);
 }
 
-// With little workspace heads go one by one.
+// With little workspace heads go one by one, and piece by piece; with more, some together.
 static void groups_of_heads(void** state) {
     (void)state;
-    const size_t bound = moba_workspace_bound;
-    const Case c = {{2, 150, 0, 3, 3, 32, 32, 3}, 0};
-    moba_workspace_bound = 1;
-    check_case(&c);
-    moba_workspace_bound = bound;
+    static const Case cases[] = {{{2, 150, 0, 3, 3, 32, 32, 3}, {0, 1, 2}, 0},
+                                 {{1, 900, 0, 4, 2, 32, 64, 4}, {0, 0, 1, 1}, 0},
+                                 {{1, 1100, 0, 2, 1, 32, 16, 2}, {0, 0}, 1}};
+    const size_t kept = moba_workspace_bound;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+        for (int heads = 0; heads < 3; heads++) {
+            moba_workspace_bound = heads ? moba_bytes(&cases[i].shape, heads, cases[i].shape.T, 1) : 1;
+            check_case(&cases[i]);
+        }
+    moba_workspace_bound = kept;
 }
 
 // ----------------------------------------------------------------------------
 // What they say
 
-static const moba_shape_t LONG = {1, 1 << 16, 0, 1, 1, 128, 128, 8};
-
-// Every query has K choices, as soon as there are so many blocks.
-static void drawn_lists(void** state) {
+// Every query has K choices, as soon as there are so many blocks, and different ones.
+static void drawn_selections(void** state) {
     (void)state;
     const moba_shape_t s = {1, 2000, 0, 1, 1, 64, 32, 6};
-    const int blocks = ceil_div(s.T, s.S);
-    int expected = 0, by_equal_chance = 0;
-    for (int t = 0; t < s.T; t++) expected += 1 + least(t / s.S, s.K - 1);
+    int lengths[63], chosen_once = 0, by_equal_chance = 0;
     for (int draw = 0; draw < NUM_DRAWS; draw++) {
-        int *lengths = drawn_lengths(&s, (Draw)draw, 3), total = 0;
-        for (int i = 0; i < blocks; i++) total += lengths[i];
-        assert_int_equal(total, expected);
+        int* selected = drawn_selection(&s, (Draw)draw, 3);
+        for (int t = 0; t < s.T; t++)
+            for (int i = 0; i < s.K - 1; i++) {
+                const int* chosen = selected + (size_t)t * (s.K - 1);
+                assert_true(i < t / s.S ? chosen[i] >= 0 && chosen[i] < t / s.S : chosen[i] == -1);
+                for (int j = 0; j < i; j++) chosen_once += chosen[i] < 0 || chosen[i] != chosen[j];
+            }
+        count_lengths(lengths, &s, selected, 0, s.T);
+        free(selected);
         if (draw == DRAW_SINK) assert_int_equal(lengths[0], s.T);
         if (draw == DRAW_OLDEST)
             for (int i = 0; i < s.K - 1; i++) assert_int_equal(lengths[i], s.T - i * s.S);
         // An old block is chosen less when near ones are preferred.
         if (draw == DRAW_UNIFORM) by_equal_chance = lengths[1];
         if (draw == DRAW_RECENT) assert_true(lengths[1] < by_equal_chance * 3 / 4);
-        free(lengths);
     }
+    assert_int_equal(chosen_once, NUM_DRAWS * s.T * (s.K - 1) * (s.K - 2) / 2);
 }
 
+#if defined(PRECISION_BF16)
+static const moba_shape_t LONG = {1, 1 << 16, 0, 1, 1, 128, 128, 8};
+
 static double routed_forward_of_floor(Draw draw) {
-    int* lengths = drawn_lengths(&LONG, draw, 1);
+    int* selected = drawn_selection(&LONG, draw, 1);
     Work works[NUM_STAGES];
-    count_work(works, &LONG, lengths, 1);
-    const Floors floors = count_floors(&LONG, lengths, 1);
-    free(lengths);
-    return (bytes_read(&works[FORWARD]) + bytes_written(&works[FORWARD])) / floors.forward;
+    count_work(works, &LONG, NULL, selected, 1);
+    const Floors floors = count_floors(&LONG, selected, 1);
+    free(selected);
+    return bytes_moved(&works[FORWARD]) / floors.forward;
 }
 
 // The routed forward at 64K tokens moves little more than it must, the own block's choice included.
@@ -198,13 +201,16 @@ static void routed_forward_is_near_its_floor(void** state) {
         assert_true(ratio > 1 && ratio <= 1.3);
     }
 }
+#endif
 
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(formulas_are_what_is_counted),
         cmocka_unit_test(groups_of_heads),
-        cmocka_unit_test(drawn_lists),
+        cmocka_unit_test(drawn_selections),
+#if defined(PRECISION_BF16) // tiles of fp32 are small, to check with
         cmocka_unit_test(routed_forward_is_near_its_floor),
+#endif
     };
     program_name = "test_moba_counts";
     return cmocka_run_group_tests(tests, NULL, NULL);
