@@ -215,6 +215,8 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 KERNEL_TEST_SOURCES := test_kernels test_heads test_gqa test_moba_kernels
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
+# The formulas of benchmarks against the emulator's counters: there is nothing to compare with on a GPU.
+COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_counts_fp32
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
 
@@ -235,6 +237,11 @@ $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: tes
 	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
+
+$(COUNT_TESTS): $(BUILD)/test/test_moba_counts_%: test/test_moba_counts.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(SIMT) $(call precision,$*) -MF $@.d -x c++ $< -o $@ -lcmocka -lm
 
 $(BUILD)/gpu/test_layout: test/test_layout.cu Makefile
 	@mkdir -p $(@D)
@@ -262,7 +269,7 @@ endif
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
-         $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
+         $(KERNEL_TESTS) $(COUNT_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
@@ -325,7 +332,7 @@ $(BENCHES): $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
-GPU_BENCHES := $(foreach name,attention step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
+GPU_BENCHES := $(foreach name,attention moba step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
 bench_flags = $(call names,dense,gqa,0) $(call precision,$(call flag,3)) -MF $@.d
 bench_simt = $(SIMT) $(bench_flags) -x c++ $< -o $@ $(TRAIN_LIBS)
 bench_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(bench_flags) -x cu $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
@@ -339,14 +346,20 @@ $(filter $(BUILD)/bench/attention%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/
 	@echo "  build $@"
 	$(Q)$(bench_$(call flag,2))
 
+$(filter $(BUILD)/bench/moba_%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/moba.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(bench_$(call flag,2))
+
 ifeq ($(DEVICE),cpu)
 bench: $(BENCHES)
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 else
-bench: $(BUILD)/bench/attention_$(DEVICE)_$(PRECISION) $(BUILD)/bench/step_$(DEVICE)_$(PRECISION)
+bench: $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_$(PRECISION))
 	$(BUILD)/bench/attention_$(DEVICE)_$(PRECISION)
+	$(BUILD)/bench/moba_$(DEVICE)_$(PRECISION)
 	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 32
 	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 4 --sequence-length 8192
 endif

@@ -895,7 +895,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     moba_merge_queries_kernel(floatX* dqkv, // (B, T, H + 2G, D)
                               const floatX* partial_dq, moba_lists_t x) {
     constexpr int LANES = D / CHUNK;
-    const int t = (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int t = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
     const int column = threadIdx.x % LANES * CHUNK;
     if (t >= x.end) return;
     const int rows = moba_count_choices(x, head, t) * x.parts;

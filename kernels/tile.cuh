@@ -407,8 +407,10 @@ __device__ __forceinline__ void store_columns(const Rows& rows, floatX* tile, in
     for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
         const unsigned chunk = i * 32 + lane, row = first_row + chunk / CHUNKS,
                        column = first_column + chunk % CHUNKS * CHUNK;
-        if (rows.has(row))
+        if (rows.has(row)) {
             *(uint4*)(rows.at(row) + column) = *(const uint4*)(tile + tile_offset<D>(row, column));
+            count_stored(sizeof(uint4));
+        }
     }
 }
 
