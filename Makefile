@@ -128,12 +128,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr test test-long mutate compile-cuda bench lint format clean help
+.PHONY: all train tokenizer retrieval snr scaling test test-long mutate compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr test test-long mutate gpu-check bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr scaling test test-long mutate gpu-check bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -185,6 +185,14 @@ $(BUILD)/$(SNR): dev/snr.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(CPU_PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(CPU_PRECISION)) $(TRAIN_LIBS)
+
+# How training scales to many GPUs, calculated.
+scaling: $(BUILD)/scaling
+
+$(BUILD)/scaling: dev/scaling.c Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) -DDEVICE_CPU $(call precision,fp32) -MF $@.d $< -o $@ -lm
 
 # ----------------------------------------------------------------------------
 # Tests of the emulator itself, and of what it has in common with a GPU
@@ -268,7 +276,7 @@ endif
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
-         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_scaling $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
          $(KERNEL_TESTS) $(COUNT_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
