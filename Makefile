@@ -362,7 +362,7 @@ gpu-check:
 	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
 
 gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(DEVICE_TESTS) \
-                    $(BUILD)/test/test_simt_trainer $(BUILD)/bench/attention_$(DEVICE)_bf16 $(BUILD)/bench/step_$(DEVICE)_bf16
+                    $(BUILD)/test/test_simt_trainer $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_bf16)
 
 gpu-check-tests:
 	@echo $(DEVICE_TESTS)
