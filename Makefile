@@ -28,8 +28,6 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 ATTN ?= dense
 GQA ?= gqa
 KCONV ?= 0
-# What the kernels of CUDA compute so far.
-cuda_lacks = $(filter ATTN=moba,ATTN=$(ATTN))
 
 ifeq ($(origin DEVICE),undefined)
   ifeq ($(NVCC),)
@@ -38,9 +36,9 @@ ifeq ($(origin DEVICE),undefined)
   else ifeq ($(filter-out 0,$(HAS_GPU)),)
     DEVICE := cpu
     DEVICE_REASON := (there is an nvcc, but no GPU answers nvidia-smi)
-  else ifneq ($(cuda_lacks)$(filter fp64,$(PRECISION)),)
+  else ifeq ($(PRECISION),fp64)
     DEVICE := cpu
-    DEVICE_REASON := (a GPU is here, but $(firstword $(cuda_lacks) PRECISION=fp64) is computed on the CPU only)
+    DEVICE_REASON := (a GPU is here, but PRECISION=fp64 is computed on the CPU only)
   else
     DEVICE := cuda
     DEVICE_REASON := (nvcc and a GPU are here)
@@ -59,7 +57,6 @@ ifeq ($(DEVICE),cpu)
 else
   PRECISION ?= bf16
   $(call allow,PRECISION,bf16 fp32,$(comma) with DEVICE=$(DEVICE))
-  $(if $(cuda_lacks),$(error $(cuda_lacks): computed with DEVICE=cpu only so far))
 endif
 $(if $(filter cuda,$(DEVICE)),$(if $(NVCC),,$(error DEVICE=cuda: $(NO_NVCC))))
 
@@ -138,11 +135,11 @@ retrieval: $(BUILD)/retrieval
 # The trainers that tests run: test_programs some variants on the CPU, test_simt_trainer the CUDA program on the emulator.
 TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32 \
                      $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 flashmoba_kdgqa_kconv3,cpu_$(variant)_fp32) \
-                     cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 \
-                     $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5, \
+                     cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 cpu_moba_gqa_kconv3_fp32 \
+                     $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5 moba_gqa_kconv3, \
                        simt_$(variant)_fp32 simt_$(variant)_bf16))
 # All combinations, which test-long runs.
-ALL_TRAINERS := $(foreach attention,dense flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
+ALL_TRAINERS := $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
                   $(BUILD)/train_gpt_$(device)_$(attention)_$(heads)_kconv$(taps)_fp32))))
 
 # Those that make gpu-check runs, with DEVICE=cuda.

@@ -43,11 +43,11 @@ kernels of CUDA on an emulator (dev/simt).
 #include "kernels/rope.cuh"
 #include "gqa.cuh"
 #include "moba.cuh"
+#include "kernels/moba_plain.cuh"
 #include "kernels/noise.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"
 #include "kernels/adamw.cuh"
-#include "kernels/cpu_only.cuh" // defines what has no kernel yet, as errors
 #else
 #error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif

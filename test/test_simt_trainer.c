@@ -202,6 +202,7 @@ static const Variant some_variants[] = {
     {"flashmoba", "kdgqa", 3},
     {"flashmoba", "pgqa", 5},
     {"dense", "dgqa", 5},
+    {"moba", "gqa", 3},
 };
 
 static void find_variant(char path[PATH_MAX], const char* where, const Variant* v, const char* precision) {
@@ -241,15 +242,16 @@ static void must_follow_the_cpu(const Variant* v) {
 
 static void test_variants_follow_the_cpu(void** state) {
     (void)state;
-    static const char* const attentions[] = {"dense", "flashmoba"};
+    static const char* const attentions[] = {"dense", "moba", "flashmoba"};
     static const char* const gqas[] = {"gqa", "kdgqa", "dgqa", "pgqa"};
     if (!getenv("TEST_LONG")) {
         for (size_t i = 0; i < sizeof(some_variants) / sizeof(some_variants[0]); i++)
             must_follow_the_cpu(&some_variants[i]);
         return;
     }
-    for (int i = 0; i < 24; i++) {
-        const Variant v = {attentions[i % 2], gqas[i / 2 % 4], i / 8 == 2 ? 5 : 3 * (i / 8)};
+    static const int taps[] = {0, 3, 5};
+    for (int i = 0; i < 36; i++) {
+        const Variant v = {attentions[i % 3], gqas[i / 3 % 4], taps[i / 12]};
         must_follow_the_cpu(&v);
     }
 }
