@@ -208,7 +208,8 @@ CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) 
 # What ptxas says of registers and shared memory stays beside the object, for make kernel-table. In bf16 a register that does not
 # fit and goes to memory is an error: the fp32 kernels are there to check with.
 PTXAS_FLAGS = -Xptxas -v$(if $(findstring bf16,$@),$(comma)--warn-on-spills$(comma)--warning-as-error)
-compile_object = $(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(PTXAS_FLAGS) $(1) -MF $@.d -c $< -o $@ 2>$@.ptxas || { cat $@.ptxas >&2; exit 1; }
+compile_object = $(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(PTXAS_FLAGS) $(1) -MF $@.d -c $< -o $@ 2>$@.ptxas || \
+  { grep -vE '^(ptxas info| +[0-9]+ bytes stack)' $@.ptxas >&2; exit 1; }
 
 define rules_of_kernel_test
 $(BUILD)/test/$(1)_bf16 $(BUILD)/test/$(1)_fp32: $(BUILD)/test/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile

@@ -217,7 +217,7 @@ template <int EACH> struct best_of_row {
 template <int D> struct moba_route_shape {
     enum { WARPS = 8, THREADS = 32 * WARPS, QUERIES = 16 * WARPS, COLUMNS = 32, TILE = COLUMNS * D };
     enum { SHARED_BYTES = (QUERIES * D + 2 * MOBA_TERMS * TILE) * sizeof(floatX) };
-    static_assert((int)SHARED_BYTES <= (int)MOST_SHARED_BYTES, "more than sm_86 has");
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // One block chooses for QUERIES queries of one head, a warp for 16 of them.
