@@ -228,6 +228,12 @@ COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_count
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
 
+# What ptxas says of registers and shared memory stays beside the object, for make kernel-table. In bf16 a register that does not
+# fit and goes to memory is an error: the fp32 kernels are there to check with.
+PTXAS_FLAGS = -Xptxas -v$(if $(findstring bf16,$@),$(comma)--warn-on-spills$(comma)--warning-as-error)
+compile_object = $(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(PTXAS_FLAGS) $(1) -MF $@.d -c $< -o $@ 2>$@.ptxas || \
+  { grep -vE '^(ptxas info| +[0-9]+ bytes stack)' $@.ptxas >&2; exit 1; }
+
 define rules_of_kernel_test
 $(BUILD)/test/$(1)_bf16 $(BUILD)/test/$(1)_fp32: $(BUILD)/test/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
 	@mkdir -p $$(@D)
@@ -242,7 +248,7 @@ $(BUILD)/gpu/$(1)_bf16 $(BUILD)/gpu/$(1)_fp32: $(BUILD)/gpu/$(1)_%: test/$(1).cu
 $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
-	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
+	$$(Q)$$(call compile_object,$$(call precision,$$*))
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
 
@@ -264,7 +270,7 @@ $(BUILD)/cuda/test_layout.o: test/test_layout.cu Makefile
 $(BUILD)/cuda/train_gpt_bf16.o $(BUILD)/cuda/train_gpt_fp32.o: $(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM) -MF $@.d -c $< -o $@
+	$(Q)$(call compile_object,$(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM))
 
 .PHONY: compile-cuda
 ifeq ($(NVCC),)
@@ -373,6 +379,19 @@ bench: $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_$(PRE
 endif
 
 # ----------------------------------------------------------------------------
+# docs/results/kernels.md: registers and shared memory from ptxas, shared memory of launches from the emulator, counts by formula.
+
+TABLED := $(KERNEL_TEST_SOURCES:=_bf16)
+.PHONY: kernel-table
+kernel-table: $(TABLED:%=$(BUILD)/cuda/%.o) $(TABLED:%=$(BUILD)/test/%) $(BUILD)/bench/moba_simt_bf16
+	@rm -f $(BUILD)/launches.txt
+	@for test in $(TABLED); do SIMT_LAUNCHES=$(BUILD)/launches.txt $(BUILD)/test/$$test >/dev/null 2>&1 || exit 1; done
+	@for draw in uniform recent sink oldest; do \
+	  $(BUILD)/bench/moba_simt_bf16 --count --select $$draw --json $(BUILD)/counts_$$draw.json >/dev/null || exit 1; done
+	dev/bench/kernel_table.py --nvcc "$(NVCC)" --ptxas $(TABLED:%=$(BUILD)/cuda/%.o.ptxas) --launches $(BUILD)/launches.txt \
+	  --counts $(foreach draw,uniform recent sink oldest,$(BUILD)/counts_$(draw).json) >docs/results/kernels.md
+
+# ----------------------------------------------------------------------------
 # make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.
 
 DEVICE_TESTS := $(if $(filter simt,$(DEVICE)),$(KERNEL_TESTS),$(GPU_TESTS))
@@ -382,7 +401,7 @@ gpu-check:
 	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
 
 gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(DEVICE_TESTS) \
-                    $(BUILD)/test/test_simt_trainer $(BUILD)/bench/attention_$(DEVICE)_bf16 $(BUILD)/bench/step_$(DEVICE)_bf16
+                    $(BUILD)/test/test_simt_trainer $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_bf16)
 
 gpu-check-tests:
 	@echo $(DEVICE_TESTS)

@@ -217,6 +217,7 @@ template <int EACH> struct best_of_row {
 template <int D> struct moba_route_shape {
     enum { WARPS = 8, THREADS = 32 * WARPS, QUERIES = 16 * WARPS, COLUMNS = 32, TILE = COLUMNS * D };
     enum { SHARED_BYTES = (QUERIES * D + 2 * MOBA_TERMS * TILE) * sizeof(floatX) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // One block chooses for QUERIES queries of one head, a warp for 16 of them.
@@ -497,6 +498,7 @@ template <int D> struct moba_forward_shape {
     enum { M = 1 };
 #endif
     enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    static constexpr size_t shared_bytes(int keys) { return sizeof(floatX) * D * (2 * keys + 2 * QUERIES); }
 };
 
 // One block computes an item; a warp 16M of every QUERIES of its queries. The tile of queries after the one in use is on
@@ -694,7 +696,7 @@ template <int QUERIES> struct moba_tile_rows {
     int2 entries[QUERIES / 2];
 };
 
-template <int D> static inline size_t moba_backward_shared_bytes(int keys) {
+template <int D> static constexpr size_t moba_backward_shared_bytes(int keys) {
     typedef moba_backward_shape<D> shape;
     return 2 * carved_bytes<floatX>((size_t)keys * D) + 3 * carved_bytes<floatX>(shape::TILE) +
            carved_bytes<floatX>((size_t)keys * shape::QUERIES) +
@@ -1075,6 +1077,7 @@ static inline void flashmoba_forward_launch(floatX* out, float* lse, int* select
                                             const floatX* qkv, const int* kv_of_q, char* workspace,
                                             const moba_shape_t* s, stream_t stream) {
     typedef moba_forward_shape<D> shape;
+    static_assert(shape::shared_bytes(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
     const int blocks = s->T / s->S, first_block = s->start / s->S;
     const floatX* terms = (const floatX*)centroids;
     size_t used = 0;
@@ -1099,9 +1102,8 @@ static inline void flashmoba_forward_launch(floatX* out, float* lse, int* select
         if constexpr (MOBA_KEYS >= 64)
             if (x->keys >= 64) kernel = moba_forward_kernel<D, 64>;
         moba_build_lists(&group, stream);
-        launch(kernel, moba_item_grid(&group), shape::THREADS,
-               sizeof(floatX) * D * (2 * x->keys + 2 * shape::QUERIES), stream, group.partial_rows,
-               group.partial_lse, *x, attention_scale(D) * LOG2_E);
+        launch(kernel, moba_item_grid(&group), shape::THREADS, shape::shared_bytes(x->keys), stream,
+               group.partial_rows, group.partial_lse, *x, attention_scale(D) * LOG2_E);
         launch(moba_merge_kernel<D>, moba_merge_grid<D>(x->end - x->start, group.heads, 1),
                MOBA_MERGE_THREADS, 0, stream, out, lse, group.partial_rows, group.partial_lse, *x);
     }
@@ -1112,6 +1114,7 @@ static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, c
                                              const float* lse, const int* selected, const floatX* qkv,
                                              const int* kv_of_q, char* workspace, const moba_shape_t* s,
                                              stream_t stream) {
+    static_assert(moba_backward_shared_bytes<D>(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
     const int padded = attention_padded(s->T);
     const float scale = attention_scale(D);
     size_t used = 0;

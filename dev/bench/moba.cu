@@ -14,6 +14,7 @@ their own, by an observer of launches, so their sum is not quite the time of a c
 */
 #include <argp.h>
 #include "moba.cuh"                // defines flashmoba_forward, flashmoba_backward
+#include "kernels/moba_plain.cuh"  // defines moba_forward, moba_backward
 #include "dev/bench/ceilings.h"    // defines product_rate, copy_rate
 #include "dev/bench/measure.h"     // defines parse_number, new_random, time_passes
 #include "dev/bench/moba_counts.h" // defines count_work, count_floors
@@ -21,12 +22,14 @@ their own, by an observer of launches, so their sum is not quite the time of a c
 typedef enum { INPUT_RANDOM, INPUT_SINK, INPUT_OLDEST, NUM_INPUTS } Input;
 static const char* const input_names[NUM_INPUTS] = {"random", "sink", "oldest"};
 
+enum { FLASHMOBA, DENSE, PLAIN, NUM_ALGORITHMS };
+
 typedef struct {
     moba_shape_t shape; // T = 0: the tables
     Input input;
     Draw draw;
     int rounds, count;
-    int most_dense; // tokens of the longest sequence that dense attention is timed with
+    int most[NUM_ALGORITHMS]; // tokens of the longest sequence that each is timed with
     const char* json;
 } Settings;
 
@@ -43,6 +46,7 @@ static const struct argp_option settings_table[] = {
     {"input", 'i', "random|sink|oldest", 0,
      "sink: all queries choose the first block; oldest: all choose the oldest blocks (default random)", 0},
     {"dense", 'e', "T", 0, "Time dense attention up to T tokens (default 131072)", 0},
+    {"plain", 'p', "T", 0, "Time the plain algorithm up to T tokens (default 65536)", 0},
     {"count", 'c', 0, 0, "Count operations and bytes by formula instead of timing", 0},
     {"select", 'S', "uniform|recent|sink|oldest", 0, "Of --count: what queries choose (default uniform)", 0},
     {0, 0, 0, 0, 0, 0},
@@ -94,7 +98,10 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
         settings->input = (Input)parse_name(text, "input", input_names, NUM_INPUTS);
         return 0;
     case 'e':
-        settings->most_dense = parse_number(text, "dense", 0);
+        settings->most[DENSE] = parse_number(text, "dense", 0);
+        return 0;
+    case 'p':
+        settings->most[PLAIN] = parse_number(text, "plain", 0);
         return 0;
     case 'c':
         settings->count = 1;
@@ -176,15 +183,37 @@ static size_t dense_workspace(const moba_shape_t* s) {
     return forward > backward ? forward : backward;
 }
 
+static void plain_forward_pass(void* context, int set) {
+    const Inputs* x = (const Inputs*)context;
+    const moba_shape_t* s = &x->shape;
+    const Buffers* of = &x->sets[set];
+    moba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0,
+                 s->H, s->G, s->D, s->S, s->K, 0);
+}
+
+static void plain_backward_pass(void* context, int set) {
+    const Inputs* x = (const Inputs*)context;
+    const moba_shape_t* s = &x->shape;
+    const Buffers* of = &x->sets[set];
+    moba_backward(of->dqkv, of->dout, of->out, x->lse, x->selected, of->qkv, x->kv_of_q, x->workspace, s->B,
+                  s->T, s->H, s->G, s->D, s->S, s->K, 0);
+}
+
+static size_t plain_workspace(const moba_shape_t* s) {
+    const size_t forward = moba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
+                 backward = moba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K);
+    return forward > backward ? forward : backward;
+}
+
 typedef struct {
     const char* name;
     Pass forward, backward;
     size_t (*workspace)(const moba_shape_t* shape);
 } Algorithm;
-enum { FLASHMOBA, DENSE, NUM_ALGORITHMS };
 static const Algorithm algorithms[NUM_ALGORITHMS] = {
     {"flashmoba", flashmoba_forward_pass, flashmoba_backward_pass, flashmoba_workspace},
     {"dense", dense_forward_pass, dense_backward_pass, dense_workspace},
+    {"moba", plain_forward_pass, plain_backward_pass, plain_workspace},
 };
 
 // ----------------------------------------------------------------------------
@@ -217,13 +246,6 @@ static size_t call_bytes(const moba_shape_t* s, const Algorithm* algorithm) {
     return 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX) + kept + algorithm->workspace(s);
 }
 
-static size_t largest_workspace(const moba_shape_t* s) {
-    size_t largest = 0;
-    for (int i = 0; i < NUM_ALGORITHMS; i++)
-        if (algorithms[i].workspace(s) > largest) largest = algorithms[i].workspace(s);
-    return largest;
-}
-
 static Inputs new_inputs(const moba_shape_t* s, Input input) {
     const size_t tokens = (size_t)s->B * s->T, of_heads = tokens * (s->H + s->G);
     Inputs inputs = {};
@@ -243,7 +265,7 @@ static Inputs new_inputs(const moba_shape_t* s, Input input) {
     inputs.selected =
         (int*)device_malloc(moba_selected_count(s->B, s->T, s->H, s->K) * sizeof(int), "a selection");
     inputs.kv_of_q = new_head_map(s->H, s->G);
-    inputs.workspace = device_malloc(largest_workspace(s), "a workspace");
+
     return inputs;
 }
 
@@ -253,15 +275,15 @@ static void free_inputs(Inputs* inputs) {
         device_free(x->qkv), device_free(x->dqkv), device_free(x->out), device_free(x->dout);
     }
     device_free(inputs->lse), device_free(inputs->centroids), device_free(inputs->selected);
-    device_free(inputs->kv_of_q), device_free(inputs->workspace);
+    device_free(inputs->kv_of_q);
 }
 
-// Fewer sequences, then fewer heads, until inputs and workspace fit in the free memory; 0 where one head does not.
+// Fewer sequences, then fewer heads, until inputs and flashmoba's workspace fit in the free memory; 0 where one head does not.
 static int fit_shape(moba_shape_t* s) {
     for (;;) {
         const size_t set = 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX);
-        const size_t sets = (size_t)input_sets(set / 2) * set;
-        if (sets + kept_bytes(s) + largest_workspace(s) < device_memory_free() / 20 * 19) return 1;
+        const size_t bytes = (size_t)input_sets(set / 2) * set + kept_bytes(s) + flashmoba_workspace(s);
+        if (bytes < device_memory_free() / 20 * 19) return 1;
         if (s->B > 1) s->B /= 2;
         else if (s->H > 1 && s->H % 2 == 0) s->H /= 2, s->G = s->G > 1 ? s->G / 2 : 1;
         else return 0;
@@ -352,6 +374,14 @@ static void check_choices(const Inputs* x, const int* selected) {
         }
 }
 
+static void measure_stages(Result* result, Inputs* inputs) {
+    time_stages(result->stages, inputs);
+    int* selected = download_selection(inputs);
+    check_choices(inputs, selected);
+    count_work(result->works, &inputs->shape, NULL, selected, 1);
+    free(selected);
+}
+
 static Result measure(const moba_shape_t* s, Input input, const Settings* settings) {
     Inputs inputs = new_inputs(s, input);
     Result result = {};
@@ -360,15 +390,13 @@ static Result measure(const moba_shape_t* s, Input input, const Settings* settin
         const Algorithm* algorithm = &algorithms[i];
         Timing* timing = &result.timings[i];
         timing->bytes = (double)call_bytes(s, algorithm);
-        if (i == DENSE && s->T > settings->most_dense) continue;
+        if (s->T > settings->most[i] || algorithm->workspace(s) > device_memory_free() / 20 * 19) continue;
+        inputs.workspace = device_malloc(algorithm->workspace(s), "a workspace");
         timing->seconds =
             time_passes(algorithm->forward, algorithm->backward, &inputs, inputs.count, settings->rounds);
+        if (i == FLASHMOBA) measure_stages(&result, &inputs);
+        device_free(inputs.workspace);
     }
-    time_stages(result.stages, &inputs);
-    int* selected = download_selection(&inputs);
-    check_choices(&inputs, selected);
-    count_work(result.works, s, NULL, selected, 1);
-    free(selected);
     free_inputs(&inputs);
     return result;
 }
@@ -404,26 +432,38 @@ static void print_stages(const Result* r, const Ceilings* ceilings) {
 static void print_header(const char* title) {
     printf("\n%s\n", title);
     printf("                                        flashmoba: ms         useful TFLOP/s      dense: ms      "
-           "      times as     MB of "
-           "a call\n");
+           "     flashmoba"
+           "      moba  flashmoba       MB of a call\n");
     printf("   B      T   H   G   D   S  K input   forward  backward   forward backward   forward  backward  "
-           "  fast   flashmoba     "
-           "dense\n");
+           " is faster"
+           "        ms  is faster  flashmoba     dense      moba\n");
+}
+
+// Milliseconds of forward and backward, and how many times as long they take as flashmoba's.
+static void print_dense(const PassSeconds* dense, const PassSeconds* flashmoba) {
+    if (dense->forward == 0) printf(" %31s", "not run");
+    else
+        printf(" %9.3f %9.3f %11.2f", 1e3 * dense->forward, 1e3 * dense->backward,
+               (dense->forward + dense->backward) / (flashmoba->forward + flashmoba->backward));
+}
+
+static void print_plain(const PassSeconds* plain, const PassSeconds* flashmoba) {
+    const double both = plain->forward + plain->backward;
+    if (both == 0) printf(" %20s", "not run");
+    else printf(" %9.3f %10.2f", 1e3 * both, both / (flashmoba->forward + flashmoba->backward));
 }
 
 static void print_result(const Result* r, const Ceilings* ceilings) {
     const moba_shape_t* s = &r->shape;
-    const Timing *sparse = &r->timings[FLASHMOBA], *dense = &r->timings[DENSE];
+    const PassSeconds* flashmoba = &r->timings[FLASHMOBA].seconds;
     printf("%4d %6d %3d %3d %3d %3d %2d %-6s %9.3f %9.3f %9.1f %8.1f", s->B, s->T, s->H, s->G, s->D, s->S,
-           s->K, input_names[r->input], 1e3 * sparse->seconds.forward, 1e3 * sparse->seconds.backward,
-           1e-12 * sum_of_useful(r->works, 0, STATISTICS) / sparse->seconds.forward,
-           1e-12 * sum_of_useful(r->works, STATISTICS, NUM_STAGES) / sparse->seconds.backward);
-    if (dense->seconds.forward > 0)
-        printf(" %9.3f %9.3f %7.2f", 1e3 * dense->seconds.forward, 1e3 * dense->seconds.backward,
-               (dense->seconds.forward + dense->seconds.backward) /
-                   (sparse->seconds.forward + sparse->seconds.backward));
-    else printf(" %27s", "not run");
-    printf(" %11.1f %9.1f\n", 1e-6 * sparse->bytes, 1e-6 * dense->bytes);
+           s->K, input_names[r->input], 1e3 * flashmoba->forward, 1e3 * flashmoba->backward,
+           1e-12 * sum_of_useful(r->works, 0, STATISTICS) / flashmoba->forward,
+           1e-12 * sum_of_useful(r->works, STATISTICS, NUM_STAGES) / flashmoba->backward);
+    print_dense(&r->timings[DENSE].seconds, flashmoba);
+    print_plain(&r->timings[PLAIN].seconds, flashmoba);
+    for (int i = 0; i < NUM_ALGORITHMS; i++) printf(" %9.1f", 1e-6 * r->timings[i].bytes);
+    printf("\n");
     print_stages(r, ceilings);
     fflush(stdout);
 }
@@ -632,7 +672,8 @@ static void report_counts(const Settings* settings) {
 
 int main(int argc, char** argv) {
     program_name = "moba";
-    Settings settings = {{2, 0, 0, 16, 0, 128, 128, 8}, INPUT_RANDOM, DRAW_UNIFORM, 20, 0, 131072, NULL};
+    Settings settings = {{2, 0, 0, 16, 0, 128, 128, 8}, INPUT_RANDOM, DRAW_UNIFORM, 20, 0,
+                         {1 << 24, 131072, 65536},      NULL};
     const struct argp parser = {
         settings_table, settings_parse, NULL, "Times block-sparse attention on this machine's GPU.",
         NULL,           NULL,           NULL};
