@@ -80,6 +80,20 @@ precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
 
+# The trainer as many processes: by Open MPI, and on GPUs by NCCL where its header lies beside nvcc. make MPI=0 does without.
+MPI ?= $(if $(shell mpicc --showme:version 2>/dev/null),1,0)
+NCCL ?= $(if $(NVCC),$(if $(wildcard $(dir $(NVCC))../include/nccl.h /usr/include/nccl.h),1,0),0)
+$(call allow,MPI,0 1)
+ifeq ($(MPI),1)
+  MPI_FLAGS := -DCOMM_MPI -D_GNU_SOURCE -DOMPI_SKIP_MPICXX $(addprefix -isystem ,$(shell mpicc --showme:incdirs))
+  MPI_LIBS := $(addprefix -L,$(shell mpicc --showme:libdirs)) -lmpi
+  CUDA_COMM := $(MPI_FLAGS) $(if $(filter 1,$(NCCL)),-DCOMM_NCCL)
+  CUDA_COMM_LIBS := $(MPI_LIBS) $(if $(filter 1,$(NCCL)),$(addprefix -L,$(wildcard $(dir $(NVCC))../lib64 $(dir $(NVCC))../lib)) -lnccl)
+  PROCESSES := many processes by MPI$(if $(filter cuda1,$(DEVICE)$(NCCL)), and NCCL)
+else
+  PROCESSES := a single process: $(if $(filter-out undefined default file,$(origin MPI)),MPI=0,no mpicc here (libopenmpi-dev))
+endif
+
 # The emulator of CUDA (dev/simt), plain or with sanitizers, which then replace CFLAGS. It lays every type over the same bytes, as
 # CUDA allows, and its pragmas are not g++'s. It switches between threads most of the time, which -O3 does not make faster.
 simt = $(CXX) -std=gnu++17 $(1) -fno-math-errno -fno-trapping-math -fno-strict-aliasing -fopenmp -pthread $(WARNINGS) \
@@ -130,6 +144,7 @@ help:
 train: $(BUILD)/$(NAME)
 	@ln -sf $(NAME) $(BUILD)/train_gpt
 	@echo "$(BUILD)/train_gpt -> $(NAME) $(DEVICE_REASON)"
+	@echo "$(BUILD)/train_gpt runs as $(PROCESSES)"
 
 tokenizer: $(BUILD)/tokenizer
 
@@ -151,9 +166,9 @@ GPU_TRAINERS := $(foreach p,bf16 fp32,$(BUILD)/train_gpt_$(DEVICE)_dense_gqa_kco
 # A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))
 flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) $(call precision,$(call flag,5)) -MF $@.d
-compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
-compile_simt = $(SIMT) $(flags) -x c++ $< -o $@ $(TRAIN_LIBS)
-compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
+compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) $(MPI_FLAGS) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
+compile_simt = $(SIMT) $(flags) $(MPI_FLAGS) -x c++ $< -o $@ $(TRAIN_LIBS) $(MPI_LIBS)
+compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $(CUDA_COMM) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS) $(CUDA_COMM_LIBS)
 $(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(ALL_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
@@ -245,7 +260,7 @@ $(BUILD)/cuda/test_layout.o: test/test_layout.cu Makefile
 $(BUILD)/cuda/train_gpt_bf16.o $(BUILD)/cuda/train_gpt_fp32.o: $(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) -MF $@.d -c $< -o $@
+	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM) -MF $@.d -c $< -o $@
 
 .PHONY: compile-cuda
 ifeq ($(NVCC),)

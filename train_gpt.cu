@@ -51,6 +51,7 @@ kernels of CUDA on an emulator (dev/simt).
 #else
 #error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
+#include "runtime/comm.h"        // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
 #include "runtime/memory.h"      // defines Arena
 #include "runtime/gpus.h"        // defines gpu_peak_flops
@@ -112,21 +113,34 @@ typedef struct {
     void* workspace;    // of any operation, one after the other
 } Activations;
 
+// A stretch of the flat parameters whose gradients are done together: a layer's, the embedding's, or what comes after the
+// layers. Shard r of it, one N-th, is what rank r of N adds up and, with --zero 1, updates.
+typedef struct {
+    size_t first, count; // elements; both multiples of N * COMM_ALIGNMENT
+} Bucket;
+
 typedef struct {
     ModelConfig config;
     ParameterLayout layout;
-    int B, T;       // the largest batch that the activations hold
+    size_t padded;   // elements of params and grads: those of the table, up to whole shards
+    Bucket* buckets; // (L + 2) in the order in which the backward pass is done with them; some may be empty
+    int bucket_count;
+    int sharded; // 1: masters and moments are those of this rank's shards alone (ZeRO-1), one after the other
+    int reduces; // 1: the backward pass adds up the gradients of all ranks
+    int B, T;    // the largest batch that the activations hold
     int logit_rows; // rows of logits that are computed at once
     int training;   // 0: no gradients and no optimizer state are held
     // one block each
-    floatX* params; // (elements)
+    floatX* params; // (padded)
     float_acc*
-        masters; // (elements) what the optimizer updates and params are the rounding of; NULL where the same
-    float_acc* grads;      // (elements)
-    float_acc* exp_avg;    // (elements) first moment of AdamW
-    float_acc* exp_avg_sq; // (elements) second moment
+        masters; // (padded, or its N-th) what is updated, and params are the rounding of; NULL where the same
+    float_acc* grads;      // (padded)
+    float_acc* exp_avg;    // (padded, or its N-th) first moment of AdamW
+    float_acc* exp_avg_sq; // (padded, or its N-th) second moment
+    float_acc* decays;     // (padded / DECAY_BLOCK) 1 where weights decay, or 0
     float_acc* norm;       // (1) global norm of the gradient
-    float_acc* partials;   // scratch of the global norm
+    float_acc* squares;    // (L + 2) sums of squares of the buckets' gradients
+    float_acc* partials;   // scratch of these sums
     Activations acts;
     Arena parameters, gradients, optimizer, activations;
     HeadAllocation heads;   // where kv_of_q comes from
@@ -136,9 +150,43 @@ typedef struct {
     stream_t stream;
 } Model;
 
+// The weights as a whole. Where no rank has all masters, the gradients' memory holds them between steps, to be filled and read
+// (gpt_keep_masters, gpt_gather_masters).
 static Weights gpt_weights(const Model* model) {
-    const Weights weights = {model->params, model->masters};
+    const Weights weights = {model->params, model->masters && model->sharded ? model->grads : model->masters};
     return weights;
+}
+
+// This rank's part of a bucket, in elements of the flat parameters.
+static Bucket gpt_shard(Bucket bucket) {
+    const size_t count = bucket.count / (size_t)comm_size();
+    const Bucket shard = {bucket.first + (size_t)comm_rank() * count, count};
+    return shard;
+}
+
+// Where the state of a bucket's shard lies: buckets begin at multiples of N, so that the shards fill an N-th of the whole.
+static size_t gpt_shard_state(const Model* model, Bucket bucket) {
+    return model->sharded ? bucket.first / (size_t)comm_size() : gpt_shard(bucket).first;
+}
+
+// A bucket begins where the first tensor of its own does, up to the next whole shards: what lies between is of the next bucket,
+// which is done later.
+static void gpt_plan_buckets(Model* model) {
+    const int L = model->config.layers;
+    const size_t unit = (size_t)comm_size() * COMM_ALIGNMENT;
+    model->padded = (model->layout.table.elements + unit - 1) / unit * unit;
+    model->bucket_count = L + 2;
+    model->buckets = (Bucket*)malloc_or_fail((size_t)(L + 2) * sizeof(Bucket), "the gradients' table");
+    size_t end = model->padded;
+    for (int i = 0; i < L + 2; i++) {
+        const size_t begin = i == 0      ? model->layout.final_norm
+                             : i < L + 1 ? model->layout.layers[L - i].input_norm
+                                         : model->layout.embedding;
+        model->buckets[i].first = (begin + unit - 1) / unit * unit;
+        if (model->buckets[i].first > end) model->buckets[i].first = end;
+        model->buckets[i].count = end - model->buckets[i].first;
+        end = model->buckets[i].first;
+    }
 }
 
 // Logits are the widest activation by far; this much of them is held at once. On a GPU every part adds to the head's gradient in
@@ -168,14 +216,17 @@ static size_t attention_workspace(const ModelConfig* config, int layer, int B, i
 }
 
 // Decides where everything lies; takes no memory yet but for the tables.
-static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training) {
+static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training, int zero) {
     memset(model, 0, sizeof(*model));
     model->config = *config;
     model->layout = parameter_layout(&model->config);
+    gpt_plan_buckets(model);
+    model->sharded = zero && comm_size() > 1;
     model->B = B;
     model->T = T;
     model->training = training;
-    const size_t rows = (size_t)B * T, elements = model->layout.table.elements;
+    const size_t rows = (size_t)B * T, elements = model->padded;
+    const size_t state = model->sharded ? elements / (size_t)comm_size() : elements;
     const size_t C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
                  F = config->ffn;
     const size_t Vp = config->padded_vocab, L = config->layers;
@@ -194,13 +245,16 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
         model->optimizer.name = "optimizer";
         model->optimizer.remedy = fewer_weights;
         if (weights_need_masters())
-            arena_reserve(&model->optimizer, (void**)&model->masters, elements * sizeof(float_acc),
+            arena_reserve(&model->optimizer, (void**)&model->masters, state * sizeof(float_acc),
                           "master weights");
-        arena_reserve(&model->optimizer, (void**)&model->exp_avg, elements * sizeof(float_acc),
-                      "first moment");
-        arena_reserve(&model->optimizer, (void**)&model->exp_avg_sq, elements * sizeof(float_acc),
+        arena_reserve(&model->optimizer, (void**)&model->exp_avg, state * sizeof(float_acc), "first moment");
+        arena_reserve(&model->optimizer, (void**)&model->exp_avg_sq, state * sizeof(float_acc),
                       "second moment");
+        arena_reserve(&model->optimizer, (void**)&model->decays, decay_blocks(elements) * sizeof(float_acc),
+                      "weight decay");
         arena_reserve(&model->optimizer, (void**)&model->norm, sizeof(float_acc), "gradient norm");
+        arena_reserve(&model->optimizer, (void**)&model->squares,
+                      (size_t)model->bucket_count * sizeof(float_acc), "gradient norm");
         arena_reserve(&model->optimizer, (void**)&model->partials,
                       global_norm_partials(elements) * sizeof(float_acc), "gradient norm");
     }
@@ -287,12 +341,29 @@ static void gpt_upload_maps(Model* model, int first, int count) {
                    model->stream);
 }
 
+// Tells the device which elements decay. Tensors that do not (gains, taps) begin and end at whole blocks.
+static void gpt_upload_decays(Model* model) {
+    const TensorTable* table = &model->layout.table;
+    const size_t blocks = decay_blocks(model->padded);
+    float_acc* decays = (float_acc*)calloc_or_fail(blocks, sizeof(float_acc), "weight decay");
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        const size_t end = decay_blocks(tensor->offset + tensor->padded_count);
+        for (size_t block = tensor->offset / DECAY_BLOCK; block < end && tensor->weight_decay; block++)
+            decays[block] = 1;
+    }
+    copy_to_device(model->decays, decays, blocks * sizeof(float_acc), model->stream);
+    stream_synchronize(model->stream);
+    free(decays);
+}
+
 // Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
 static void gpt_allocate(Model* model) {
     arena_allocate(&model->parameters);
     if (model->training) {
         arena_allocate(&model->gradients);
         arena_allocate(&model->optimizer);
+        gpt_upload_decays(model);
     }
     arena_allocate(&model->activations);
     size_t rows = (size_t)model->B * model->T, angles = (size_t)model->T * model->config.head_dim;
@@ -309,6 +380,27 @@ static void gpt_allocate(Model* model) {
     gpt_upload_maps(model, 0, model->config.layers);
 }
 
+// From the weights that gpt_weights() was filled with to this rank's masters, and back to all of them.
+static void gpt_keep_masters(Model* model) {
+    for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
+        const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
+        copy_on_device(model->masters + gpt_shard_state(model, bucket), model->grads + shard.first,
+                       shard.count * sizeof(float_acc), model->stream);
+    }
+    stream_synchronize(model->stream);
+}
+
+static void gpt_gather_masters(Model* model) {
+    for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
+        const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
+        copy_on_device(model->grads + shard.first, model->masters + gpt_shard_state(model, bucket),
+                       shard.count * sizeof(float_acc), model->stream);
+        comm_all_gather(model->grads + bucket.first, bucket.count * sizeof(float_acc), model->stream);
+    }
+    comm_wait(model->stream);
+    comm_synchronize(model->stream);
+}
+
 static void gpt_initialize(Model* model, uint64_t seed) {
     const TensorTable* table = &model->layout.table;
     for (int i = 0; i < table->count; i++) {
@@ -318,6 +410,26 @@ static void gpt_initialize(Model* model, uint64_t seed) {
         weights_upload(gpt_weights(model), tensor->offset, values, tensor->padded_count, model->stream);
         free(values);
     }
+    gpt_keep_masters(model);
+}
+
+// What of the optimizer's state this rank holds alone, or, with whole copies everywhere, writes: the shards, ascending. Returns
+// their number, at most L + 2.
+static int gpt_state_ranges(const Model* model, StateRange* ranges) {
+    const size_t elements = model->layout.table.elements;
+    int count = 0;
+    for (int i = model->bucket_count - 1; i >= 0; i--) {
+        const Bucket shard = gpt_shard(model->buckets[i]);
+        const size_t end = shard.first + shard.count < elements ? shard.first + shard.count : elements;
+        if (shard.first >= end) continue;
+        const StateRange range = {shard.first, end - shard.first, gpt_shard_state(model, model->buckets[i])};
+        StateRange* before = &ranges[count - 1];
+        if (count > 0 && before->first + before->count == range.first &&
+            before->at + before->count == range.at)
+            before->count += range.count;
+        else ranges[count++] = range;
+    }
+    return count;
 }
 
 static void gpt_free(Model* model) {
@@ -330,6 +442,7 @@ static void gpt_free(Model* model) {
     allocation_free(&model->heads);
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
+    free(model->buckets);
     host_free_pinned(model->host_losses);
     host_free_pinned(model->host_norm);
     for (int i = 0; i < model->config.layers * 4; i++) mark_free(model->marks[i]);
@@ -447,10 +560,10 @@ static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
     if (model->heads.settings.source != SOURCE_FORWARD) return;
     double* n = (double*)malloc_or_fail((size_t)B * G * sizeof(double), "statistics of the keys");
     gpt_read_numbers(model, n, acts->key_norms, (size_t)B * G);
-    for (int g = 0; g < G; g++) {
+    for (int g = 0; g < G; g++)
         for (int b = 1; b < B; b++) n[g] += n[(size_t)b * G + g];
-        n[g] /= B;
-    }
+    comm_sum(n, G);
+    for (int g = 0; g < G; g++) n[g] /= (double)B * comm_size();
     allocation_update(&model->heads, l, n, step);
     gpt_upload_maps(model, l, 1);
     free(n);
@@ -462,6 +575,8 @@ static void gpt_end_step(Model* model, int step, long sequences) {
     const size_t count = (size_t)heads->L * heads->G;
     if (!heads_are_key_driven(&model->config) || !allocation_needs_keys(&heads->settings)) return;
     double* sums = (double*)malloc_or_fail(count * sizeof(double), "statistics of the keys");
+    comm_all_reduce(model->acts.key_sums, count, model->stream);
+    comm_wait(model->stream);
     gpt_read_numbers(model, sums, model->acts.key_sums, count);
     allocation_end_step(heads, sums, sequences);
     for (int l = 0; l < heads->L && heads->settings.source == SOURCE_FORWARD; l++)
@@ -586,6 +701,15 @@ static inline double gpt_loss(Model* model, const int* targets, int B, int T, in
 // ----------------------------------------------------------------------------
 // Backward
 
+// Sends the gradients of bucket i on their way to their sum over the ranks, where it is time for that.
+static void gpt_reduce(const Model* model, int i) {
+    const Bucket bucket = model->buckets[i];
+    if (!model->reduces || bucket.count == 0) return;
+    comm_reduce_scatter(model->grads + bucket.first, bucket.count, model->stream);
+    if (!model->sharded)
+        comm_all_gather(model->grads + bucket.first, bucket.count * sizeof(float_acc), model->stream);
+}
+
 // From dnorm, which gpt_loss() left, to the gradients of all parameters, which accumulate. The forward pass in reverse, of a
 // TrainingPass.
 static void gpt_backward(Model* model, int B, int T) {
@@ -602,6 +726,7 @@ static void gpt_backward(Model* model, int B, int T) {
     device_zero(acts->dresidual, (size_t)rows * C * sizeof(floatX), stream);
     rmsnorm_backward(acts->dresidual, grads + model->layout.final_norm, acts->dnorm, acts->residual,
                      params + model->layout.final_norm, acts->rstd, acts->workspace, rows, C, stream);
+    gpt_reduce(model, 0);
     for (int l = config->layers - 1; l >= 0; l--) {
         const LayerParameters* weights = &model->layout.layers[l];
         LayerActivations* layer = &acts->layers[l];
@@ -629,30 +754,53 @@ static void gpt_backward(Model* model, int B, int T) {
                         params + weights->qkv_proj, rows, C, QKV, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,
                          params + weights->input_norm, layer->rstd1, acts->workspace, rows, C, stream);
+        gpt_reduce(model, config->layers - l);
     }
     embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
                        C, stream);
+    gpt_reduce(model, config->layers + 1);
+    comm_wait(stream);
     range_end();
 }
 
 static void gpt_zero_gradients(Model* model) {
-    device_zero(model->grads, model->layout.table.elements * sizeof(float_acc), model->stream);
+    device_zero(model->grads, model->padded * sizeof(float_acc), model->stream);
 }
 
-// One step of AdamW over every tensor. The gradient's norm before clipping is on its way to host_norm.
-static void gpt_update(Model* model, AdamW settings) {
-    const TensorTable* table = &model->layout.table;
-    range_begin("update");
-    global_norm(model->norm, model->partials, model->grads, table->elements, model->stream);
-    const float decay = settings.weight_decay;
-    for (int i = 0; i < table->count; i++) {
-        const Tensor* tensor = &table->tensors[i];
-        const size_t at = tensor->offset;
-        settings.weight_decay = tensor->weight_decay ? decay : 0;
-        adamw_update(model->params + at, model->masters ? model->masters + at : NULL, model->exp_avg + at,
-                     model->exp_avg_sq + at, model->grads + at, model->norm, tensor->padded_count, settings,
-                     model->stream);
+// The norm of the gradient, of whose squares every rank adds up its shards.
+static void gpt_gradient_norm(Model* model) {
+    for (int i = 0; i < model->bucket_count; i++) {
+        const Bucket shard = gpt_shard(model->buckets[i]);
+        if (shard.count > 0)
+            sum_of_squares(model->squares + i, model->partials, model->grads + shard.first, shard.count,
+                           model->stream);
     }
+    comm_all_reduce(model->squares, (size_t)model->bucket_count, model->stream);
+    comm_wait(model->stream);
+    global_norm(model->norm, model->squares, model->bucket_count, model->stream);
+}
+
+// AdamW over elements first .. first + count, whose state begins at `state`.
+static void gpt_update_range(Model* model, size_t first, size_t state, size_t count, AdamW settings) {
+    adamw_update(model->params + first, model->masters ? model->masters + state : NULL,
+                 model->exp_avg + state, model->exp_avg_sq + state, model->grads + first, model->norm,
+                 model->decays + first / DECAY_BLOCK, count, settings, model->stream);
+}
+
+// One step of AdamW: of everything, or of this rank's shards, whose parameters then go to all. The gradient's norm before
+// clipping is on its way to host_norm.
+static void gpt_update(Model* model, AdamW settings) {
+    range_begin("update");
+    gpt_gradient_norm(model);
+    if (!model->sharded) gpt_update_range(model, 0, 0, model->padded, settings);
+    for (int i = model->bucket_count - 1; i >= 0 && model->sharded;
+         i--) { // as the next forward pass needs them
+        const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
+        if (bucket.count == 0) continue;
+        gpt_update_range(model, shard.first, gpt_shard_state(model, bucket), shard.count, settings);
+        comm_all_gather(model->params + bucket.first, bucket.count * sizeof(floatX), model->stream);
+    }
+    comm_wait(model->stream);
     copy_to_host(model->host_norm, model->norm, sizeof(float_acc), model->stream);
     range_end();
 }
@@ -809,24 +957,26 @@ typedef struct {
     char tokenizer_path[PATH_MAX]; // "" where there is none
     Tokenizer* tokenizer;          // NULL where there is none
     DataLoader* train;
-    DataLoader* val; // NULL where there is none
-    long sequences_per_step;
+    DataLoader* val;         // NULL where there is none
+    long sequences_per_step; // of all ranks
+    long sequences_per_rank;
     int steps;
     Schedule schedule;
     size_t resident; // bytes of main memory before the model's are taken
     TrainingState state;
     // Between host and device, in pinned memory: every micro-batch of a step has its own place, so that the host can run ahead
     // of the device through a whole step without waiting for copies to be done.
-    int* tokens;       // (sequences_per_step, T)
-    int* targets;      // (sequences_per_step, T)
-    float_acc* losses; // (sequences_per_step, T)
+    int* tokens;       // (sequences_per_rank, T)
+    int* targets;      // (sequences_per_rank, T)
+    float_acc* losses; // (sequences_per_rank, T)
 } Run;
 
 static void find_checkpoints(Run* run) {
     const Options* options = &run->options;
     if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
     if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
-    if (options->resume && !options->dry_run) checkpoint_clean(options->output);
+    if (options->resume && !options->dry_run && comm_rank() == 0) checkpoint_clean(options->output);
+    comm_barrier();
     if (options->resume && checkpoint_latest(options->output, run->resume_from)) return;
     run->resume_from[0] = 0;
     if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
@@ -889,11 +1039,17 @@ static void open_data(Run* run) {
     Options* options = &run->options;
     const int T = run->config.sequence_length, B = options->batch;
     if (!options->train_data) fail_usage("--train-data: needed to train (a glob of token shards)");
-    if (!options->total_batch) options->total_batch = (long)B * T;
-    if (options->total_batch % ((long)B * T) != 0)
+    const long N = comm_size(), least = N * B * T;
+    if (!options->total_batch) options->total_batch = least;
+    if (options->total_batch % least != 0 && N == 1)
         fail_usage("--total-batch %ld: must be a multiple of --batch %d x --sequence-length %d = %ld tokens",
-                   options->total_batch, B, T, (long)B * T);
+                   options->total_batch, B, T, least);
+    if (options->total_batch % least != 0)
+        fail_usage("--total-batch %ld: must be a multiple of %ld processes x --batch %d x --sequence-length "
+                   "%d = %ld tokens",
+                   options->total_batch, N, B, T, least);
     run->sequences_per_step = options->total_batch / T;
+    run->sequences_per_rank = run->sequences_per_step / N;
     uint32_t hash = run->tokenizer ? tokenizer_hash(run->tokenizer) : 0;
     run->train = loader_open(options->train_data, T, run->config.vocab_size, hash, options->seed, 1);
     if (options->val_data) {
@@ -925,12 +1081,27 @@ static void load_model(Model* model, const Run* run, const char* directory) {
         checkpoint_load_pooled(directory, &run->config, &model->layout.table, gpt_weights(model),
                                model->stream);
     else checkpoint_load_model(directory, &model->layout.table, gpt_weights(model), model->stream);
+    gpt_keep_masters(model);
     if (theirs > G) printf("converted %d KV heads to %d, by the mean of each group\n", theirs, G);
     char path[PATH_MAX];
     path_format(path, "%s/heads.json", directory);
     if (!heads_are_key_driven(&run->config) || theirs > G || !path_exists(path)) return;
     checkpoint_load_heads(directory, &model->heads);
     gpt_upload_maps(model, 0, run->config.layers);
+}
+
+static void load_optimizer(Model* model, const char* directory) {
+    const TensorTable* table = &model->layout.table;
+    StateRange whole = {0, table->elements, 0}, *ranges = &whole;
+    int count = 1;
+    if (model->sharded) {
+        ranges = (StateRange*)malloc_or_fail((size_t)model->bucket_count * sizeof(StateRange),
+                                             "a checkpoint's ranges");
+        count = gpt_state_ranges(model, ranges);
+    }
+    checkpoint_load_optimizer(directory, table, model->exp_avg, model->exp_avg_sq, ranges, count,
+                              model->stream);
+    if (model->sharded) free(ranges);
 }
 
 // A run is never overwritten by accident.
@@ -965,11 +1136,13 @@ static void prepare_output(Run* run) {
 // Bytes of main memory that come on top of the model's four blocks: the process and its libraries as they are now, batches,
 // and what writing a checkpoint takes.
 static size_t other_bytes(const Run* run, const Model* model) {
-    const size_t rows = (size_t)model->B * model->T, total = (size_t)run->options.total_batch;
+    const size_t rows = (size_t)model->B * model->T,
+                 total = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
     size_t bytes = run->resident + matmul_scratch_bytes() + loader_bytes(run->train, run->options.batch);
     bytes += total * (2 * sizeof(int) + sizeof(float_acc)); // a step's tokens, targets and losses
     bytes += rows * sizeof(float_acc);                      // losses of a validation batch
-    if (run->val) bytes += rows * 2 * sizeof(int);          // a validation batch
+    bytes += comm_bytes();
+    if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
     if (run->init_from[0] && checkpoint_read_config(run->init_from).kv_heads > run->config.kv_heads)
         bytes += checkpoint_pooled_bytes(run->init_from, &run->config);
     if (run->options.output) { // on its way to the disk
@@ -979,7 +1152,7 @@ static size_t other_bytes(const Run* run, const Model* model) {
     return bytes;
 }
 
-// What has to fit into the memory where the model lies: main memory has to hold everything else, too.
+// What has to fit into the memory where the model lies: main memory has to hold everything else, too. Of one rank.
 static size_t planned_bytes(const Run* run, const Model* model) {
     return model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : other_bytes(run, model));
 }
@@ -995,6 +1168,9 @@ static void print_plan(const Run* run, const Model* model) {
     printf("         %.2f M parameters, %.2f MFLOP a token\n",
            (double)table_parameter_count(&model->layout.table) / 1e6,
            flops_per_token(config, config->sequence_length) / 1e6);
+    if (comm_size() > 1)
+        printf("ranks    %d, %d of them on this host; optimizer state %s\n", comm_size(), comm_local_size(),
+               model->sharded ? "sharded over them (--zero 1)" : "whole on each (--zero 0)");
     printf("build    device %s, attention %s, heads %s, kconv %d, %s, %d threads\n", DEVICE_NAME, ATTN_NAME,
            GQA_NAME, KCONV, PRECISION_NAME, omp_get_max_threads());
     const double peak = gpu_peak_flops(device_name(), PRECISION_NAME);
@@ -1022,13 +1198,13 @@ static void print_plan(const Run* run, const Model* model) {
 // A plan that does not fit is refused before anything is taken, with the micro-batch that would fit.
 static void check_plan_fits(const Run* run, const Model* model) {
     const size_t planned = planned_bytes(run, model);
-    const size_t available =
-        DEVICE_HAS_OWN_MEMORY ? device_memory_free() : memory_available() + run->resident;
+    const size_t main_memory = memory_available() / (size_t)comm_local_size() + run->resident;
+    const size_t available = DEVICE_HAS_OWN_MEMORY ? device_memory_free() : main_memory;
     if (!available || planned <= available) return;
     for (int B = run->options.batch - 1; B >= 1; B--) {
-        if (run->sequences_per_step % B != 0) continue;
+        if (run->sequences_per_rank % B != 0) continue;
         Model smaller;
-        gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1);
+        gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1, run->options.zero);
         size_t bytes = planned_bytes(run, &smaller);
         if (bytes <= available)
             fail("the plan takes %.1f GB and %.1f GB are free; --batch %d takes %.1f GB and trains the same "
@@ -1060,20 +1236,22 @@ static double seconds_now(void) {
 }
 
 // The mean loss over the first --val-batches total batches of the validation data, or all of it: the same tokens whatever
-// the micro-batch.
+// the micro-batch and the number of ranks, who take turns.
 static double validate(Model* model, const Run* run) {
     const int T = run->config.sequence_length, B = run->options.batch;
     uint64_t count = (uint64_t)run->options.val_batches * (uint64_t)run->sequences_per_step;
     if (count > loader_sequences(run->val)) count = loader_sequences(run->val);
     int* tokens = (int*)malloc_or_fail((size_t)2 * B * T * sizeof(int), "a validation batch");
     double sum = 0;
-    for (uint64_t first = 0; first < count; first += (uint64_t)B) {
+    const uint64_t stride = (uint64_t)B * (uint64_t)comm_size();
+    for (uint64_t first = (uint64_t)B * (uint64_t)comm_rank(); first < count; first += stride) {
         int rows = count - first < (uint64_t)B ? (int)(count - first) : B;
         loader_read(run->val, first, rows, tokens, tokens + (size_t)B * T);
         gpt_forward(model, tokens, rows, T, 0, NULL);
         sum += gpt_loss(model, tokens + (size_t)B * T, rows, T, 0, 0);
     }
     free(tokens);
+    comm_sum(&sum, 1);
     return sum / ((double)count * T);
 }
 
@@ -1087,7 +1265,7 @@ static double gpt_attention_seconds(const Model* model) {
 
 // Pinned memory for a step's batches on their way to the device, and its losses on their way back.
 static void allocate_staging(Run* run) {
-    const size_t places = (size_t)run->options.total_batch;
+    const size_t places = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
     run->tokens = (int*)host_malloc_pinned(places * sizeof(int), "a step's tokens");
     run->targets = (int*)host_malloc_pinned(places * sizeof(int), "a step's targets");
     run->losses = (float_acc*)host_malloc_pinned(places * sizeof(float_acc), "a step's losses");
@@ -1101,20 +1279,23 @@ static void free_staging(Run* run) {
 
 // One optimizer step over the next total batch. Returns the mean loss, the gradient's norm through *norm, and through
 // *attention the seconds of attention, those of the last micro-batch standing for all. The host queues all of the step's work
-// on the stream, and waits for it once, at the end.
+// on the stream, and waits for it once, at the end. Micro-batches are dealt out to the ranks one after the other.
 static double train_step(Model* model, Run* run, double rate, int step, double* norm, double* attention) {
     const int T = run->config.sequence_length, B = run->options.batch, rows = B * T;
     const double total = (double)run->options.total_batch;
     range_begin("step");
     gpt_zero_gradients(model);
     gpt_begin_step(model, step);
-    for (long first = 0; first < run->sequences_per_step; first += B) {
+    const int N = comm_size(), rank = comm_rank();
+    for (long first = 0; first < run->sequences_per_rank; first += B) {
         const size_t place = (size_t)first * (size_t)T, bytes = (size_t)rows * sizeof(int);
         const int *tokens, *targets;
         loader_next(run->train, &tokens, &targets);
         memcpy(run->tokens + place, tokens, bytes);
         memcpy(run->targets + place, targets, bytes);
-        const TrainingPass pass = {run->options.seed, step, first, run->options.pgqa_noise};
+        const TrainingPass pass = {run->options.seed, step, first * N + (long)rank * B,
+                                   run->options.pgqa_noise};
+        model->reduces = first + B == run->sequences_per_rank;
         gpt_forward(model, run->tokens + place, B, T, 0, &pass);
         gpt_classify(model, run->losses + place, run->targets + place, B, T, 1, (float_acc)(1 / total));
         gpt_backward(model, B, T);
@@ -1129,25 +1310,31 @@ static double train_step(Model* model, Run* run, double rate, int step, double* 
     settings.clip = (float)run->options.clip;
     settings.step = step + 1;
     gpt_update(model, settings);
-    stream_synchronize(model->stream);
+    comm_synchronize(model->stream);
     range_end();
     *norm = (double)*model->host_norm;
-    const long batches = run->sequences_per_step / B;
+    const long batches = run->sequences_per_rank / B;
     *attention = gpt_attention_seconds(model) * (double)batches;
     double sum = 0;
-    for (long first = 0; first < run->sequences_per_step; first += B)
+    for (long first = 0; first < run->sequences_per_rank; first += B)
         sum += sum_of_losses(run->losses + (size_t)first * (size_t)T, rows);
+    comm_sum(&sum, 1);
     return sum / total;
 }
 
-static void save_checkpoint(const Model* model, Run* run, Metrics* metrics, int step) {
+static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) {
     double started = seconds_now();
     run->state.step = step;
     metrics_sync(metrics);
+    gpt_gather_masters(model);
+    StateRange* ranges = (StateRange*)malloc_or_fail((size_t)model->bucket_count * sizeof(StateRange),
+                                                     "a checkpoint's ranges");
+    const int range_count = gpt_state_ranges(model, ranges);
     checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state,
                     heads_are_key_driven(&run->config) ? &model->heads : NULL, gpt_weights(model),
-                    model->exp_avg, model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL,
-                    run->options.keep, model->stream);
+                    model->exp_avg, model->exp_avg_sq, ranges, range_count,
+                    run->tokenizer_path[0] ? run->tokenizer_path : NULL, run->options.keep, model->stream);
+    free(ranges);
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
@@ -1165,13 +1352,14 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     const ModelConfig* config = &run->config;
     static MetricsOptions to;
     memset(&to, 0, sizeof(to));
-    to.directory = options->output;
+    to.directory = comm_rank() == 0 ? options->output : NULL;
+    to.quiet = comm_rank() > 0;
     to.resume_step = run->state.step;
     to.total_steps = run->steps;
     to.log_every = (int)options->log_every;
     to.tokens_per_step = (uint64_t)options->total_batch;
     to.flops_per_step = flops_per_token(config, config->sequence_length) * (double)options->total_batch;
-    to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME);
+    to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME) * comm_size();
     metrics_describe_text(&to, "attn", ATTN_NAME);
     metrics_describe_text(&to, "gqa", GQA_NAME);
     metrics_describe_number(&to, "kconv", KCONV);
@@ -1295,9 +1483,11 @@ static void train(Model* model, Run* run) {
     static Metrics metrics;
     start_metrics(&metrics, run);
     allocate_staging(run);
-    loader_start(run->train, run->state.sequences_seen, (uint64_t)options->batch, options->batch);
+    loader_start(run->train, run->state.sequences_seen + (uint64_t)(comm_rank() * options->batch),
+                 (uint64_t)comm_size() * (uint64_t)options->batch, options->batch);
     signal(SIGINT, request_stop);
     signal(SIGTERM, request_stop);
+    signal(SIGUSR1, request_stop); // mpirun passes it on, and Slurm can send it before a job's time is over
     const double started = seconds_now();
     const int first_step = run->state.step;
     // What was done at the step that is resumed is not done again.
@@ -1305,20 +1495,23 @@ static void train(Model* model, Run* run) {
 
     for (int step = first_step;; step++) {
         const int last = step == run->steps;
-        const int out_of_time = options->max_seconds > 0 && seconds_now() - started >= options->max_seconds;
-        const int stopping = stop_requested || out_of_time;
+        // A signal, or the clock, of one rank counts for all.
+        const int out_of_time =
+            comm_max(options->max_seconds > 0 && seconds_now() - started >= options->max_seconds);
+        const int stop_signal = comm_max(stop_requested), stopping = stop_signal || out_of_time;
+        const int speaks = comm_rank() == 0;
         const int validating = fresh && is_due(options->val_every, step, last);
         if (validating && run->val) {
             double begun = seconds_now();
             run->state.val_loss = validate(model, run);
             metrics_validation(&metrics, step, run->state.val_loss, seconds_now() - begun);
         }
-        if (validating && heads_are_key_driven(&run->config)) log_heads(&metrics, model, step);
+        if (speaks && validating && heads_are_key_driven(&run->config)) log_heads(&metrics, model, step);
         // Its forward passes are for metrics.jsonl alone.
-        if (validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
+        if (speaks && validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
             run->config.moba_topk > 1)
             log_selection(&metrics, model, run, step);
-        if (fresh && step > 0 && is_due(options->sample_every, step, last)) {
+        if (speaks && fresh && step > 0 && is_due(options->sample_every, step, last)) {
             metrics_message(&metrics, "step %d  sample:", step);
             gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
         }
@@ -1331,7 +1524,7 @@ static void train(Model* model, Run* run) {
             printf("stopped after step %d of %d%s\n", step, run->steps,
                    out_of_time ? ": --max-seconds is over" : "");
             if (options->output) printf("---> HINT: the same command with --resume goes on from here\n");
-            if (stop_requested) exit(128 + stop_requested);
+            if (stop_signal) exit(128 + stop_signal);
             break;
         }
         fresh = 1;
@@ -1363,6 +1556,7 @@ static void yield_while_waiting(char** argv) {
 int main(int argc, char** argv) {
     program_name = "train_gpt";
     yield_while_waiting(argv);
+    comm_start();
     // Otherwise the C library keeps a heap for every thread and what was freed, and no plan knows how much of it.
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 1 << 20);
@@ -1381,9 +1575,10 @@ int main(int argc, char** argv) {
                            : options->write_logits ? "--write-logits"
                                                    : "--eval-retrieval";
         if (!run.init_from[0]) fail_usage("%s: needs --init-from, the model to run", mode);
+        if (comm_size() > 1) fail_usage("%s: runs in one process, not in %d", mode, comm_size());
         if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
         Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
-        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0);
+        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0, 0);
         gpt_allocate(&model);
         load_model(&model, &run, run.init_from);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
@@ -1400,13 +1595,14 @@ int main(int argc, char** argv) {
     open_data(&run);
     matmul_start();
     run.resident = memory_resident();
-    gpt_plan(&model, &run.config, options->batch, T, 1);
+    gpt_plan(&model, &run.config, options->batch, T, 1, options->zero);
     print_plan(&run, &model);
     check_plan_fits(&run, &model);
     if (options->dry_run) return 0;
     gpt_allocate(&model);
     model.heads.settings = options->heads_by_keys;
     model.heads.settings.seed = options->seed;
+    model.heads.warned = comm_rank() > 0; // the first rank warns for all
     if (run.resume_from[0]) {
         run.state = checkpoint_load_state(run.resume_from);
         if (run.state.seed != options->seed)
@@ -1415,8 +1611,7 @@ int main(int argc, char** argv) {
         if (run.state.step > run.steps)
             fail_usage("--steps %d: %s has done %d already", run.steps, run.resume_from, run.state.step);
         load_model(&model, &run, run.resume_from);
-        checkpoint_load_optimizer(run.resume_from, &model.layout.table, model.exp_avg, model.exp_avg_sq,
-                                  model.stream);
+        load_optimizer(&model, run.resume_from);
         printf("resuming %s: step %d of %d\n", run.resume_from, run.state.step, run.steps);
     } else {
         if (options->resume)
@@ -1425,7 +1620,8 @@ int main(int argc, char** argv) {
         else gpt_initialize(&model, options->seed);
     }
     describe_state(&run);
-    prepare_output(&run);
+    if (comm_rank() == 0) prepare_output(&run);
+    comm_barrier();
 
     train(&model, &run);
 

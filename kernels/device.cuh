@@ -91,6 +91,10 @@ static inline void copy_to_host(void* host, const void* device, size_t bytes, st
     device_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream), "copy to the host");
 }
 
+static inline void copy_on_device(void* to, const void* from, size_t bytes, stream_t stream) {
+    device_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy in its memory");
+}
+
 // Waits for all that is queued; what went wrong in a kernel shows here.
 static inline void stream_synchronize(stream_t stream) {
     device_check(cudaStreamSynchronize(stream), "finish what was queued");

@@ -41,6 +41,7 @@ typedef struct {
     int warmup; // steps
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
+    int zero; // 1: the optimizer's state is sharded over the processes
     // Life
     const char* output;
     int resume, overwrite;
@@ -93,6 +94,7 @@ enum {
     KEY_BETA2,
     KEY_EPS,
     KEY_CLIP,
+    KEY_ZERO,
     KEY_RESUME,
     KEY_OVERWRITE,
     KEY_KEEP,
@@ -171,6 +173,8 @@ static const struct argp_option option_table[] = {
     {"eps", KEY_EPS, "X", 0, "epsilon (default 1e-8)", 3},
     {"weight-decay", 'c', "X", 0, "decay of matrices, not of norm gains (default 0.1)", 3},
     {"clip", KEY_CLIP, "X", 0, "largest gradient norm; 0: no clipping (default 1)", 3},
+    {"zero", KEY_ZERO, "0|1", 0,
+     "of many processes: 1 shards the optimizer's state over them; the result is the same (default 0)", 3},
 
     {0, 0, 0, 0, "Life of a run", 4},
     {"output", 'o', "DIR", 0, "directory of checkpoints, metrics.jsonl, timings.jsonl and main.log", 4},
@@ -388,6 +392,9 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_CLIP:
         options->clip = option_number(key, text, 0, 1e9);
+        break;
+    case KEY_ZERO:
+        options->zero = (int)option_integer(key, text, 0, 1);
         break;
     case 'o':
         options->output = text;

@@ -274,7 +274,7 @@ static void set_up(Fixture* fixture, const Case* c) {
     model_config_check(&config);
 
     Model* model = &fixture->model;
-    gpt_plan(model, &config, BATCH, c->T, 1);
+    gpt_plan(model, &config, BATCH, c->T, 1, 0);
     gpt_allocate(model);
     gpt_initialize(model, 42);
     // Weights larger than a fresh model's, and gains other than 1, so that every term of a gradient counts.
@@ -833,7 +833,7 @@ static void test_initialization(void** state) {
     config.gqa = GQA_STATIC;
     model_config_complete(&config);
     static Model model;
-    gpt_plan(&model, &config, 1, 32, 1);
+    gpt_plan(&model, &config, 1, 32, 1, 0);
     gpt_allocate(&model);
     gpt_initialize(&model, 1);
     const TensorTable* table = &model.layout.table;
@@ -942,7 +942,7 @@ static void test_transformers(void** state) {
         logits_read(path, &expected, &tokens, &T, &V);
         assert_int_equal(V, config.vocab_size);
         static Model model;
-        gpt_plan(&model, &config, 1, T, 0);
+        gpt_plan(&model, &config, 1, T, 0, 0);
         gpt_allocate(&model);
         gpt_initialize(&model, 1);
         for (int i = 0; i < 3 * config.kv_heads * config.head_dim && config.kconv; i++)
@@ -990,14 +990,15 @@ static void test_conversion_to_fewer_heads(void** state) {
     assert_non_null(mkdtemp(output));
     TrainingState at_start;
     memset(&at_start, 0, sizeof(at_start));
+    const StateRange whole = {0, model->layout.table.elements, 0};
     checkpoint_save(output, &model->config, &model->layout.table, &at_start, NULL, gpt_weights(model),
-                    model->exp_avg, model->exp_avg_sq, NULL, 0, model->stream);
+                    model->exp_avg, model->exp_avg_sq, &whole, 1, NULL, 0, model->stream);
     assert_true(checkpoint_latest(output, directory));
 
     ModelConfig config = model->config;
     config.kv_heads = 2;
     static Model pooled;
-    gpt_plan(&pooled, &config, 1, c.T, 0);
+    gpt_plan(&pooled, &config, 1, c.T, 0, 0);
     gpt_allocate(&pooled);
     checkpoint_load_pooled(directory, &config, &pooled.layout.table, gpt_weights(&pooled), pooled.stream);
     gpt_forward(model, fixture.tokens, 1, c.T, 0, NULL);
