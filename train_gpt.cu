@@ -30,7 +30,6 @@ kernels of CUDA on an emulator (dev/simt).
 #include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
 #include "dev/cpu/moba.h"       // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
-#include "dev/cpu/noise.h"      // defines attention_noise
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
@@ -46,7 +45,6 @@ kernels of CUDA on an emulator (dev/simt).
 #include "gqa.cuh"
 #include "moba.cuh"
 #include "kernels/moba_plain.cuh"
-#include "kernels/noise.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"
 #include "kernels/adamw.cuh"
@@ -81,7 +79,7 @@ typedef struct {
     floatX* qkv;          // (B, T, H + 2G, D) after convolution and RoPE
     floatX* raw_keys;     // (B, T, G, D) before the convolution, in layers that have one
     floatX* attention;    // (B, T, H, D)
-    floatX* noised;       // (B, T, H, D) what is multiplied by Wo: pgqa's noise added, else attention itself
+    floatX* noised;       // (B, T, H, D) what is multiplied by Wo with pgqa: attention with its noise
     float_acc* lse;       // (B, H, T)
     int* selected;        // (B, H, T, K-1) the blocks that each query attends to, in layers with MoBA
     float_acc* centroids; // (B, T/S, G, D) the means of their blocks' keys
@@ -503,26 +501,49 @@ static void gpt_free(Model* model) {
 // ----------------------------------------------------------------------------
 // Attention, of the kind that the layer has
 
-static void layer_attention_forward(Model* model, int l, int B, int T, int start) {
+// What a training pass knows that evaluation and generation do not.
+typedef struct {
+    uint64_t seed;
+    int step;           // optimizer steps done
+    long sequence;      // of the step: the place of the batch's first one
+    double noise_alpha; // of pgqa
+} TrainingPass;
+
+// pgqa's noise on what attention makes in a training pass, written to *noise; else NULL.
+static const AttentionNoise* layer_noise(AttentionNoise* noise, const Model* model, int l,
+                                         const TrainingPass* pass) {
+    if (!pass || model->config.gqa != GQA_PERTURBED) return NULL;
+    noise->noised = model->acts.layers[l].noised;
+    noise->alpha = (float)pass->noise_alpha;
+    noise->seed = pass->seed;
+    noise->draws = noise_stream(pass->step, l);
+    noise->first_sequence = (uint64_t)pass->sequence;
+    return noise;
+}
+
+// To attention, and in a training pass of pgqa also to noised.
+static void layer_attention_forward(Model* model, int l, int B, int T, int start, const TrainingPass* pass) {
     const ModelConfig* config = &model->config;
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
     const int* kv_of_q = model->heads.map + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
     void* workspace = model->acts.workspace;
+    AttentionNoise memory;
+    const AttentionNoise* noise = layer_noise(&memory, model, l, pass);
     mark(&model->marks[4 * l], model->stream);
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
-                          layer_window(config, l), model->stream);
+                          layer_window(config, l), noise, model->stream);
         break;
     case ATTENTION_MOBA:
         moba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv, kv_of_q,
-                     workspace, B, T, start, H, G, D, S, K, model->stream);
+                     workspace, B, T, start, H, G, D, S, K, noise, model->stream);
         break;
     case ATTENTION_FLASHMOBA:
         flashmoba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv,
-                          kv_of_q, workspace, B, T, start, H, G, D, S, K, model->stream);
+                          kv_of_q, workspace, B, T, start, H, G, D, S, K, noise, model->stream);
         break;
     }
     mark(&model->marks[4 * l + 1], model->stream);
@@ -558,14 +579,6 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
 // Query heads that follow the keys (docs/math.md section 3). Maps change between steps, or, with the keys' own statistic as
 // the source, in the middle of a training pass; never in evaluation or generation. All of it happens on the device, in the order
 // of the stream: the host neither waits for a statistic nor knows a map.
-
-// What a training pass knows that evaluation and generation do not.
-typedef struct {
-    uint64_t seed;
-    int step;           // optimizer steps done
-    long sequence;      // of the step: the place of the batch's first one
-    double noise_alpha; // of pgqa
-} TrainingPass;
 
 // The maps of a step: from the keys of the step before, from the weights as they are now, or from random numbers.
 static void gpt_begin_step(Model* model, int step) {
@@ -700,7 +713,6 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
     const int C = config->channels, H = config->heads, D = config->head_dim, F = config->ffn;
     const int rows = B * (T - start);
     const size_t first = start; // the first row computed, of every activation
-    const int noisy = pass && config->gqa == GQA_PERTURBED;
     const int measured =
         pass && heads_are_key_driven(config) && allocation_needs_keys(&model->heads.settings);
     const float eps = config->norm_eps;
@@ -724,11 +736,8 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
 
         // attention
         layer_qkv_forward(model, l, B, T, start, measured ? pass->step : -1);
-        layer_attention_forward(model, l, B, T, start);
-        if (noisy)
-            attention_noise(layer->noised, layer->attention, B, T, H, D, (float)pass->noise_alpha, pass->seed,
-                            noise_stream(pass->step, l), pass->sequence, stream);
-        layer_output_forward(model, l, noisy ? layer->noised : layer->attention, B, T, start);
+        layer_attention_forward(model, l, B, T, start, pass);
+        layer_output_forward(model, l, pass ? layer_heads(model, l) : layer->attention, B, T, start);
 
         // feed-forward; the norm that follows is the next layer's first, or the model's last
         layer_hidden_forward(model, l, B, T, start);

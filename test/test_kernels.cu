@@ -18,7 +18,6 @@ outside of the outputs; NaN and Inf where the reference has them.
 #include "kernels/adamw.cuh"
 #include "kernels/keynorm.cuh"
 #include "kernels/keyconv.cuh"
-#include "kernels/noise.cuh"
 
 // ----------------------------------------------------------------------------
 // Arrays of an operation
@@ -397,21 +396,6 @@ static void keyconv_backward_reference(void* const* arrays, const int* shape) {
                                shape[5]);
 }
 
-// Noise: B, T, H, D
-static int noise_arrays(Array* arrays, const int* shape) {
-    const size_t count = (size_t)shape[0] * shape[1] * shape[2] * shape[3];
-    arrays[0] = activation(OUTPUT, count);
-    arrays[1] = activation(INPUT, count);
-    return 2;
-}
-static void noise_device(void* const* arrays, const int* shape) {
-    attention_noise(X(0), X(1), shape[0], shape[1], shape[2], shape[3], 0.75f, 5, noise_stream(3, 2), 7, 0);
-}
-static void noise_reference(void* const* arrays, const int* shape) {
-    reference_attention_noise(D(0), D(1), shape[0], shape[1], shape[2], shape[3], 0.75f, 5,
-                              noise_stream(3, 2), 7);
-}
-
 #undef X
 #undef S
 #undef D
@@ -516,11 +500,6 @@ static const Operation operations[] = {
      KEYCONV_SHAPES},
     {"keyconv_backward", keyconv_backward_arrays, keyconv_backward_device, keyconv_backward_reference,
      KEYCONV_SHAPES},
-    {"attention_noise",
-     noise_arrays,
-     noise_device,
-     noise_reference,
-     {{1, 3, 2, 16}, {2, 2, 3, 7}, {1, 1, 1, 2}, {2, 70, 2, 64}, {1, 2, 1, 130}}},
 };
 enum { OPERATIONS = sizeof(operations) / sizeof(operations[0]) };
 

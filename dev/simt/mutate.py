@@ -42,7 +42,7 @@ PRECISIONS = ("bf16", "fp32")
 FILES = {
     "gqa.cuh": ("test_gqa", [None]),
     "kernels/tile.cuh": ("test_gqa", [None]),
-    "kernels/vector.cuh": ("test_kernels", ["rmsnorm_*", "attention_noise*", None]),
+    "kernels/vector.cuh": ("test_kernels", ["rmsnorm_*", None]),
     "kernels/embedding.cuh": ("test_kernels", ["embedding_*"]),
     "kernels/rmsnorm.cuh": ("test_kernels", ["*rmsnorm_*"]),
     "kernels/rope.cuh": ("test_kernels", ["rope_*"]),
@@ -52,7 +52,8 @@ FILES = {
     "kernels/adamw.cuh": ("test_kernels", ["global_norm*", "adamw_*"]),
     "kernels/keynorm.cuh": ("test_kernels", ["key_*"]),
     "kernels/keyconv.cuh": ("test_kernels", ["keyconv_*"]),
-    "kernels/noise.cuh": ("test_kernels", ["attention_noise*"]),
+    "kernels/noise.cuh": ("test_gqa", ["test_noise"]),
+    "kernels/heads.cuh": ("test_heads", [None]),
 }
 
 # ----------------------------------------------------------------------------
