@@ -88,7 +88,9 @@ ifeq ($(MPI),1)
   MPI_FLAGS := -DCOMM_MPI -D_GNU_SOURCE -DOMPI_SKIP_MPICXX $(addprefix -isystem ,$(shell mpicc --showme:incdirs))
   MPI_LIBS := $(addprefix -L,$(shell mpicc --showme:libdirs)) -lmpi
   CUDA_COMM := $(MPI_FLAGS) $(if $(filter 1,$(NCCL)),-DCOMM_NCCL)
-  CUDA_COMM_LIBS := $(MPI_LIBS) $(if $(filter 1,$(NCCL)),$(addprefix -L,$(wildcard $(dir $(NVCC))../lib64 $(dir $(NVCC))../lib)) -lnccl)
+  NCCL_LIB := $(dir $(firstword $(wildcard $(dir $(NVCC))../lib64/libnccl.so $(dir $(NVCC))../lib/libnccl.so)))
+  NCCL_LIBS := $(if $(filter-out ./,$(NCCL_LIB)),-L$(NCCL_LIB) -Xlinker -rpath$(comma)$(abspath $(NCCL_LIB))) -lnccl
+  CUDA_COMM_LIBS := $(MPI_LIBS) $(if $(filter 1,$(NCCL)),$(NCCL_LIBS))
   PROCESSES := many processes by MPI$(if $(filter cuda1,$(DEVICE)$(NCCL)), and NCCL)
 else
   PROCESSES := a single process: $(if $(filter-out undefined default file,$(origin MPI)),MPI=0,no mpicc here (libopenmpi-dev))

@@ -18,6 +18,7 @@ order of the ranks, so that its bits depend on N alone; NCCL has an order of its
 way every rank has the same bits. Of an array of n bytes each rank sends and receives (N - 1) / N n in comm_reduce_scatter(), and
 the same in comm_all_gather().
 
+Before anything is done together, comm_must_agree("--batch", "%d", batch) makes sure that all mean the same.
 A rank that fails says why, with its number and host, and ends the others; where one is killed, the launcher does. Ranks that
 do not hear of the others for COMM_PATIENCE seconds give up. Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 */
@@ -469,5 +470,30 @@ static inline void comm_start(void) {
 }
 
 #endif
+
+// ----------------------------------------------------------------------------
+// Agreement
+
+// All ranks call it in the same order, with what each of them is about to do; fails on those that differ from the first.
+__attribute__((format(printf, 2, 3))) static inline void comm_must_agree(const char* what, const char* format,
+                                                                         ...) {
+    typedef struct {
+        char what[PATH_MAX], value[PATH_MAX];
+    } Fact;
+    Fact* mine = (Fact*)calloc_or_fail(2, sizeof(Fact), "what ranks must agree on");
+    Fact* theirs = mine + 1;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(mine->value, sizeof(mine->value), format, arguments);
+    va_end(arguments);
+    snprintf(mine->what, sizeof(mine->what), "%s", what);
+    memcpy(theirs, mine, sizeof(Fact));
+    comm_broadcast(theirs, sizeof(Fact));
+    if (strcmp(mine->what, theirs->what))
+        fail("has %s %s, where rank 0 has %s %s", mine->what, mine->value, theirs->what, theirs->value);
+    if (strcmp(mine->value, theirs->value))
+        fail("%s is %s, but on rank 0 it is %s", mine->what, mine->value, theirs->value);
+    free(mine);
+}
 
 #endif
