@@ -266,7 +266,7 @@ endif
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
-         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed \
          $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 

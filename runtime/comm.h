@@ -26,6 +26,7 @@ do not hear of the others for COMM_PATIENCE seconds give up. Include the device'
 #define RUNTIME_COMM_H
 
 #include <assert.h>
+#include <omp.h>
 #include <sched.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, failure_begin, failure_end
@@ -54,7 +55,6 @@ static Comm comm;
 
 static inline int comm_rank(void) { return comm.rank; }
 static inline int comm_size(void) { return comm.size > 1 ? comm.size : 1; }
-static inline int comm_local_rank(void) { return comm.local_rank; }
 static inline int comm_local_size(void) { return comm.local_size > 1 ? comm.local_size : 1; }
 
 // Bytes of host memory that the functions below hold.
@@ -314,14 +314,8 @@ static inline void comm_check(ncclResult_t result, const char* doing) {
         fail("NCCL: cannot %s: %s", doing, ncclGetErrorString(result));
 }
 
-// One GPU a rank, by its place among the ranks of its host.
 static inline void comm_start_device(void) {
-    int devices = 0;
     ncclUniqueId id;
-    device_check(cudaGetDeviceCount(&devices), "count the GPUs");
-    if (comm_local_size() > devices)
-        fail("%d ranks on this host, which has %d GPUs: every rank needs one", comm_local_size(), devices);
-    device_check(cudaSetDevice(comm_local_rank()), "choose a GPU");
     memset(&id, 0, sizeof(id));
     if (comm_rank() == 0) comm_check(ncclGetUniqueId(&id), "begin");
     comm_broadcast(&id, sizeof(id));
@@ -465,6 +459,7 @@ static inline void comm_start(void) {
     MPI_Comm_free(&neighbours);
     comm_be_quiet();
     comm_choose_threads();
+    device_choose(comm.local_rank, comm.local_size);
     comm_start_device();
     atexit(comm_stop);
 }
