@@ -390,7 +390,7 @@ static void gpt_keep_masters(Model* model) {
     stream_synchronize(model->stream);
 }
 
-static void gpt_gather_masters(Model* model) {
+static inline void gpt_gather_masters(Model* model) {
     for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
         const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
         copy_on_device(model->grads + shard.first, model->masters + gpt_shard_state(model, bucket),
@@ -415,7 +415,7 @@ static void gpt_initialize(Model* model, uint64_t seed) {
 
 // What of the optimizer's state this rank holds alone, or, with whole copies everywhere, writes: the shards, ascending. Returns
 // their number, at most L + 2.
-static int gpt_state_ranges(const Model* model, StateRange* ranges) {
+static inline int gpt_state_ranges(const Model* model, StateRange* ranges) {
     const size_t elements = model->layout.table.elements;
     int count = 0;
     for (int i = model->bucket_count - 1; i >= 0; i--) {
