@@ -72,14 +72,14 @@ finish() {
         printf '{"date": "%s", "commit": "%s", "gpu": "%s", "cuda": "%s", "seconds": %s,\n' \
             "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$(git describe --always --dirty 2>/dev/null)" "$(quote "$gpu")" "$cuda" "$(since "$started")"
         printf '"checks": [\n%s\n],\n' "$(IFS=$'\n'; sed '$!s/$/,/' <<<"${checks[*]}")"
-        printf '"curves": %s,\n"attention": %s,\n"step_1024": %s,\n"step_8192": %s,\n"peers": %s}\n' "$(piece curves.json)" \
-            "$(piece attention.json)" "$(piece step_1024.json)" "$(piece step_8192.json)" "$(piece peers.json)"
+        printf '"curves": %s,\n"attention": %s,\n"moba": %s,\n"step_1024": %s,\n"step_8192": %s,\n"peers": %s}\n' "$(piece curves.json)" \
+            "$(piece attention.json)" "$(piece moba.json)" "$(piece step_1024.json)" "$(piece step_8192.json)" "$(piece peers.json)"
     } >"$record"
     echo
     echo "$gpu; CUDA $cuda; $(date -u +%Y-%m-%d); $(since "$started") s"
     printf '%s\n' "${table[@]}"
     echo
-    if [ -s "$out/attention.log" ]; then cat "$out/attention.log"; fi
+    for log in attention moba; do if [ -s "$out/$log.log" ]; then cat "$out/$log.log"; fi; done
     for length in 1024 8192; do if [ -s "$out/step_$length.log" ]; then cat "$out/step_$length.log"; fi; done
     if [ -s "$out/peers.json" ]; then cat "$out/PyTorch.log"; fi
     echo
@@ -127,11 +127,11 @@ compare_curves() {
 
 text_bytes=8000000
 model=(--layers 6 --channels 384 --heads 6 --kv-heads 2 -t 256 -b 32 -d 16384) small_batch=4
-attention=() steps=(--steps 20) short=(--sequence-length 1024 --batch 32) long=(--sequence-length 8192 --batch 4)
+attention=() moba=(-t 32768 -r 10) steps=(--steps 20) short=(--sequence-length 1024 --batch 32) long=(--sequence-length 8192 --batch 4)
 if [ $device = simt ]; then
     text_bytes=300000
     model=(--layers 1 --channels 64 --heads 2 -t 32 -b 2 -d 128) small_batch=1
-    attention=(-t 64 -q 2 -k 1 -r 2) steps=(--steps 2 --model d1 --vocab 200) short=(--batch 2 --sequence-length 32) long=(--batch 1 --sequence-length 64)
+    attention=(-t 64 -q 2 -k 1 -r 2) moba=(-t 128 -B 1 -q 2 -d 32 -s 32 -k 3 -r 3) steps=(--steps 2 --model d1 --vocab 200) short=(--batch 2 --sequence-length 32) long=(--batch 1 --sequence-length 64)
 fi
 if check "text" prepare_text && check "200 steps in bf16" train bf16 && check "200 steps in fp32" train fp32; then
     check "bf16 learns as fp32 does" compare_curves
@@ -172,7 +172,8 @@ fi
 
 bench=$build/bench
 check "attention" "$bench/attention_${device}_bf16" "${attention[@]}" --json "$out/attention.json"
+check "moba" "$bench/moba_${device}_bf16" "${moba[@]}" --json "$out/moba.json"
 check "step 1024" "$bench/step_${device}_bf16" "${steps[@]}" "${short[@]}" --json "$out/step_1024.json"
 check "step 8192" "$bench/step_${device}_bf16" "${steps[@]}" "${long[@]}" --json "$out/step_8192.json"
-check "PyTorch" python3 dev/bench/peers.py --attention "$out/attention.json" --step "$out/step_1024.json" --json "$out/peers.json"
+check "PyTorch" python3 dev/bench/peers.py --attention "$out/attention.json" --step "$out/step_1024.json" --moba "$out/moba.json" --json "$out/peers.json"
 finish
