@@ -1172,6 +1172,40 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
+static void agree_on_shards(const char* what, const DataLoader* loader) {
+    comm_must_agree(what, "of %d shards", loader ? loader->shard_count : 0);
+    for (int i = 0; loader && i < loader->shard_count; i++) {
+        const TokenShard* shard = &loader->shards[i];
+        comm_must_agree(what, "%s of %u tokens, vocabulary %d, tokenizer %08x", shard->path, shard->tokens,
+                        shard->vocab_size, shard->tokenizer_hash);
+    }
+}
+
+// Ranks that were started in different ways, or see other files, must not train together.
+static void agree_on_run(const Run* run, int argc, char** argv) {
+    const ModelConfig* config = &run->config;
+    if (comm_size() == 1) return;
+    comm_must_agree("the build", "DEVICE=%s ATTN=%s GQA=%s KCONV=%d PRECISION=%s", DEVICE_NAME, ATTN_NAME,
+                    GQA_NAME, KCONV, PRECISION_NAME);
+    comm_must_agree("the number of arguments", "%d", argc - 1);
+    for (int i = 1; i < argc; i++) {
+        char name[64];
+        snprintf(name, sizeof(name), "argument %d, after %.32s,", i, i > 1 ? argv[i - 1] : "the program");
+        comm_must_agree(name, "%s", argv[i]);
+    }
+    comm_must_agree(
+        "the model",
+        "%d layers, %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, pattern %s",
+        config->layers, config->channels, config->heads, config->head_dim, config->kv_heads, config->ffn,
+        config->vocab_size, config->sequence_length, config->pattern);
+    comm_must_agree("the checkpoint to resume", "%s", run->resume_from[0] ? run->resume_from : "none");
+    comm_must_agree("the checkpoint to start from", "%s", run->init_from[0] ? run->init_from : "none");
+    comm_must_agree("the tokenizer's hash", "%08x", run->tokenizer ? tokenizer_hash(run->tokenizer) : 0);
+    agree_on_shards("the training data", run->train);
+    agree_on_shards("the validation data", run->val);
+    comm_barrier(); // who does not agree comes no further, nor does anybody else
+}
+
 // The weights of a checkpoint, and the map of query heads that they were trained with. A model with more KV heads is converted;
 // one without a map of its own starts with even groups.
 static void load_model(Model* model, const Run* run, const char* directory) {
@@ -1704,6 +1738,7 @@ int main(int argc, char** argv) {
     }
 
     open_data(&run);
+    agree_on_run(&run, argc, argv);
     matmul_start();
     run.resident = memory_resident();
     gpt_plan(&model, &run.config, options->batch, T, 1, options->recompute, options->zero);
