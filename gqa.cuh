@@ -103,6 +103,7 @@ template <int D> struct attention_forward_shape {
 #endif
     enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (QUERIES + SLOTS * KEYS) * D * sizeof(floatX) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // Writes 16M rows of a warp, which store_rows() has left in a tile, with noise. `first` is the tile's first row among the noise's
@@ -217,6 +218,7 @@ template <int D> struct attention_backward_keys_shape {
 #endif
     enum { THREADS = 32 * WARPS, KEYS = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * KEYS + 4 * QUERIES) * D * sizeof(floatX) + 2 * QUERIES * sizeof(float2) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 template <int D> struct attention_backward_queries_shape {
@@ -227,6 +229,7 @@ template <int D> struct attention_backward_queries_shape {
 #endif
     enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * QUERIES + 4 * KEYS) * D * sizeof(floatX) + QUERIES * sizeof(float2) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // What the backward knows of a row of scores: x is its log-sum-exp in powers of two, y its delta. Rows are counted to a

@@ -464,7 +464,7 @@ static void run_checkpoint(Settings* settings, int T_given, int blocks_given) {
                                      tokenizer ? tokenizer_hash(tokenizer) : 0, settings->seed, 0);
     if (loader_sequences(loader) == 0) fail("%s: less than one sequence of %d tokens", settings->data, T);
     static Model model;
-    gpt_plan(&model, &config, 1, T, 0);
+    gpt_plan(&model, &config, 1, T, 0, RECOMPUTE_NONE, 0);
     gpt_allocate(&model);
     checkpoint_load_model(directory, &model.layout.table, gpt_weights(&model), model.stream);
     if (heads_are_key_driven(&config)) gpt_load_heads(&model, directory);

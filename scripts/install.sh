@@ -6,7 +6,7 @@
 #   scripts/install.sh --tests    also what the tests and the linters need
 set -euo pipefail
 
-packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev gnuplot-nox)
+packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev libopenmpi-dev openmpi-bin gnuplot-nox)
 if [ "${1:-}" = "--tests" ]; then packages+=(libcmocka-dev clang-format clang-tidy shellcheck python3); fi
 
 missing=()

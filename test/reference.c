@@ -77,13 +77,15 @@ void reference_fused_classifier(double* logits, double* losses, const int* targe
 
 void reference_global_norm(double* norm, const double* grads, size_t count) {
     double* partials = (double*)malloc_or_fail(global_norm_partials(count) * sizeof(double), "partial sums");
-    global_norm(norm, partials, grads, count, 0);
+    double sum;
+    sum_of_squares(&sum, partials, grads, count, 0);
+    global_norm(norm, &sum, 1, 0);
     free(partials);
 }
 
 void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq, const double* grads,
-                            const double* norm, size_t count, AdamW settings) {
-    adamw_update(params, NULL, exp_avg, exp_avg_sq, grads, norm, count, settings, 0);
+                            const double* norm, const double* decays, size_t count, AdamW settings) {
+    adamw_update(params, NULL, exp_avg, exp_avg_sq, grads, norm, decays, count, settings, 0);
 }
 
 void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,

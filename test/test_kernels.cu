@@ -281,15 +281,20 @@ static int classifier_of_large_logits_arrays(Array* arrays, const int* shape) {
     return count;
 }
 
-// Norm of the gradient: count
+// Norm of the gradient, in two parts: count
 static int global_norm_arrays(Array* arrays, const int* shape) {
     arrays[0] = sum_of(OUTPUT, 1);
     arrays[1] = sum_of(INPUT, (size_t)shape[0]);
     arrays[2] = workspace_of(global_norm_partials((size_t)shape[0]) * sizeof(float_acc));
-    return 3;
+    arrays[3] = workspace_of(2 * sizeof(float_acc));
+    return 4;
 }
 static void global_norm_device(void* const* arrays, const int* shape) {
-    global_norm(S(0), S(2), S(1), (size_t)shape[0], 0);
+    const size_t count = (size_t)shape[0], half = (count + 1) / 2;
+    const int parts = count > half ? 2 : 1;
+    sum_of_squares(S(3), S(2), S(1), half, 0);
+    if (parts == 2) sum_of_squares(S(3) + 1, S(2), S(1) + half, count - half, 0);
+    global_norm(S(0), S(3), parts, 0);
 }
 static void global_norm_reference(void* const* arrays, const int* shape) {
     reference_global_norm(D(0), D(1), (size_t)shape[0]);
@@ -307,13 +312,14 @@ static int adamw_arrays(Array* arrays, const int* shape) {
     arrays[2] = positive(UPDATED, count);
     arrays[3] = sum_of(INPUT, count);
     arrays[4] = positive(INPUT, 1);
-    return 5;
+    arrays[5] = positive(INPUT, decay_blocks(count)); // not only 0 and 1
+    return 6;
 }
 static void adamw_device(void* const* arrays, const int* shape) {
-    adamw_update(X(0), NULL, S(1), S(2), S(3), S(4), (size_t)shape[0], adamw_settings(shape), 0);
+    adamw_update(X(0), NULL, S(1), S(2), S(3), S(4), S(5), (size_t)shape[0], adamw_settings(shape), 0);
 }
 static void adamw_reference(void* const* arrays, const int* shape) {
-    reference_adamw_update(D(0), D(1), D(2), D(3), D(4), (size_t)shape[0], adamw_settings(shape));
+    reference_adamw_update(D(0), D(1), D(2), D(3), D(4), D(5), (size_t)shape[0], adamw_settings(shape));
 }
 static int adamw_masters_arrays(Array* arrays, const int* shape) {
     const int count = adamw_arrays(arrays, shape);
@@ -322,11 +328,11 @@ static int adamw_masters_arrays(Array* arrays, const int* shape) {
     return count + 1;
 }
 static void adamw_masters_device(void* const* arrays, const int* shape) {
-    adamw_update(X(0), S(5), S(1), S(2), S(3), S(4), (size_t)shape[0], adamw_settings(shape), 0);
+    adamw_update(X(0), S(6), S(1), S(2), S(3), S(4), S(5), (size_t)shape[0], adamw_settings(shape), 0);
 }
 static void adamw_masters_reference(void* const* arrays, const int* shape) {
-    reference_adamw_update(D(5), D(1), D(2), D(3), D(4), (size_t)shape[0], adamw_settings(shape));
-    memcpy(D(0), D(5), (size_t)shape[0] * sizeof(double));
+    reference_adamw_update(D(6), D(1), D(2), D(3), D(4), D(5), (size_t)shape[0], adamw_settings(shape));
+    memcpy(D(0), D(6), (size_t)shape[0] * sizeof(double));
 }
 
 // Norms of the keys: B, T, H, G, D, C

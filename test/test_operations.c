@@ -698,7 +698,11 @@ static void test_global_norm(void** state) {
         float_acc* partials = new_floats(global_norm_partials(counts[i]));
         fill_normal(exact, grads, counts[i], 1, 7);
         float_acc norm;
-        global_norm(&norm, partials, grads, counts[i], 0);
+        const size_t half = counts[i] / 2; // an empty part where there is one element
+        float_acc sums[2];
+        sum_of_squares(&sums[0], partials, grads, half, 0);
+        sum_of_squares(&sums[1], partials, grads + half, counts[i] - half, 0);
+        global_norm(&norm, sums, 2, 0);
         double want = sqrt(dot(exact, exact, counts[i]));
         assert_true(fabs((double)norm - want) <= 1e-6 * want);
         free(exact);
@@ -709,7 +713,8 @@ static void test_global_norm(void** state) {
 
 static void test_adamw(void** state) {
     (void)state;
-    enum { COUNT = 37 };
+    enum { COUNT = 2 * DECAY_BLOCK + 37 };
+    const float_acc decays[3] = {1, 0, 1};
     const float clips[] = {0, 1, 1e6f};
     for (int k = 0; k < 3; k++) {
         floatX params[COUNT], copy[COUNT];
@@ -724,9 +729,9 @@ static void test_adamw(void** state) {
             double scale = clips[k] > 0 && length > clips[k] ? clips[k] / length : 1;
             norm = (float_acc)length;
             AdamW settings = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, clips[k], step};
-            adamw_update(params, NULL, m, v, grads, &norm, COUNT, settings, 0);
+            adamw_update(params, NULL, m, v, grads, &norm, decays, COUNT, settings, 0);
             memset(copy, 0xFF, sizeof(copy)); // what the copy of the masters held before has no part in it
-            adamw_update(copy, masters, master_m, master_v, grads, &norm, COUNT, settings, 0);
+            adamw_update(copy, masters, master_m, master_v, grads, &norm, decays, COUNT, settings, 0);
             assert_memory_equal(copy, params, sizeof(params));
             assert_memory_equal(masters, params, sizeof(params));
             for (int i = 0; i < COUNT; i++) {
@@ -735,7 +740,8 @@ static void test_adamw(void** state) {
                 v_exact[i] = beta2 * v_exact[i] + (1 - beta2) * g * g;
                 double m_hat = m_exact[i] / (1 - pow(beta1, step)),
                        v_hat = v_exact[i] / (1 - pow(beta2, step));
-                double rate = settings.learning_rate, decay = settings.weight_decay;
+                double rate = settings.learning_rate,
+                       decay = settings.weight_decay * (double)decays[i / DECAY_BLOCK];
                 p_exact[i] -= rate * (m_hat / (sqrt(v_hat) + settings.eps) + decay * p_exact[i]);
             }
         }

@@ -20,6 +20,9 @@ typedef int stream_t;
 // What the maker calls it; "" where nobody asks.
 static inline const char* device_name(void) { return ""; }
 
+// Makes this the process of number `index` of the `count` on this machine: they share its cores.
+static inline void device_choose(int index, int count) { (void)index, (void)count; }
+
 // Bytes that are free in a memory of the device's own.
 static inline size_t device_memory_free(void) { return 0; }
 
@@ -59,6 +62,11 @@ static inline void copy_to_device(void* device, const void* host, size_t bytes, 
 static inline void copy_to_host(void* host, const void* device, size_t bytes, stream_t stream) {
     (void)stream;
     memcpy(host, device, bytes);
+}
+
+static inline void copy_on_device(void* to, const void* from, size_t bytes, stream_t stream) {
+    (void)stream;
+    memcpy(to, from, bytes);
 }
 
 static inline void stream_synchronize(stream_t stream) { (void)stream; }
