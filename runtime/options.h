@@ -50,8 +50,9 @@ typedef struct {
     int warmup; // steps
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
-    // Memory
+    // Memory and speed
     Recompute recompute;
+    int cuda_graph;
     // Life
     const char* output;
     int resume, overwrite;
@@ -105,6 +106,7 @@ enum {
     KEY_EPS,
     KEY_CLIP,
     KEY_RECOMPUTE,
+    KEY_CUDA_GRAPH,
     KEY_RESUME,
     KEY_OVERWRITE,
     KEY_KEEP,
@@ -184,11 +186,15 @@ static const struct argp_option option_table[] = {
     {"weight-decay", 'c', "X", 0, "decay of matrices, not of norm gains (default 0.1)", 3},
     {"clip", KEY_CLIP, "X", 0, "largest gradient norm; 0: no clipping (default 1)", 3},
 
-    {0, 0, 0, 0, "Memory", 3},
+    {0, 0, 0, 0, "Memory and speed", 3},
     {"recompute", KEY_RECOMPUTE, "LEVEL", 0,
      "what backward computes again instead of keeping it: none (default), mlp (the feed-forward network) or "
      "layer (all but "
      "attention); less memory, the same result",
+     3},
+    {"cuda-graph", KEY_CUDA_GRAPH, 0, 0,
+     "record a step's kernels while the one before runs, and launch them as one; the same result (not on the "
+     "CPU)",
      3},
 
     {0, 0, 0, 0, "Life of a run", 4},
@@ -410,6 +416,9 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_RECOMPUTE:
         options->recompute = (Recompute)option_choice(key, text, recompute_names, RECOMPUTE_LEVELS);
+        break;
+    case KEY_CUDA_GRAPH:
+        options->cuda_graph = 1;
         break;
     case 'o':
         options->output = text;
