@@ -282,13 +282,55 @@ static void test_variants_follow_the_cpu(void** state) {
     }
 }
 
-// What the host must read in the middle of a step cannot be in a graph.
-static void test_a_graph_of_what_the_host_reads_is_refused(void** state) {
+// The query heads of every KV head in a checkpoint: the numbers of "heads" in its heads.json, layer after layer.
+static int read_heads(int heads[16], const char* output, int step) {
+    char path[256];
+    static char text[1 << 14];
+    print_to(path, sizeof(path), "%s/step_%08d/heads.json", output, step);
+    read_text(text, sizeof(text), path);
+    int count = 0;
+    for (const char* at = text; (at = strstr(at, "\"heads\":")); at++) {
+        char* number = strchr(at, '[') + 1;
+        for (const char* end = strchr(number, ']'); number < end; number += strspn(number, ", \t\n")) {
+            assert_true(count < 16);
+            heads[count++] = (int)strtol(number, &number, 10);
+        }
+    }
+    return count;
+}
+
+// Whatever maps are made from: the same on both, while they change; and a run that goes on from a checkpoint has the same bits.
+static void test_heads_of_every_source(void** state) {
     (void)state;
-    char path[PATH_MAX];
-    find_variant(path, device, &some_variants[0], "bf16");
-    must_fail_with(run("%s " MODEL " " RUN " -x 1 --kd-source forward --cuda-graph", path), 2,
-                   "--cuda-graph: not with --kd-source forward");
+    static const char* const sources[] = {"lagged", "forward", "weights", "random", "shuffled"};
+    const Variant v = {"flashmoba", "kdgqa", 3};
+    enum { SOME_STEPS = 6, KEPT = 3 };
+    char program[2][PATH_MAX], line[512];
+    find_variant(program[0], "cpu", &v, "fp32");
+    find_variant(program[1], device, &v, "fp32");
+    for (size_t i = 0; i < sizeof(sources) / sizeof(sources[0]); i++) {
+        print_to(line, sizeof(line),
+                 "--layers 2 --channels 128 --heads 4 --kv-heads 4 --ffn 64 --vocab 97 -t 32 -b 2 -d 128 "
+                 "-l 1e-2 -u 1 -i train.bin -x %d -n %d --keep 0 --moba-block 16 --moba-topk 2 "
+                 "--kd-min-heads 0 --kd-source %s",
+                 SOME_STEPS, KEPT, sources[i]);
+        must_end_well(run("%s %s -o heads_cpu", program[0], line));
+        must_end_well(run("%s %s -o heads_device", program[1], line));
+        int want[16], got[16], moved = 0;
+        for (int step = KEPT; step <= SOME_STEPS; step += KEPT) {
+            assert_int_equal(read_heads(want, "heads_cpu", step), 8);
+            assert_int_equal(read_heads(got, "heads_device", step), 8);
+            assert_memory_equal(got, want, 8 * sizeof(int));
+            for (int k = 0; k < 8; k++) moved += want[k] != 1;
+        }
+        if (!moved) print_error("%s: no query head has moved\n", sources[i]);
+        assert_true(moved > 0);
+        fork_run("heads_again", "heads_device", KEPT);
+        must_end_well(run("%s %s -o heads_again --resume", program[1], line));
+        must_be_same_run("heads_device", "heads_again", SOME_STEPS);
+        must_equal("heads_device/step_00000006/heads.json", "heads_again/step_00000006/heads.json");
+        shell("rm -rf heads_cpu heads_device heads_again");
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -327,7 +369,7 @@ int main(void) {
         cmocka_unit_test(test_too_large_a_batch_is_refused),
         cmocka_unit_test(test_other_head_dimensions_are_refused),
         cmocka_unit_test(test_variants_follow_the_cpu),
-        cmocka_unit_test(test_a_graph_of_what_the_host_reads_is_refused),
+        cmocka_unit_test(test_heads_of_every_source),
     };
     return cmocka_run_group_tests(tests, set_up, leave_directory);
 }
