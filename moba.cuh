@@ -892,7 +892,6 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
         store_sums(of_item.values, warp_row, of_item.count, dv);
         return;
     }
-    cp_async_wait<0>();
     __syncthreads(); // nobody uses the keys any more; the values are the warp's own
     scale_rows(dk, scale);
     floatX* to = dqkv + work->of_keys;
