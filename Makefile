@@ -274,7 +274,8 @@ TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/tes
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(BUILD)/test/test_snr $(BUILD)/test/test_scaling $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
          $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
-         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
+         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32) \
+         test/test_launch.sh
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
 	@mkdir -p $(@D)
@@ -318,6 +319,7 @@ test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= EMULATOR_SANITIZED= test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
+	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh test/test_launch.sh
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 	@$(MUTATE) --sample 30
 
@@ -381,7 +383,7 @@ gpu-check-tests:
 # Style
 
 SOURCES := $(shell git ls-files '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
-SCRIPTS := $(shell git ls-files '*.sh' '.ci/run' 2>/dev/null)
+SCRIPTS := $(shell git ls-files '*.sh' '*.sbatch' '.ci/run' 2>/dev/null)
 
 lint:
 	BUILD=$(BUILD) scripts/lint.sh
