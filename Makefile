@@ -28,8 +28,6 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 ATTN ?= dense
 GQA ?= gqa
 KCONV ?= 0
-# What the kernels of CUDA compute so far.
-cuda_lacks = $(filter ATTN=moba,ATTN=$(ATTN))
 
 ifeq ($(origin DEVICE),undefined)
   ifeq ($(NVCC),)
@@ -38,9 +36,9 @@ ifeq ($(origin DEVICE),undefined)
   else ifeq ($(filter-out 0,$(HAS_GPU)),)
     DEVICE := cpu
     DEVICE_REASON := (there is an nvcc, but no GPU answers nvidia-smi)
-  else ifneq ($(cuda_lacks)$(filter fp64,$(PRECISION)),)
+  else ifeq ($(PRECISION),fp64)
     DEVICE := cpu
-    DEVICE_REASON := (a GPU is here, but $(firstword $(cuda_lacks) PRECISION=fp64) is computed on the CPU only)
+    DEVICE_REASON := (a GPU is here, but PRECISION=fp64 is computed on the CPU only)
   else
     DEVICE := cuda
     DEVICE_REASON := (nvcc and a GPU are here)
@@ -59,7 +57,6 @@ ifeq ($(DEVICE),cpu)
 else
   PRECISION ?= bf16
   $(call allow,PRECISION,bf16 fp32,$(comma) with DEVICE=$(DEVICE))
-  $(if $(cuda_lacks),$(error $(cuda_lacks): computed with DEVICE=cpu only so far))
 endif
 $(if $(filter cuda,$(DEVICE)),$(if $(NVCC),,$(error DEVICE=cuda: $(NO_NVCC))))
 
@@ -88,7 +85,9 @@ ifeq ($(MPI),1)
   MPI_FLAGS := -DCOMM_MPI -D_GNU_SOURCE -DOMPI_SKIP_MPICXX $(addprefix -isystem ,$(shell mpicc --showme:incdirs))
   MPI_LIBS := $(addprefix -L,$(shell mpicc --showme:libdirs)) -lmpi
   CUDA_COMM := $(MPI_FLAGS) $(if $(filter 1,$(NCCL)),-DCOMM_NCCL)
-  CUDA_COMM_LIBS := $(MPI_LIBS) $(if $(filter 1,$(NCCL)),$(addprefix -L,$(wildcard $(dir $(NVCC))../lib64 $(dir $(NVCC))../lib)) -lnccl)
+  NCCL_LIB := $(dir $(firstword $(wildcard $(dir $(NVCC))../lib64/libnccl.so $(dir $(NVCC))../lib/libnccl.so)))
+  NCCL_LIBS := $(if $(filter-out ./,$(NCCL_LIB)),-L$(NCCL_LIB) -Xlinker -rpath$(comma)$(abspath $(NCCL_LIB))) -lnccl
+  CUDA_COMM_LIBS := $(MPI_LIBS) $(if $(filter 1,$(NCCL)),$(NCCL_LIBS))
   PROCESSES := many processes by MPI$(if $(filter cuda1,$(DEVICE)$(NCCL)), and NCCL)
 else
   PROCESSES := a single process: $(if $(filter-out undefined default file,$(origin MPI)),MPI=0,no mpicc here (libopenmpi-dev))
@@ -153,11 +152,11 @@ retrieval: $(BUILD)/retrieval
 # The trainers that tests run: test_programs some variants on the CPU, test_simt_trainer the CUDA program on the emulator.
 TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32 \
                      $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 flashmoba_kdgqa_kconv3,cpu_$(variant)_fp32) \
-                     cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 \
-                     $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5, \
+                     cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 cpu_moba_gqa_kconv3_fp32 \
+                     $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5 moba_gqa_kconv3, \
                        simt_$(variant)_fp32 simt_$(variant)_bf16))
 # All combinations, which test-long runs.
-ALL_TRAINERS := $(foreach attention,dense flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
+ALL_TRAINERS := $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
                   $(BUILD)/train_gpt_$(device)_$(attention)_$(heads)_kconv$(taps)_fp32))))
 
 # Those that make gpu-check runs, with DEVICE=cuda.
@@ -223,11 +222,19 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
-KERNEL_TEST_SOURCES := test_kernels test_gqa test_moba_kernels
+KERNEL_TEST_SOURCES := test_kernels test_heads test_gqa test_moba_kernels
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
+# The formulas of benchmarks against the emulator's counters: there is nothing to compare with on a GPU.
+COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_counts_fp32
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
+
+# What ptxas says of registers and shared memory stays beside the object, for make kernel-table. In bf16 a register that does not
+# fit and goes to memory is an error: the fp32 kernels are there to check with.
+PTXAS_FLAGS = -Xptxas -v$(if $(findstring bf16,$@),$(comma)--warn-on-spills$(comma)--warning-as-error)
+compile_object = $(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(PTXAS_FLAGS) $(1) -MF $@.d -c $< -o $@ 2>$@.ptxas || \
+  { grep -vE '^(ptxas info| +[0-9]+ bytes stack)' $@.ptxas >&2; exit 1; }
 
 define rules_of_kernel_test
 $(BUILD)/test/$(1)_bf16 $(BUILD)/test/$(1)_fp32: $(BUILD)/test/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
@@ -243,9 +250,14 @@ $(BUILD)/gpu/$(1)_bf16 $(BUILD)/gpu/$(1)_fp32: $(BUILD)/gpu/$(1)_%: test/$(1).cu
 $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
-	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
+	$$(Q)$$(call compile_object,$$(call precision,$$*))
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
+
+$(COUNT_TESTS): $(BUILD)/test/test_moba_counts_%: test/test_moba_counts.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(SIMT) $(call precision,$*) -MF $@.d -x c++ $< -o $@ -lcmocka -lm
 
 $(BUILD)/gpu/test_layout: test/test_layout.cu Makefile
 	@mkdir -p $(@D)
@@ -260,7 +272,7 @@ $(BUILD)/cuda/test_layout.o: test/test_layout.cu Makefile
 $(BUILD)/cuda/train_gpt_bf16.o $(BUILD)/cuda/train_gpt_fp32.o: $(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM) -MF $@.d -c $< -o $@
+	$(Q)$(call compile_object,$(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM))
 
 .PHONY: compile-cuda
 ifeq ($(NVCC),)
@@ -273,9 +285,9 @@ endif
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(BUILD)/test/test_snr $(BUILD)/test/test_scaling $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
-         $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
-         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32) \
-         test/test_launch.sh
+         $(BUILD)/test/test_distributed test/test_launch.sh \
+         $(KERNEL_TESTS) $(COUNT_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
+         $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
 	@mkdir -p $(@D)
@@ -310,8 +322,8 @@ THREADED := CFLAGS="$(THREAD_FLAGS)"
 # not those of OpenMP, so that the yardstick must do with one.
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
 KERNELS_THREADED := test_layout test_simt test_kernels_bf16 test_gqa_bf16 test_moba_kernels_bf16
-test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer
-	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh $(BUILD)/test/test_simt_trainer
+test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
+	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
 	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 scripts/run_tests.sh $(ORDERED)
 	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed scripts/run_tests.sh $(ORDERED) || exit 1; done
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(patsubst %,$(BUILD)/thread/test/%,$(KERNELS_THREADED))
@@ -338,7 +350,7 @@ $(BENCHES): $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
-GPU_BENCHES := $(foreach name,attention step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
+GPU_BENCHES := $(foreach name,attention moba step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
 bench_flags = $(call names,dense,gqa,0) $(call precision,$(call flag,3)) -MF $@.d
 bench_simt = $(SIMT) $(bench_flags) -x c++ $< -o $@ $(TRAIN_LIBS)
 bench_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(bench_flags) -x cu $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
@@ -352,17 +364,36 @@ $(filter $(BUILD)/bench/attention%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/
 	@echo "  build $@"
 	$(Q)$(bench_$(call flag,2))
 
+$(filter $(BUILD)/bench/moba_%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/moba.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(bench_$(call flag,2))
+
 ifeq ($(DEVICE),cpu)
 bench: $(BENCHES)
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 else
-bench: $(BUILD)/bench/attention_$(DEVICE)_$(PRECISION) $(BUILD)/bench/step_$(DEVICE)_$(PRECISION)
+bench: $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_$(PRECISION))
 	$(BUILD)/bench/attention_$(DEVICE)_$(PRECISION)
+	$(BUILD)/bench/moba_$(DEVICE)_$(PRECISION)
 	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 32
 	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 4 --sequence-length 8192
 endif
+
+# ----------------------------------------------------------------------------
+# docs/results/kernels.md: registers and shared memory from ptxas, shared memory of launches from the emulator, counts by formula.
+
+TABLED := $(KERNEL_TEST_SOURCES:=_bf16)
+.PHONY: kernel-table
+kernel-table: $(TABLED:%=$(BUILD)/cuda/%.o) $(TABLED:%=$(BUILD)/test/%) $(BUILD)/bench/moba_simt_bf16
+	@rm -f $(BUILD)/launches.txt
+	@for test in $(TABLED); do SIMT_LAUNCHES=$(BUILD)/launches.txt $(BUILD)/test/$$test >/dev/null 2>&1 || exit 1; done
+	@for draw in uniform recent sink oldest; do \
+	  $(BUILD)/bench/moba_simt_bf16 --count --select $$draw --json $(BUILD)/counts_$$draw.json >/dev/null || exit 1; done
+	dev/bench/kernel_table.py --nvcc "$(NVCC)" --ptxas $(TABLED:%=$(BUILD)/cuda/%.o.ptxas) --launches $(BUILD)/launches.txt \
+	  --counts $(foreach draw,uniform recent sink oldest,$(BUILD)/counts_$(draw).json) >docs/results/kernels.md
 
 # ----------------------------------------------------------------------------
 # make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.
@@ -374,7 +405,7 @@ gpu-check:
 	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
 
 gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(DEVICE_TESTS) \
-                    $(BUILD)/test/test_simt_trainer $(BUILD)/bench/attention_$(DEVICE)_bf16 $(BUILD)/bench/step_$(DEVICE)_bf16
+                    $(BUILD)/test/test_simt_trainer $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_bf16)
 
 gpu-check-tests:
 	@echo $(DEVICE_TESTS)

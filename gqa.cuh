@@ -101,6 +101,7 @@ template <int D> struct attention_forward_shape {
 #endif
     enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (QUERIES + SLOTS * KEYS) * D * sizeof(floatX) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // One block computes QUERIES rows of one head; a warp 16M of them. Tiles of keys and of values take turns in a ring of
@@ -196,6 +197,7 @@ template <int D> struct attention_backward_keys_shape {
 #endif
     enum { THREADS = 32 * WARPS, KEYS = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * KEYS + 4 * QUERIES) * D * sizeof(floatX) + 2 * QUERIES * sizeof(float2) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 template <int D> struct attention_backward_queries_shape {
@@ -206,6 +208,7 @@ template <int D> struct attention_backward_queries_shape {
 #endif
     enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * QUERIES + 4 * KEYS) * D * sizeof(floatX) + QUERIES * sizeof(float2) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // What the backward knows of a row of scores: x is its log-sum-exp in powers of two, y its delta. Rows are counted to a

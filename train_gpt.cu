@@ -25,6 +25,7 @@ kernels of CUDA on an emulator (dev/simt).
 #include "dev/cpu/rmsnorm.h"    // defines rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward
 #include "dev/cpu/matmul.h"     // defines matmul_start, matmul_forward, matmul_backward
 #include "dev/cpu/keynorm.h"    // defines key_rms, key_weight_norm
+#include "dev/cpu/heads.h"      // defines heads_begin_step, heads_of_batch, heads_measure
 #include "dev/cpu/keyconv.h"    // defines keyconv_forward, keyconv_backward
 #include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
@@ -39,20 +40,21 @@ kernels of CUDA on an emulator (dev/simt).
 #include "kernels/rmsnorm.cuh"
 #include "kernels/matmul.cuh"
 #include "kernels/keynorm.cuh"
+#include "kernels/heads.cuh"
 #include "kernels/keyconv.cuh"
 #include "kernels/rope.cuh"
 #include "gqa.cuh"
 #include "moba.cuh"
+#include "kernels/moba_plain.cuh"
 #include "kernels/noise.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"
 #include "kernels/adamw.cuh"
-#include "kernels/cpu_only.cuh" // defines what has no kernel yet, as errors
 #else
 #error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
 #include "runtime/comm.h"        // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
-#include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
+#include "runtime/allocation.h"  // defines HeadAllocation, allocation_start
 #include "runtime/memory.h"      // defines Arena
 #include "runtime/gpus.h"        // defines gpu_peak_flops
 #include "runtime/schedule.h"    // defines learning_rate
@@ -70,7 +72,8 @@ kernels of CUDA on an emulator (dev/simt).
 // The model and its memory
 
 // What a layer's forward pass leaves for its backward pass, and for the next token of a generation: the keys and values of
-// the packed rows are the cache, with the keys before the convolution where there is one.
+// the packed rows are the cache, with the keys before the convolution where there is one. With --recompute some arrays are
+// one for all layers (plan_layer says which), and what a layer left there is gone when the next one has run.
 typedef struct {
     floatX* residual;     // (B, T, C) the layer's input
     floatX* norm1;        // (B, T, C)
@@ -91,6 +94,7 @@ typedef struct {
 
 typedef struct {
     LayerActivations* layers; // L
+    LayerActivations shared;  // the arrays that are one for all layers
     floatX* residual;         // (B, T, C) the last layer's output
     floatX* norm;             // (B, T, C)
     float_acc* rstd;          // (B, T)
@@ -100,9 +104,8 @@ typedef struct {
     int* tokens;              // (B, T)
     int* targets;             // (B, T)
     float_acc* rope;          // (T, D/2, 2)
-    int* kv_of_q;             // (L, H) the KV head that each query head reads
     float_acc* key_norms;     // (B, G) of one layer: the statistic of each sequence's keys
-    float_acc* key_sums;      // (L, G) the sums of these over the step
+    float_acc* key_sums;      // (L, G) the sums of these over the step, or what stands in their place
     // gradients, shared by all layers
     floatX* dresidual;  // (B, T, C)
     floatX* dnorm;      // (B, T, C)
@@ -130,6 +133,7 @@ typedef struct {
     int B, T;    // the largest batch that the activations hold
     int logit_rows; // rows of logits that are computed at once
     int training;   // 0: no gradients and no optimizer state are held
+    Recompute recompute;
     // one block each
     floatX* params; // (padded)
     float_acc*
@@ -143,9 +147,11 @@ typedef struct {
     float_acc* partials;   // scratch of these sums
     Activations acts;
     Arena parameters, gradients, optimizer, activations;
-    HeadAllocation heads;   // where kv_of_q comes from
+    HeadAllocation heads;   // the KV head that each query head reads; its arrays are the device's
     float_acc* host_losses; // (B, T) pinned memory of the host, as is
     float_acc* host_norm;   // (1)
+    int* host_not_finite;   // (L) of heads
+    int warned;             // 1 after the warning of a statistic that is not finite
     Mark* marks;            // (L, 2, 2) where a layer's attention began and ended, forward and backward
     stream_t stream;
 } Model;
@@ -215,8 +221,56 @@ static size_t attention_workspace(const ModelConfig* config, int layer, int B, i
     return training && backward > forward ? backward : forward;
 }
 
-// Decides where everything lies; takes no memory yet but for the tables.
-static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training, int zero) {
+// An array of layer l, `member` bytes into its LayerActivations. From the level `again` on it is computed again where backward
+// needs it, so that one array serves all layers.
+static void reserve_in_layer(Model* model, int l, size_t member, size_t bytes, const char* label,
+                             Recompute again) {
+    Activations* acts = &model->acts;
+    void** array = (void**)((char*)&acts->layers[l] + member);
+    void** shared = (void**)((char*)&acts->shared + member);
+    if (model->recompute >= again) arena_reserve_shared(&model->activations, array, shared, bytes, label);
+    else arena_reserve(&model->activations, array, bytes, label);
+}
+
+// What layer l leaves for backward, and the first level of --recompute that does not keep it. Kept at every level: the input,
+// which all else follows from; the choice of blocks, which must not be made twice (where two scores are nearly alike another
+// choice would make the gradient one of another function); and the output of attention with its lse, for attention is the part
+// whose cost grows with T. Noise on it costs a draw for each element, so that is kept too.
+static void plan_layer(Model* model, int l) {
+    const ModelConfig* config = &model->config;
+    const int B = model->B, T = model->T;
+    const Recompute never = RECOMPUTE_LEVELS;
+    const size_t rows = (size_t)B * T, C = config->channels, H = config->heads, G = config->kv_heads,
+                 D = config->head_dim, F = config->ffn, x = sizeof(floatX), acc = sizeof(float_acc);
+#define ARRAY(name, bytes, label, again)                                                                     \
+    reserve_in_layer(model, l, offsetof(LayerActivations, name), bytes, label, again)
+    if (layer_attention(config, l) != ATTENTION_DENSE) {
+        const size_t chosen = moba_selected_count(B, T, (int)H, config->moba_topk),
+                     means = moba_centroids_count(B, T, (int)G, (int)D, config->moba_block);
+        ARRAY(selected, chosen * sizeof(int), "chosen blocks", never);
+        ARRAY(centroids, means * acc, "chosen blocks", RECOMPUTE_LAYER);
+    }
+    ARRAY(residual, rows * C * x, "residual stream", never);
+    ARRAY(norm1, rows * C * x, "norms", RECOMPUTE_LAYER);
+    ARRAY(rstd1, rows * acc, "norms", RECOMPUTE_LAYER);
+    ARRAY(qkv, rows * (H + 2 * G) * D * x, "queries, keys, values", RECOMPUTE_LAYER);
+    if (layer_taps(config, l)) ARRAY(raw_keys, rows * G * D * x, "queries, keys, values", RECOMPUTE_LAYER);
+    ARRAY(attention, rows * H * D * x, "attention", never);
+    if (model->training && config->gqa == GQA_PERTURBED) ARRAY(noised, rows * H * D * x, "attention", never);
+    ARRAY(lse, rows * H * acc, "attention", never);
+    ARRAY(residual_mid, rows * C * x, "residual stream", RECOMPUTE_LAYER);
+    ARRAY(norm2, rows * C * x, "norms", RECOMPUTE_LAYER);
+    ARRAY(rstd2, rows * acc, "norms", RECOMPUTE_LAYER);
+    ARRAY(gate_up, rows * 2 * F * x, "feed-forward", RECOMPUTE_MLP);
+    ARRAY(swiglu, rows * F * x, "feed-forward", RECOMPUTE_MLP);
+#undef ARRAY
+}
+
+// Decides where everything lies; takes no memory yet but for the tables. A model that is not trained computes nothing again:
+// what its layers leave is the cache of a generation.
+static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training, Recompute recompute,
+                     int zero) {
+    assert(training || recompute == RECOMPUTE_NONE);
     memset(model, 0, sizeof(*model));
     model->config = *config;
     model->layout = parameter_layout(&model->config);
@@ -225,6 +279,7 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     model->B = B;
     model->T = T;
     model->training = training;
+    model->recompute = recompute;
     const size_t rows = (size_t)B * T, elements = model->padded;
     const size_t state = model->sharded ? elements / (size_t)comm_size() : elements;
     const size_t C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
@@ -261,38 +316,14 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
 
     Arena* arena = &model->activations;
     arena->name = "activations";
-    arena->remedy = "a smaller --batch takes less, and trains the same";
+    arena->remedy = "a smaller --batch or --recompute takes less, and trains the same";
     Activations* acts = &model->acts;
     acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
     size_t workspace = 0;
-    for (size_t l = 0; l < L; l++) {
-        LayerActivations* layer = &acts->layers[l];
-        size_t scratch = attention_workspace(config, (int)l, B, T, training);
+    for (int l = 0; l < (int)L; l++) {
+        const size_t scratch = attention_workspace(config, l, B, T, training);
         if (scratch > workspace) workspace = scratch;
-        if (layer_attention(config, (int)l) != ATTENTION_DENSE) {
-            const int S = config->moba_block, K = config->moba_topk;
-            arena_reserve(arena, (void**)&layer->selected, moba_selected_count(B, T, (int)H, K) * sizeof(int),
-                          "chosen blocks");
-            arena_reserve(arena, (void**)&layer->centroids,
-                          moba_centroids_count(B, T, (int)G, (int)D, S) * sizeof(float_acc), "chosen blocks");
-        }
-        arena_reserve(arena, (void**)&layer->residual, rows * C * sizeof(floatX), "residual stream");
-        arena_reserve(arena, (void**)&layer->norm1, rows * C * sizeof(floatX), "norms");
-        arena_reserve(arena, (void**)&layer->rstd1, rows * sizeof(float_acc), "norms");
-        arena_reserve(arena, (void**)&layer->qkv, rows * (H + 2 * G) * D * sizeof(floatX),
-                      "queries, keys, values");
-        if (layer_taps(config, (int)l))
-            arena_reserve(arena, (void**)&layer->raw_keys, rows * G * D * sizeof(floatX),
-                          "queries, keys, values");
-        arena_reserve(arena, (void**)&layer->attention, rows * H * D * sizeof(floatX), "attention");
-        if (training && config->gqa == GQA_PERTURBED)
-            arena_reserve(arena, (void**)&layer->noised, rows * H * D * sizeof(floatX), "attention");
-        arena_reserve(arena, (void**)&layer->lse, rows * H * sizeof(float_acc), "attention");
-        arena_reserve(arena, (void**)&layer->residual_mid, rows * C * sizeof(floatX), "residual stream");
-        arena_reserve(arena, (void**)&layer->norm2, rows * C * sizeof(floatX), "norms");
-        arena_reserve(arena, (void**)&layer->rstd2, rows * sizeof(float_acc), "norms");
-        arena_reserve(arena, (void**)&layer->gate_up, rows * 2 * F * sizeof(floatX), "feed-forward");
-        arena_reserve(arena, (void**)&layer->swiglu, rows * F * sizeof(floatX), "feed-forward");
+        plan_layer(model, l);
     }
     arena_reserve(arena, (void**)&acts->residual, rows * C * sizeof(floatX), "residual stream");
     arena_reserve(arena, (void**)&acts->norm, rows * C * sizeof(floatX), "norms");
@@ -303,7 +334,7 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->tokens, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->targets, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->rope, (size_t)T * D * sizeof(float_acc), "tokens and tables");
-    arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
+    arena_reserve(arena, &model->heads.block, allocation_bytes((int)L, (int)H, (int)G), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_norms, B * G * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_sums, L * G * sizeof(float_acc), "tokens and tables");
     if (training) {
@@ -334,10 +365,18 @@ static inline size_t model_bytes(const Model* model) {
            model->activations.bytes;
 }
 
-// Gives the device the maps of `count` layers from `first` on, after they have changed.
-static void gpt_upload_maps(Model* model, int first, int count) {
-    const size_t H = model->config.heads, at = (size_t)first * H;
-    copy_to_device(model->acts.kv_of_q + at, model->heads.map + at, (size_t)count * H * sizeof(int),
+// A copy of how the query heads stand, in memory of the host; allocation_free() ends it.
+static HeadAllocation gpt_read_heads(const Model* model) {
+    HeadAllocation heads;
+    const HeadAllocation* of_device = &model->heads;
+    allocation_start(&heads, of_device->settings, of_device->L, of_device->H, of_device->G);
+    copy_to_host(heads.block, of_device->block, allocation_bytes(heads.L, heads.H, heads.G), model->stream);
+    stream_synchronize(model->stream);
+    return heads;
+}
+
+static void gpt_write_heads(const Model* model, const HeadAllocation* heads) {
+    copy_to_device(model->heads.block, heads->block, allocation_bytes(heads->L, heads->H, heads->G),
                    model->stream);
 }
 
@@ -355,6 +394,14 @@ static void gpt_upload_decays(Model* model) {
     copy_to_device(model->decays, decays, blocks * sizeof(float_acc), model->stream);
     stream_synchronize(model->stream);
     free(decays);
+}
+
+// How a checkpoint's query heads stand.
+static inline void gpt_load_heads(Model* model, const char* directory) {
+    HeadAllocation heads = gpt_read_heads(model);
+    checkpoint_load_heads(directory, &heads);
+    gpt_write_heads(model, &heads);
+    allocation_free(&heads);
 }
 
 // Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
@@ -375,13 +422,17 @@ static void gpt_allocate(Model* model) {
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
     free(table);
-    allocation_start(&model->heads, allocation_defaults(model->config.gqa == GQA_DYNAMIC),
-                     model->config.layers, model->config.heads, model->config.kv_heads);
-    gpt_upload_maps(model, 0, model->config.layers);
+    const int L = model->config.layers, H = model->config.heads, G = model->config.kv_heads;
+    HeadAllocation heads;
+    allocation_start(&heads, allocation_defaults(model->config.gqa == GQA_DYNAMIC), L, H, G);
+    model->heads = allocation_at(model->heads.block, heads.settings, L, H, G);
+    model->host_not_finite = (int*)host_malloc_pinned((size_t)L * sizeof(int), "statistics of the keys");
+    gpt_write_heads(model, &heads);
+    allocation_free(&heads);
 }
 
 // From the weights that gpt_weights() was filled with to this rank's masters, and back to all of them.
-static void gpt_keep_masters(Model* model) {
+static inline void gpt_keep_masters(Model* model) {
     for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
         const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
         copy_on_device(model->masters + gpt_shard_state(model, bucket), model->grads + shard.first,
@@ -390,7 +441,7 @@ static void gpt_keep_masters(Model* model) {
     stream_synchronize(model->stream);
 }
 
-static void gpt_gather_masters(Model* model) {
+static inline void gpt_gather_masters(Model* model) {
     for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
         const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
         copy_on_device(model->grads + shard.first, model->masters + gpt_shard_state(model, bucket),
@@ -415,7 +466,7 @@ static void gpt_initialize(Model* model, uint64_t seed) {
 
 // What of the optimizer's state this rank holds alone, or, with whole copies everywhere, writes: the shards, ascending. Returns
 // their number, at most L + 2.
-static int gpt_state_ranges(const Model* model, StateRange* ranges) {
+static inline int gpt_state_ranges(const Model* model, StateRange* ranges) {
     const size_t elements = model->layout.table.elements;
     int count = 0;
     for (int i = model->bucket_count - 1; i >= 0; i--) {
@@ -439,12 +490,12 @@ static void gpt_free(Model* model) {
         arena_free(&model->optimizer);
     }
     arena_free(&model->activations);
-    allocation_free(&model->heads);
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
     free(model->buckets);
     host_free_pinned(model->host_losses);
     host_free_pinned(model->host_norm);
+    host_free_pinned(model->host_not_finite);
     for (int i = 0; i < model->config.layers * 4; i++) mark_free(model->marks[i]);
     free(model->marks);
 }
@@ -456,7 +507,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
     const ModelConfig* config = &model->config;
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
-    const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
+    const int* kv_of_q = model->heads.map + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
     void* workspace = model->acts.workspace;
     mark(&model->marks[4 * l], model->stream);
@@ -483,7 +534,7 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
     Activations* acts = &model->acts;
-    const int* kv_of_q = acts->kv_of_q + (size_t)l * H;
+    const int* kv_of_q = model->heads.map + (size_t)l * H;
     const LayerActivations* layer = &acts->layers[l];
     mark(&model->marks[4 * l + 2], model->stream);
     switch (layer_attention(config, l)) {
@@ -505,7 +556,8 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
 
 // ----------------------------------------------------------------------------
 // Query heads that follow the keys (docs/math.md section 3). Maps change between steps, or, with the keys' own statistic as
-// the source, in the middle of a training pass; never in evaluation or generation.
+// the source, in the middle of a training pass; never in evaluation or generation. All of it happens on the device, in the order
+// of the stream: the host neither waits for a statistic nor knows a map.
 
 // What a training pass knows that evaluation and generation do not.
 typedef struct {
@@ -515,40 +567,22 @@ typedef struct {
     double noise_alpha; // of pgqa
 } TrainingPass;
 
-// Numbers of the device as doubles of the host.
-static void gpt_read_numbers(const Model* model, double* out, const float_acc* numbers, size_t count) {
-    float_acc* host = (float_acc*)malloc_or_fail(count * sizeof(float_acc), "statistics of the keys");
-    copy_to_host(host, numbers, count * sizeof(float_acc), model->stream);
-    stream_synchronize(model->stream);
-    for (size_t i = 0; i < count; i++) out[i] = (double)host[i];
-    free(host);
-}
-
 // The maps of a step: from the keys of the step before, from the weights as they are now, or from random numbers.
 static void gpt_begin_step(Model* model, int step) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
-    HeadAllocation* heads = &model->heads;
+    const StatisticSource source = model->heads.settings.source;
+    float_acc* sums = model->acts.key_sums;
     if (!heads_are_key_driven(config)) return;
-    device_zero(model->acts.key_sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
-    if (heads->settings.source == SOURCE_FORWARD) return;
-    const int from_keys = allocation_needs_keys(&heads->settings);
-    for (int l = 0; l < config->layers; l++) {
+    device_zero(sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
+    if (source == SOURCE_FORWARD) return;
+    for (int l = 0; l < config->layers && source == SOURCE_WEIGHTS; l++) {
         const LayerParameters* weights = &model->layout.layers[l];
-        double* n = heads->statistic + (size_t)l * G;
-        if (heads->settings.source == SOURCE_WEIGHTS) {
-            key_weight_norm(model->acts.key_norms, model->params + weights->qkv_proj + (size_t)H * D * C,
-                            model->params + weights->input_norm, G, D, C, model->stream);
-            gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
-        } else if (!from_keys) {
-            allocation_random(n, heads, l, step);
-        }
-        if (!from_keys) heads->measured[l] = 1;
-        if (!heads->measured[l]) continue;
-        allocation_update(heads, l, n, step);
-        allocation_remember(heads, l, n, step);
+        key_weight_norm(sums + (size_t)l * G, model->params + weights->qkv_proj + (size_t)H * D * C,
+                        model->params + weights->input_norm, G, D, C, model->stream);
     }
-    gpt_upload_maps(model, 0, config->layers);
+    if (source == SOURCE_WEIGHTS) heads_measure(&model->heads, sums, 1, step, model->stream);
+    heads_begin_step(&model->heads, step, model->stream);
 }
 
 // Measures the keys that the projection of layer l has made; they are this very pass's map where the source is forward.
@@ -558,45 +592,113 @@ static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
     key_rms(acts->key_norms, acts->key_sums + (size_t)l * G, acts->layers[l].qkv, B, T, H, G, D,
             model->stream);
     if (model->heads.settings.source != SOURCE_FORWARD) return;
-    double* n = (double*)malloc_or_fail((size_t)B * G * sizeof(double), "statistics of the keys");
-    gpt_read_numbers(model, n, acts->key_norms, (size_t)B * G);
-    for (int g = 0; g < G; g++)
-        for (int b = 1; b < B; b++) n[g] += n[(size_t)b * G + g];
-    comm_sum(n, G);
-    for (int g = 0; g < G; g++) n[g] /= (double)B * comm_size();
-    allocation_update(&model->heads, l, n, step);
-    gpt_upload_maps(model, l, 1);
-    free(n);
+    // The statistic of the sequences of all ranks: row by row their sum, then that of the rows.
+    comm_all_reduce(acts->key_norms, (size_t)B * G, model->stream);
+    comm_wait(model->stream);
+    heads_of_batch(&model->heads, l, acts->key_norms, B, B * comm_size(), step, model->stream);
 }
 
 // The statistic of a step of so many sequences: what a later step's maps are made from.
 static void gpt_end_step(Model* model, int step, long sequences) {
-    HeadAllocation* heads = &model->heads;
-    const size_t count = (size_t)heads->L * heads->G;
-    if (!heads_are_key_driven(&model->config) || !allocation_needs_keys(&heads->settings)) return;
-    double* sums = (double*)malloc_or_fail(count * sizeof(double), "statistics of the keys");
-    comm_all_reduce(model->acts.key_sums, count, model->stream);
-    comm_wait(model->stream);
-    gpt_read_numbers(model, sums, model->acts.key_sums, count);
-    allocation_end_step(heads, sums, sequences);
-    for (int l = 0; l < heads->L && heads->settings.source == SOURCE_FORWARD; l++)
-        allocation_remember(heads, l, heads->statistic + (size_t)l * heads->G, step);
-    free(sums);
+    const HeadAllocation* heads = &model->heads;
+    if (!heads_are_key_driven(&model->config)) return;
+    if (allocation_needs_keys(&heads->settings)) {
+        comm_all_reduce(model->acts.key_sums, (size_t)heads->L * heads->G, model->stream);
+        comm_wait(model->stream);
+        heads_measure(heads, model->acts.key_sums, sequences, step, model->stream);
+    }
+    copy_to_host(model->host_not_finite, heads->not_finite, (size_t)heads->L * sizeof(int), model->stream);
+}
+
+// Warns of a statistic that was not finite, once in a run; after the stream has been waited for.
+static inline void gpt_check_heads(Model* model) {
+    if (heads_are_key_driven(&model->config))
+        allocation_warn(&model->warned, model->host_not_finite, model->config.layers);
 }
 
 // ----------------------------------------------------------------------------
-// Forward
+// Forward: the parts of a layer that --recompute runs again in backward, then the whole. Each computes rows start..T-1 of its
+// outputs, and is the same function of the same numbers in both passes, so that it gives the same bits.
+
+// The queries, keys and values of layer l from norm1. In the forward pass of a training step whose keys are measured, `step` is
+// its number; else it is -1.
+static void layer_qkv_forward(Model* model, int l, int B, int T, int start, int step) {
+    const ModelConfig* config = &model->config;
+    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
+    const int rows = B * (T - start), QKV = qkv_heads(config) * D;
+    const size_t first = start;
+    const LayerActivations* layer = &model->acts.layers[l];
+    const LayerParameters* weights = &model->layout.layers[l];
+    const floatX* params = model->params;
+    matmul_forward(layer->qkv + first * QKV, layer->norm1 + first * C, params + weights->qkv_proj, rows, C,
+                   QKV, model->stream);
+    if (step >= 0) gpt_measure_keys(model, l, B, T, step);
+    if (layer_taps(config, l))
+        keyconv_forward(layer->qkv, layer->raw_keys, params + weights->k_conv, B, T, start, H, G, D,
+                        layer_taps(config, l), model->stream);
+    if (layer_has_rope(config, l))
+        rope_forward(layer->qkv + first * QKV, model->acts.rope + first * D, B, T - start, H, G, D,
+                     model->stream);
+}
+
+// residual_mid and norm2 from what attention made, noised or not.
+static void layer_output_forward(Model* model, int l, const floatX* heads, int B, int T, int start) {
+    const ModelConfig* config = &model->config;
+    const int C = config->channels, width = config->heads * config->head_dim, rows = B * (T - start);
+    const size_t first = start;
+    const LayerActivations* layer = &model->acts.layers[l];
+    const LayerParameters* weights = &model->layout.layers[l];
+    floatX* branch = model->acts.branch + first * C;
+    matmul_forward(branch, heads + first * width, model->params + weights->o_proj, rows, width, C,
+                   model->stream);
+    residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C, layer->rstd2 + first,
+                             layer->residual + first * C, branch, model->params + weights->post_norm, rows, C,
+                             config->norm_eps, model->stream);
+}
+
+// gate_up and swiglu from norm2.
+static void layer_hidden_forward(Model* model, int l, int B, int T, int start) {
+    const int C = model->config.channels, F = model->config.ffn, rows = B * (T - start);
+    const size_t first = start;
+    const LayerActivations* layer = &model->acts.layers[l];
+    matmul_forward(layer->gate_up + first * 2 * F, layer->norm2 + first * C,
+                   model->params + model->layout.layers[l].gate_up_proj, rows, C, 2 * F, model->stream);
+    swiglu_forward(layer->swiglu + first * F, layer->gate_up + first * 2 * F, rows, F, model->stream);
+}
+
+// What layer l had in qkv after a forward pass, where later layers have written over it.
+static void layer_qkv_again(Model* model, int l, int B, int T) {
+    if (model->recompute < RECOMPUTE_LAYER) return;
+    const LayerActivations* layer = &model->acts.layers[l];
+    rmsnorm_forward(layer->norm1, layer->rstd1, layer->residual,
+                    model->params + model->layout.layers[l].input_norm, B * T, model->config.channels,
+                    model->config.norm_eps, model->stream);
+    layer_qkv_forward(model, l, B, T, 0, -1);
+}
+
+// What reaches Wo in a training pass.
+static const floatX* layer_heads(const Model* model, int l) {
+    const LayerActivations* layer = &model->acts.layers[l];
+    return model->config.gqa == GQA_PERTURBED ? layer->noised : layer->attention;
+}
+
+// Everything that the training pass left of layer l and later layers have written over. Of the last layer all is there.
+static void layer_again(Model* model, int l, int B, int T) {
+    if (l + 1 == model->config.layers) return;
+    layer_qkv_again(model, l, B, T);
+    if (model->recompute >= RECOMPUTE_LAYER) layer_output_forward(model, l, layer_heads(model, l), B, T, 0);
+    if (model->recompute >= RECOMPUTE_MLP) layer_hidden_forward(model, l, B, T, 0);
+}
 
 // Runs tokens (B, T) through the layers, up to the last norm. With start > 0 (and B = 1) the rows before it are there
-// already, keys and values included, and only start..T-1 are computed: so a generation adds a token. pass is NULL where the
-// model is not trained: then the maps of query heads stay, and there is no noise.
+// already, keys and values included, and only start..T-1 are computed: so a generation adds a token, of a model whose layers keep
+// them. pass is NULL where the model is not trained: then the maps of query heads stay, and there is no noise.
 static void gpt_forward(Model* model, const int* tokens, int B, int T, int start, const TrainingPass* pass) {
     assert(B <= model->B && (size_t)B * T <= (size_t)model->B * model->T && T <= model->T);
-    assert(start == 0 || (B == 1 && !pass));
+    assert(start == 0 || (B == 1 && !pass && model->recompute < RECOMPUTE_LAYER));
     const ModelConfig* config = &model->config;
-    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
-              F = config->ffn;
-    const int rows = B * (T - start), QKV = qkv_heads(config) * D;
+    const int C = config->channels, H = config->heads, D = config->head_dim, F = config->ffn;
+    const int rows = B * (T - start);
     const size_t first = start; // the first row computed, of every activation
     const int noisy = pass && config->gqa == GQA_PERTURBED;
     const int measured =
@@ -621,29 +723,15 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
         const int last_layer = l + 1 == config->layers;
 
         // attention
-        matmul_forward(layer->qkv + first * QKV, layer->norm1 + first * C, params + weights->qkv_proj, rows,
-                       C, QKV, stream);
-        if (measured) gpt_measure_keys(model, l, B, T, pass->step);
-        if (layer_taps(config, l))
-            keyconv_forward(layer->qkv, layer->raw_keys, params + weights->k_conv, B, T, start, H, G, D,
-                            layer_taps(config, l), stream);
-        if (layer_has_rope(config, l))
-            rope_forward(layer->qkv + first * QKV, acts->rope + first * D, B, T - start, H, G, D, stream);
+        layer_qkv_forward(model, l, B, T, start, measured ? pass->step : -1);
         layer_attention_forward(model, l, B, T, start);
         if (noisy)
             attention_noise(layer->noised, layer->attention, B, T, H, D, (float)pass->noise_alpha, pass->seed,
                             noise_stream(pass->step, l), pass->sequence, stream);
-        const floatX* heads = noisy ? layer->noised : layer->attention;
-        matmul_forward(acts->branch + first * C, heads + first * H * D, params + weights->o_proj, rows, H * D,
-                       C, stream);
-        residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C,
-                                 layer->rstd2 + first, layer->residual + first * C, acts->branch + first * C,
-                                 params + weights->post_norm, rows, C, eps, stream);
+        layer_output_forward(model, l, noisy ? layer->noised : layer->attention, B, T, start);
 
         // feed-forward; the norm that follows is the next layer's first, or the model's last
-        matmul_forward(layer->gate_up + first * 2 * F, layer->norm2 + first * C,
-                       params + weights->gate_up_proj, rows, C, 2 * F, stream);
-        swiglu_forward(layer->swiglu + first * F, layer->gate_up + first * 2 * F, rows, F, stream);
+        layer_hidden_forward(model, l, B, T, start);
         matmul_forward(acts->branch + first * C, layer->swiglu + first * F, params + weights->down_proj, rows,
                        F, C, stream);
         floatX* next_residual = last_layer ? acts->residual : acts->layers[l + 1].residual;
@@ -729,7 +817,8 @@ static void gpt_backward(Model* model, int B, int T) {
     gpt_reduce(model, 0);
     for (int l = config->layers - 1; l >= 0; l--) {
         const LayerParameters* weights = &model->layout.layers[l];
-        LayerActivations* layer = &acts->layers[l];
+        const LayerActivations* layer = &acts->layers[l];
+        layer_again(model, l, B, T);
 
         // feed-forward
         matmul_backward(acts->dswiglu, grads + weights->down_proj, acts->dresidual, layer->swiglu,
@@ -742,8 +831,7 @@ static void gpt_backward(Model* model, int B, int T) {
 
         // attention
         // Noise passes the gradient on unchanged: what reaches Wo is noised, what attention made is not.
-        const floatX* heads = config->gqa == GQA_PERTURBED ? layer->noised : layer->attention;
-        matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, heads,
+        matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, layer_heads(model, l),
                         params + weights->o_proj, rows, H * D, C, stream);
         layer_attention_backward(model, l, B, T);
         if (layer_has_rope(config, l)) rope_backward(acts->dqkv, acts->rope, B, T, H, G, D, stream);
@@ -817,9 +905,11 @@ static void gpt_read_logits(Model* model, floatX* logits, size_t row) {
     stream_synchronize(model->stream);
 }
 
-// The logits (V) that follow the T tokens of one sequence, of which `start` were there at the last call.
+// The logits (V) that follow the T tokens of one sequence, of which `start` were there at the last call. Where layers do not
+// keep their keys and values, it runs all of them again.
 static void gpt_next_logits(Model* model, float* logits, const int* tokens, int T, int start,
                             floatX* scratch) {
+    if (model->recompute >= RECOMPUTE_LAYER) start = 0;
     gpt_forward(model, tokens, 1, T, start, NULL);
     gpt_read_logits(model, scratch, (size_t)T - 1);
     convert_values(logits, DTYPE_F32, scratch, DTYPE_FLOATX, (size_t)model->config.vocab_size);
@@ -1073,6 +1163,40 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
+static void agree_on_shards(const char* what, const DataLoader* loader) {
+    comm_must_agree(what, "of %d shards", loader ? loader->shard_count : 0);
+    for (int i = 0; loader && i < loader->shard_count; i++) {
+        const TokenShard* shard = &loader->shards[i];
+        comm_must_agree(what, "%s of %u tokens, vocabulary %d, tokenizer %08x", shard->path, shard->tokens,
+                        shard->vocab_size, shard->tokenizer_hash);
+    }
+}
+
+// Ranks that were started in different ways, or see other files, must not train together.
+static void agree_on_run(const Run* run, int argc, char** argv) {
+    const ModelConfig* config = &run->config;
+    if (comm_size() == 1) return;
+    comm_must_agree("the build", "DEVICE=%s ATTN=%s GQA=%s KCONV=%d PRECISION=%s", DEVICE_NAME, ATTN_NAME,
+                    GQA_NAME, KCONV, PRECISION_NAME);
+    comm_must_agree("the number of arguments", "%d", argc - 1);
+    for (int i = 1; i < argc; i++) {
+        char name[64];
+        snprintf(name, sizeof(name), "argument %d, after %.32s,", i, i > 1 ? argv[i - 1] : "the program");
+        comm_must_agree(name, "%s", argv[i]);
+    }
+    comm_must_agree(
+        "the model",
+        "%d layers, %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, pattern %s",
+        config->layers, config->channels, config->heads, config->head_dim, config->kv_heads, config->ffn,
+        config->vocab_size, config->sequence_length, config->pattern);
+    comm_must_agree("the checkpoint to resume", "%s", run->resume_from[0] ? run->resume_from : "none");
+    comm_must_agree("the checkpoint to start from", "%s", run->init_from[0] ? run->init_from : "none");
+    comm_must_agree("the tokenizer's hash", "%08x", run->tokenizer ? tokenizer_hash(run->tokenizer) : 0);
+    agree_on_shards("the training data", run->train);
+    agree_on_shards("the validation data", run->val);
+    comm_barrier(); // who does not agree comes no further, nor does anybody else
+}
+
 // The weights of a checkpoint, and the map of query heads that they were trained with. A model with more KV heads is converted;
 // one without a map of its own starts with even groups.
 static void load_model(Model* model, const Run* run, const char* directory) {
@@ -1086,8 +1210,7 @@ static void load_model(Model* model, const Run* run, const char* directory) {
     char path[PATH_MAX];
     path_format(path, "%s/heads.json", directory);
     if (!heads_are_key_driven(&run->config) || theirs > G || !path_exists(path)) return;
-    checkpoint_load_heads(directory, &model->heads);
-    gpt_upload_maps(model, 0, run->config.layers);
+    gpt_load_heads(model, directory);
 }
 
 static void load_optimizer(Model* model, const char* directory) {
@@ -1184,7 +1307,7 @@ static void print_plan(const Run* run, const Model* model) {
            options->total_batch, run->sequences_per_step / options->batch, options->batch,
            config->sequence_length,
            (double)run->steps * (double)run->sequences_per_step / (double)loader_sequences(run->train));
-    printf("memory\n");
+    printf("memory   recompute %s\n", recompute_names[model->recompute]);
     arena_print(&model->parameters);
     arena_print(&model->gradients);
     arena_print(&model->optimizer);
@@ -1195,26 +1318,31 @@ static void print_plan(const Run* run, const Model* model) {
     fflush(stdout);
 }
 
-// A plan that does not fit is refused before anything is taken, with the micro-batch that would fit.
+// A plan that does not fit is refused before anything is taken, with the micro-batch that would fit, or with that and the level
+// of --recompute: the smaller batch costs less.
 static void check_plan_fits(const Run* run, const Model* model) {
+    const Options* options = &run->options;
     const size_t planned = planned_bytes(run, model);
     const size_t main_memory = memory_available() / (size_t)comm_local_size() + run->resident;
     const size_t available = DEVICE_HAS_OWN_MEMORY ? device_memory_free() : main_memory;
     if (!available || planned <= available) return;
-    for (int B = run->options.batch - 1; B >= 1; B--) {
-        if (run->sequences_per_rank % B != 0) continue;
-        Model smaller;
-        gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1, run->options.zero);
-        size_t bytes = planned_bytes(run, &smaller);
-        if (bytes <= available)
-            fail("the plan takes %.1f GB and %.1f GB are free; --batch %d takes %.1f GB and trains the same "
-                 "(gradients "
-                 "accumulate)",
-                 (double)planned / 1e9, (double)available / 1e9, B, (double)bytes / 1e9);
+    for (int level = options->recompute; level < RECOMPUTE_LEVELS; level++) {
+        const int same = level == (int)options->recompute;
+        for (int B = options->batch - same; B >= 1; B--) {
+            if (run->sequences_per_rank % B != 0) continue;
+            Model smaller;
+            gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1, (Recompute)level,
+                     options->zero);
+            size_t bytes = planned_bytes(run, &smaller);
+            if (bytes <= available)
+                fail("the plan takes %.1f GB and %.1f GB are free; --batch %d%s%s takes %.1f GB and trains "
+                     "the same (gradients accumulate)",
+                     (double)planned / 1e9, (double)available / 1e9, B, same ? "" : " --recompute ",
+                     same ? "" : recompute_names[level], (double)bytes / 1e9);
+        }
     }
-    fail("the plan takes %.1f GB and %.1f GB are free, and no smaller --batch fits: choose fewer --layers or "
-         "--channels, "
-         "or a shorter --sequence-length",
+    fail("the plan takes %.1f GB and %.1f GB are free, and neither a smaller --batch nor --recompute fits: "
+         "choose fewer --layers or --channels, or a shorter --sequence-length",
          (double)planned / 1e9, (double)available / 1e9);
 }
 
@@ -1311,6 +1439,7 @@ static double train_step(Model* model, Run* run, double rate, int step, double* 
     settings.step = step + 1;
     gpt_update(model, settings);
     comm_synchronize(model->stream);
+    gpt_check_heads(model);
     range_end();
     *norm = (double)*model->host_norm;
     const long batches = run->sequences_per_rank / B;
@@ -1324,6 +1453,7 @@ static double train_step(Model* model, Run* run, double rate, int step, double* 
 
 static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) {
     double started = seconds_now();
+    HeadAllocation heads = gpt_read_heads(model);
     run->state.step = step;
     metrics_sync(metrics);
     gpt_gather_masters(model);
@@ -1331,10 +1461,11 @@ static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) 
                                                      "a checkpoint's ranges");
     const int range_count = gpt_state_ranges(model, ranges);
     checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state,
-                    heads_are_key_driven(&run->config) ? &model->heads : NULL, gpt_weights(model),
-                    model->exp_avg, model->exp_avg_sq, ranges, range_count,
+                    heads_are_key_driven(&run->config) ? &heads : NULL, gpt_weights(model), model->exp_avg,
+                    model->exp_avg_sq, ranges, range_count,
                     run->tokenizer_path[0] ? run->tokenizer_path : NULL, run->options.keep, model->stream);
     free(ranges);
+    allocation_free(&heads);
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
@@ -1401,18 +1532,19 @@ static void log_member(Metrics* metrics, int step, const char* key, cJSON* value
 // How the query heads stand after `step` steps. Of every layer: the statistic of the last one, the query heads of each KV
 // head, how many have changed their KV head since the start, and how many KV heads nobody reads.
 static void log_heads(Metrics* metrics, const Model* model, int step) {
-    const HeadAllocation* heads = &model->heads;
+    HeadAllocation heads = gpt_read_heads(model);
     cJSON* layers = cJSON_CreateArray();
-    for (int l = 0; l < heads->L; l++) {
-        const size_t first = (size_t)l * heads->G;
+    for (int l = 0; l < heads.L; l++) {
+        const size_t first = (size_t)l * heads.G;
         cJSON* layer = cJSON_CreateObject();
-        json_add_doubles(layer, "statistic", heads->statistic + first, heads->G);
-        cJSON_AddItemToObject(layer, "allocation", cJSON_CreateIntArray(heads->heads + first, heads->G));
-        json_add_whole(layer, "moved", heads->moved[l]);
-        json_add_whole(layer, "empty", allocation_empty(heads, l));
+        json_add_doubles(layer, "statistic", heads.statistic + first, heads.G);
+        cJSON_AddItemToObject(layer, "allocation", cJSON_CreateIntArray(heads.heads + first, heads.G));
+        json_add_whole(layer, "moved", heads.moved[l]);
+        json_add_whole(layer, "empty", allocation_empty(&heads, l));
         cJSON_AddItemToArray(layers, layer);
     }
     log_member(metrics, step, "heads", layers);
+    allocation_free(&heads);
 }
 
 // What the router's choices are worth after `step` steps, layer by layer (runtime/selection.h): on the first sequences of the
@@ -1427,16 +1559,18 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     floatX* qkv = (floatX*)malloc_or_fail(values * sizeof(floatX), "queries and keys");
     int* selected = (int*)malloc_or_fail(choices * sizeof(int), "chosen blocks");
     SelectionStats* stats = (SelectionStats*)calloc_or_fail((size_t)L, sizeof(SelectionStats), "choices");
+    HeadAllocation heads = gpt_read_heads(model);
     for (uint64_t s = 0; s < SEQUENCES && s < loader_sequences(run->val); s++) {
         loader_read(run->val, s, 1, tokens, tokens + T);
         gpt_forward(model, tokens, 1, T, 0, NULL);
         for (int l = 0; l < L; l++) {
             if (layer_attention(config, l) == ATTENTION_DENSE) continue;
             const LayerActivations* layer = &model->acts.layers[l];
+            layer_qkv_again(model, l, 1, T);
             copy_to_host(qkv, layer->qkv, values * sizeof(floatX), model->stream);
             copy_to_host(selected, layer->selected, choices * sizeof(int), model->stream);
             stream_synchronize(model->stream);
-            selection_add(&stats[l], qkv, selected, model->heads.map + (size_t)l * H, T, H, G, D, S, K);
+            selection_add(&stats[l], qkv, selected, heads.map + (size_t)l * H, T, H, G, D, S, K);
         }
     }
     cJSON* layers = cJSON_CreateArray();
@@ -1451,6 +1585,7 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     free(qkv);
     free(selected);
     free(stats);
+    allocation_free(&heads);
 }
 
 // A step that is due every `every` steps, and at the last one; never with 0.
@@ -1578,7 +1713,8 @@ int main(int argc, char** argv) {
         if (comm_size() > 1) fail_usage("%s: runs in one process, not in %d", mode, comm_size());
         if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
         Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
-        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0, 0);
+        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0, RECOMPUTE_NONE,
+                 0);
         gpt_allocate(&model);
         load_model(&model, &run, run.init_from);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
@@ -1593,16 +1729,17 @@ int main(int argc, char** argv) {
     }
 
     open_data(&run);
+    agree_on_run(&run, argc, argv);
     matmul_start();
     run.resident = memory_resident();
-    gpt_plan(&model, &run.config, options->batch, T, 1, options->zero);
+    gpt_plan(&model, &run.config, options->batch, T, 1, options->recompute, options->zero);
     print_plan(&run, &model);
     check_plan_fits(&run, &model);
     if (options->dry_run) return 0;
     gpt_allocate(&model);
     model.heads.settings = options->heads_by_keys;
     model.heads.settings.seed = options->seed;
-    model.heads.warned = comm_rank() > 0; // the first rank warns for all
+    model.warned = comm_rank() > 0; // the first rank warns for all
     if (run.resume_from[0]) {
         run.state = checkpoint_load_state(run.resume_from);
         if (run.state.seed != options->seed)

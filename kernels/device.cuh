@@ -26,8 +26,10 @@ typedef cudaStream_t stream_t;
 
 #if defined(DEVICE_SIMT)
 #define DEVICE_NAME "simt"
+enum { DEVICE_IS_EMULATED = 1 };
 #else
 #define DEVICE_NAME "cuda"
+enum { DEVICE_IS_EMULATED = 0 };
 #endif
 #define DEVICE_HAS_OWN_MEMORY 1 // what device_malloc() gives is not main memory
 
@@ -43,6 +45,16 @@ static inline const char* device_name(void) {
     device_check(cudaGetDevice(&device), "find the device");
     device_check(cudaGetDeviceProperties(&properties, device), "ask for the device's properties");
     return properties.name;
+}
+
+// Makes this the process of number `index` of the `count` on this machine: each has a GPU of its own. Every one can be emulated.
+static inline void device_choose(int index, int count) {
+    int devices = 0;
+    device_check(cudaGetDeviceCount(&devices), "count the GPUs");
+    if (DEVICE_IS_EMULATED) return;
+    if (count > devices)
+        fail("%d processes on this machine, which has %d GPUs: each needs one", count, devices);
+    device_check(cudaSetDevice(index), "choose a GPU");
 }
 
 // Bytes that are free in the device's memory.

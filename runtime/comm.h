@@ -18,6 +18,7 @@ order of the ranks, so that its bits depend on N alone; NCCL has an order of its
 way every rank has the same bits. Of an array of n bytes each rank sends and receives (N - 1) / N n in comm_reduce_scatter(), and
 the same in comm_all_gather().
 
+Before anything is done together, comm_must_agree("--batch", "%d", batch) makes sure that all mean the same.
 A rank that fails says why, with its number and host, and ends the others; where one is killed, the launcher does. Ranks that
 do not hear of the others for COMM_PATIENCE seconds give up. Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 */
@@ -25,6 +26,7 @@ do not hear of the others for COMM_PATIENCE seconds give up. Include the device'
 #define RUNTIME_COMM_H
 
 #include <assert.h>
+#include <omp.h>
 #include <sched.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, failure_begin, failure_end
@@ -53,7 +55,6 @@ static Comm comm;
 
 static inline int comm_rank(void) { return comm.rank; }
 static inline int comm_size(void) { return comm.size > 1 ? comm.size : 1; }
-static inline int comm_local_rank(void) { return comm.local_rank; }
 static inline int comm_local_size(void) { return comm.local_size > 1 ? comm.local_size : 1; }
 
 // Bytes of host memory that the functions below hold.
@@ -313,14 +314,8 @@ static inline void comm_check(ncclResult_t result, const char* doing) {
         fail("NCCL: cannot %s: %s", doing, ncclGetErrorString(result));
 }
 
-// One GPU a rank, by its place among the ranks of its host.
 static inline void comm_start_device(void) {
-    int devices = 0;
     ncclUniqueId id;
-    device_check(cudaGetDeviceCount(&devices), "count the GPUs");
-    if (comm_local_size() > devices)
-        fail("%d ranks on this host, which has %d GPUs: every rank needs one", comm_local_size(), devices);
-    device_check(cudaSetDevice(comm_local_rank()), "choose a GPU");
     memset(&id, 0, sizeof(id));
     if (comm_rank() == 0) comm_check(ncclGetUniqueId(&id), "begin");
     comm_broadcast(&id, sizeof(id));
@@ -464,10 +459,36 @@ static inline void comm_start(void) {
     MPI_Comm_free(&neighbours);
     comm_be_quiet();
     comm_choose_threads();
+    device_choose(comm.local_rank, comm.local_size);
     comm_start_device();
     atexit(comm_stop);
 }
 
 #endif
+
+// ----------------------------------------------------------------------------
+// Agreement
+
+// All ranks call it in the same order, with what each of them is about to do; fails on those that differ from the first.
+__attribute__((format(printf, 2, 3))) static inline void comm_must_agree(const char* what, const char* format,
+                                                                         ...) {
+    typedef struct {
+        char what[PATH_MAX], value[PATH_MAX];
+    } Fact;
+    Fact* mine = (Fact*)calloc_or_fail(2, sizeof(Fact), "what ranks must agree on");
+    Fact* theirs = mine + 1;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(mine->value, sizeof(mine->value), format, arguments);
+    va_end(arguments);
+    snprintf(mine->what, sizeof(mine->what), "%s", what);
+    memcpy(theirs, mine, sizeof(Fact));
+    comm_broadcast(theirs, sizeof(Fact));
+    if (strcmp(mine->what, theirs->what))
+        fail("has %s %s, where rank 0 has %s %s", mine->what, mine->value, theirs->what, theirs->value);
+    if (strcmp(mine->value, theirs->value))
+        fail("%s is %s, but on rank 0 it is %s", mine->what, mine->value, theirs->value);
+    free(mine);
+}
 
 #endif

@@ -17,6 +17,15 @@ several options are checked where the things that they speak of come together (m
 #include "runtime/model.h"
 #include "runtime/schedule.h"
 
+// Activations that are not kept for the backward pass but computed again there.
+typedef enum {
+    RECOMPUTE_NONE,
+    RECOMPUTE_MLP,   // gate, up and swiglu
+    RECOMPUTE_LAYER, // and norms, queries, keys, values, the residual between attention and feed-forward
+    RECOMPUTE_LEVELS
+} Recompute;
+static const char* const recompute_names[RECOMPUTE_LEVELS] = {"none", "mlp", "layer"};
+
 typedef struct {
     // Model. 0 or NULL: not given.
     const char* model;
@@ -42,6 +51,8 @@ typedef struct {
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
     int zero; // 1: the optimizer's state is sharded over the processes
+    // Memory
+    Recompute recompute;
     // Life
     const char* output;
     int resume, overwrite;
@@ -95,6 +106,7 @@ enum {
     KEY_EPS,
     KEY_CLIP,
     KEY_ZERO,
+    KEY_RECOMPUTE,
     KEY_RESUME,
     KEY_OVERWRITE,
     KEY_KEEP,
@@ -175,6 +187,13 @@ static const struct argp_option option_table[] = {
     {"clip", KEY_CLIP, "X", 0, "largest gradient norm; 0: no clipping (default 1)", 3},
     {"zero", KEY_ZERO, "0|1", 0,
      "of many processes: 1 shards the optimizer's state over them; the result is the same (default 0)", 3},
+
+    {0, 0, 0, 0, "Memory", 3},
+    {"recompute", KEY_RECOMPUTE, "LEVEL", 0,
+     "what backward computes again instead of keeping it: none (default), mlp (the feed-forward network) or "
+     "layer (all but "
+     "attention); less memory, the same result",
+     3},
 
     {0, 0, 0, 0, "Life of a run", 4},
     {"output", 'o', "DIR", 0, "directory of checkpoints, metrics.jsonl, timings.jsonl and main.log", 4},
@@ -395,6 +414,9 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_ZERO:
         options->zero = (int)option_integer(key, text, 0, 1);
+        break;
+    case KEY_RECOMPUTE:
+        options->recompute = (Recompute)option_choice(key, text, recompute_names, RECOMPUTE_LEVELS);
         break;
     case 'o':
         options->output = text;

@@ -17,6 +17,10 @@ tidy() { # compiler flags..., and names on standard input
         2> >(grep -vE 'warnings? generated|^Suppressed|^Use -header-filter' >&2)
 }
 printf '%s\0' "${programs[@]}" | tidy -x c -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU
+if command -v mpicc >/dev/null; then # the trainer once more, as many processes
+    read -ra mpi <<<"$(mpicc --showme:incdirs | sed 's/[^ ]\+/-isystem &/g')"
+    printf 'train_gpt.cu\0' | tidy -x c -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU -DCOMM_MPI -D_GNU_SOURCE "${mpi[@]}"
+fi
 printf '%s\0' "${kernels[@]}" | tidy -x c++ -std=gnu++17 -DPRECISION_BF16 -DDEVICE_SIMT -Wno-unknown-pragmas
 echo "clang-tidy: $((${#programs[@]} + ${#kernels[@]})) programs"
 shellcheck "${scripts[@]}"

@@ -295,8 +295,9 @@ static void run_fill(Run* run, int step) {
         heads->history[i] = i == step ? NAN : i == step + 1 ? 5e-324 : 1.0 / (step + i);
     }
     for (int l = 0; l < heads->L; l++) {
-        const int given[2] = {(step + l) % 5, 4 - (step + l) % 5};
-        allocation_set(heads, l, given);
+        heads->heads[2 * l] = (step + l) % 5;
+        heads->heads[2 * l + 1] = 4 - (step + l) % 5;
+        allocation_apply(heads, l);
         heads->measured[l] = (step + l) % 2;
         heads->windows[l] = step;
         heads->moved[l] = (1L << 52) + step;

@@ -1,12 +1,15 @@
 /*
-moba.cuh against dev/cpu/moba.h in fp64 on the same inputs (test/reference.h), in the precision of the build: the selection,
-and with the same selection output, log-sum-exp and gradients within the bounds of docs/math.md section 6, for sizes that
-reach every branch; what follows from the definition; the same bits when repeated. Runs on the emulator and on a GPU.
+moba.cuh and kernels/moba_plain.cuh against dev/cpu/moba.h in fp64 on the same inputs (test/reference.h), in the precision of the
+build: the selection, and with the same selection output, log-sum-exp and gradients within the bounds of docs/math.md section 6,
+for sizes that reach every branch; what follows from the definition; the same bits when repeated; and one against the other. Runs
+on the emulator and on a GPU.
 
 TEST_LONG=1 runs the full matrix.
 */
 // flashmoba_forward, flashmoba_backward
 #include "moba.cuh"
+// moba_forward, moba_backward
+#include "kernels/moba_plain.cuh"
 // reference_flashmoba_forward, reference_flashmoba_backward
 #include "test/reference.h"
 // HeadMap, download, assert_error; cmocka
@@ -14,6 +17,32 @@ TEST_LONG=1 runs the full matrix.
 
 // ----------------------------------------------------------------------------
 // Cases
+
+typedef struct {
+    void (*forward)(floatX*, float*, int*, float*, const floatX*, const int*, void*, int, int, int, int, int,
+                    int, int, int, stream_t);
+    void (*backward)(floatX*, const floatX*, const floatX*, const float*, const int*, const floatX*,
+                     const int*, void*, int, int, int, int, int, int, int, stream_t);
+    size_t (*forward_workspace)(int, int, int, int, int, int, int);
+    size_t (*backward_workspace)(int, int, int, int, int, int, int);
+} Algorithm;
+
+static const Algorithm flashmoba = {flashmoba_forward, flashmoba_backward, flashmoba_forward_workspace,
+                                    flashmoba_backward_workspace},
+                       moba = {moba_forward, moba_backward, moba_forward_workspace, moba_backward_workspace};
+static const Algorithm* algorithm; // that the test at hand is of
+
+static int use_flashmoba(void** state) {
+    (void)state;
+    algorithm = &flashmoba;
+    return 0;
+}
+
+static int use_moba(void** state) {
+    (void)state;
+    algorithm = &moba;
+    return 0;
+}
 
 typedef struct {
     const HeadMap* map;
@@ -67,17 +96,17 @@ static void free_case(Case* c) {
 }
 
 static void run_forward(Case* c, int start) {
-    void* workspace = forgotten(flashmoba_forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
-    flashmoba_forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
-                      start, c->H, c->G, c->D, c->S, c->K, 0);
+    void* workspace = forgotten(algorithm->forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
+    algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
+                       start, c->H, c->G, c->D, c->S, c->K, 0);
     stream_synchronize(0);
     device_free(workspace);
 }
 
 static void run_backward(Case* c) {
-    void* workspace = forgotten(flashmoba_backward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
-    flashmoba_backward(c->dqkv, c->dout, c->out, c->lse, c->selected, c->qkv, c->kv_of_q, workspace, c->B,
-                       c->T, c->H, c->G, c->D, c->S, c->K, 0);
+    void* workspace = forgotten(algorithm->backward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
+    algorithm->backward(c->dqkv, c->dout, c->out, c->lse, c->selected, c->qkv, c->kv_of_q, workspace, c->B,
+                        c->T, c->H, c->G, c->D, c->S, c->K, 0);
     stream_synchronize(0);
     device_free(workspace);
 }
@@ -250,11 +279,9 @@ static void test_groups_of_heads(void** state) {
     const size_t kept = moba_workspace_bound;
     for (int i = 0; i < 7; i++) {
         const moba_shape_t shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
-        moba_group_t group;
-        int sequences, heads;
-        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_lay_out(&group, NULL, &shape, 1, 1);
-        moba_group_size(&sequences, &heads, &shape, 1);
-        assert_true(sequences == 1 && heads == 1 + i % 2);
+        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_bytes(&shape, 1, 70, 1);
+        const moba_turn_t turn = moba_turn(&shape, 1);
+        assert_true(turn.sequences == 1 && turn.heads == 1 + i % 2);
         check(maps[i], 2, 70, 32, 16, 3);
     }
     moba_workspace_bound = kept;
@@ -387,17 +414,61 @@ static void test_repeatable(void** state) {
     }
 }
 
+// What one computes is what the other does: the same selection, results as near to each other as to the reference.
+static void test_moba_is_flashmoba(void** state) {
+    (void)state;
+    static const int shapes[][5] = {{2, 150, 64, 32, 3}, {1, 300, 32, 16, 6}, {1, 90, 128, 64, 2}};
+    for (int i = 0; i < 3; i++) {
+        const int B = shapes[i][0], T = shapes[i][1], D = shapes[i][2], S = shapes[i][3], K = shapes[i][4];
+        Case c = new_case(&UNEVEN, B, T, D, S, K);
+        double *out[2], *lse[2], *dqkv[2];
+        int* selected[2];
+        for (int which = 0; which < 2; which++) {
+            algorithm = which == 0 ? &flashmoba : &moba;
+            run_forward(&c, 0);
+            run_backward(&c);
+            out[which] = download(c.out, c.out_count), lse[which] = download(c.lse, c.lse_count);
+            dqkv[which] = download(c.dqkv, c.qkv_count), selected[which] = download_selected(&c);
+        }
+        assert_memory_equal(selected[0], selected[1], c.selected_count * sizeof(int));
+        Error of_out = {}, of_lse = {};
+        for (size_t at = 0; at < c.out_count; at++) add_error(&of_out, out[1][at], out[0][at]);
+        for (size_t at = 0; at < c.lse_count; at++) add_error(&of_lse, lse[1][at], lse[0][at]);
+        assert_error("out", c.words, &of_out, 0, 0);
+        assert_lse_error(c.words, &of_lse, c.lse_count);
+        check_gradients(c.words, dqkv[1], dqkv[0], (size_t)B * T, c.map, D, 0);
+        for (int which = 0; which < 2; which++)
+            free(out[which]), free(lse[which]), free(dqkv[which]), free(selected[which]);
+        free_case(&c);
+    }
+}
+
+// A test of each algorithm, and its name.
+#define FLASHMOBA(test)                                                                                      \
+    { "test_" #test, test_##test, use_flashmoba, NULL, NULL }
+#define MOBA(test)                                                                                           \
+    { "test_moba_" #test, test_##test, use_moba, NULL, NULL }
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shapes),
-        cmocka_unit_test(test_hot_block),
-        cmocka_unit_test(test_groups_of_heads),
-        cmocka_unit_test(test_ties),
-        cmocka_unit_test(test_nan),
-        cmocka_unit_test(test_all_blocks),
-        cmocka_unit_test(test_later_token),
-        cmocka_unit_test(test_start),
-        cmocka_unit_test(test_repeatable),
+        FLASHMOBA(shapes),
+        FLASHMOBA(hot_block),
+        FLASHMOBA(groups_of_heads),
+        FLASHMOBA(ties),
+        FLASHMOBA(nan),
+        FLASHMOBA(all_blocks),
+        FLASHMOBA(later_token),
+        FLASHMOBA(start),
+        FLASHMOBA(repeatable),
+        MOBA(shapes),
+        MOBA(hot_block),
+        MOBA(ties),
+        MOBA(nan),
+        MOBA(all_blocks),
+        MOBA(later_token),
+        MOBA(start),
+        MOBA(repeatable),
+        cmocka_unit_test(test_moba_is_flashmoba),
     };
     reference_start();
     return cmocka_run_group_tests_name("mixture of block attention on the device, " PRECISION_NAME, tests,

@@ -57,11 +57,10 @@ devices() {
         chosen gpu "train_gpt_cuda_dense_gqa_kconv0_bf16 (nvcc and a GPU are here)" NVCC=nvcc &&
         chosen gpu "-arch=native" NVCC=nvcc V=1 &&
         chosen none "arch=compute_90,code=compute_90" NVCC=nvcc V=1 DEVICE=cuda &&
-        chosen gpu "train_gpt_cpu_moba_gqa_kconv0_fp32 (a GPU is here, but ATTN=moba is computed on the CPU only)" NVCC=nvcc ATTN=moba &&
+        chosen gpu "train_gpt_cuda_moba_gqa_kconv0_bf16 (nvcc and a GPU are here)" NVCC=nvcc ATTN=moba &&
         chosen gpu "train_gpt_cpu_dense_gqa_kconv0_fp64 (a GPU is here, but PRECISION=fp64" NVCC=nvcc PRECISION=fp64 &&
         chosen gpu "train_gpt_cuda_dense_gqa_kconv0_fp32 (nvcc" NVCC=nvcc PRECISION=fp32 &&
         chosen none "train_gpt_simt_dense_gqa_kconv0_bf16" DEVICE=simt &&
-        chosen gpu "ATTN=moba: computed with DEVICE=cpu only" NVCC=nvcc DEVICE=cuda ATTN=moba &&
         chosen none "PRECISION=fp64: must be one of: bf16 fp32, with DEVICE=simt" DEVICE=simt PRECISION=fp64 &&
         chosen none "PRECISION=bf16: must be one of: fp32 fp64, with DEVICE=cpu" DEVICE=cpu PRECISION=bf16 &&
         chosen none "DEVICE=cuda: no nvcc here" DEVICE=cuda NVCC= &&

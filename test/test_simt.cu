@@ -3,7 +3,9 @@ dev/simt, the emulator of CUDA's execution model: its errors and their words, th
 unwritten memory holds, and the host's functions. What it shares with a GPU is in test_layout.cu, and what it has to find in kernels
 in broken.cu.
 */
+#define PRECISION_FP32 // of floatX, which nothing here depends on
 #include "kernels/ptx.cuh"
+#include "kernels/vector.cuh"
 #include "test/capture.h"
 #include "test/device_array.h"
 
@@ -414,6 +416,75 @@ static void options_of_the_environment(void** state) {
     assert_string_equal(captured.text, "SIMT_TEST=rev: must be one of forward|reverse\n");
 }
 
+// ----------------------------------------------------------------------------
+// What kernels have done, and what they are called
+
+enum { COUNTED_BLOCKS = 3, COUNTED_THREADS = 64, COUNTED_COPIES = 48 };
+
+// Two products and one load of matrices for a warp; copies, some of them of nothing; an atomic in every thread.
+__global__ void counted_work(const char* from, int* sum) {
+    SHARED_MEMORY(char, bytes);
+    cp_async16(bytes + threadIdx.x * 16, from + threadIdx.x * 16, threadIdx.x < COUNTED_COPIES);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    unsigned a[4];
+    float d[4] = {0, 0, 0, 0};
+    ldmatrix_x4(a, bytes + threadIdx.x * 16);
+    mma_m16n8k16_bf16(d, a, a[0], a[1]);
+    mma_m16n8k16_bf16(d, a, a[2], a[3]);
+    atomicAdd(sum, 1);
+    Values<4> values = load<4>((const float*)from);
+    values.at[0] = d[0];
+    if (threadIdx.x == 0) store((float*)sum + 4 + 4 * blockIdx.x, values);
+}
+
+static void counters(void** state) {
+    (void)state;
+    DeviceArray<char> from(COUNTED_THREADS * 16);
+    DeviceArray<int> sum(4 + 4 * COUNTED_BLOCKS);
+    from.to_device(), sum.to_device();
+    const simt::Counters before = simt::counters;
+    launch(counted_work, COUNTED_BLOCKS, COUNTED_THREADS, COUNTED_THREADS * 16, nullptr, from.device,
+           sum.device);
+    const int warps = COUNTED_BLOCKS * COUNTED_THREADS / 32;
+    assert_int_equal(simt::counters.launches - before.launches, 1);
+    assert_int_equal(simt::counters.products - before.products, 2 * warps);
+    assert_int_equal(simt::counters.matrices - before.matrices, warps);
+    assert_int_equal(simt::counters.copied - before.copied, COUNTED_BLOCKS * COUNTED_COPIES * 16);
+    assert_int_equal(simt::counters.atomics - before.atomics, COUNTED_BLOCKS * COUNTED_THREADS);
+    assert_int_equal(simt::counters.loaded - before.loaded, COUNTED_BLOCKS * COUNTED_THREADS * 16);
+    assert_int_equal(simt::counters.stored - before.stored, COUNTED_BLOCKS * 16);
+}
+
+struct NamesOfLaunches {
+    LaunchObserver observer;
+    const char* before;
+    const char* after;
+};
+
+static void observed_launches(void** state) {
+    (void)state;
+    NamesOfLaunches names = {{[](LaunchObserver* self, const void* kernel, cudaStream_t) {
+                                  cudaFuncGetName(&((NamesOfLaunches*)self)->before, kernel);
+                              },
+                              [](LaunchObserver* self, const void* kernel, cudaStream_t) {
+                                  cudaFuncGetName(&((NamesOfLaunches*)self)->after, kernel);
+                              }},
+                             nullptr,
+                             nullptr};
+    DeviceArray<int> out(256);
+    launch_observer = &names.observer;
+    launch(write_indices, 2, 128, 0, nullptr, out.device);
+    launch_observer = nullptr;
+    assert_string_equal(names.before, "_Z13write_indicesPi");
+    assert_string_equal(names.after, names.before);
+    names.before = nullptr;
+    launch(write_indices, 2, 128, 0, nullptr, out.device);
+    assert_null(names.before);
+    assert_string_equal(simt::function_name(&out), "?");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(divergent_barriers),
@@ -432,6 +503,8 @@ int main(void) {
         cmocka_unit_test(copies_of_the_host),
         cmocka_unit_test(many_allocations),
         cmocka_unit_test(options_of_the_environment),
+        cmocka_unit_test(counters),
+        cmocka_unit_test(observed_launches),
     };
     program_name = "test_simt";
     simt::options = {simt::ORDER_FORWARD, simt::ASYNC_LAZY, 1}; // whatever the environment says

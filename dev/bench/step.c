@@ -104,7 +104,7 @@ int main(int argc, char** argv) {
 
     double peak = matmul_peak();
     static Model model;
-    gpt_plan(&model, &config, B, T, 1, 0);
+    gpt_plan(&model, &config, B, T, 1, RECOMPUTE_NONE, 0);
     gpt_allocate(&model);
     gpt_initialize(&model, 1);
     int* tokens = (int*)host_malloc_pinned((size_t)B * (T + 1) * sizeof(int), "tokens");

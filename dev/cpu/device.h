@@ -20,6 +20,9 @@ typedef int stream_t;
 // What the maker calls it; "" where nobody asks.
 static inline const char* device_name(void) { return ""; }
 
+// Makes this the process of number `index` of the `count` on this machine: they share its cores.
+static inline void device_choose(int index, int count) { (void)index, (void)count; }
+
 // Bytes that are free in a memory of the device's own.
 static inline size_t device_memory_free(void) { return 0; }
 

@@ -8,6 +8,7 @@ the same name (expf, exp2f, sqrtf, fmaxf, fmaf, sincosf, ...) kernels use from t
 #include <math.h>
 #include <string.h>
 #include <type_traits>
+#include "dev/simt/counters.h"
 #include "dev/simt/types.h"
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -47,17 +48,23 @@ template <class A, class B> inline simt_arithmetic<A, B> max(A a, B b) {
 template <class T> inline T __ldg(const T* pointer) { return *pointer; }
 
 // Atomics order nothing but themselves, as on the GPU.
+SIMT_INTERNAL inline void simt_count_atomic() { simt::count(&simt::Counters::atomics, 1); }
 template <class T, class Change> inline T simt_atomic(T* address, Change change) {
     T old, changed;
+    simt_count_atomic();
     __atomic_load(address, &old, __ATOMIC_RELAXED);
     do changed = change(old);
     while (!__atomic_compare_exchange(address, &old, &changed, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return old;
 }
-inline int atomicAdd(int* a, int v) { return __atomic_fetch_add(a, v, __ATOMIC_RELAXED); }
-inline unsigned atomicAdd(unsigned* a, unsigned v) { return __atomic_fetch_add(a, v, __ATOMIC_RELAXED); }
+template <class T> inline T simt_atomic_add(T* address, T by) {
+    simt_count_atomic();
+    return __atomic_fetch_add(address, by, __ATOMIC_RELAXED);
+}
+inline int atomicAdd(int* a, int v) { return simt_atomic_add(a, v); }
+inline unsigned atomicAdd(unsigned* a, unsigned v) { return simt_atomic_add(a, v); }
 inline unsigned long long atomicAdd(unsigned long long* a, unsigned long long v) {
-    return __atomic_fetch_add(a, v, __ATOMIC_RELAXED);
+    return simt_atomic_add(a, v);
 }
 inline float atomicAdd(float* a, float v) {
     return simt_atomic(a, [v](float old) { return old + v; });

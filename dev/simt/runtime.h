@@ -12,7 +12,9 @@ grid, block and shared memory.
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include "dev/simt/counters.h"
 #include "dev/simt/fibers.h"
+#include "dev/simt/names.h"
 
 // ----------------------------------------------------------------------------
 // Types
@@ -277,6 +279,11 @@ template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*)(P...), cu
     return cudaSuccess;
 }
 
+inline cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
+    *name = simt::function_name(kernel);
+    return cudaSuccess;
+}
+
 // ----------------------------------------------------------------------------
 // Launch
 
@@ -310,6 +317,18 @@ inline cudaError_t check_configuration(const cudaLaunchConfig_t* c) {
 
 } // namespace simt
 
+namespace simt {
+
+// SIMT_LAUNCHES=FILE: of every launch the kernel, the threads of a block and their bytes of dynamic shared memory, a line each.
+inline void log_launch(const void* kernel, const cudaLaunchConfig_t* c) {
+    static FILE* const log = getenv("SIMT_LAUNCHES") ? fopen(getenv("SIMT_LAUNCHES"), "a") : nullptr;
+    if (log)
+        fprintf(log, "%s %u %zu\n", function_name(kernel), c->blockDim.x * c->blockDim.y * c->blockDim.z,
+                c->dynamicSmemBytes);
+}
+
+} // namespace simt
+
 template <class... P, class... A>
 inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
                                       A&&... arguments) {
@@ -323,6 +342,8 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
                                   launched.arguments);
     if (!valid)
         return simt::result(cudaErrorInvalidValue, "a pointer argument of the kernel is not device memory");
+    simt::count(&simt::Counters::launches, 1);
+    simt::log_launch((const void*)kernel, config);
     const bool good = simt::run_grid(
         config->gridDim, config->blockDim, config->dynamicSmemBytes,
         [](void* pointer) {

@@ -23,7 +23,8 @@ functions of kernels/ptx.cuh have bodies of their own here; test/test_layout.cu 
     memory.h       device and shared memory                   math.h   device functions, atomics
     fibers.h       threads, their order, __syncthreads        warp.h   shuffles, votes, __syncwarp
     matrix.h       mma, ldmatrix                              copy.h   cp.async
-    runtime.h      the host's functions, launch
+    runtime.h      the host's functions, launch               counters.h what kernels have done
+    names.h        what kernels are called
 
 A program launches from one thread. Kernels declare shared memory by SHARED_MEMORY() or static __shared__ arrays, and nothing
 else in the program is thread_local (types.h says why).

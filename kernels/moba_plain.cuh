@@ -1,0 +1,656 @@
+/*
+ATTN=moba: mixture of block attention as it was first published (Lu et al., MoBA, arXiv 2502.13189, algorithm 1), to compare
+flashmoba with. The twin of moba_forward and moba_backward in dev/cpu/moba.h: the same function as flashmoba_forward and
+flashmoba_backward of moba.cuh with the same arguments, by other means (docs/math.md section 2). It has a file of its own, for
+nobody needs it to understand the other.
+
+    void* workspace = device_malloc(moba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    moba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    workspace = device_malloc(moba_backward_workspace(B, T, H, G, D, S, K), "attention");
+    moba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
+
+    scores       of every query with every block, in fp32, all of them in memory
+    selection    the best K-1 of a row
+    pairs        of a query and a block that it chose: a matrix of blocks by queries says who chose whom, and its rows, one
+                 after the other, are the pairs in the order of blocks and tokens
+    gather       the queries of the pairs, copied side by side
+    attention    twice, of neighbouring queries and one block of keys: the block's own tokens, causally, and its pairs
+    merge        a query's two attentions by their log-sum-exp
+
+The backward makes the pairs again from the selection, and gathers the gradients of the outputs too. The gradients of keys and
+values are sums over the block's own tokens and its pairs, head by head; those of queries are one row for the own block and one
+for each pair, added up at the end. All sums have a fixed order: every run has the same bits.
+
+Bytes of memory (bf16), a query head, n = T/S: scores 4Tn, matrix Tn, pairs T(K-1)(2D + 2D + 4) forward and T(K-1) 6D backward.
+The scores and the matrix are read and written whole, so time and memory are quadratic in T, as they were; a block that all
+queries choose is one block of threads in the backward, as flashmoba's are not. Nothing here is pipelined.
+*/
+#ifndef KERNELS_MOBA_PLAIN_CUH
+#define KERNELS_MOBA_PLAIN_CUH
+
+// centroids, the order of scores, load_rows, moba_supports, moba_take
+#include "moba.cuh"
+
+// Keys that are in shared memory at one time, and rows of queries beside them.
+#if defined(PRECISION_BF16)
+enum { PLAIN_KEYS = 64 };
+#else
+enum { PLAIN_KEYS = 32 };
+#endif
+enum { PLAIN_WARPS = 4, PLAIN_THREADS = 32 * PLAIN_WARPS, PLAIN_QUERIES = 16 * PLAIN_WARPS };
+enum { PLAIN_COLUMNS = 16 }; // keys of one product
+// Blocks of threads that share the pairs of one block of keys.
+enum { PLAIN_SHARES = 8 };
+
+// What one call works on.
+typedef struct {
+    int B, T, start, H, G, S, K;
+    int blocks;          // that can be chosen: with all S keys
+    int keys;            // of a block that are in shared memory at one time
+    size_t most;         // pairs of a head
+    const floatX* qkv;   // (B, T, H + 2G, D)
+    const int* selected; // (B, H, T, K-1)
+    const int* kv_of_q;  // (H)
+    // the pairs
+    unsigned char* choices; // (B, H, blocks, T) which choice of the query the block is, from 1, or 0
+    int* begins;            // (B, H, blocks + 1) where the pairs of a block begin
+    int* tokens;            // (B, H, most) the query of a pair
+    int* places;            // (B, H, T, K-1) the pair of a choice
+    floatX* queries;        // (B, H, most, D) gathered
+    floatX* gradients;      // (B, H, most, D) of the outputs, gathered; backward
+} plain_pairs_t;
+
+// ----------------------------------------------------------------------------
+// Scores and selection
+
+enum { PLAIN_TILE = 32, PLAIN_TILE_ROWS = 8 };
+
+// A block of threads computes a tile of queries by blocks. Every score is one sum in the order of d: equal centroids tie.
+template <int D>
+__global__ void plain_scores_kernel(float* scores,          // (B, H, T, blocks)
+                                    const float* centroids, // (B, blocks, G, D)
+                                    plain_pairs_t x) {
+    __shared__ float queries[PLAIN_TILE][PLAIN_TILE + 1], means[PLAIN_TILE][PLAIN_TILE + 1];
+    const int head = blockIdx.z, b = head / x.H, h = head % x.H, column = threadIdx.x;
+    const int first_block = blockIdx.x * PLAIN_TILE, first_query = x.start + blockIdx.y * PLAIN_TILE;
+    if (first_block >= (min(x.T, first_query + PLAIN_TILE) - 1) / x.S) return; // nobody is past them
+    const floatX* q = x.qkv + (size_t)b * x.T * (x.H + 2 * x.G) * D + h * D;
+    const float* of_head = centroids + ((size_t)b * x.blocks * x.G + x.kv_of_q[h]) * D;
+    float sums[PLAIN_TILE / PLAIN_TILE_ROWS] = {};
+    for (int d = 0; d < D; d += PLAIN_TILE) {
+        __syncthreads(); // nobody reads the tile before any more
+        for (int row = threadIdx.y; row < PLAIN_TILE; row += PLAIN_TILE_ROWS) {
+            const size_t t = min(first_query + row, x.T - 1), block = min(first_block + row, x.blocks - 1);
+            queries[row][column] = to_float(q[t * (x.H + 2 * x.G) * D + d + column]);
+            means[row][column] = of_head[block * x.G * D + d + column];
+        }
+        __syncthreads();
+        for (int i = 0; i < PLAIN_TILE; i++)
+            for (int row = threadIdx.y; row < PLAIN_TILE; row += PLAIN_TILE_ROWS)
+                sums[row / PLAIN_TILE_ROWS] += queries[row][i] * means[column][i];
+    }
+    for (int row = threadIdx.y; row < PLAIN_TILE; row += PLAIN_TILE_ROWS)
+        if (first_query + row < x.T && first_block + column < x.blocks)
+            scores[((size_t)head * x.T + first_query + row) * x.blocks + first_block + column] =
+                sums[row / PLAIN_TILE_ROWS];
+}
+
+static __device__ __forceinline__ moba_rank_t plain_highest(moba_rank_t rank) {
+    for (int other = 16; other > 0; other /= 2) {
+        const moba_rank_t theirs = __shfl_xor_sync(ALL_LANES, rank, other);
+        rank = theirs > rank ? theirs : rank;
+    }
+    return rank;
+}
+
+// A warp for each query: the highest rank, the highest below it, and so on K-1 times; what ranks no lower than the last of
+// these is selected. Written the newest block first, then -1.
+static __global__ void plain_select_kernel(int* selected, // (B, H, T, K-1)
+                                           const float* scores, plain_pairs_t x) {
+    const int t = x.start + blockIdx.x * PLAIN_WARPS + warp_of_block(), eligible = t / x.S;
+    if (t >= x.T) return;
+    const size_t row = (size_t)blockIdx.y * x.T + t;
+    const int lane = lane_of_warp(), most = x.K - 1;
+    auto rank = [&](int block) { return moba_rank(scores[row * x.blocks + block], block, eligible); };
+    moba_rank_t lowest = ~0ull;
+    for (int taken = 0; taken < most; taken++) {
+        moba_rank_t best = 0;
+        for (int block = lane; block < eligible; block += 32) {
+            const moba_rank_t candidate = rank(block);
+            if (candidate < lowest && candidate > best) best = candidate;
+        }
+        best = plain_highest(best);
+        if (best == 0) break;
+        lowest = best;
+    }
+    int written = 0;
+    for (int newest = eligible - 1; newest >= 0; newest -= 32) {
+        const int block = newest - lane;
+        const bool is_selected = block >= 0 && rank(block) >= lowest;
+        const unsigned lanes = __ballot_sync(ALL_LANES, is_selected);
+        if (is_selected) selected[row * most + written + __popc(lanes & ((1u << lane) - 1))] = block;
+        written += __popc(lanes);
+    }
+    for (int choice = written + lane; choice < most; choice += 32) selected[row * most + choice] = -1;
+}
+
+// ----------------------------------------------------------------------------
+// Pairs
+
+static __global__ void plain_mark_kernel(plain_pairs_t x) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
+    const int t = x.start + (int)(i / (x.K - 1)), choice = (int)(i % (x.K - 1));
+    if (t >= x.T) return;
+    const int block = x.selected[(head * x.T + t) * (x.K - 1) + choice];
+    if (block < 0) return;
+    x.choices[(head * x.blocks + block) * x.T + t] = (unsigned char)(choice + 1);
+    atomicAdd(x.begins + head * (x.blocks + 1) + block + 1, 1);
+}
+
+// Numbers of pairs become where they begin.
+static __global__ void plain_scan_kernel(plain_pairs_t x) {
+    const int head = blockIdx.x * blockDim.x + threadIdx.x;
+    if (head >= x.B * x.H) return;
+    int* begins = x.begins + (size_t)head * (x.blocks + 1);
+    for (int block = 0; block < x.blocks; block++) begins[block + 1] += begins[block];
+}
+
+// A warp goes through a block's row of the matrix, 32 tokens at a time.
+static __global__ void plain_fill_kernel(plain_pairs_t x) {
+    const size_t head = blockIdx.y;
+    const int block = blockIdx.x, lane = lane_of_warp();
+    const unsigned char* choices = x.choices + (head * x.blocks + block) * x.T;
+    int pair = x.begins[head * (x.blocks + 1) + block];
+    for (int first = 0; first < x.T; first += 32) {
+        const int t = first + lane, choice = t < x.T ? choices[t] : 0;
+        const unsigned lanes = __ballot_sync(ALL_LANES, choice > 0);
+        const int own = pair + __popc(lanes & ((1u << lane) - 1));
+        pair += __popc(lanes);
+        if (choice == 0) continue;
+        x.tokens[head * x.most + own] = t;
+        x.places[(head * x.T + t) * (x.K - 1) + choice - 1] = own;
+    }
+}
+
+// Copies a row of each pair's query, 16 bytes a thread.
+enum { PLAIN_COPY_THREADS = 128 };
+template <int D>
+__global__ void plain_gather_kernel(floatX* gathered,   // (B, H, most, D)
+                                    const floatX* rows, // (B, T, heads, D) the first H of them
+                                    int heads, plain_pairs_t x) {
+    constexpr int LANES = D / CHUNK;
+    const size_t pair = ((size_t)blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int column = threadIdx.x % LANES * CHUNK;
+    if (pair >= (size_t)x.begins[head * (x.blocks + 1) + x.blocks]) return;
+    const size_t token = head / x.H * x.T + x.tokens[head * x.most + pair];
+    *(uint4*)(gathered + (head * x.most + pair) * D + column) =
+        *(const uint4*)(rows + (token * heads + head % x.H) * D + column);
+}
+
+// ----------------------------------------------------------------------------
+// The two attentions, of a block's own tokens and of its pairs. Either are neighbouring rows of a matrix.
+
+typedef struct {
+    int first, end; // rows
+} plain_rows_t;
+
+static __device__ __forceinline__ plain_rows_t plain_own(const plain_pairs_t& x, int block) {
+    const plain_rows_t rows = {max(x.start, block * x.S), min(x.T, (block + 1) * x.S)};
+    return rows;
+}
+
+// None of the last block, where it lacks keys.
+static __device__ __forceinline__ plain_rows_t plain_chosen(const plain_pairs_t& x, int head, int block) {
+    plain_rows_t rows = {0, 0};
+    if (block < x.blocks && x.K > 1) {
+        const int* begins = x.begins + (size_t)head * (x.blocks + 1) + block;
+        rows.first = begins[0], rows.end = begins[1];
+    }
+    return rows;
+}
+
+// One block of threads computes tiles of queries, those of a block of keys dealt out to `shares` of them; a warp 16 rows of a
+// tile.
+template <int D, bool OWN>
+__global__ void __launch_bounds__(PLAIN_THREADS)
+    plain_forward_kernel(floatX* out, // of own tokens (B, T, H, D), of pairs (B, H, most, D)
+                         float* lse,  // of own tokens (B, H, T), of pairs (B, H, most)
+                         plain_pairs_t x, int first_block, int shares, float scale_log2) {
+    SHARED_MEMORY(floatX, shared);
+    floatX* q_tile = shared;
+    floatX* k_tile = q_tile + PLAIN_QUERIES * D;
+    floatX* v_tile = k_tile + x.keys * D;
+
+    const int block = first_block + blockIdx.x / shares, share = blockIdx.x % shares, head = blockIdx.y;
+    const int b = head / x.H, h = head % x.H, stride = (x.H + 2 * x.G) * D, lane = lane_of_warp();
+    const floatX* sequence = x.qkv + (size_t)b * x.T * stride;
+    const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
+    const floatX* queries = OWN ? sequence + h * D : x.queries + head * x.most * D;
+    floatX* of_head = OWN ? out + ((size_t)b * x.T * x.H + h) * D : out + head * x.most * D;
+    float* lse_of_head = lse + head * (OWN ? x.T : x.most);
+    const plain_rows_t rows = OWN ? plain_own(x, block) : plain_chosen(x, head, block);
+    const int warp_row = warp_of_block() * 16;
+
+    for (int query = rows.first + share * PLAIN_QUERIES; query < rows.end; query += shares * PLAIN_QUERIES) {
+        const bool some = query + warp_row < rows.end;
+        tile_rows<1, D, false> q;
+        running_softmax<1> softmax;
+        float sum[1][D / 8][4], scores[1][PLAIN_COLUMNS / 8][4];
+        q.take(q_tile, warp_row);
+        softmax.begin();
+        clear(sum);
+        __syncthreads(); // nobody uses the queries before any more
+        load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), PLAIN_QUERIES);
+        for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
+            __syncthreads(); // nor the keys and values
+            load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
+            load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+            for (int column = 0; some && column < x.keys; column += PLAIN_COLUMNS) {
+                multiply_transposed(scores, q, k_tile, column);
+                if (OWN) hide_scores(scores, query + warp_row, key + column, x.T);
+                softmax.update(scores, sum, scale_log2);
+                multiply_add(sum, scores, v_tile, column);
+            }
+        }
+        if (!some) continue;
+        for (int half = 0; half < 2; half++) {
+            const int row = query + warp_row + lane / 4 + 8 * half;
+            const float total = row_total(softmax.sum[0][half]), inverse = 1 / total;
+#pragma unroll
+            for (int c = 0; c < D / 8; c++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) sum[0][c][2 * half + i] *= inverse;
+            if (lane % 4 == 0 && row < rows.end)
+                lse_of_head[row] = softmax.maximum[0][half] * (scale_log2 * LN2) + logf(total);
+        }
+        __syncwarp(); // the warp's own queries are not needed any more
+        store_rows(neighbours(of_head, OWN ? x.H * D : D, query, rows.end), q_tile, warp_row, sum);
+    }
+}
+
+// Adds the pairs of a query to its own block, in the order of its choices; 16 bytes of a row a thread.
+template <int D>
+__global__ void plain_merge_kernel(floatX* out,           // (B, T, H, D) in and out
+                                   float* lse,            // (B, H, T)
+                                   const float* own_lse,  // (B, H, T)
+                                   const floatX* of_pair, // (B, H, most, D)
+                                   const float* pair_lse, // (B, H, most)
+                                   plain_pairs_t x) {
+    constexpr int LANES = D / CHUNK;
+    const int t = x.start + (blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES;
+    const int column = threadIdx.x % LANES * CHUNK;
+    if (t >= x.T) return;
+    const size_t head = blockIdx.y, row = head * x.T + t, first_pair = head * x.most;
+    const int* selected = x.selected + row * (x.K - 1);
+    const int* places = x.places + row * (x.K - 1);
+    float maximum = own_lse[row];
+    for (int i = 0; i < x.K - 1 && selected[i] >= 0; i++)
+        maximum = fmaxf(maximum, pair_lse[first_pair + places[i]]);
+    floatX* own = out + ((head / x.H * x.T + t) * x.H + head % x.H) * D + column;
+    Values<CHUNK> sum = load<CHUNK>(own);
+    float total = expf(own_lse[row] - maximum);
+    for (int c = 0; c < CHUNK; c++) sum.at[c] *= total;
+    for (int i = 0; i < x.K - 1 && selected[i] >= 0; i++) {
+        const size_t pair = first_pair + places[i];
+        const float weight = expf(pair_lse[pair] - maximum);
+        const Values<CHUNK> more = load<CHUNK>(of_pair + pair * D + column);
+        total += weight;
+        for (int c = 0; c < CHUNK; c++) sum.at[c] += weight * more.at[c];
+    }
+    for (int c = 0; c < CHUNK; c++) sum.at[c] /= total;
+    store(own, sum);
+    if (column == 0) lse[row] = maximum + logf(total);
+}
+
+// ----------------------------------------------------------------------------
+// Backward
+
+enum { PLAIN_BACKWARD_QUERIES = 32 }; // of a tile of the keys' kernel
+
+// One block of threads computes dk and dv of x.keys keys of one KV head: for each of its query heads the block's own tokens, then
+// its pairs. A warp owns 16 keys; the scores are made transposed, as in gqa.cuh.
+template <int D>
+__global__ void __launch_bounds__(2 * PLAIN_KEYS)
+    plain_backward_keys_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
+                               const floatX* dout,       // (B, T, H, D)
+                               const float2* statistics, // (B, H, padded), as gqa.cuh has them
+                               plain_pairs_t x, int padded, float scale) {
+    constexpr int QUERIES = PLAIN_BACKWARD_QUERIES;
+    SHARED_MEMORY(floatX, shared);
+    floatX* k_tile = shared;
+    floatX* v_tile = k_tile + x.keys * D;
+    floatX* q_tile = v_tile + x.keys * D;
+    floatX* dout_tile = q_tile + QUERIES * D;
+    float2* of_rows = (float2*)(dout_tile + QUERIES * D); // (QUERIES)
+
+    const int g = blockIdx.y, b = blockIdx.z, stride = (x.H + 2 * x.G) * D, lane = lane_of_warp();
+    const int first_key = blockIdx.x * x.keys, block = first_key / x.S, warp_row = warp_of_block() * 16;
+    const int first_head = count_heads_below(g, x.kv_of_q, x.H),
+              end_head = count_heads_below(g + 1, x.kv_of_q, x.H);
+    const size_t sequence = (size_t)b * x.T * stride, of_group = sequence + (x.H + g) * D;
+    const float scale_log2 = scale * LOG2_E;
+    tile_rows<1, D, false> k, v;
+    float dk[1][D / 8][4], dv[1][D / 8][4];
+    clear(dk);
+    clear(dv);
+    load_rows<D>(k_tile, neighbours(x.qkv + of_group, stride, first_key, x.T), x.keys);
+    load_rows<D>(v_tile, neighbours(x.qkv + of_group + x.G * D, stride, first_key, x.T), x.keys);
+    k.take(k_tile, warp_row), v.take(v_tile, warp_row);
+    for (int turn = 2 * first_head; turn < 2 * end_head; turn++) {
+        const int h = turn / 2;
+        const bool own = turn % 2 == 0;
+        const size_t head = (size_t)b * x.H + h;
+        const plain_rows_t rows = own ? plain_own(x, block) : plain_chosen(x, (int)head, block);
+        const floatX* queries = own ? x.qkv + sequence + h * D : x.queries + head * x.most * D;
+        const floatX* gradients =
+            own ? dout + ((size_t)b * x.T * x.H + h) * D : x.gradients + head * x.most * D;
+        for (int query = rows.first; query < rows.end; query += QUERIES) {
+            __syncthreads(); // nobody uses the tile before any more
+            load_rows<D>(q_tile, neighbours(queries, own ? stride : D, query, rows.end), QUERIES);
+            load_rows<D>(dout_tile, neighbours(gradients, own ? x.H * D : D, query, rows.end), QUERIES);
+            for (int row = threadIdx.x; row < QUERIES; row += blockDim.x) {
+                of_rows[row] = make_float2(INFINITY, 0); // a row that does not exist has no probability
+                if (query + row < rows.end)
+                    of_rows[row] = statistics[head * padded +
+                                              (own ? query + row : x.tokens[head * x.most + query + row])];
+            }
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+            float probs[1][QUERIES / 8][4], dscores[1][QUERIES / 8][4];
+            multiply_transposed(probs, k, q_tile, 0);
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int row = n * 8 + lane % 4 * 2 + i % 2;
+                    probs[0][n][i] = exp2_approximate(fmaf(probs[0][n][i], scale_log2, -of_rows[row].x));
+                    if (own && first_key + warp_row + lane / 4 + i / 2 * 8 > query + row) probs[0][n][i] = 0;
+                }
+            multiply_add(dv, probs, dout_tile, 0);
+            multiply_transposed(dscores, v, dout_tile, 0);
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    dscores[0][n][i] =
+                        probs[0][n][i] * (dscores[0][n][i] - of_rows[n * 8 + lane % 4 * 2 + i % 2].y);
+            multiply_add(dk, dscores, q_tile, 0);
+        }
+    }
+    // A head without queries has waited for nothing yet.
+    cp_async_wait<0>();
+    __syncthreads();
+    scale_rows(dk, scale);
+    store_rows(neighbours(dqkv + of_group, stride, first_key, x.T), k_tile, warp_row, dk);
+    store_rows(neighbours(dqkv + of_group + x.G * D, stride, first_key, x.T), v_tile, warp_row, dv);
+}
+
+// As plain_forward_kernel: dq of the own block, or of the pairs.
+template <int D, bool OWN>
+__global__ void __launch_bounds__(PLAIN_THREADS)
+    plain_backward_queries_kernel(floatX* dq, // of own tokens (B, T, H + 2G, D), of pairs (B, H, most, D)
+                                  const floatX* dout,       // (B, T, H, D)
+                                  const float2* statistics, // (B, H, padded)
+                                  plain_pairs_t x, int shares, int padded, float scale) {
+    SHARED_MEMORY(floatX, shared);
+    floatX* q_tile = shared;
+    floatX* dout_tile = q_tile + PLAIN_QUERIES * D;
+    floatX* k_tile = dout_tile + PLAIN_QUERIES * D;
+    floatX* v_tile = k_tile + x.keys * D;
+
+    const int block = blockIdx.x / shares, share = blockIdx.x % shares, head = blockIdx.y;
+    const int b = head / x.H, h = head % x.H, stride = (x.H + 2 * x.G) * D, lane = lane_of_warp();
+    const size_t sequence = (size_t)b * x.T * stride;
+    const floatX* k = x.qkv + sequence + (x.H + x.kv_of_q[h]) * D;
+    const floatX* queries = OWN ? x.qkv + sequence + h * D : x.queries + head * x.most * D;
+    const floatX* gradients = OWN ? dout + ((size_t)b * x.T * x.H + h) * D : x.gradients + head * x.most * D;
+    floatX* of_head = OWN ? dq + sequence + h * D : dq + head * x.most * D;
+    const plain_rows_t rows = OWN ? plain_own(x, block) : plain_chosen(x, head, block);
+    const int warp_row = warp_of_block() * 16;
+    const float scale_log2 = scale * LOG2_E;
+
+    for (int query = rows.first + share * PLAIN_QUERIES; query < rows.end; query += shares * PLAIN_QUERIES) {
+        const bool some = query + warp_row < rows.end;
+        tile_rows<1, D, false> q, gradient;
+        float sum[1][D / 8][4], scores[1][PLAIN_COLUMNS / 8][4], dscores[1][PLAIN_COLUMNS / 8][4];
+        float2 of_rows[2];
+        for (int half = 0; half < 2; half++) {
+            const int row = min(query + warp_row + lane / 4 + 8 * half, rows.end - 1);
+            of_rows[half] = statistics[(size_t)head * padded + (OWN ? row : x.tokens[head * x.most + row])];
+        }
+        q.take(q_tile, warp_row), gradient.take(dout_tile, warp_row);
+        clear(sum);
+        __syncthreads(); // nobody uses the queries before any more
+        load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), PLAIN_QUERIES);
+        load_rows<D>(dout_tile, neighbours(gradients, OWN ? x.H * D : D, query, rows.end), PLAIN_QUERIES);
+        for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
+            __syncthreads(); // nor the keys and values
+            load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
+            load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+            for (int column = 0; some && column < x.keys; column += PLAIN_COLUMNS) {
+                multiply_transposed(scores, q, k_tile, column);
+                if (OWN) hide_scores(scores, query + warp_row, key + column, x.T);
+                multiply_transposed(dscores, gradient, v_tile, column);
+#pragma unroll
+                for (int n = 0; n < PLAIN_COLUMNS / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        dscores[0][n][i] =
+                            exp2_approximate(fmaf(scores[0][n][i], scale_log2, -of_rows[i / 2].x)) *
+                            (dscores[0][n][i] - of_rows[i / 2].y);
+                multiply_add(sum, dscores, k_tile, column);
+            }
+        }
+        if (!some) continue;
+        scale_rows(sum, scale);
+        __syncwarp(); // the warp's own queries are not needed any more
+        store_rows(neighbours(of_head, OWN ? stride : D, query, rows.end), q_tile, warp_row, sum);
+    }
+}
+
+template <int D>
+__global__ void plain_merge_queries_kernel(floatX* dqkv,          // (B, T, H + 2G, D) in and out
+                                           const floatX* of_pair, // (B, H, most, D)
+                                           plain_pairs_t x) {
+    constexpr int LANES = D / CHUNK;
+    const int t = (blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES;
+    const int column = threadIdx.x % LANES * CHUNK;
+    if (t >= x.T) return;
+    const size_t head = blockIdx.y, row = head * x.T + t;
+    floatX* own = dqkv + ((head / x.H * x.T + t) * (x.H + 2 * x.G) + head % x.H) * D + column;
+    Values<CHUNK> sum = load<CHUNK>(own);
+    for (int i = 0; i < x.K - 1 && x.selected[row * (x.K - 1) + i] >= 0; i++) {
+        const size_t pair = head * x.most + x.places[row * (x.K - 1) + i];
+        const Values<CHUNK> more = load<CHUNK>(of_pair + pair * D + column);
+        for (int c = 0; c < CHUNK; c++) sum.at[c] += more.at[c];
+    }
+    store(own, sum);
+}
+
+// ----------------------------------------------------------------------------
+// Workspaces
+
+typedef struct {
+    plain_pairs_t pairs;
+    floatX* of_pairs; // (B, H, most, D) outputs, or gradients of queries
+    // forward
+    float* scores;   // (B, H, T, blocks)
+    float* own_lse;  // (B, H, T)
+    float* pair_lse; // (B, H, most)
+    // backward
+    float2* statistics; // (B, H, padded)
+} plain_workspace_t;
+
+// Lays out what a call needs, or without memory only counts its bytes.
+static inline size_t plain_lay_out(plain_workspace_t* w, char* memory, const moba_shape_t* s,
+                                   int is_backward) {
+    plain_pairs_t* x = &w->pairs;
+    const size_t heads = (size_t)s->B * s->H, T = (size_t)s->T;
+    const size_t forward = !is_backward, backward = is_backward != 0; // how many of these
+    size_t used = 0;
+    x->B = s->B, x->T = s->T, x->start = s->start, x->H = s->H, x->G = s->G, x->S = s->S, x->K = s->K;
+    x->blocks = s->T / s->S;
+    x->keys = s->S < PLAIN_KEYS ? s->S : (int)PLAIN_KEYS;
+    x->most = T * (s->K - 1);
+    const size_t pairs = heads * x->most, matrix = s->K > 1 ? heads * T * x->blocks : 0;
+    x->choices = (unsigned char*)moba_take(memory, &used, matrix, 1);
+    x->begins = (int*)moba_take(memory, &used, heads * (x->blocks + 1), sizeof(int));
+    x->tokens = (int*)moba_take(memory, &used, pairs, sizeof(int));
+    x->places = (int*)moba_take(memory, &used, pairs, sizeof(int));
+    x->queries = (floatX*)moba_take(memory, &used, pairs * s->D, sizeof(floatX));
+    x->gradients = (floatX*)moba_take(memory, &used, backward * pairs * s->D, sizeof(floatX));
+    w->of_pairs = (floatX*)moba_take(memory, &used, pairs * s->D, sizeof(floatX));
+    w->scores = (float*)moba_take(memory, &used, forward * matrix, sizeof(float));
+    w->own_lse = (float*)moba_take(memory, &used, forward * heads * T, sizeof(float));
+    w->pair_lse = (float*)moba_take(memory, &used, forward * pairs, sizeof(float));
+    w->statistics =
+        (float2*)moba_take(memory, &used, backward * heads * attention_padded(s->T), sizeof(float2));
+    return used;
+}
+
+static inline size_t moba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    plain_workspace_t workspace;
+    return plain_lay_out(&workspace, NULL, &shape, 0);
+}
+
+static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    plain_workspace_t workspace;
+    return plain_lay_out(&workspace, NULL, &shape, 1);
+}
+
+// ----------------------------------------------------------------------------
+// The operations
+
+// A thread for every 16 bytes of `rows` rows.
+template <int D> static inline dim3 plain_copy_grid(size_t rows, int heads) {
+    const size_t rows_of_block = PLAIN_COPY_THREADS / (D / CHUNK);
+    return dim3((unsigned)((rows + rows_of_block - 1) / rows_of_block), (unsigned)heads);
+}
+
+// Whether there is anything to choose from, whoever may choose it.
+static inline int plain_has_pairs(const plain_pairs_t* x) { return x->K > 1 && x->blocks > 0; }
+
+template <int D> static inline void plain_pair_up(const plain_pairs_t* x, stream_t stream) {
+    const int heads = x->B * x->H;
+    const size_t choices = (size_t)(x->T - x->start) * (x->K - 1);
+    device_zero(x->choices, (size_t)heads * x->blocks * x->T, stream);
+    device_zero(x->begins, sizeof(int) * heads * (x->blocks + 1), stream);
+    launch(plain_mark_kernel, dim3(flat_grid(choices, 1).x, (unsigned)heads), FLAT_BLOCK, 0, stream, *x);
+    launch(plain_scan_kernel, ceil_div(heads, 32), 32, 0, stream, *x);
+    launch(plain_fill_kernel, dim3((unsigned)x->blocks, (unsigned)heads), 32, 0, stream, *x);
+    launch(plain_gather_kernel<D>, plain_copy_grid<D>(x->most, heads), PLAIN_COPY_THREADS, 0, stream,
+           x->queries, x->qkv, x->H + 2 * x->G, *x);
+}
+
+template <int D>
+static inline void moba_forward_launch(floatX* out, float* lse, int* selected, float* centroids,
+                                       const plain_workspace_t* w, stream_t stream) {
+    const plain_pairs_t* x = &w->pairs;
+    const int heads = x->B * x->H, rows = x->T - x->start, first_block = x->start / x->S;
+    const int own_shares = ceil_div(x->S, PLAIN_QUERIES);
+    const size_t shared = sizeof(floatX) * D * (PLAIN_QUERIES + 2 * x->keys);
+    const float scale_log2 = attention_scale(D) * LOG2_E;
+    if (x->blocks > first_block)
+        launch(moba_centroids_kernel<D>,
+               dim3((unsigned)(x->blocks - first_block), (unsigned)x->G, (unsigned)x->B),
+               MOBA_CENTROID_THREADS, 0, stream, centroids, x->qkv, x->T, x->H, x->G, x->S, first_block);
+    if (plain_has_pairs(x))
+        launch(plain_scores_kernel<D>,
+               dim3((unsigned)ceil_div(x->blocks, PLAIN_TILE), (unsigned)ceil_div(rows, PLAIN_TILE),
+                    (unsigned)heads),
+               dim3(PLAIN_TILE, PLAIN_TILE_ROWS), 0, stream, w->scores, centroids, *x);
+    if (x->K > 1)
+        launch(plain_select_kernel, dim3((unsigned)ceil_div(rows, PLAIN_WARPS), (unsigned)heads),
+               PLAIN_THREADS, 0, stream, selected, w->scores, *x);
+    launch(plain_forward_kernel<D, true>,
+           dim3((unsigned)((ceil_div(x->T, x->S) - first_block) * own_shares), (unsigned)heads),
+           PLAIN_THREADS, shared, stream, out, plain_has_pairs(x) ? w->own_lse : lse, *x, first_block,
+           own_shares, scale_log2);
+    if (!plain_has_pairs(x)) return;
+    plain_pair_up<D>(x, stream);
+    launch(plain_forward_kernel<D, false>, dim3((unsigned)(x->blocks * PLAIN_SHARES), (unsigned)heads),
+           PLAIN_THREADS, shared, stream, w->of_pairs, w->pair_lse, *x, 0, (int)PLAIN_SHARES, scale_log2);
+    launch(plain_merge_kernel<D>, plain_copy_grid<D>((size_t)rows, heads), PLAIN_COPY_THREADS, 0, stream, out,
+           lse, w->own_lse, w->of_pairs, w->pair_lse, *x);
+}
+
+template <int D>
+static inline void moba_backward_launch(floatX* dqkv, const floatX* dout, const floatX* out, const float* lse,
+                                        const plain_workspace_t* w, stream_t stream) {
+    const plain_pairs_t* x = &w->pairs;
+    const int heads = x->B * x->H, padded = attention_padded(x->T),
+              own_shares = ceil_div(x->S, PLAIN_QUERIES);
+    const size_t row = sizeof(floatX) * D, keys_shared = row * 2 * (x->keys + PLAIN_BACKWARD_QUERIES),
+                 queries_shared = row * 2 * (x->keys + PLAIN_QUERIES);
+    const float scale = attention_scale(D);
+    launch(attention_statistics_kernel<D>,
+           attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), x->H, x->B), STATISTICS_THREADS, 0,
+           stream, w->statistics, dout, out, lse, x->T, padded, x->H);
+    if (plain_has_pairs(x)) {
+        plain_pair_up<D>(x, stream);
+        launch(plain_gather_kernel<D>, plain_copy_grid<D>(x->most, heads), PLAIN_COPY_THREADS, 0, stream,
+               x->gradients, dout, x->H, *x);
+    }
+    launch(plain_backward_keys_kernel<D>, attention_grid(x->T, x->keys, x->G, x->B), 2 * x->keys,
+           keys_shared + sizeof(float2) * PLAIN_BACKWARD_QUERIES, stream, dqkv, dout, w->statistics, *x,
+           padded, scale);
+    launch(plain_backward_queries_kernel<D, true>,
+           dim3((unsigned)(ceil_div(x->T, x->S) * own_shares), (unsigned)heads), PLAIN_THREADS,
+           queries_shared, stream, dqkv, dout, w->statistics, *x, own_shares, padded, scale);
+    if (!plain_has_pairs(x)) return;
+    launch(plain_backward_queries_kernel<D, false>,
+           dim3((unsigned)(x->blocks * PLAIN_SHARES), (unsigned)heads), PLAIN_THREADS, queries_shared, stream,
+           w->of_pairs, dout, w->statistics, *x, (int)PLAIN_SHARES, padded, scale);
+    launch(plain_merge_queries_kernel<D>, plain_copy_grid<D>((size_t)x->T, heads), PLAIN_COPY_THREADS, 0,
+           stream, dqkv, w->of_pairs, *x);
+}
+
+// As flashmoba_forward.
+static inline void moba_forward(floatX* out,    // (B, T, H, D)
+                                float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
+                                int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
+                                float_acc* centroids, // (B, T/S, G, D)
+                                const floatX* qkv,    // (B, T, H + 2G, D)
+                                const int* kv_of_q,   // (H) non-decreasing
+                                void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
+                                stream_t stream) {
+    const moba_shape_t shape = {B, T, start, H, G, D, S, K};
+    plain_workspace_t w;
+    if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
+    plain_lay_out(&w, (char*)workspace, &shape, 0);
+    w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
+    if (D == 32) moba_forward_launch<32>(out, lse, selected, centroids, &w, stream);
+    if (D == 64) moba_forward_launch<64>(out, lse, selected, centroids, &w, stream);
+    if (D == 128) moba_forward_launch<128>(out, lse, selected, centroids, &w, stream);
+}
+
+// Every element of dqkv is written: exact zeros for a KV head without queries.
+static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
+                                 const floatX* dout,   // (B, T, H, D)
+                                 const floatX* out,    // (B, T, H, D)
+                                 const float_acc* lse, // (B, H, T)
+                                 const int* selected,  // (B, H, T, K-1)
+                                 const floatX* qkv,    // (B, T, H + 2G, D)
+                                 const int* kv_of_q,   // (H)
+                                 void* workspace, int B, int T, int H, int G, int D, int S, int K,
+                                 stream_t stream) {
+    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    plain_workspace_t w;
+    if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
+    plain_lay_out(&w, (char*)workspace, &shape, 1);
+    w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
+    if (D == 32) moba_backward_launch<32>(dqkv, dout, out, lse, &w, stream);
+    if (D == 64) moba_backward_launch<64>(dqkv, dout, out, lse, &w, stream);
+    if (D == 128) moba_backward_launch<128>(dqkv, dout, out, lse, &w, stream);
+}
+
+#endif
