@@ -8,7 +8,8 @@ Causal attention, dense or in a sliding window, of H query heads over G key/valu
     attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
 
 The algorithm is FlashAttention-2's (Dao, arXiv 2307.08691): the scores exist one tile at a time, in registers, and the
-backward makes them again from the saved log-sum-exp. Head dimensions 32, 64 and 128 (attention_supports_head_dim).
+backward makes them again from the saved log-sum-exp. Head dimensions 32, 64 and 128 (attention_supports_head_dim). The noise of
+pgqa is added to finished rows where they lie in shared memory on their way out, and takes no register more.
 
 The backward is two kernels, without atomics and without sums that cross blocks, so that it is the same bits in every run:
     keys      a block owns keys: dk and dv in registers, all queries of all heads of the group stream by. S, dP, dV, dK
