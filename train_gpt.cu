@@ -1752,6 +1752,7 @@ int main(int argc, char** argv) {
     signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);
+    if (run.options.moba_workspace) moba_set_workspace_bound(run.options.moba_workspace);
     const Options* options = &run.options;
     check_graph(options);
     find_checkpoints(&run);
