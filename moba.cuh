@@ -647,7 +647,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     for (int c = 0; c < CHUNK; c++) sum.at[c] /= total;
     const size_t row = ((size_t)moba_sequence(x, head) * x.T + t) * x.H + moba_head(x, head);
     if (query < x.end) store(out + row * D + column, sum);
-    if (query < x.T && column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    if (query < x.end && column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
     if constexpr (NOISY) {
         for (int c = 0; c < CHUNK; c++) sum.at[c] = rounded(sum.at[c]);
         const Values<CHUNK> noised = noise_row<D>(sum, row, column, noise);
