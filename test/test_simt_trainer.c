@@ -256,8 +256,7 @@ static void must_follow_the_cpu(const Variant* v) {
         else must_follow_on_average(output, yardstick, "loss", STEPS - FIRST, builds[i].bound);
 
         print_to(again, sizeof(again), "%s_again", output);
-        print_to(more, sizeof(more), "%s --recompute layer%s", model,
-                 strstr(model, "--kd-source forward") ? "" : " --cuda-graph");
+        print_to(more, sizeof(more), "%s --recompute layer --cuda-graph", model);
         fork_run(again, yardstick, FIRST);
         train(path, again, more);
         must_be_same_run(output, again, STEPS);
