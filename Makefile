@@ -285,7 +285,7 @@ endif
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
          $(BUILD)/test/test_snr $(BUILD)/test/test_scaling $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
-         $(BUILD)/test/test_distributed \
+         $(BUILD)/test/test_distributed test/test_launch.sh \
          $(KERNEL_TESTS) $(COUNT_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
@@ -331,6 +331,7 @@ test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer $(BUIL
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= EMULATOR_SANITIZED= test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
+	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh test/test_launch.sh
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 	@$(MUTATE) --sample 30
 
@@ -413,7 +414,7 @@ gpu-check-tests:
 # Style
 
 SOURCES := $(shell git ls-files '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
-SCRIPTS := $(shell git ls-files '*.sh' '.ci/run' 2>/dev/null)
+SCRIPTS := $(shell git ls-files '*.sh' '*.sbatch' '.ci/run' 2>/dev/null)
 
 lint:
 	BUILD=$(BUILD) scripts/lint.sh

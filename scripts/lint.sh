@@ -8,7 +8,7 @@ mapfile -t sources < <(git ls-files '*.h' '*.c' '*.cu' '*.cuh')
 # train_gpt.cu is C as well; every other .cu is C++, for nvcc and the emulator.
 mapfile -t programs < <(git ls-files '*.c' train_gpt.cu)
 mapfile -t kernels < <(git ls-files '*.cu' ':!train_gpt.cu')
-mapfile -t scripts < <(git ls-files '*.sh' '.ci/run')
+mapfile -t scripts < <(git ls-files '*.sh' '*.sbatch' '.ci/run')
 
 clang-format --dry-run --Werror "${sources[@]}"
 echo "clang-format: ${#sources[@]} files"

@@ -55,6 +55,9 @@ last_step() {
 # mpirun refuses root, the only user of many containers, unless it is told twice.
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 
+# Whatever the output goes to, mpirun's processes see a terminal; in a file they would redraw their line of progress.
+if [ ! -t 1 ]; then export TERM=dumb; fi
+
 # The first signal becomes SIGUSR1, on which train_gpt writes a checkpoint, and which mpirun passes on to every process: of
 # SIGTERM it would kill them a second later, too soon for a checkpoint. The second one ends the command at once.
 child="" signal=0

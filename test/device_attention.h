@@ -33,10 +33,10 @@ typedef struct {
     int kv_of_q[MAX_HEADS];
 } HeadMap;
 
-static const HeadMap ONE = {1, 1, {0}}, MHA = {2, 2, {0, 1}}, GQA = {4, 2, {0, 0, 1, 1}},
-                     MQA = {3, 1, {0, 0, 0}}, UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}},
-                     FIRST_EMPTY = {3, 3, {1, 1, 2}}, MIDDLE_EMPTY = {3, 4, {0, 0, 3}},
-                     LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
+static const HeadMap ONE = {1, 1, {0}}, TWO = {2, 1, {0, 0}}, MHA = {2, 2, {0, 1}},
+                     GQA = {4, 2, {0, 0, 1, 1}}, MQA = {3, 1, {0, 0, 0}},
+                     UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}}, FIRST_EMPTY = {3, 3, {1, 1, 2}},
+                     MIDDLE_EMPTY = {3, 4, {0, 0, 3}}, LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
 static const HeadMap* const ALL_MAPS[8] = {&ONE,    &MHA,         &GQA,          &MQA,
                                            &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY};
 
