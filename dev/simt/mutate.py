@@ -45,13 +45,15 @@ FILES = {
     "kernels/vector.cuh": ("test_kernels", ["rmsnorm_*", "attention_noise*", None]),
     "kernels/embedding.cuh": ("test_kernels", ["embedding_*"]),
     "kernels/rmsnorm.cuh": ("test_kernels", ["*rmsnorm_*"]),
-    "kernels/rope.cuh": ("test_kernels", ["rope_*"]),
+    "kernels/rope.cuh": ("test_kernels", ["rope_*", "keys_*"]),
     "kernels/swiglu.cuh": ("test_kernels", ["swiglu_*"]),
     "kernels/matmul.cuh": ("test_kernels", ["matmul_*"]),
     "kernels/classifier.cuh": ("test_kernels", ["fused_classifier_*"]),
     "kernels/adamw.cuh": ("test_kernels", ["global_norm*", "adamw_*"]),
     "kernels/keynorm.cuh": ("test_kernels", ["key_*"]),
-    "kernels/keyconv.cuh": ("test_kernels", ["keyconv_*"]),
+    "kernels/keyconv.cuh": ("test_kernels", ["keys_*"]),
+    "kernels/keys.cuh": ("test_kernels", ["keys_*"]),
+    "kernels/moba_plain.cuh": ("test_moba_kernels", ["test_moba_*"]),
     "kernels/noise.cuh": ("test_kernels", ["attention_noise*"]),
 }
 
