@@ -5,13 +5,13 @@ Every query attends to its own block of S keys, causally, and to the K-1 complet
 highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571):
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // kernels/keys.cuh
     flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
 A chain of kernels without a word from the host:
 
-    centroids    means of the blocks' keys
     router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers
     lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
     partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
@@ -49,7 +49,7 @@ Queries, keys, values, output and their gradients are 16BTHD bytes there (8.6 GB
 centroids come on top of that: 11 % at 128K, 6 % at 256K, 4.5 % at 512K, and more where T is so small that a bound of
 1 GB is a large one.
 
-Bytes (bf16), a query head: centroids 2TD; router 2TD + (T/128)(n/2) 4D + 4T(K-1), n = T/S; partials TK(4D + 4)
+Bytes (bf16), a query head: router 2TD + (T/128)(n/2) 4D + 4T(K-1), n = T/S; partials TK(4D + 4)
 + items * 4SD; merge TK(2D + 4) + 2TD; backward TK(4D + 8) for gathered rows, TK 4D for partial rows, 4SD for every
 item's keys and values, and 4SD for gradients that an item writes itself, or else 16SD of sums written and read again and
 4SD / (heads of the group). With T 64K, S 128, K 8, D 128 and choices at random a block has 1.5 items; partials are then 322 MB
@@ -114,31 +114,7 @@ __device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int co
 }
 
 // ----------------------------------------------------------------------------
-// Centroids
-
-enum { MOBA_CENTROID_THREADS = 128 };
-template <int D>
-__global__ void moba_centroids_kernel(float* centroids,  // (B, T/S, G, D)
-                                      const floatX* qkv, // (B, T, H + 2G, D)
-                                      int T, int H, int G, int S, int first_block) {
-    constexpr int LANES = D / CHUNK, ROWS = MOBA_CENTROID_THREADS / LANES;
-    __shared__ float sums[ROWS][D];
-    const int block = first_block + blockIdx.x, g = blockIdx.y, b = blockIdx.z;
-    const int column = threadIdx.x % LANES * CHUNK, first = threadIdx.x / LANES;
-    const size_t stride = (size_t)(H + 2 * G) * D;
-    const floatX* k = qkv + ((size_t)b * T + (size_t)block * S) * stride + (size_t)(H + g) * D + column;
-    Values<CHUNK> sum = {};
-    for (int t = first; t < S; t += ROWS) {
-        const Values<CHUNK> key = load<CHUNK>(k + t * stride);
-        for (int i = 0; i < CHUNK; i++) sum.at[i] += key.at[i];
-    }
-    for (int i = 0; i < CHUNK; i++) sums[first][column + i] = sum.at[i];
-    __syncthreads();
-    if (threadIdx.x >= D) return;
-    float total = 0;
-    for (int row = 0; row < ROWS; row++) total += sums[row][threadIdx.x];
-    centroids[(((size_t)b * (T / S) + block) * G + g) * D + threadIdx.x] = total / (float)S;
-}
+// Router
 
 // The router multiplies floatX: what bf16 leaves of a centroid, and what it leaves of the rest.
 #if defined(PRECISION_BF16)
@@ -156,9 +132,6 @@ static __global__ void moba_split_kernel(floatX* terms, // (MOBA_TERMS, count)
 #else
 enum { MOBA_TERMS = 1 };
 #endif
-
-// ----------------------------------------------------------------------------
-// Router
 
 // Scores and blocks in one order: the higher score, of equal ones the later block. A score that is not a number is 0,
 // and so is what cannot be chosen.
@@ -1147,23 +1120,18 @@ static inline void moba_route_launch(int* selected, const floatX* terms, const f
 }
 
 template <int D>
-static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, float* centroids,
+static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, const float* centroids,
                                             const floatX* qkv, const int* kv_of_q, char* workspace,
                                             const moba_shape_t* s, const AttentionNoise* noise,
                                             stream_t stream) {
     typedef moba_forward_shape<D> shape;
     static_assert(shape::shared_bytes(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
-    const int blocks = s->T / s->S, first_block = s->start / s->S;
     const floatX* terms = (const floatX*)centroids;
     size_t used = 0;
-    if (blocks > first_block)
-        launch(moba_centroids_kernel<D>,
-               dim3((unsigned)(blocks - first_block), (unsigned)s->G, (unsigned)s->B), MOBA_CENTROID_THREADS,
-               0, stream, centroids, qkv, s->T, s->H, s->G, s->S, first_block);
 #if defined(PRECISION_BF16)
     const size_t count = moba_centroids_count(s->B, s->T, s->G, D, s->S);
     floatX* split = (floatX*)moba_take(workspace, &used, count * MOBA_TERMS, sizeof(floatX));
-    if (blocks > 0 && s->K > 1)
+    if (count > 0 && s->K > 1)
         launch(moba_split_kernel, flat_grid(count, 1), FLAT_BLOCK, 0, stream, split, centroids, count);
     terms = split;
 #endif
@@ -1232,15 +1200,15 @@ static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, in
     return used + moba_turn_bytes(&shape, 1);
 }
 
-// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already, and the
-// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected. With noise (or
-// NULL) also these rows of noise->noised.
+// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already. The centroids
+// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids. With
+// noise (or NULL) also these rows of noise->noised.
 static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      int* selected, // (B, H, T, K-1) blocks chosen, the newest first, then -1
-                                     float_acc* centroids, // (B, T/S, G, D)
-                                     const floatX* qkv,    // (B, T, H + 2G, D)
-                                     const int* kv_of_q,   // (H) non-decreasing
+                                     const float_acc* centroids, // (B, T/S, G, D)
+                                     const floatX* qkv,          // (B, T, H + 2G, D)
+                                     const int* kv_of_q,         // (H) non-decreasing
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
                                      int K, const AttentionNoise* noise, stream_t stream) {
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
