@@ -5,7 +5,7 @@ Every query attends to its own block of S keys, causally, and to the K-1 complet
 highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571):
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
-    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
@@ -16,7 +16,7 @@ A chain of kernels without a word from the host:
     lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
     partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
                  memory, gathered queries stream by, and each leaves a row of output and its log-sum-exp
-    merge        a query adds its K rows up, in the order of its choices
+    merge        a query adds its K rows up, in the order of its choices, and pgqa's noise to the sum
 
 A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
 the future from them. So the causal part needs no kernel of its own, and costs the same bytes as one that would be
@@ -81,8 +81,9 @@ static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
 template <int D, typename Rows>
 __device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int count) {
     constexpr int CHUNKS = D / CHUNK;
-    const int column = threadIdx.x % CHUNKS * CHUNK, step = blockDim.x / CHUNKS;
-    for (int row = threadIdx.x / CHUNKS; row < count; row += step)
+    const int thread = compute_here(threadIdx.x), step = blockDim.x / CHUNKS;
+    const int column = thread % CHUNKS * CHUNK;
+    for (int row = thread / CHUNKS; row < count; row += step)
         cp_async16(tile + tile_offset<D>(row, column), rows.at(row) + column, rows.has(row));
 }
 
@@ -594,16 +595,17 @@ static __device__ __forceinline__ int moba_count_choices(const moba_lists_t& x, 
     return count;
 }
 
-// The rows of D that a lane of LANES has 16 bytes of: one query each.
+// The rows of D that a lane of LANES has 16 bytes of: one query each. With noise, which takes all lanes of a warp, those beyond the
+// last query do it once more and keep it to themselves; and ten registers more than the 38 without.
 enum { MOBA_MERGE_THREADS = 128 };
-template <int D>
+template <int D, bool NOISY>
 __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     moba_merge_kernel(floatX* out, // (B, T, H, D)
                       float* lse,  // (B, H, T)
-                      const floatX* partial_out, const float* partial_lse, moba_lists_t x) {
+                      const floatX* partial_out, const float* partial_lse, moba_lists_t x, NoisedRows noise) {
     constexpr int LANES = D / CHUNK;
-    const int t = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
-    const int column = threadIdx.x % LANES * CHUNK;
+    const int query = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int t = NOISY ? min(query, x.end - 1) : query, column = threadIdx.x % LANES * CHUNK;
     if (t >= x.end) return;
     const int rows = moba_count_choices(x, head, t) * x.parts;
     const size_t first = moba_first_partial(x, head, t);
@@ -617,9 +619,14 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
         for (int c = 0; c < CHUNK; c++) sum.at[c] += weight * row.at[c];
     }
     for (int c = 0; c < CHUNK; c++) sum.at[c] /= total;
-    const size_t token = (size_t)moba_sequence(x, head) * x.T + t;
-    store(out + (token * x.H + moba_head(x, head)) * D + column, sum);
-    if (column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    const size_t row = ((size_t)moba_sequence(x, head) * x.T + t) * x.H + moba_head(x, head);
+    if (query < x.end) store(out + row * D + column, sum);
+    if (query < x.T && column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    if constexpr (NOISY) {
+        for (int c = 0; c < CHUNK; c++) sum.at[c] = rounded(sum.at[c]);
+        const Values<CHUNK> noised = noise_row<D>(sum, row, column, noise);
+        if (query < x.end) store(noise.noised + row * D + column, noised);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -644,6 +651,27 @@ static __device__ __forceinline__ bool moba_is_whole(const moba_lists_t& x, int 
     return x.start == 0 && x.end == x.T && (h == 0 || x.kv_of_q[h - 1] < g) &&
            (h + 1 == x.H || x.kv_of_q[h + 1] > g) &&
            moba_more_before(x, head, block) == moba_more_before(x, head, block + 1);
+}
+
+// Where an item has its sums, and how many rows there are: among those of all keys, none is beyond the last token.
+typedef struct {
+    float *keys, *values;
+    int count;
+} rows_of_sums;
+
+static __device__ __forceinline__ rows_of_sums moba_sums_of(const moba_sums_t& sums, const moba_lists_t& x,
+                                                            const moba_item_t& item, int head, int part,
+                                                            int D) {
+    rows_of_sums rows;
+    if (item.more == 0) {
+        rows.keys = sums.of_heads + ((size_t)head * 2 * x.T + item.first_key) * D;
+        rows.values = rows.keys + (size_t)x.T * D, rows.count = x.T - item.first_key;
+    } else {
+        const size_t number = ((size_t)head * x.max_more + item.more - 1) * x.parts + part;
+        rows.keys = sums.more + number * 2 * x.keys * D;
+        rows.values = rows.keys + (size_t)x.keys * D, rows.count = x.keys;
+    }
+    return rows;
 }
 
 // A warp's rows of sums, from and to memory (.., D) where `rows` rows exist.
@@ -696,11 +724,19 @@ template <int QUERIES> struct moba_tile_rows {
     int2 entries[QUERIES / 2];
 };
 
+// What a block has to know of its item once in a tile. Its sums leave no registers to keep that in.
+typedef struct {
+    moba_item_t item;
+    size_t of_keys; // where the keys begin in (B, T, H + 2G, D)
+    const floatX *queries, *dout;
+    const float2* statistics;
+} moba_work;
+
 template <int D> static constexpr size_t moba_backward_shared_bytes(int keys) {
     typedef moba_backward_shape<D> shape;
-    return 2 * carved_bytes<floatX>((size_t)keys * D) + 3 * carved_bytes<floatX>(shape::TILE) +
-           carved_bytes<floatX>((size_t)keys * shape::QUERIES) +
-           2 * carved_bytes<moba_tile_rows<shape::QUERIES>>(1);
+    return 2 * carved_bytes<floatX>((size_t)keys * D) + carved_bytes<floatX>(shape::TILE) +
+           carved_bytes<floatX>(2 * shape::TILE) + carved_bytes<floatX>((size_t)keys * shape::QUERIES) +
+           carved_bytes<moba_tile_rows<shape::QUERIES>>(2) + carved_bytes<moba_work>(1);
 }
 
 // One block computes an item: what it adds to the gradients of its keys and values, and a row for each of its queries.
@@ -724,89 +760,102 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
     floatX* v_tile = carve<floatX>(rest, x.keys * D);
     floatX* dscores_tile = carve<floatX>(rest, x.keys * QUERIES); // keys are rows
     floatX* dout_tile = carve<floatX>(rest, TILE);
-    floatX* q_tile = carve<floatX>(rest, TILE);
-    floatX* next_q_tile = carve<floatX>(rest, TILE);
-    tile_rows_t* rows = carve<tile_rows_t>(rest, 1);
-    tile_rows_t* next_rows = carve<tile_rows_t>(rest, 1);
+    floatX* q_ring = carve<floatX>(rest, 2 * TILE);
+    tile_rows_t* rows_ring = carve<tile_rows_t>(rest, 2);
 
+    moba_work* work = carve<moba_work>(rest, 1);
+    const int head = blockIdx.y, part = blockIdx.x % x.parts, stride = (x.H + 2 * x.G) * D;
     moba_item_t item;
-    const int head = blockIdx.y, part = blockIdx.x % x.parts;
     if (!moba_item(&item, x, head)) return;
     const bool goes_on = item.more == 0 && moba_goes_on(x, head);
     if (goes_on && item.count == 0) return;
-    const int h = moba_head(x, head), b = moba_sequence(x, head), stride = (x.H + 2 * x.G) * D;
-    const int lane = lane_of_warp();
-    const size_t of_sequence = (size_t)b * x.T * stride, of_group = of_sequence + (x.H + x.kv_of_q[h]) * D;
-    const float2* of_head = statistics + ((size_t)b * x.H + h) * padded;
-    auto load_queries = [&](floatX* tile, tile_rows_t* of_tile, int first) {
-        if (first < item.count) {
-            const int* entries = item.entries + first;
-            const int end = item.count - first;
-            load_rows<D>(tile, gathered(x.qkv + of_sequence + h * D, stride, entries, end), QUERIES);
-            for (int row = threadIdx.x; row < QUERIES; row += blockDim.x) {
-                const int entry = entries[min(row, end - 1)];
-                ((int*)of_tile->entries)[row] = entry;
-                ((float2*)of_tile->statistics)[row] =
-                    row < end ? of_head[moba_token(entry)] : make_float2(INFINITY, 0);
-            }
-        }
+    if (threadIdx.x == 0) {
+        const size_t sequence = moba_sequence(x, head), h = moba_head(x, head), rows = sequence * x.T;
+        work->item = item;
+        work->queries = x.qkv + rows * stride + h * D;
+        work->of_keys = rows * stride + (x.H + x.kv_of_q[h]) * D;
+        work->dout = dout + (rows * x.H + h) * D;
+        work->statistics = statistics + (sequence * x.H + h) * padded;
+    }
+    __syncthreads();
+    auto load_queries = [&](int first) {
+        const int end = work->item.count - first, slot = first / QUERIES % 2;
+        const int* entries = work->item.entries + first;
+        if (end > 0)
+            load_rows<D>(q_ring + slot * TILE, gathered(work->queries, stride, entries, end), QUERIES);
         cp_async_commit();
+        for (int row = threadIdx.x; row < QUERIES && end > 0; row += blockDim.x) {
+            const int entry = entries[min(row, end - 1)];
+            ((int*)rows_ring[slot].entries)[row] = entry;
+            ((float2*)rows_ring[slot].statistics)[row] =
+                row < end ? work->statistics[moba_token(entry)] : make_float2(INFINITY, 0);
+        }
     };
     auto load_dout = [&](int first) {
-        if (first < item.count)
-            load_rows<D>(dout_tile,
-                         gathered(dout + ((size_t)b * x.T * x.H + h) * D, x.H * D, item.entries + first,
-                                  item.count - first),
-                         QUERIES);
+        const int end = work->item.count - first;
+        if (end > 0)
+            load_rows<D>(dout_tile, gathered(work->dout, x.H * D, work->item.entries + first, end), QUERIES);
         cp_async_commit();
     };
 
-    load_rows<D>(k_tile, neighbours(x.qkv + of_group, stride, item.first_key, x.T), x.keys);
-    load_rows<D>(v_tile, neighbours(x.qkv + of_group + x.G * D, stride, item.first_key, x.T), x.keys);
-    load_queries(q_tile, rows, 0);
+    const neighbour_rows<const floatX> keys = neighbours(x.qkv + work->of_keys, stride, item.first_key, x.T);
+    const neighbour_rows<const floatX> values =
+        neighbours(x.qkv + work->of_keys + x.G * D, stride, item.first_key, x.T);
+    load_rows<D>(k_tile, keys, x.keys);
+    load_rows<D>(v_tile, values, x.keys);
+    load_queries(0);
     load_dout(0);
     const int warp_row = warp_of_block() * 16 * M, warps = blockDim.x / 32;
-    // The first item of a block has a place among the sums of its head, in which rows beyond the last token are not there.
-    float* to = item.more == 0 ? sums.of_heads + ((size_t)head * 2 * x.T + item.first_key) * D
-                               : sums.more + (((size_t)head * x.max_more + item.more - 1) * x.parts + part) *
-                                                 2 * x.keys * D;
-    const int rows_there = item.more == 0 ? x.T - item.first_key : x.keys;
-    const size_t to_values = (size_t)(item.more == 0 ? x.T : x.keys) * D;
     const float scale_log2 = scale * LOG2_E;
     tile_rows<M, D, false> k, v;
     float dk[M][D / 8][4], dv[M][D / 8][4];
     clear(dk);
     clear(dv);
-    if (goes_on) load_sums(dk, to, warp_row, rows_there), load_sums(dv, to + to_values, warp_row, rows_there);
+    if (goes_on) {
+        const rows_of_sums of_item = moba_sums_of(sums, x, item, head, part, D);
+        load_sums(dk, of_item.keys, warp_row, of_item.count);
+        load_sums(dv, of_item.values, warp_row, of_item.count);
+    }
     k.take(k_tile, warp_row), v.take(v_tile, warp_row);
     cp_async_wait<1>();
     __syncthreads();
-    for (int first = 0; first < item.count; first += QUERIES) {
-        const bool local = moba_token(rows->entries[0].x) < item.end_local;
+    for (int first = 0; first < work->item.count; first += QUERIES) {
+        floatX* q_tile = q_ring + first / QUERIES % 2 * TILE;
+        const tile_rows_t* rows = rows_ring + first / QUERIES % 2;
         float probs[M][QUERIES / 8][4], dscores[M][QUERIES / 8][4];
         multiply_transposed(probs, k, q_tile, 0);
 #pragma unroll
         for (int n = 0; n < QUERIES / 8; n++) {
-            const float4 pair = rows->statistics[n * 4 + lane % 4]; // of the two columns of this lane
-            const int2 entries = rows->entries[n * 4 + lane % 4];
+            const float4 pair =
+                rows->statistics[n * 4 + lane_of_warp() % 4]; // of the two columns of this lane
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float* prob = &probs[m][n][i];
-                    *prob = exp2_approximate(fmaf(*prob, scale_log2, -(i % 2 == 0 ? pair.x : pair.z)));
-                    const int key = item.first_key + warp_row + 16 * m + i / 2 * 8 + lane / 4;
-                    if (local && key > moba_token(i % 2 == 0 ? entries.x : entries.y)) *prob = 0;
-                }
+                for (int i = 0; i < 4; i++)
+                    probs[m][n][i] =
+                        exp2_approximate(fmaf(probs[m][n][i], scale_log2, -(i % 2 == 0 ? pair.x : pair.z)));
+        }
+        if (moba_token(rows->entries[0].x) < work->item.end_local) {
+            const int key = work->item.first_key + warp_row + lane_of_warp() / 4;
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++) {
+                const int2 entries = rows->entries[n * 4 + lane_of_warp() % 4];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        if (key + 16 * m + i / 2 * 8 > moba_token(i % 2 == 0 ? entries.x : entries.y))
+                            probs[m][n][i] = 0;
+            }
         }
         cp_async_wait<0>();
         __syncthreads(); // dO is there; nobody uses the dS or the other tile of queries of the turn before any more
-        load_queries(next_q_tile, next_rows, first + QUERIES);
-        multiply_add(dv, probs, dout_tile, 0);
+        load_queries(first + QUERIES);
         multiply_transposed(dscores, v, dout_tile, 0);
+        multiply_add(dv, probs, dout_tile, 0);
 #pragma unroll
         for (int n = 0; n < QUERIES / 8; n++) {
-            const float4 pair = rows->statistics[n * 4 + lane % 4];
+            const float4 pair = rows->statistics[n * 4 + lane_of_warp() % 4];
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
@@ -814,8 +863,9 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
                     float* of_row = &dscores[m][n][2 * half];
                     of_row[0] = probs[m][n][2 * half] * (of_row[0] - pair.y);
                     of_row[1] = probs[m][n][2 * half + 1] * (of_row[1] - pair.w);
-                    store_pair(dscores_tile + tile_offset<QUERIES>(warp_row + 16 * m + 8 * half + lane / 4,
-                                                                   8 * n + lane % 4 * 2),
+                    store_pair(dscores_tile +
+                                   tile_offset<QUERIES>(warp_row + 16 * m + 8 * half + lane_of_warp() / 4,
+                                                        8 * n + lane_of_warp() % 4 * 2),
                                of_row[0], of_row[1]);
                 }
         }
@@ -830,25 +880,23 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
             multiply_columns_add<QUERIES, D>(dq, dscores_tile, row, k_tile, column, x.keys);
             scale_rows(dq, scale);
             store_columns<D>(
-                partials<D>(partial_dq, x, head, part, (const int*)rows->entries, item.count - first), q_tile,
-                row, column, dq);
+                partials<D>(partial_dq, x, head, part, (const int*)rows->entries, work->item.count - first),
+                q_tile, row, column, dq);
         }
-        floatX* const other_q_tile = q_tile;
-        tile_rows_t* const other_rows = rows;
-        q_tile = next_q_tile, next_q_tile = other_q_tile;
-        rows = next_rows, next_rows = other_rows;
     }
 
+    item = work->item;
     if (!moba_is_whole(x, head, item.block)) {
-        store_sums(to, warp_row, rows_there, dk);
-        store_sums(to + to_values, warp_row, rows_there, dv);
+        const rows_of_sums of_item = moba_sums_of(sums, x, item, head, part, D);
+        store_sums(of_item.keys, warp_row, of_item.count, dk);
+        store_sums(of_item.values, warp_row, of_item.count, dv);
         return;
     }
-    cp_async_wait<0>();
     __syncthreads(); // nobody uses the keys any more; the values are the warp's own
     scale_rows(dk, scale);
-    store_rows(neighbours(dqkv + of_group, stride, item.first_key, x.T), k_tile, warp_row, dk);
-    store_rows(neighbours(dqkv + of_group + x.G * D, stride, item.first_key, x.T), v_tile, warp_row, dv);
+    floatX* to = dqkv + work->of_keys;
+    store_rows(neighbours(to, stride, item.first_key, x.T), k_tile, warp_row, dk);
+    store_rows(neighbours(to + x.G * D, stride, item.first_key, x.T), v_tile, warp_row, dv);
 }
 
 // The gradients of one key or value from the sums of the group's heads, in their order. Sums of a KV head that the next
@@ -1075,7 +1123,8 @@ static inline void moba_route_launch(int* selected, const floatX* terms, const f
 template <int D>
 static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, float* centroids,
                                             const floatX* qkv, const int* kv_of_q, char* workspace,
-                                            const moba_shape_t* s, stream_t stream) {
+                                            const moba_shape_t* s, const AttentionNoise* noise,
+                                            stream_t stream) {
     typedef moba_forward_shape<D> shape;
     static_assert(shape::shared_bytes(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
     const int blocks = s->T / s->S, first_block = s->start / s->S;
@@ -1104,8 +1153,9 @@ static inline void flashmoba_forward_launch(floatX* out, float* lse, int* select
         moba_build_lists(&group, stream);
         launch(kernel, moba_item_grid(&group), shape::THREADS, shape::shared_bytes(x->keys), stream,
                group.partial_rows, group.partial_lse, *x, attention_scale(D) * LOG2_E);
-        launch(moba_merge_kernel<D>, moba_merge_grid<D>(x->end - x->start, group.heads, 1),
-               MOBA_MERGE_THREADS, 0, stream, out, lse, group.partial_rows, group.partial_lse, *x);
+        launch(noise ? moba_merge_kernel<D, true> : moba_merge_kernel<D, false>,
+               moba_merge_grid<D>(x->end - x->start, group.heads, 1), MOBA_MERGE_THREADS, 0, stream, out, lse,
+               group.partial_rows, group.partial_lse, *x, noised_rows(noise, s->T, s->H));
     }
 }
 
@@ -1156,7 +1206,8 @@ static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, in
 }
 
 // Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already, and the
-// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected.
+// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected. With noise (or
+// NULL) also these rows of noise->noised.
 static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      int* selected, // (B, H, T, K-1) blocks chosen, the newest first, then -1
@@ -1164,16 +1215,19 @@ static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      const floatX* qkv,    // (B, T, H + 2G, D)
                                      const int* kv_of_q,   // (H) non-decreasing
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
-                                     int K, stream_t stream) {
+                                     int K, const AttentionNoise* noise, stream_t stream) {
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     char* memory = (char*)workspace;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
     if (D == 32)
-        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                     stream);
     if (D == 64)
-        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                     stream);
     if (D == 128)
-        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                      stream);
 }
 
 // Every element of dqkv is written: exact zeros for a KV head without queries.

@@ -30,7 +30,6 @@ kernels of CUDA on an emulator (dev/simt).
 #include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
 #include "dev/cpu/moba.h"       // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
-#include "dev/cpu/noise.h"      // defines attention_noise
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
@@ -46,7 +45,6 @@ kernels of CUDA on an emulator (dev/simt).
 #include "gqa.cuh"
 #include "moba.cuh"
 #include "kernels/moba_plain.cuh"
-#include "kernels/noise.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"
 #include "kernels/adamw.cuh"
@@ -81,7 +79,7 @@ typedef struct {
     floatX* qkv;          // (B, T, H + 2G, D) after convolution and RoPE
     floatX* raw_keys;     // (B, T, G, D) before the convolution, in layers that have one
     floatX* attention;    // (B, T, H, D)
-    floatX* noised;       // (B, T, H, D) what is multiplied by Wo: pgqa's noise added, else attention itself
+    floatX* noised;       // (B, T, H, D) what is multiplied by Wo with pgqa: attention with its noise
     float_acc* lse;       // (B, H, T)
     int* selected;        // (B, H, T, K-1) the blocks that each query attends to, in layers with MoBA
     float_acc* centroids; // (B, T/S, G, D) the means of their blocks' keys
@@ -406,6 +404,7 @@ static inline void gpt_load_heads(Model* model, const char* directory) {
 
 // Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
 static void gpt_allocate(Model* model) {
+    model->stream = stream_make();
     arena_allocate(&model->parameters);
     if (model->training) {
         arena_allocate(&model->gradients);
@@ -498,31 +497,55 @@ static void gpt_free(Model* model) {
     host_free_pinned(model->host_not_finite);
     for (int i = 0; i < model->config.layers * 4; i++) mark_free(model->marks[i]);
     free(model->marks);
+    stream_free(model->stream);
 }
 
 // ----------------------------------------------------------------------------
 // Attention, of the kind that the layer has
 
-static void layer_attention_forward(Model* model, int l, int B, int T, int start) {
+// What a training pass knows that evaluation and generation do not.
+typedef struct {
+    uint64_t seed;
+    int step;           // optimizer steps done
+    long sequence;      // of the step: the place of the batch's first one
+    double noise_alpha; // of pgqa
+} TrainingPass;
+
+// pgqa's noise on what attention makes in a training pass, written to *noise; else NULL.
+static const AttentionNoise* layer_noise(AttentionNoise* noise, const Model* model, int l,
+                                         const TrainingPass* pass) {
+    if (!pass || model->config.gqa != GQA_PERTURBED) return NULL;
+    noise->noised = model->acts.layers[l].noised;
+    noise->alpha = (float)pass->noise_alpha;
+    noise->seed = pass->seed;
+    noise->draws = noise_stream(pass->step, l);
+    noise->first_sequence = (uint64_t)pass->sequence;
+    return noise;
+}
+
+// To attention, and in a training pass of pgqa also to noised.
+static void layer_attention_forward(Model* model, int l, int B, int T, int start, const TrainingPass* pass) {
     const ModelConfig* config = &model->config;
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
     const int* kv_of_q = model->heads.map + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
     void* workspace = model->acts.workspace;
+    AttentionNoise memory;
+    const AttentionNoise* noise = layer_noise(&memory, model, l, pass);
     mark(&model->marks[4 * l], model->stream);
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
-                          layer_window(config, l), model->stream);
+                          layer_window(config, l), noise, model->stream);
         break;
     case ATTENTION_MOBA:
         moba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv, kv_of_q,
-                     workspace, B, T, start, H, G, D, S, K, model->stream);
+                     workspace, B, T, start, H, G, D, S, K, noise, model->stream);
         break;
     case ATTENTION_FLASHMOBA:
         flashmoba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv,
-                          kv_of_q, workspace, B, T, start, H, G, D, S, K, model->stream);
+                          kv_of_q, workspace, B, T, start, H, G, D, S, K, noise, model->stream);
         break;
     }
     mark(&model->marks[4 * l + 1], model->stream);
@@ -558,14 +581,6 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
 // Query heads that follow the keys (docs/math.md section 3). Maps change between steps, or, with the keys' own statistic as
 // the source, in the middle of a training pass; never in evaluation or generation. All of it happens on the device, in the order
 // of the stream: the host neither waits for a statistic nor knows a map.
-
-// What a training pass knows that evaluation and generation do not.
-typedef struct {
-    uint64_t seed;
-    int step;           // optimizer steps done
-    long sequence;      // of the step: the place of the batch's first one
-    double noise_alpha; // of pgqa
-} TrainingPass;
 
 // The maps of a step: from the keys of the step before, from the weights as they are now, or from random numbers.
 static void gpt_begin_step(Model* model, int step) {
@@ -697,10 +712,9 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
     assert(B <= model->B && (size_t)B * T <= (size_t)model->B * model->T && T <= model->T);
     assert(start == 0 || (B == 1 && !pass && model->recompute < RECOMPUTE_LAYER));
     const ModelConfig* config = &model->config;
-    const int C = config->channels, H = config->heads, D = config->head_dim, F = config->ffn;
+    const int C = config->channels, F = config->ffn;
     const int rows = B * (T - start);
     const size_t first = start; // the first row computed, of every activation
-    const int noisy = pass && config->gqa == GQA_PERTURBED;
     const int measured =
         pass && heads_are_key_driven(config) && allocation_needs_keys(&model->heads.settings);
     const float eps = config->norm_eps;
@@ -724,11 +738,8 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
 
         // attention
         layer_qkv_forward(model, l, B, T, start, measured ? pass->step : -1);
-        layer_attention_forward(model, l, B, T, start);
-        if (noisy)
-            attention_noise(layer->noised, layer->attention, B, T, H, D, (float)pass->noise_alpha, pass->seed,
-                            noise_stream(pass->step, l), pass->sequence, stream);
-        layer_output_forward(model, l, noisy ? layer->noised : layer->attention, B, T, start);
+        layer_attention_forward(model, l, B, T, start, pass);
+        layer_output_forward(model, l, pass ? layer_heads(model, l) : layer->attention, B, T, start);
 
         // feed-forward; the norm that follows is the next layer's first, or the model's last
         layer_hidden_forward(model, l, B, T, start);
@@ -1059,7 +1070,18 @@ typedef struct {
     int* tokens;       // (sequences_per_rank, T)
     int* targets;      // (sequences_per_rank, T)
     float_acc* losses; // (sequences_per_rank, T)
+    // With --cuda-graph
+    Graph graph;
+    int recorded_step; // that graph holds; -1: none
 } Run;
+
+static void check_graph(const Options* options) {
+    if (!options->cuda_graph) return;
+    if (!DEVICE_HAS_GRAPHS)
+        fail_usage("--cuda-graph: of builds with DEVICE=cuda or simt; this one is DEVICE=%s", DEVICE_NAME);
+    if (!comm_can_be_recorded())
+        fail_usage("--cuda-graph: not under mpirun with this build, whose gradients the host adds up");
+}
 
 static void find_checkpoints(Run* run) {
     const Options* options = &run->options;
@@ -1393,6 +1415,7 @@ static double gpt_attention_seconds(const Model* model) {
 
 // Pinned memory for a step's batches on their way to the device, and its losses on their way back.
 static void allocate_staging(Run* run) {
+    run->recorded_step = -1;
     const size_t places = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
     run->tokens = (int*)host_malloc_pinned(places * sizeof(int), "a step's tokens");
     run->targets = (int*)host_malloc_pinned(places * sizeof(int), "a step's targets");
@@ -1403,52 +1426,82 @@ static void free_staging(Run* run) {
     host_free_pinned(run->tokens);
     host_free_pinned(run->targets);
     host_free_pinned(run->losses);
+    graph_free(&run->graph);
 }
 
-// One optimizer step over the next total batch. Returns the mean loss, the gradient's norm through *norm, and through
-// *attention the seconds of attention, those of the last micro-batch standing for all. The host queues all of the step's work
-// on the stream, and waits for it once, at the end. Micro-batches are dealt out to the ranks one after the other.
-static double train_step(Model* model, Run* run, double rate, int step, double* norm, double* attention) {
-    const int T = run->config.sequence_length, B = run->options.batch, rows = B * T;
-    const double total = (double)run->options.total_batch;
-    range_begin("step");
-    gpt_zero_gradients(model);
-    gpt_begin_step(model, step);
-    const int N = comm_size(), rank = comm_rank();
-    for (long first = 0; first < run->sequences_per_rank; first += B) {
-        const size_t place = (size_t)first * (size_t)T, bytes = (size_t)rows * sizeof(int);
+// The next total batch, from the data to where the device copies it from.
+static void stage_batches(Run* run) {
+    const size_t T = (size_t)run->config.sequence_length, batch = (size_t)run->options.batch * T;
+    for (size_t place = 0; place < (size_t)run->sequences_per_rank * T; place += batch) {
         const int *tokens, *targets;
         loader_next(run->train, &tokens, &targets);
-        memcpy(run->tokens + place, tokens, bytes);
-        memcpy(run->targets + place, targets, bytes);
-        const TrainingPass pass = {run->options.seed, step, first * N + (long)rank * B,
-                                   run->options.pgqa_noise};
+        memcpy(run->tokens + place, tokens, batch * sizeof(int));
+        memcpy(run->targets + place, targets, batch * sizeof(int));
+    }
+}
+
+// Queues the work of a step. What is queued depends on the step's number alone: not on the batches, which are copied when it is
+// done, nor on anything that the device computes. So a step can be recorded before its turn.
+static void queue_step(Model* model, const Run* run, int step) {
+    const Options* options = &run->options;
+    const int T = run->config.sequence_length, B = options->batch;
+    const float_acc dloss = (float_acc)(1 / (double)options->total_batch);
+    gpt_zero_gradients(model);
+    gpt_begin_step(model, step);
+    for (long first = 0; first < run->sequences_per_rank; first += B) {
+        const size_t place = (size_t)first * (size_t)T;
+        const TrainingPass pass = {options->seed, step, first * comm_size() + (long)comm_rank() * B,
+                                   options->pgqa_noise};
         model->reduces = first + B == run->sequences_per_rank;
         gpt_forward(model, run->tokens + place, B, T, 0, &pass);
-        gpt_classify(model, run->losses + place, run->targets + place, B, T, 1, (float_acc)(1 / total));
+        gpt_classify(model, run->losses + place, run->targets + place, B, T, 1, dloss);
         gpt_backward(model, B, T);
     }
     gpt_end_step(model, step, run->sequences_per_step);
     AdamW settings;
-    settings.learning_rate = (float)rate;
-    settings.beta1 = (float)run->options.beta1;
-    settings.beta2 = (float)run->options.beta2;
-    settings.eps = (float)run->options.eps;
-    settings.weight_decay = (float)run->options.weight_decay;
-    settings.clip = (float)run->options.clip;
+    settings.learning_rate = (float)learning_rate(&run->schedule, step);
+    settings.beta1 = (float)options->beta1;
+    settings.beta2 = (float)options->beta2;
+    settings.eps = (float)options->eps;
+    settings.weight_decay = (float)options->weight_decay;
+    settings.clip = (float)options->clip;
     settings.step = step + 1;
     gpt_update(model, settings);
+}
+
+// Records a step as a graph while the device runs the one before. It costs the host what queueing the step costs, and the
+// comparison of each kernel's arguments with those of the last graph; but at that time the device does not wait for the host. When
+// the step's turn has come, all that the device waits for is one launch.
+static void record_step(Model* model, Run* run, int step) {
+    range_begin("record");
+    graph_record_begin(model->stream);
+    queue_step(model, run, step);
+    graph_record_end(&run->graph, model->stream);
+    run->recorded_step = step;
+    range_end();
+}
+
+// One optimizer step over the next total batch. Returns the mean loss, the gradient's norm through *norm, and through
+// *attention the seconds of attention, those of the last micro-batch standing for all. The host queues all of the step's work
+// on the stream, and waits for it once, at the end. Micro-batches are dealt out to the ranks one after the other. The first step of
+// a run is never a graph: libraries and kernels are loaded at their first call, which cannot be recorded.
+static double train_step(Model* model, Run* run, int step, double* norm, double* attention) {
+    const int rows = run->options.batch * run->config.sequence_length;
+    const long batches = run->sequences_per_rank / run->options.batch;
+    range_begin("step");
+    stage_batches(run);
+    if (run->recorded_step == step) graph_launch(&run->graph, model->stream);
+    else queue_step(model, run, step);
+    if (run->options.cuda_graph && step + 1 < run->steps) record_step(model, run, step + 1);
     comm_synchronize(model->stream);
     gpt_check_heads(model);
     range_end();
     *norm = (double)*model->host_norm;
-    const long batches = run->sequences_per_rank / B;
     *attention = gpt_attention_seconds(model) * (double)batches;
     double sum = 0;
-    for (long first = 0; first < run->sequences_per_rank; first += B)
-        sum += sum_of_losses(run->losses + (size_t)first * (size_t)T, rows);
+    for (long batch = 0; batch < batches; batch++) sum += sum_of_losses(run->losses + batch * rows, rows);
     comm_sum(&sum, 1);
-    return sum / total;
+    return sum / (double)run->options.total_batch;
 }
 
 static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) {
@@ -1665,7 +1718,7 @@ static void train(Model* model, Run* run) {
         fresh = 1;
 
         double begun = seconds_now(), norm = 0, attention = 0, rate = learning_rate(&run->schedule, step);
-        double loss = train_step(model, run, rate, step, &norm, &attention);
+        double loss = train_step(model, run, step, &norm, &attention);
         run->state.sequences_seen += (uint64_t)run->sequences_per_step;
         run->state.train_loss = loss;
         if (!isfinite(loss) || !isfinite(norm)) {
@@ -1700,6 +1753,7 @@ int main(int argc, char** argv) {
     static Run run;
     run.options = options_parse(argc, argv);
     const Options* options = &run.options;
+    check_graph(options);
     find_checkpoints(&run);
     choose_model(&run);
     const int T = run.config.sequence_length;

@@ -99,6 +99,7 @@ static inline void comm_all_reduce(float_acc* values, size_t count, stream_t str
 }
 static inline void comm_wait(stream_t stream) { (void)stream; }
 static inline void comm_synchronize(stream_t stream) { stream_synchronize(stream); }
+static inline int comm_can_be_recorded(void) { return 1; }
 
 #else
 
@@ -296,6 +297,9 @@ static inline void comm_wait(stream_t stream) { (void)stream; }
 // stream_synchronize(), with an eye on the other ranks.
 static inline void comm_synchronize(stream_t stream) { stream_synchronize(stream); }
 
+// Whether what is queued can be part of a graph: not where the host does it.
+static inline int comm_can_be_recorded(void) { return !comm.size; }
+
 #else
 
 // ----------------------------------------------------------------------------
@@ -393,6 +397,9 @@ static inline void comm_synchronize(stream_t stream) {
         comm_be_patient(since);
     }
 }
+
+// Whether what is queued can be part of a graph.
+static inline int comm_can_be_recorded(void) { return 1; }
 
 #endif
 

@@ -51,8 +51,9 @@ typedef struct {
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
     int zero; // 1: the optimizer's state is sharded over the processes
-    // Memory
+    // Memory and speed
     Recompute recompute;
+    int cuda_graph;
     // Life
     const char* output;
     int resume, overwrite;
@@ -107,6 +108,7 @@ enum {
     KEY_CLIP,
     KEY_ZERO,
     KEY_RECOMPUTE,
+    KEY_CUDA_GRAPH,
     KEY_RESUME,
     KEY_OVERWRITE,
     KEY_KEEP,
@@ -188,11 +190,15 @@ static const struct argp_option option_table[] = {
     {"zero", KEY_ZERO, "0|1", 0,
      "of many processes: 1 shards the optimizer's state over them; the result is the same (default 0)", 3},
 
-    {0, 0, 0, 0, "Memory", 3},
+    {0, 0, 0, 0, "Memory and speed", 3},
     {"recompute", KEY_RECOMPUTE, "LEVEL", 0,
      "what backward computes again instead of keeping it: none (default), mlp (the feed-forward network) or "
      "layer (all but "
      "attention); less memory, the same result",
+     3},
+    {"cuda-graph", KEY_CUDA_GRAPH, 0, 0,
+     "record a step's kernels while the one before runs, and launch them as one; the same result (not on the "
+     "CPU)",
      3},
 
     {0, 0, 0, 0, "Life of a run", 4},
@@ -417,6 +423,9 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_RECOMPUTE:
         options->recompute = (Recompute)option_choice(key, text, recompute_names, RECOMPUTE_LEVELS);
+        break;
+    case KEY_CUDA_GRAPH:
+        options->cuda_graph = 1;
         break;
     case 'o':
         options->output = text;

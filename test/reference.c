@@ -91,7 +91,7 @@ void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq,
 void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,
                                  int T, int start, int H, int G, int D, int window) {
     void* workspace = malloc_or_fail(attention_forward_workspace(B, T, H, G, D), "attention");
-    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, start, H, G, D, window, 0);
+    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, start, H, G, D, window, NULL, 0);
     free(workspace);
 }
 
@@ -149,5 +149,6 @@ void reference_keyconv_backward(double* dqkv, double* dweight, const double* raw
 
 void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,
                                uint64_t seed, uint64_t draws, long first_sequence) {
-    attention_noise(noised, out, B, T, H, D, alpha, seed, draws, first_sequence, 0);
+    const AttentionNoise noise = {noised, alpha, seed, draws, (uint64_t)first_sequence};
+    attention_noise(&noise, out, B, T, 0, H, D);
 }

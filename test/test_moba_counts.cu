@@ -76,7 +76,7 @@ static int* run_counted(StageCounters* counters, const Case* c) {
     counters->observer.before = before_launch, counters->observer.after = after_launch;
     launch_observer = &counters->observer;
     flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, s->B, s->T, 0, s->H, s->G, s->D,
-                      s->S, s->K, 0);
+                      s->S, s->K, NULL, 0);
     device_free(workspace);
     workspace = new_array(flashmoba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, s->B, s->T, s->H, s->G, s->D,
@@ -152,6 +152,17 @@ static void groups_of_heads(void** state) {
     moba_workspace_bound = kept;
 }
 
+// A piece of a head, not the last, in which a list is long enough for two items.
+static void pieces_with_two_items(void** state) {
+    (void)state;
+    const Case c = {{1, 2 * 1280, 0, 1, 1, 32, 16, 2}, {0}, 1};
+    const size_t kept = moba_workspace_bound;
+    moba_workspace_bound = moba_bytes(&c.shape, 1, c.shape.T / 2, 1);
+    assert_int_equal(moba_turn(&c.shape, 1).queries, c.shape.T / 2);
+    check_case(&c);
+    moba_workspace_bound = kept;
+}
+
 // ----------------------------------------------------------------------------
 // What they say
 
@@ -207,6 +218,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(formulas_are_what_is_counted),
         cmocka_unit_test(groups_of_heads),
+        cmocka_unit_test(pieces_with_two_items),
         cmocka_unit_test(drawn_selections),
 #if defined(PRECISION_BF16) // tiles of fp32 are small, to check with
         cmocka_unit_test(routed_forward_is_near_its_floor),

@@ -602,6 +602,12 @@ static void test_key_weight_norm(void** state) {
 // ----------------------------------------------------------------------------
 // Noise on the output of attention
 
+static void add_noise(floatX* noised, const floatX* out, int B, int T, int H, int D, float alpha,
+                      uint64_t seed, uint64_t draws, uint64_t first_sequence) {
+    const AttentionNoise noise = {noised, alpha, seed, draws, first_sequence};
+    attention_noise(&noise, out, B, T, 0, H, D);
+}
+
 static void test_attention_noise(void** state) {
     (void)state;
     enum { B = 4, T = 16, H = 3, D = 64, COUNT = B * T * H * D };
@@ -609,9 +615,9 @@ static void test_attention_noise(void** state) {
     static double z[COUNT];
     fill_normal(NULL, out, COUNT, 3, 1);
     const uint64_t draws = noise_stream(5, 2);
-    attention_noise(noised, out, B, T, H, D, 0, 42, draws, 0, 0);
+    add_noise(noised, out, B, T, H, D, 0, 42, draws, 0);
     assert_memory_equal(noised, out, sizeof(out)); // alpha 0
-    attention_noise(noised, out, B, T, H, D, 0.5f, 42, draws, 0, 0);
+    add_noise(noised, out, B, T, H, D, 0.5f, 42, draws, 0);
     double mean = 0, square = 0, fourth = 0, neighbours = 0;
     for (int row = 0; row < COUNT / D; row++) {
         double average = 0, variance = 0;
@@ -632,11 +638,11 @@ static void test_attention_noise(void** state) {
     assert_true(fabs(square - 1) < 4 * sqrt(2.0 / COUNT) && fabs(fourth - 3) < 4 * sqrt(96.0 / COUNT));
 
     // A sequence has its noise wherever it stands in a micro-batch; another step, layer or seed has another.
-    attention_noise(again, out + COUNT / B, 1, T, H, D, 0.5f, 42, draws, 1, 0);
+    add_noise(again, out + COUNT / B, 1, T, H, D, 0.5f, 42, draws, 1);
     assert_memory_equal(again, noised + COUNT / B, sizeof(out) / B);
     const uint64_t others[3] = {noise_stream(6, 2), noise_stream(5, 3), draws};
     for (int k = 0; k < 3; k++) {
-        attention_noise(again, out, B, T, H, D, 0.5f, k == 2 ? 43 : 42, others[k], 0, 0);
+        add_noise(again, out, B, T, H, D, 0.5f, k == 2 ? 43 : 42, others[k], 0);
         double correlation = 0;
         for (int i = 0; i < COUNT; i++) correlation += z[i] * ((double)out[i] - (double)again[i]) / COUNT;
         assert_true(fabs(correlation) < 4 * 1.6 / sqrt(COUNT)); // 0.5 std(out) is about 1.5
@@ -645,7 +651,7 @@ static void test_attention_noise(void** state) {
         for (int layer = 0; layer < 50; layer++)
             assert_int_equal(noise_stream(step, layer) == draws, step == 5 && layer == 2);
     for (int i = 0; i < D; i++) out[i] = 2; // a row without spread has no noise
-    attention_noise(noised, out, 1, 1, 1, D, 1, 42, draws, 0, 0);
+    add_noise(noised, out, 1, 1, 1, D, 1, 42, draws, 0);
     assert_memory_equal(noised, out, D * sizeof(floatX));
 }
 

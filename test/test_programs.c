@@ -438,6 +438,7 @@ static const BadInput bad_inputs[] = {
     {"-l nan", 2, {"--learning-rate nan", "number", ""}},
     {"--beta1 1", 2, {"--beta1 1", "from 0", ""}},
     {"--recompute all", 2, {"--recompute all", "none or mlp or layer", ""}},
+    {"--cuda-graph", 2, {"--cuda-graph", "DEVICE=cuda or simt", "DEVICE=cpu"}},
     {"--schedule sine", 2, {"--schedule sine", "cosine", ""}},
     {"--model x12", 2, {"--model x12", "dN", ""}},
     {"--model d", 2, {"--model d", "dN", ""}},

@@ -152,7 +152,8 @@ static inline void count_pairs(double* pairs, double* scores, const moba_shape_t
 
 // moba_centroids_kernel: every key of a complete block, once. moba_split_kernel: a word becomes MOBA_TERMS of floatX.
 static inline Work centroids_work(const moba_shape_t* s) {
-    const double centroids = (double)s->B * s->G * (s->T / s->S);
+    const int blocks = s->T / s->S;
+    const double centroids = (double)s->B * s->G * blocks;
     const int has_terms = MOBA_TERMS > 1 && s->K > 1;
     Work w = {};
     if (centroids == 0) return w;

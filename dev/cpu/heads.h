@@ -29,8 +29,8 @@ static inline void heads_of_batch(const HeadAllocation* heads, int l,
 
 // The statistics of all layers, the means of these sums.
 static inline void heads_measure(const HeadAllocation* heads,
-                                  const float_acc* sums, // (L, G) over the sequences
-                                  long sequences, int step, stream_t stream) {
+                                 const float_acc* sums, // (L, G) over the sequences
+                                 long sequences, int step, stream_t stream) {
     (void)stream;
     for (int l = 0; l < heads->L; l++)
         allocation_measure(heads, l, sums + (size_t)l * heads->G, sequences, step);
