@@ -760,6 +760,7 @@ static void queue_graph_work(GraphWork* work, int adds, float number) {
     mark(&work->begun, work->stream);
     copy_to_device(work->device, work->host, CHANNELS * sizeof(float), work->stream);
     device_zero(work->sum, CHANNELS * sizeof(float), work->stream);
+    device_zero(work->product, ROWS * CHANNELS * sizeof(floatX), work->stream);
     for (int i = 0; i < adds; i++)
         launch(add_kernel, 1, CHANNELS, 0, work->stream, work->sum, i ? work->sum : work->device, number);
     copy_to_host(work->host_sum, work->sum, CHANNELS * sizeof(float), work->stream);
