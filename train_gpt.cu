@@ -1370,6 +1370,7 @@ int main(int argc, char** argv) {
     signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);
+    if (run.options.moba_workspace) moba_set_workspace_bound(run.options.moba_workspace);
     const Options* options = &run.options;
     find_checkpoints(&run);
     choose_model(&run);
