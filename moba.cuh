@@ -5,7 +5,7 @@ Every query attends to its own block of S keys, causally, and to the K-1 complet
 highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571):
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
-    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
@@ -16,7 +16,7 @@ A chain of kernels without a word from the host:
     lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
     partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
                  memory, gathered queries stream by, and each leaves a row of output and its log-sum-exp
-    merge        a query adds its K rows up, in the order of its choices
+    merge        a query adds its K rows up, in the order of its choices, and pgqa's noise to the sum
 
 A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
 the future from them. So the causal part needs no kernel of its own, and costs the same bytes as one that would be
@@ -621,16 +621,17 @@ static __device__ __forceinline__ int moba_count_choices(const moba_lists_t& x, 
     return count;
 }
 
-// The rows of D that a lane of LANES has 16 bytes of: one query each.
+// The rows of D that a lane of LANES has 16 bytes of: one query each. With noise, which takes all lanes of a warp, those beyond the
+// last query do it once more and keep it to themselves; and ten registers more than the 38 without.
 enum { MOBA_MERGE_THREADS = 128 };
-template <int D>
+template <int D, bool NOISY>
 __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     moba_merge_kernel(floatX* out, // (B, T, H, D)
                       float* lse,  // (B, H, T)
-                      const floatX* partial_out, const float* partial_lse, moba_lists_t x) {
+                      const floatX* partial_out, const float* partial_lse, moba_lists_t x, NoisedRows noise) {
     constexpr int LANES = D / CHUNK;
-    const int t = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
-    const int column = threadIdx.x % LANES * CHUNK;
+    const int query = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int t = NOISY ? min(query, x.end - 1) : query, column = threadIdx.x % LANES * CHUNK;
     if (t >= x.end) return;
     const int rows = moba_count_choices(x, head, t) * x.parts;
     const size_t first = moba_first_partial(x, head, t);
@@ -644,9 +645,14 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
         for (int c = 0; c < CHUNK; c++) sum.at[c] += weight * row.at[c];
     }
     for (int c = 0; c < CHUNK; c++) sum.at[c] /= total;
-    const size_t token = (size_t)moba_sequence(x, head) * x.T + t;
-    store(out + (token * x.H + moba_head(x, head)) * D + column, sum);
-    if (column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    const size_t row = ((size_t)moba_sequence(x, head) * x.T + t) * x.H + moba_head(x, head);
+    if (query < x.end) store(out + row * D + column, sum);
+    if (query < x.end && column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    if constexpr (NOISY) {
+        for (int c = 0; c < CHUNK; c++) sum.at[c] = rounded(sum.at[c]);
+        const Values<CHUNK> noised = noise_row<D>(sum, row, column, noise);
+        if (query < x.end) store(noise.noised + row * D + column, noised);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -1143,7 +1149,8 @@ static inline void moba_route_launch(int* selected, const floatX* terms, const f
 template <int D>
 static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, float* centroids,
                                             const floatX* qkv, const int* kv_of_q, char* workspace,
-                                            const moba_shape_t* s, stream_t stream) {
+                                            const moba_shape_t* s, const AttentionNoise* noise,
+                                            stream_t stream) {
     typedef moba_forward_shape<D> shape;
     static_assert(shape::shared_bytes(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
     const int blocks = s->T / s->S, first_block = s->start / s->S;
@@ -1172,8 +1179,9 @@ static inline void flashmoba_forward_launch(floatX* out, float* lse, int* select
         moba_build_lists(&group, stream);
         launch(kernel, moba_item_grid(&group), shape::THREADS, shape::shared_bytes(x->keys), stream,
                group.partial_rows, group.partial_lse, *x, attention_scale(D) * LOG2_E);
-        launch(moba_merge_kernel<D>, moba_merge_grid<D>(x->end - x->start, group.heads, 1),
-               MOBA_MERGE_THREADS, 0, stream, out, lse, group.partial_rows, group.partial_lse, *x);
+        launch(noise ? moba_merge_kernel<D, true> : moba_merge_kernel<D, false>,
+               moba_merge_grid<D>(x->end - x->start, group.heads, 1), MOBA_MERGE_THREADS, 0, stream, out, lse,
+               group.partial_rows, group.partial_lse, *x, noised_rows(noise, s->T, s->H));
     }
 }
 
@@ -1225,7 +1233,8 @@ static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, in
 }
 
 // Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already, and the
-// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected.
+// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected. With noise (or
+// NULL) also these rows of noise->noised.
 static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      int* selected, // (B, H, T, K-1) blocks chosen, the newest first, then -1
@@ -1233,16 +1242,19 @@ static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      const floatX* qkv,    // (B, T, H + 2G, D)
                                      const int* kv_of_q,   // (H) non-decreasing
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
-                                     int K, stream_t stream) {
+                                     int K, const AttentionNoise* noise, stream_t stream) {
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     char* memory = (char*)workspace;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
     if (D == 32)
-        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                     stream);
     if (D == 64)
-        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                     stream);
     if (D == 128)
-        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                      stream);
 }
 
 // Every element of dqkv is written: exact zeros for a KV head without queries.

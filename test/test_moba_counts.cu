@@ -76,7 +76,7 @@ static int* run_counted(StageCounters* counters, const Case* c) {
     counters->observer.before = before_launch, counters->observer.after = after_launch;
     launch_observer = &counters->observer;
     flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, s->B, s->T, 0, s->H, s->G, s->D,
-                      s->S, s->K, 0);
+                      s->S, s->K, NULL, 0);
     device_free(workspace);
     workspace = new_array(flashmoba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, s->B, s->T, s->H, s->G, s->D,

@@ -20,7 +20,7 @@ TEST_LONG=1 runs the full matrix.
 
 typedef struct {
     void (*forward)(floatX*, float*, int*, float*, const floatX*, const int*, void*, int, int, int, int, int,
-                    int, int, int, stream_t);
+                    int, int, int, const AttentionNoise*, stream_t);
     void (*backward)(floatX*, const floatX*, const floatX*, const float*, const int*, const floatX*,
                      const int*, void*, int, int, int, int, int, int, int, stream_t);
     size_t (*forward_workspace)(int, int, int, int, int, int, int);
@@ -56,6 +56,7 @@ typedef struct {
     floatX *qkv, *dout, *out, *dqkv;
     float *lse, *centroids;
     int *selected, *kv_of_q;
+    const AttentionNoise* noise; // NULL but where it is tested
 } Case;
 
 static void upload(Case* c) {
@@ -98,7 +99,7 @@ static void free_case(Case* c) {
 static void run_forward(Case* c, int start) {
     void* workspace = forgotten(algorithm->forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
     algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
-                       start, c->H, c->G, c->D, c->S, c->K, 0);
+                       start, c->H, c->G, c->D, c->S, c->K, c->noise, 0);
     stream_synchronize(0);
     device_free(workspace);
 }
@@ -455,6 +456,41 @@ static void test_start(void** state) {
     }
 }
 
+// Output and log-sum-exp with noise are the bits of those without; what is noised is that output; from any row on.
+static void test_noise(void** state) {
+    (void)state;
+    static const struct {
+        const HeadMap* map;
+        int B, T, D, S, K, start;
+    } shapes[] = {
+        {&ONE, 1, 1, 64, 16, 2, 0},
+        {&UNEVEN, 2, 65, 32, 16, 3, 0},
+        {&GQA, 1, 70, 64, 32, 1, 33},
+        {&MQA, 2, 37, 128, 16, 2, 36},
+    };
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        Case c = new_case(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].S, shapes[i].K);
+        floatX* noised = (floatX*)forgotten(c.out_count * sizeof(floatX));
+        const AttentionNoise noise = {noised, 0.75f, 5, noise_stream(3, 2), 7};
+        run_forward(&c, 0);
+        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        c.noise = &noise;
+        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        run_forward(&c, 0);
+        double *same_out = download(c.out, c.out_count), *same_lse = download(c.lse, c.lse_count);
+        assert_memory_equal(same_out, out, c.out_count * sizeof(double));
+        assert_memory_equal(same_lse, lse, c.lse_count * sizeof(double));
+        check_noised(c.words, c.out, &noise, c.B, c.T, 0, c.H, c.D);
+        forget(noised, c.out_count * sizeof(floatX));
+        run_forward(&c, shapes[i].start);
+        check_noised(c.words, c.out, &noise, c.B, c.T, shapes[i].start, c.H, c.D);
+        free(same_out), free(same_lse);
+        free(out), free(lse);
+        device_free(noised);
+        free_case(&c);
+    }
+}
+
 static void test_repeatable(void** state) {
     (void)state;
     const int Ds[] = {32, 64, 128};
@@ -522,6 +558,7 @@ int main(void) {
         FLASHMOBA(all_blocks),
         FLASHMOBA(later_token),
         FLASHMOBA(start),
+        FLASHMOBA(noise),
         FLASHMOBA(repeatable),
         MOBA(shapes),
         MOBA(hot_block),
@@ -530,6 +567,7 @@ int main(void) {
         MOBA(all_blocks),
         MOBA(later_token),
         MOBA(start),
+        MOBA(noise),
         MOBA(repeatable),
         cmocka_unit_test(test_moba_is_flashmoba),
     };

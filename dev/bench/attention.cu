@@ -131,7 +131,7 @@ static void forward_pass(void* context, int set) {
     const Shape* s = inputs->shape;
     const Buffers* x = &inputs->sets[set];
     attention_forward(x->out, x->lse, x->qkv, inputs->kv_of_q, inputs->workspace, s->B, s->T, 0, s->H, s->G,
-                      s->D, s->window, 0);
+                      s->D, s->window, NULL, 0);
 }
 
 static void backward_pass(void* context, int set) {

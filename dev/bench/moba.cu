@@ -144,7 +144,7 @@ static void flashmoba_forward_pass(void* context, int set) {
     const moba_shape_t* s = &x->shape;
     const Buffers* of = &x->sets[set];
     flashmoba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B,
-                      s->T, 0, s->H, s->G, s->D, s->S, s->K, 0);
+                      s->T, 0, s->H, s->G, s->D, s->S, s->K, NULL, 0);
 }
 
 static void flashmoba_backward_pass(void* context, int set) {
@@ -166,7 +166,7 @@ static void dense_forward_pass(void* context, int set) {
     const moba_shape_t* s = &x->shape;
     const Buffers* of = &x->sets[set];
     attention_forward(of->out, x->lse, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0, s->H, s->G, s->D, 0,
-                      0);
+                      NULL, 0);
 }
 
 static void dense_backward_pass(void* context, int set) {
@@ -188,7 +188,7 @@ static void plain_forward_pass(void* context, int set) {
     const moba_shape_t* s = &x->shape;
     const Buffers* of = &x->sets[set];
     moba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0,
-                 s->H, s->G, s->D, s->S, s->K, 0);
+                 s->H, s->G, s->D, s->S, s->K, NULL, 0);
 }
 
 static void plain_backward_pass(void* context, int set) {

@@ -15,6 +15,9 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+#if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 41)
+inline float cospif(float x) { return (float)cos(3.141592653589793 * (double)x); }
+#endif
 
 inline unsigned __float_as_uint(float value) {
     unsigned bits;

@@ -43,7 +43,7 @@ FILES = {
     "gqa.cuh": [("test_gqa", [None])],
     "moba.cuh": [("test_moba_kernels", [None])],
     "kernels/tile.cuh": [("test_gqa", [None]), ("test_moba_kernels", [None])],
-    "kernels/vector.cuh": [("test_kernels", ["rmsnorm_*", "attention_noise*", None])],
+    "kernels/vector.cuh": [("test_kernels", ["rmsnorm_*", None])],
     "kernels/embedding.cuh": [("test_kernels", ["embedding_*"])],
     "kernels/rmsnorm.cuh": [("test_kernels", ["*rmsnorm_*"])],
     "kernels/rope.cuh": [("test_kernels", ["rope_*"])],
@@ -53,7 +53,8 @@ FILES = {
     "kernels/adamw.cuh": [("test_kernels", ["global_norm*", "adamw_*"])],
     "kernels/keynorm.cuh": [("test_kernels", ["key_*"])],
     "kernels/keyconv.cuh": [("test_kernels", ["keyconv_*"])],
-    "kernels/noise.cuh": [("test_kernels", ["attention_noise*"])],
+    "kernels/noise.cuh": [("test_gqa", ["test_noise"])],
+    "kernels/heads.cuh": [("test_heads", [None])],
 }
 
 # ----------------------------------------------------------------------------
