@@ -135,7 +135,7 @@ all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr scaling test test-long mutate gpu-check bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr scaling test test-long mutate gpu-check bench kernel-table lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
