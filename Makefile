@@ -77,6 +77,22 @@ precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
 
+# The trainer as many processes: by Open MPI, and on GPUs by NCCL where its header lies beside nvcc. make MPI=0 does without.
+MPI ?= $(if $(shell mpicc --showme:version 2>/dev/null),1,0)
+NCCL ?= $(if $(NVCC),$(if $(wildcard $(dir $(NVCC))../include/nccl.h /usr/include/nccl.h),1,0),0)
+$(call allow,MPI,0 1)
+ifeq ($(MPI),1)
+  MPI_FLAGS := -DCOMM_MPI -D_GNU_SOURCE -DOMPI_SKIP_MPICXX $(addprefix -isystem ,$(shell mpicc --showme:incdirs))
+  MPI_LIBS := $(addprefix -L,$(shell mpicc --showme:libdirs)) -lmpi
+  CUDA_COMM := $(MPI_FLAGS) $(if $(filter 1,$(NCCL)),-DCOMM_NCCL)
+  NCCL_LIB := $(dir $(firstword $(wildcard $(dir $(NVCC))../lib64/libnccl.so $(dir $(NVCC))../lib/libnccl.so)))
+  NCCL_LIBS := $(if $(filter-out ./,$(NCCL_LIB)),-L$(NCCL_LIB) -Xlinker -rpath$(comma)$(abspath $(NCCL_LIB))) -lnccl
+  CUDA_COMM_LIBS := $(MPI_LIBS) $(if $(filter 1,$(NCCL)),$(NCCL_LIBS))
+  PROCESSES := many processes by MPI$(if $(filter cuda1,$(DEVICE)$(NCCL)), and NCCL)
+else
+  PROCESSES := a single process: $(if $(filter-out undefined default file,$(origin MPI)),MPI=0,no mpicc here (libopenmpi-dev))
+endif
+
 # The emulator of CUDA (dev/simt), plain or with sanitizers, which then replace CFLAGS. It lays every type over the same bytes, as
 # CUDA allows, and its pragmas are not g++'s. It switches between threads most of the time, which -O3 does not make faster.
 simt = $(CXX) -std=gnu++17 $(1) -fno-math-errno -fno-trapping-math -fno-strict-aliasing -fopenmp -pthread $(WARNINGS) \
@@ -114,12 +130,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr test test-long mutate compile-cuda bench lint format clean help
+.PHONY: all train tokenizer retrieval snr scaling test test-long mutate compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr test test-long mutate gpu-check bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr scaling test test-long mutate gpu-check bench lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -127,6 +143,7 @@ help:
 train: $(BUILD)/$(NAME)
 	@ln -sf $(NAME) $(BUILD)/train_gpt
 	@echo "$(BUILD)/train_gpt -> $(NAME) $(DEVICE_REASON)"
+	@echo "$(BUILD)/train_gpt runs as $(PROCESSES)"
 
 tokenizer: $(BUILD)/tokenizer
 
@@ -148,9 +165,9 @@ GPU_TRAINERS := $(foreach p,bf16 fp32,$(BUILD)/train_gpt_$(DEVICE)_dense_gqa_kco
 # A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))
 flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) $(call precision,$(call flag,5)) -MF $@.d
-compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS)
-compile_simt = $(SIMT) $(flags) -x c++ $< -o $@ $(TRAIN_LIBS)
-compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
+compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) $(MPI_FLAGS) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
+compile_simt = $(SIMT) $(flags) $(MPI_FLAGS) -x c++ $< -o $@ $(TRAIN_LIBS) $(MPI_LIBS)
+compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $(CUDA_COMM) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS) $(CUDA_COMM_LIBS)
 $(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(ALL_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
@@ -170,6 +187,14 @@ $(BUILD)/$(SNR): dev/snr.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(CPU_PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(CPU_PRECISION)) $(TRAIN_LIBS)
+
+# How training scales to many GPUs, calculated.
+scaling: $(BUILD)/scaling
+
+$(BUILD)/scaling: dev/scaling.c Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(CC) $(COMMON) -DDEVICE_CPU $(call precision,fp32) -MF $@.d $< -o $@ -lm
 
 # ----------------------------------------------------------------------------
 # Tests of the emulator itself, and of what it has in common with a GPU
@@ -197,11 +222,19 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
-KERNEL_TEST_SOURCES := test_kernels test_gqa test_moba_kernels
+KERNEL_TEST_SOURCES := test_kernels test_heads test_gqa test_moba_kernels
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
+# The formulas of benchmarks against the emulator's counters: there is nothing to compare with on a GPU.
+COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_counts_fp32
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
+
+# What ptxas says of registers and shared memory stays beside the object, for make kernel-table. In bf16 a register that does not
+# fit and goes to memory is an error: the fp32 kernels are there to check with.
+PTXAS_FLAGS = -Xptxas -v$(if $(findstring bf16,$@),$(comma)--warn-on-spills$(comma)--warning-as-error)
+compile_object = $(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(PTXAS_FLAGS) $(1) -MF $@.d -c $< -o $@ 2>$@.ptxas || \
+  { grep -vE '^(ptxas info| +[0-9]+ bytes stack)' $@.ptxas >&2; exit 1; }
 
 define rules_of_kernel_test
 $(BUILD)/test/$(1)_bf16 $(BUILD)/test/$(1)_fp32: $(BUILD)/test/$(1)_%: test/$(1).cu $(BUILD)/test/reference.o Makefile
@@ -217,9 +250,14 @@ $(BUILD)/gpu/$(1)_bf16 $(BUILD)/gpu/$(1)_fp32: $(BUILD)/gpu/$(1)_%: test/$(1).cu
 $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
-	$$(Q)$$(NVCC) $$(CUDA_COMMON) $$(ALL_ARCHS) $$(call precision,$$*) -MF $$@.d -c $$< -o $$@
+	$$(Q)$$(call compile_object,$$(call precision,$$*))
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
+
+$(COUNT_TESTS): $(BUILD)/test/test_moba_counts_%: test/test_moba_counts.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(SIMT) $(call precision,$*) -MF $@.d -x c++ $< -o $@ -lcmocka -lm
 
 $(BUILD)/gpu/test_layout: test/test_layout.cu Makefile
 	@mkdir -p $(@D)
@@ -234,7 +272,7 @@ $(BUILD)/cuda/test_layout.o: test/test_layout.cu Makefile
 $(BUILD)/cuda/train_gpt_bf16.o $(BUILD)/cuda/train_gpt_fp32.o: $(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(call names,dense,gqa,0) $(call precision,$*) -MF $@.d -c $< -o $@
+	$(Q)$(call compile_object,$(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM))
 
 .PHONY: compile-cuda
 ifeq ($(NVCC),)
@@ -246,8 +284,9 @@ endif
 
 TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
-         $(BUILD)/test/test_snr $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
-         $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
+         $(BUILD)/test/test_snr $(BUILD)/test/test_scaling $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
+         $(BUILD)/test/test_distributed test/test_launch.sh \
+         $(KERNEL_TESTS) $(COUNT_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
 $(BUILD)/test/%_fp64: test/%.c Makefile
@@ -283,8 +322,8 @@ THREADED := CFLAGS="$(THREAD_FLAGS)"
 # not those of OpenMP, so that the yardstick must do with one.
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
 KERNELS_THREADED := test_layout test_simt test_kernels_bf16 test_gqa_bf16 test_moba_kernels_bf16
-test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer
-	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh $(BUILD)/test/test_simt_trainer
+test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
+	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
 	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 scripts/run_tests.sh $(ORDERED)
 	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed scripts/run_tests.sh $(ORDERED) || exit 1; done
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(patsubst %,$(BUILD)/thread/test/%,$(KERNELS_THREADED))
@@ -292,6 +331,7 @@ test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= EMULATOR_SANITIZED= test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
 	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
+	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh test/test_launch.sh
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 	@$(MUTATE) --sample 30
 
@@ -310,7 +350,7 @@ $(BENCHES): $(BUILD)/bench/%: dev/bench/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ $(call onednn,fp32) $(TRAIN_LIBS)
 
-GPU_BENCHES := $(foreach name,attention step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
+GPU_BENCHES := $(foreach name,attention moba step,$(foreach device,simt cuda,$(foreach p,bf16 fp32,$(BUILD)/bench/$(name)_$(device)_$(p))))
 bench_flags = $(call names,dense,gqa,0) $(call precision,$(call flag,3)) -MF $@.d
 bench_simt = $(SIMT) $(bench_flags) -x c++ $< -o $@ $(TRAIN_LIBS)
 bench_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(bench_flags) -x cu $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS)
@@ -324,17 +364,36 @@ $(filter $(BUILD)/bench/attention%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/
 	@echo "  build $@"
 	$(Q)$(bench_$(call flag,2))
 
+$(filter $(BUILD)/bench/moba_%,$(GPU_BENCHES)): $(BUILD)/bench/%: dev/bench/moba.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(bench_$(call flag,2))
+
 ifeq ($(DEVICE),cpu)
 bench: $(BENCHES)
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/attention
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/moba
 	GOMP_SPINCOUNT=1000 $(BUILD)/bench/step
 else
-bench: $(BUILD)/bench/attention_$(DEVICE)_$(PRECISION) $(BUILD)/bench/step_$(DEVICE)_$(PRECISION)
+bench: $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_$(PRECISION))
 	$(BUILD)/bench/attention_$(DEVICE)_$(PRECISION)
+	$(BUILD)/bench/moba_$(DEVICE)_$(PRECISION)
 	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 32
 	$(BUILD)/bench/step_$(DEVICE)_$(PRECISION) --batch 4 --sequence-length 8192
 endif
+
+# ----------------------------------------------------------------------------
+# docs/results/kernels.md: registers and shared memory from ptxas, shared memory of launches from the emulator, counts by formula.
+
+TABLED := $(KERNEL_TEST_SOURCES:=_bf16)
+.PHONY: kernel-table
+kernel-table: $(TABLED:%=$(BUILD)/cuda/%.o) $(TABLED:%=$(BUILD)/test/%) $(BUILD)/bench/moba_simt_bf16
+	@rm -f $(BUILD)/launches.txt
+	@for test in $(TABLED); do SIMT_LAUNCHES=$(BUILD)/launches.txt $(BUILD)/test/$$test >/dev/null 2>&1 || exit 1; done
+	@for draw in uniform recent sink oldest; do \
+	  $(BUILD)/bench/moba_simt_bf16 --count --select $$draw --json $(BUILD)/counts_$$draw.json >/dev/null || exit 1; done
+	dev/bench/kernel_table.py --nvcc "$(NVCC)" --ptxas $(TABLED:%=$(BUILD)/cuda/%.o.ptxas) --launches $(BUILD)/launches.txt \
+	  --counts $(foreach draw,uniform recent sink oldest,$(BUILD)/counts_$(draw).json) >docs/results/kernels.md
 
 # ----------------------------------------------------------------------------
 # make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.
@@ -346,7 +405,7 @@ gpu-check:
 	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
 
 gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(DEVICE_TESTS) \
-                    $(BUILD)/test/test_simt_trainer $(BUILD)/bench/attention_$(DEVICE)_bf16 $(BUILD)/bench/step_$(DEVICE)_bf16
+                    $(BUILD)/test/test_simt_trainer $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_bf16)
 
 gpu-check-tests:
 	@echo $(DEVICE_TESTS)
@@ -355,7 +414,7 @@ gpu-check-tests:
 # Style
 
 SOURCES := $(shell git ls-files '*.h' '*.c' '*.cu' '*.cuh' 2>/dev/null)
-SCRIPTS := $(shell git ls-files '*.sh' '.ci/run' 2>/dev/null)
+SCRIPTS := $(shell git ls-files '*.sh' '*.sbatch' '.ci/run' 2>/dev/null)
 
 lint:
 	BUILD=$(BUILD) scripts/lint.sh

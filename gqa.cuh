@@ -3,7 +3,7 @@ Causal attention, dense or in a sliding window, of H query heads over G key/valu
 (docs/math.md sections 1 and 3). The CUDA twin of dev/cpu/gqa.h.
 
     void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
-    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, stream);
+    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, NULL, stream);
     workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
     attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
 
@@ -45,6 +45,8 @@ between the two (240 instead of 320 clocks of loads).
 #include <math.h>
 // stream_t
 #include "kernels/device.cuh"
+// AttentionNoise, noise_row
+#include "kernels/noise.cuh"
 // tiles and their products
 #include "kernels/tile.cuh"
 // fail
@@ -101,7 +103,24 @@ template <int D> struct attention_forward_shape {
 #endif
     enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (QUERIES + SLOTS * KEYS) * D * sizeof(floatX) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
+
+// Writes 16M rows of a warp, which store_rows() has left in a tile, with noise. `first` is the tile's first row among the noise's
+// rows of one sequence, which are `stride` apart.
+template <int M, int D, typename Rows>
+__device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX* tile, int first_row,
+                                                  size_t first, int stride, const NoisedRows& noise) {
+    constexpr int CHUNKS = D / CHUNK;
+#pragma unroll 1
+    for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
+        const unsigned chunk = i * 32 + lane_of_warp(), row = first_row + chunk / CHUNKS,
+                       column = chunk % CHUNKS * CHUNK;
+        const Values<CHUNK> own = load<CHUNK>(tile + tile_offset<D>(row, column));
+        const Values<CHUNK> noised = noise_row<D>(own, first + (size_t)row * stride, column, noise);
+        if (rows.has(row)) store(rows.at(row) + column, noised);
+    }
+}
 
 // One block computes QUERIES rows of one head; a warp 16M of them. Tiles of keys and of values take turns in a ring of
 // SLOTS: tile 2j is the j-th of the keys, 2j + 1 of the values; SLOTS - 1 of them are on their way while one is used.
@@ -111,7 +130,7 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
                              float* lse,         // (B, H, T)
                              const floatX* qkv,  // (B, T, H + 2G, D)
                              const int* kv_of_q, // (H)
-                             int T, int start, int H, int G, int window, float scale_log2) {
+                             int T, int start, int H, int G, int window, float scale_log2, NoisedRows noise) {
     typedef attention_forward_shape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES, SLOTS = shape::SLOTS;
     SHARED_MEMORY(floatX, shared);
@@ -181,8 +200,11 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
                     softmax.maximum[m][half] * (scale_log2 * LN2) + logf(total);
         }
     // The warp's own queries are not needed any more.
-    floatX* of_head = out + ((size_t)b * T * H + h) * D;
-    store_rows(neighbours(of_head, H * D, first_query, T), q_tile, warp_row, sum);
+    const size_t of_head = (size_t)b * T * H + h;
+    store_rows(neighbours(out + of_head * D, H * D, first_query, T), q_tile, warp_row, sum);
+    if (noise.noised)
+        store_noised_rows<M, D>(neighbours(noise.noised + of_head * D, H * D, first_query, T), q_tile,
+                                warp_row, of_head + (size_t)first_query * H, H, noise);
 }
 
 // ----------------------------------------------------------------------------
@@ -196,6 +218,7 @@ template <int D> struct attention_backward_keys_shape {
 #endif
     enum { THREADS = 32 * WARPS, KEYS = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * KEYS + 4 * QUERIES) * D * sizeof(floatX) + 2 * QUERIES * sizeof(float2) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 template <int D> struct attention_backward_queries_shape {
@@ -206,6 +229,7 @@ template <int D> struct attention_backward_queries_shape {
 #endif
     enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * QUERIES + 4 * KEYS) * D * sizeof(floatX) + QUERIES * sizeof(float2) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // What the backward knows of a row of scores: x is its log-sum-exp in powers of two, y its delta. Rows are counted to a
@@ -462,11 +486,11 @@ static inline dim3 attention_grid(int rows, int rows_of_block, int heads, int B)
 template <int D>
 static inline void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, const int* kv_of_q,
                                             int B, int T, int start, int H, int G, int window,
-                                            stream_t stream) {
+                                            const AttentionNoise* noise, stream_t stream) {
     typedef attention_forward_shape<D> shape;
     launch(attention_forward_kernel<D>, attention_grid(T - start, shape::QUERIES, H, B), shape::THREADS,
            shape::SHARED_BYTES, stream, out, lse, qkv, kv_of_q, T, start, H, G, window,
-           attention_scale(D) * LOG2_E);
+           attention_scale(D) * LOG2_E, noised_rows(noise, T, H));
 }
 
 template <int D>
@@ -502,24 +526,24 @@ static inline size_t attention_backward_workspace(int B, int T, int H, int G, in
 static inline int attention_window(int window, int T) { return window > 0 && window < T ? window : T; }
 
 // Rows start..T-1 of out and lse, given queries of these rows and keys and values of all; start > 0 continues a
-// sequence whose earlier keys and values are in qkv already.
+// sequence whose earlier keys and values are in qkv already. With noise (or NULL) also these rows of noise->noised.
 static inline void attention_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      const floatX* qkv,  // (B, T, H + 2G, D)
                                      const int* kv_of_q, // (H) non-decreasing
                                      void* workspace, int B, int T, int start, int H, int G, int D,
-                                     int window, stream_t stream) {
+                                     int window, const AttentionNoise* noise, stream_t stream) {
     (void)workspace;
     window = attention_window(window, T);
     switch (D) {
     case 32:
-        attention_forward_launch<32>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, stream);
+        attention_forward_launch<32>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
         break;
     case 64:
-        attention_forward_launch<64>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, stream);
+        attention_forward_launch<64>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
         break;
     case 128:
-        attention_forward_launch<128>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, stream);
+        attention_forward_launch<128>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
         break;
     default:
         attention_refuse(D);

@@ -6,7 +6,7 @@ highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixtu
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
     keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // kernels/keys.cuh
-    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
@@ -16,7 +16,7 @@ A chain of kernels without a word from the host:
     lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
     partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
                  memory, gathered queries stream by, and each leaves a row of output and its log-sum-exp
-    merge        a query adds its K rows up, in the order of its choices
+    merge        a query adds its K rows up, in the order of its choices, and pgqa's noise to the sum
 
 A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
 the future from them. So the causal part needs no kernel of its own, and costs the same bytes as one that would be
@@ -81,8 +81,9 @@ static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
 template <int D, typename Rows>
 __device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int count) {
     constexpr int CHUNKS = D / CHUNK;
-    const int column = threadIdx.x % CHUNKS * CHUNK, step = blockDim.x / CHUNKS;
-    for (int row = threadIdx.x / CHUNKS; row < count; row += step)
+    const int thread = compute_here(threadIdx.x), step = blockDim.x / CHUNKS;
+    const int column = thread % CHUNKS * CHUNK;
+    for (int row = thread / CHUNKS; row < count; row += step)
         cp_async16(tile + tile_offset<D>(row, column), rows.at(row) + column, rows.has(row));
 }
 
@@ -190,6 +191,7 @@ template <int EACH> struct best_of_row {
 template <int D> struct moba_route_shape {
     enum { WARPS = 8, THREADS = 32 * WARPS, QUERIES = 16 * WARPS, COLUMNS = 32, TILE = COLUMNS * D };
     enum { SHARED_BYTES = (QUERIES * D + 2 * MOBA_TERMS * TILE) * sizeof(floatX) };
+    static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
 // One block chooses for QUERIES queries of one head, a warp for 16 of them.
@@ -263,24 +265,26 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 
 // ----------------------------------------------------------------------------
 // Lists. A group of heads is heads first_head..first_head+heads-1 of the sequences first_sequence..; its heads are
-// counted through, the heads of one sequence after those of the other.
+// counted through, the heads of one sequence after those of the other. Or it is a piece of one head: some of its queries.
 
 typedef struct {
-    int T, start, H, G, S, K;
+    int T, H, G, S, K;
     int blocks;      // also the last one, which may lack keys
     int keys, parts; // S = keys * parts
     int first_sequence, first_head, sequences, heads;
-    int tiles;           // of MOBA_LIST_QUERIES queries
-    int max_items;       // of a head
-    const int* selected; // (B, H, T, K-1)
-    const floatX* qkv;   // (B, T, H + 2G, D)
-    const int* kv_of_q;  // (H)
+    int start, end;          // the group's queries are start..end-1
+    int queries;             // and there is room for so many
+    int tiles;               // of MOBA_LIST_QUERIES queries
+    int max_items, max_more; // of a head: of all its blocks, and beyond the first of each block
+    const int* selected;     // (B, H, T, K-1)
+    const floatX* qkv;       // (B, T, H + 2G, D)
+    const int* kv_of_q;      // (H)
     // of every head of the group:
     int* counts;     // (tiles, blocks) entries of a tile in a list, then where the next one goes
     int* totals;     // (blocks) entries of a list
     int* begins;     // (blocks + 1) where lists begin
     int* first_item; // (blocks + 1) where the items of a block begin
-    int* entries;    // (T * K) lists
+    int* entries;    // (queries * K) lists
     int2* items;     // (max_items) block, first entry
 } moba_lists_t;
 
@@ -308,7 +312,7 @@ static __device__ __forceinline__ int* moba_tile_counts(const moba_lists_t& x, i
 static __global__ void moba_count_kernel(moba_lists_t x) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int head = blockIdx.y, t = x.start + (int)(i / x.K);
-    if (t >= x.T) return;
+    if (t >= x.end) return;
     const int block = moba_choice(x, head, t, (int)(i % x.K));
     if (block >= 0) atomicAdd(moba_tile_counts(x, head, t) + block, 1);
 }
@@ -326,8 +330,9 @@ static __global__ void moba_scan_tiles_kernel(moba_lists_t x) {
     x.totals[(size_t)head * x.blocks + block] = total;
 }
 
-static __host__ __device__ __forceinline__ int moba_items(int entries) {
-    return (entries + MOBA_ITEM - 1) / MOBA_ITEM;
+// At least one: the gradients of a block that nobody has chosen are written, too.
+static __device__ __forceinline__ int moba_items(int entries) {
+    return max(1, (entries + MOBA_ITEM - 1) / MOBA_ITEM);
 }
 
 // A thread adds up neighbouring blocks, the first thread what the others have, and then every thread goes over its blocks again.
@@ -351,8 +356,8 @@ static __global__ void moba_scan_blocks_kernel(moba_lists_t x) {
     sum = sums[threadIdx.x];
     for (int block = first; block < end; block++) {
         begins[block] = sum.x, first_item[block] = sum.y;
-        for (int entry = 0; entry < totals[block]; entry += MOBA_ITEM)
-            x.items[(size_t)head * x.max_items + sum.y++] = make_int2(block, sum.x + entry);
+        for (int i = 0; i < moba_items(totals[block]); i++)
+            x.items[(size_t)head * x.max_items + sum.y++] = make_int2(block, sum.x + i * MOBA_ITEM);
         sum.x += totals[block];
     }
     if (threadIdx.x == 0)
@@ -362,14 +367,15 @@ static __global__ void moba_scan_blocks_kernel(moba_lists_t x) {
 // A warp goes over the queries of its tile in their order; the choices of one query are of different blocks.
 static __global__ void moba_fill_kernel(moba_lists_t x) {
     const int head = blockIdx.y, tile = x.start / MOBA_LIST_QUERIES + blockIdx.x;
-    const int first = max(x.start, tile * MOBA_LIST_QUERIES), end = min(x.T, (tile + 1) * MOBA_LIST_QUERIES);
+    const int first = max(x.start, tile * MOBA_LIST_QUERIES);
+    const int end = min(x.end, (tile + 1) * MOBA_LIST_QUERIES);
     const int* begins = x.begins + (size_t)head * (x.blocks + 1);
     int* counts = moba_tile_counts(x, head, first);
     for (int t = first; t < end; t++) {
         for (int choice = lane_of_warp(); choice < x.K; choice += 32) {
             const int block = moba_choice(x, head, t, choice);
             if (block >= 0)
-                x.entries[(size_t)head * x.T * x.K + begins[block] + counts[block]++] =
+                x.entries[(size_t)head * x.queries * x.K + begins[block] + counts[block]++] =
                     (int)((unsigned)choice << MOBA_TOKEN_BITS) | t;
         }
         __syncwarp();
@@ -380,10 +386,15 @@ static __device__ __forceinline__ int moba_token(int entry) { return entry & ((1
 
 // One item: keys first_key.. of one block, and entries of its list.
 typedef struct {
+    int block, more; // it is the first of the block (0), or the more-th of all others of the head
     int first_key, end_local, count; // queries before end_local are the block's own
-    size_t number;                   // of all items of the group
     const int* entries;              // (count)
 } moba_item_t;
+
+// How many of a head's items before those of a block, or before the end, are not the first of their blocks.
+static __device__ __forceinline__ int moba_more_before(const moba_lists_t& x, int head, int block) {
+    return x.first_item[(size_t)head * (x.blocks + 1) + block] - block;
+}
 
 // False where the block of threads has none.
 static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_lists_t& x, int head) {
@@ -391,11 +402,12 @@ static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_l
     if (i >= x.first_item[(size_t)head * (x.blocks + 1) + x.blocks]) return false;
     const int2 of_item = x.items[(size_t)head * x.max_items + i];
     const int end = x.begins[(size_t)head * (x.blocks + 1) + of_item.x + 1];
+    item->block = of_item.x;
+    item->more = i - of_item.x == moba_more_before(x, head, of_item.x) ? 0 : i - of_item.x;
     item->first_key = of_item.x * x.S + part * x.keys;
     item->end_local = (of_item.x + 1) * x.S;
     item->count = min((int)MOBA_ITEM, end - of_item.y);
-    item->number = ((size_t)head * x.max_items + i) * x.parts + part;
-    item->entries = x.entries + (size_t)head * x.T * x.K + of_item.y;
+    item->entries = x.entries + (size_t)head * x.queries * x.K + of_item.y;
     return true;
 }
 
@@ -419,29 +431,34 @@ __device__ __forceinline__ gathered_rows<Element> gathered(Element* memory, int 
     return rows;
 }
 
-// Where a head's partial rows are: (T, K, parts, D), and for each its log-sum-exp.
-static __device__ __forceinline__ size_t moba_partial(const moba_lists_t& x, int entry) {
-    return ((size_t)moba_token(entry) * x.K + ((unsigned)entry >> MOBA_TOKEN_BITS)) * x.parts;
+// Where partial rows are, (heads, queries, K, parts): those of a query, and the first part of an entry's.
+static __device__ __forceinline__ size_t moba_first_partial(const moba_lists_t& x, int head, int t) {
+    return ((size_t)head * x.queries + t - x.start) * x.K * x.parts;
+}
+static __device__ __forceinline__ size_t moba_partial(const moba_lists_t& x, int head, int entry) {
+    return moba_first_partial(x, head, moba_token(entry)) + ((unsigned)entry >> MOBA_TOKEN_BITS) * x.parts;
 }
 
-// Row i of a tile goes to the partial row of entry i.
+// Row i of a tile goes to the partial row of entry i, of one part of the keys.
 template <int D> struct partial_rows {
     floatX* memory;
     const int* entries;
-    int end, K, parts;
+    int end, start, K, parts;
 
     __device__ __forceinline__ bool has(int row) const { return row < end; }
     __device__ __forceinline__ floatX* at(int row) const {
         const int entry = entries[row];
-        return memory + ((size_t)moba_token(entry) * K + ((unsigned)entry >> MOBA_TOKEN_BITS)) * parts * D;
+        const size_t query = moba_token(entry) - start, choice = (unsigned)entry >> MOBA_TOKEN_BITS;
+        return memory + (query * K + choice) * parts * D;
     }
 };
 
 template <int D>
-__device__ __forceinline__ partial_rows<D> partials(floatX* memory, const moba_lists_t& x, const int* entries,
-                                                    int end) {
+__device__ __forceinline__ partial_rows<D> partials(floatX* memory, const moba_lists_t& x, int head, int part,
+                                                    const int* entries, int end) {
     partial_rows<D> rows;
-    rows.memory = memory, rows.entries = entries, rows.end = end, rows.K = x.K, rows.parts = x.parts;
+    rows.memory = memory + (moba_first_partial(x, head, x.start) + part) * D;
+    rows.entries = entries, rows.end = end, rows.start = x.start, rows.K = x.K, rows.parts = x.parts;
     return rows;
 }
 
@@ -455,14 +472,15 @@ template <int D> struct moba_forward_shape {
     enum { M = 1 };
 #endif
     enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    static constexpr size_t shared_bytes(int keys) { return sizeof(floatX) * D * (2 * keys + 2 * QUERIES); }
 };
 
 // One block computes an item; a warp 16M of every QUERIES of its queries. The tile of queries after the one in use is on
 // its way.
 template <int D, int COLUMNS>
 __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
-    moba_forward_kernel(floatX* partial_out, // (heads, T, K, parts, D)
-                        float* partial_lse,  // (heads, T, K, parts) in powers of two
+    moba_forward_kernel(floatX* partial_out, // (heads, queries, K, parts, D)
+                        float* partial_lse,  // (heads, queries, K, parts) in powers of two
                         moba_lists_t x, float scale_log2) {
     typedef moba_forward_shape<D> shape;
     constexpr int M = shape::M, QUERIES = shape::QUERIES;
@@ -488,7 +506,6 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
     load(0);
 
-    const size_t of_head = (size_t)head * x.T * x.K * x.parts + part;
     const int warp_row = warp_of_block() * 16 * M;
     for (int first = 0; first < item.count; first += QUERIES) {
         cp_async_wait<0>();
@@ -536,11 +553,11 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
 #pragma unroll
                     for (int i = 0; i < 2; i++) sum[m][c][2 * half + i] *= inverse;
                 if (lane % 4 == 0 && row < end)
-                    partial_lse[of_head + moba_partial(x, entries[row])] =
+                    partial_lse[moba_partial(x, head, entries[row]) + part] =
                         total > 0 ? softmax.maximum[m][half] * scale_log2 + log2f(total) : -INFINITY;
             }
         __syncwarp(); // the warp's own queries are not needed any more
-        store_rows(partials<D>(partial_out + of_head * D, x, entries, end), q_tile, warp_row, sum);
+        store_rows(partials<D>(partial_out, x, head, part, entries, end), q_tile, warp_row, sum);
     }
 }
 
@@ -551,19 +568,20 @@ static __device__ __forceinline__ int moba_count_choices(const moba_lists_t& x, 
     return count;
 }
 
-// The rows of D that a lane of LANES has 16 bytes of: one query each.
+// The rows of D that a lane of LANES has 16 bytes of: one query each. With noise, which takes all lanes of a warp, those beyond the
+// last query do it once more and keep it to themselves; and ten registers more than the 38 without.
 enum { MOBA_MERGE_THREADS = 128 };
-template <int D>
+template <int D, bool NOISY>
 __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     moba_merge_kernel(floatX* out, // (B, T, H, D)
                       float* lse,  // (B, H, T)
-                      const floatX* partial_out, const float* partial_lse, moba_lists_t x) {
+                      const floatX* partial_out, const float* partial_lse, moba_lists_t x, NoisedRows noise) {
     constexpr int LANES = D / CHUNK;
-    const int t = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
-    const int column = threadIdx.x % LANES * CHUNK;
-    if (t >= x.T) return;
+    const int query = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int t = NOISY ? min(query, x.end - 1) : query, column = threadIdx.x % LANES * CHUNK;
+    if (t >= x.end) return;
     const int rows = moba_count_choices(x, head, t) * x.parts;
-    const size_t first = ((size_t)head * x.T + t) * x.K * x.parts;
+    const size_t first = moba_first_partial(x, head, t);
     float maximum = -INFINITY, total = 0;
     for (int i = 0; i < rows; i++) maximum = fmaxf(maximum, partial_lse[first + i]);
     Values<CHUNK> sum = {};
@@ -574,259 +592,325 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
         for (int c = 0; c < CHUNK; c++) sum.at[c] += weight * row.at[c];
     }
     for (int c = 0; c < CHUNK; c++) sum.at[c] /= total;
-    const size_t token = (size_t)moba_sequence(x, head) * x.T + t;
-    store(out + (token * x.H + moba_head(x, head)) * D + column, sum);
-    if (column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    const size_t row = ((size_t)moba_sequence(x, head) * x.T + t) * x.H + moba_head(x, head);
+    if (query < x.end) store(out + row * D + column, sum);
+    if (query < x.T && column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    if constexpr (NOISY) {
+        for (int c = 0; c < CHUNK; c++) sum.at[c] = rounded(sum.at[c]);
+        const Values<CHUNK> noised = noise_row<D>(sum, row, column, noise);
+        if (query < x.end) store(noise.noised + row * D + column, noised);
+    }
 }
 
 // ----------------------------------------------------------------------------
 // Backward
 
-template <int D> struct moba_keys_shape {
+// Sums of the gradients of keys and values, in fp32 and of keys not scaled yet.
+typedef struct {
+    float* of_heads; // (heads, 2, T, D) what the first items of all blocks have
+    float* more;     // (heads, max_more, parts, 2, keys, D) and the other items
+} moba_sums_t;
+
+// Whether the sums of a head go on from those that are there. The first head of a group does when the group before it had the
+// same KV head, or the same head's earlier queries.
+static __device__ __forceinline__ bool moba_goes_on(const moba_lists_t& x, int head) {
+    const int h = moba_head(x, head);
+    return h == x.first_head && (x.start > 0 || (h > 0 && x.kv_of_q[h - 1] == x.kv_of_q[h]));
+}
+
+// Whether one item has the whole gradients of a block: nobody else has to add anything, and no sums are needed.
+static __device__ __forceinline__ bool moba_is_whole(const moba_lists_t& x, int head, int block) {
+    const int h = moba_head(x, head), g = x.kv_of_q[h];
+    return x.start == 0 && x.end == x.T && (h == 0 || x.kv_of_q[h - 1] < g) &&
+           (h + 1 == x.H || x.kv_of_q[h + 1] > g) &&
+           moba_more_before(x, head, block) == moba_more_before(x, head, block + 1);
+}
+
+// Where an item has its sums, and how many rows there are: among those of all keys, none is beyond the last token.
+typedef struct {
+    float *keys, *values;
+    int count;
+} rows_of_sums;
+
+static __device__ __forceinline__ rows_of_sums moba_sums_of(const moba_sums_t& sums, const moba_lists_t& x,
+                                                            const moba_item_t& item, int head, int part,
+                                                            int D) {
+    rows_of_sums rows;
+    if (item.more == 0) {
+        rows.keys = sums.of_heads + ((size_t)head * 2 * x.T + item.first_key) * D;
+        rows.values = rows.keys + (size_t)x.T * D, rows.count = x.T - item.first_key;
+    } else {
+        const size_t number = ((size_t)head * x.max_more + item.more - 1) * x.parts + part;
+        rows.keys = sums.more + number * 2 * x.keys * D;
+        rows.values = rows.keys + (size_t)x.keys * D, rows.count = x.keys;
+    }
+    return rows;
+}
+
+// A warp's rows of sums, from and to memory (.., D) where `rows` rows exist.
+template <int M, int C>
+__device__ __forceinline__ void load_sums(float (&sum)[M][C][4], const float* from, int first_row, int rows) {
+    const int lane = lane_of_warp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = first_row + 16 * m + 8 * half + lane / 4;
+            if (row >= rows) continue;
+#pragma unroll
+            for (int c = 0; c < C; c++) {
+                const float2 pair = *(const float2*)(from + (size_t)row * 8 * C + 8 * c + lane % 4 * 2);
+                sum[m][c][2 * half] = pair.x, sum[m][c][2 * half + 1] = pair.y;
+            }
+        }
+}
+
+template <int M, int C>
+__device__ __forceinline__ void store_sums(float* to, int first_row, int rows, const float (&sum)[M][C][4]) {
+    const int lane = lane_of_warp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = first_row + 16 * m + 8 * half + lane / 4;
+            if (row >= rows) continue;
+#pragma unroll
+            for (int c = 0; c < C; c++)
+                *(float2*)(to + (size_t)row * 8 * C + 8 * c + lane % 4 * 2) =
+                    make_float2(sum[m][c][2 * half], sum[m][c][2 * half + 1]);
+        }
+}
+
+template <int D> struct moba_backward_shape {
 #if defined(PRECISION_BF16)
     enum { QUERIES = 32 };
 #else
     enum { QUERIES = D <= 64 ? 32 : 16 };
 #endif
-    enum { THREADS = 2 * MOBA_KEYS }; // at most: a warp for 16 keys
+    enum { TILE = QUERIES * D };
+    enum { COLUMNS = 32 }; // of the gradients of 16 queries that a warp computes at a time
 };
 
-// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and tokens.
+// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and entries of the list.
 template <int QUERIES> struct moba_tile_rows {
     float4 statistics[QUERIES / 2];
-    int2 tokens[QUERIES / 2];
+    int2 entries[QUERIES / 2];
 };
 
-// One block computes what an item adds to the gradients of its keys and values; a warp owns 16 keys. The scores are
-// made transposed, as in gqa.cuh. Tiles of queries and of their gradients are loaded one ahead.
-template <int D>
-__global__ void __launch_bounds__(moba_keys_shape<D>::THREADS, 1)
-    moba_backward_keys_kernel(float* partial_dkv,       // (heads, items, parts, 2, keys, D)
-                              const floatX* dout,       // (B, T, H, D)
-                              const float2* statistics, // (B, H, padded)
-                              moba_lists_t x, int padded, float scale) {
-    constexpr int QUERIES = moba_keys_shape<D>::QUERIES, TILE = QUERIES * D;
-    typedef moba_tile_rows<QUERIES> tile_of_rows;
-    SHARED_MEMORY(floatX, shared);
-    floatX* k_tile = shared;
-    floatX* v_tile = k_tile + x.keys * D;
-    floatX* ring = v_tile + x.keys * D;                         // two slots, of queries and their gradients
-    tile_of_rows* rows_ring = (tile_of_rows*)(ring + 4 * TILE); // two slots
-
+// What a block has to know of its item once in a tile. Its sums leave no registers to keep that in.
+typedef struct {
     moba_item_t item;
-    const int head = blockIdx.y;
+    size_t of_keys; // where the keys begin in (B, T, H + 2G, D)
+    const floatX *queries, *dout;
+    const float2* statistics;
+} moba_work;
+
+template <int D> static constexpr size_t moba_backward_shared_bytes(int keys) {
+    typedef moba_backward_shape<D> shape;
+    return 2 * carved_bytes<floatX>((size_t)keys * D) + carved_bytes<floatX>(shape::TILE) +
+           carved_bytes<floatX>(2 * shape::TILE) + carved_bytes<floatX>((size_t)keys * shape::QUERIES) +
+           carved_bytes<moba_tile_rows<shape::QUERIES>>(2) + carved_bytes<moba_work>(1);
+}
+
+// One block computes an item: what it adds to the gradients of its keys and values, and a row for each of its queries.
+// A warp owns 16M keys; scores are made transposed, as in gqa.cuh, so that P and dS are the left operands of what they
+// are multiplied with next. For the gradients of queries dS goes through shared memory, and a warp computes COLUMNS of
+// 16 rows at a time. Two tiles of queries take turns: one is used, and then takes its gradients on their way out, while the
+// other one is loaded. The gradients of outputs have one tile, which is loaded during dQ and the next scores.
+template <int D, int M>
+__global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
+    moba_backward_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
+                         floatX* partial_dq,       // (heads, queries, K, parts, D)
+                         moba_sums_t sums,         //
+                         const floatX* dout,       // (B, T, H, D)
+                         const float2* statistics, // (B, H, padded)
+                         moba_lists_t x, int padded, float scale) {
+    typedef moba_backward_shape<D> shape;
+    constexpr int QUERIES = shape::QUERIES, COLUMNS = shape::COLUMNS, TILE = shape::TILE;
+    typedef moba_tile_rows<QUERIES> tile_rows_t;
+    SHARED_MEMORY(char, rest);
+    floatX* k_tile = carve<floatX>(rest, x.keys * D);
+    floatX* v_tile = carve<floatX>(rest, x.keys * D);
+    floatX* dscores_tile = carve<floatX>(rest, x.keys * QUERIES); // keys are rows
+    floatX* dout_tile = carve<floatX>(rest, TILE);
+    floatX* q_ring = carve<floatX>(rest, 2 * TILE);
+    tile_rows_t* rows_ring = carve<tile_rows_t>(rest, 2);
+
+    moba_work* work = carve<moba_work>(rest, 1);
+    const int head = blockIdx.y, part = blockIdx.x % x.parts, stride = (x.H + 2 * x.G) * D;
+    moba_item_t item;
     if (!moba_item(&item, x, head)) return;
-    const int h = moba_head(x, head), b = moba_sequence(x, head), stride = (x.H + 2 * x.G) * D;
-    const int lane = lane_of_warp();
-    const floatX* sequence = x.qkv + (size_t)b * x.T * stride;
-    const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
-    const float2* of_head = statistics + ((size_t)b * x.H + h) * padded;
-    auto load = [&](int slot, int first) {
-        floatX* q_tile = ring + slot * 2 * TILE;
-        const int* entries = item.entries + first;
-        const int end = item.count - first;
-        load_rows<D>(q_tile, gathered(sequence + h * D, stride, entries, end), QUERIES);
-        load_rows<D>(q_tile + TILE, gathered(dout + ((size_t)b * x.T * x.H + h) * D, x.H * D, entries, end),
-                     QUERIES);
+    const bool goes_on = item.more == 0 && moba_goes_on(x, head);
+    if (goes_on && item.count == 0) return;
+    if (threadIdx.x == 0) {
+        const size_t sequence = moba_sequence(x, head), h = moba_head(x, head), rows = sequence * x.T;
+        work->item = item;
+        work->queries = x.qkv + rows * stride + h * D;
+        work->of_keys = rows * stride + (x.H + x.kv_of_q[h]) * D;
+        work->dout = dout + (rows * x.H + h) * D;
+        work->statistics = statistics + (sequence * x.H + h) * padded;
+    }
+    __syncthreads();
+    auto load_queries = [&](int first) {
+        const int end = work->item.count - first, slot = first / QUERIES % 2;
+        const int* entries = work->item.entries + first;
+        if (end > 0)
+            load_rows<D>(q_ring + slot * TILE, gathered(work->queries, stride, entries, end), QUERIES);
         cp_async_commit();
-        for (int row = threadIdx.x; row < QUERIES; row += blockDim.x) {
-            const int t = moba_token(entries[min(row, end - 1)]);
-            ((float2*)rows_ring[slot].statistics)[row] = row < end ? of_head[t] : make_float2(INFINITY, 0);
-            ((int*)rows_ring[slot].tokens)[row] = t;
+        for (int row = threadIdx.x; row < QUERIES && end > 0; row += blockDim.x) {
+            const int entry = entries[min(row, end - 1)];
+            ((int*)rows_ring[slot].entries)[row] = entry;
+            ((float2*)rows_ring[slot].statistics)[row] =
+                row < end ? work->statistics[moba_token(entry)] : make_float2(INFINITY, 0);
         }
     };
+    auto load_dout = [&](int first) {
+        const int end = work->item.count - first;
+        if (end > 0)
+            load_rows<D>(dout_tile, gathered(work->dout, x.H * D, work->item.entries + first, end), QUERIES);
+        cp_async_commit();
+    };
 
-    load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
-    load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
-    load(0, 0);
-    const int warp_row = warp_of_block() * 16, key = item.first_key + warp_row + lane / 4;
+    const neighbour_rows<const floatX> keys = neighbours(x.qkv + work->of_keys, stride, item.first_key, x.T);
+    const neighbour_rows<const floatX> values =
+        neighbours(x.qkv + work->of_keys + x.G * D, stride, item.first_key, x.T);
+    load_rows<D>(k_tile, keys, x.keys);
+    load_rows<D>(v_tile, values, x.keys);
+    load_queries(0);
+    load_dout(0);
+    const int warp_row = warp_of_block() * 16 * M, warps = blockDim.x / 32;
     const float scale_log2 = scale * LOG2_E;
-    tile_rows<1, D, false> k_rows, v_rows;
-    float dk[1][D / 8][4], dv[1][D / 8][4];
+    tile_rows<M, D, false> k, v;
+    float dk[M][D / 8][4], dv[M][D / 8][4];
     clear(dk);
     clear(dv);
-    k_rows.take(k_tile, warp_row), v_rows.take(v_tile, warp_row);
-    int slot = 0;
-    for (int first = 0; first < item.count; first += QUERIES, slot = 1 - slot) {
-        cp_async_wait<0>();
-        __syncthreads(); // the tile is there, and nobody uses the one before it any more
-        if (first + QUERIES < item.count) load(1 - slot, first + QUERIES);
-        const floatX* q_tile = ring + slot * 2 * TILE;
-        const floatX* dout_tile = q_tile + TILE;
-        const tile_of_rows& rows = rows_ring[slot];
-        const bool local = rows.tokens[0].x < item.end_local;
-        float probs[1][QUERIES / 8][4], dscores[1][QUERIES / 8][4];
-        multiply_transposed(probs, k_rows, q_tile, 0);
+    if (goes_on) {
+        const rows_of_sums of_item = moba_sums_of(sums, x, item, head, part, D);
+        load_sums(dk, of_item.keys, warp_row, of_item.count);
+        load_sums(dv, of_item.values, warp_row, of_item.count);
+    }
+    k.take(k_tile, warp_row), v.take(v_tile, warp_row);
+    cp_async_wait<1>();
+    __syncthreads();
+    for (int first = 0; first < work->item.count; first += QUERIES) {
+        floatX* q_tile = q_ring + first / QUERIES % 2 * TILE;
+        const tile_rows_t* rows = rows_ring + first / QUERIES % 2;
+        float probs[M][QUERIES / 8][4], dscores[M][QUERIES / 8][4];
+        multiply_transposed(probs, k, q_tile, 0);
 #pragma unroll
         for (int n = 0; n < QUERIES / 8; n++) {
-            const float4 pair = rows.statistics[n * 4 + lane % 4]; // of the two columns of this lane
-            const int2 tokens = rows.tokens[n * 4 + lane % 4];
+            const float4 pair =
+                rows->statistics[n * 4 + lane_of_warp() % 4]; // of the two columns of this lane
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                probs[0][n][i] =
-                    exp2_approximate(fmaf(probs[0][n][i], scale_log2, -(i % 2 == 0 ? pair.x : pair.z)));
-                if (local && key + i / 2 * 8 > (i % 2 == 0 ? tokens.x : tokens.y)) probs[0][n][i] = 0;
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    probs[m][n][i] =
+                        exp2_approximate(fmaf(probs[m][n][i], scale_log2, -(i % 2 == 0 ? pair.x : pair.z)));
+        }
+        if (moba_token(rows->entries[0].x) < work->item.end_local) {
+            const int key = work->item.first_key + warp_row + lane_of_warp() / 4;
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++) {
+                const int2 entries = rows->entries[n * 4 + lane_of_warp() % 4];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        if (key + 16 * m + i / 2 * 8 > moba_token(i % 2 == 0 ? entries.x : entries.y))
+                            probs[m][n][i] = 0;
             }
         }
+        cp_async_wait<0>();
+        __syncthreads(); // dO is there; nobody uses the dS or the other tile of queries of the turn before any more
+        load_queries(first + QUERIES);
+        multiply_transposed(dscores, v, dout_tile, 0);
         multiply_add(dv, probs, dout_tile, 0);
-        multiply_transposed(dscores, v_rows, dout_tile, 0);
 #pragma unroll
         for (int n = 0; n < QUERIES / 8; n++) {
-            const float4 pair = rows.statistics[n * 4 + lane % 4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                dscores[0][n][i] = probs[0][n][i] * (dscores[0][n][i] - (i % 2 == 0 ? pair.y : pair.w));
-        }
-        multiply_add(dk, dscores, q_tile, 0);
-    }
-
-    scale_rows(dk, scale);
-    float* to = partial_dkv + item.number * 2 * x.keys * D;
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int c = 0; c < D / 8; c++) {
-            float* at = to + (warp_row + lane / 4 + 8 * half) * D + 8 * c + lane % 4 * 2;
-            *(float2*)at = make_float2(dk[0][c][2 * half], dk[0][c][2 * half + 1]);
-            *(float2*)(at + x.keys * D) = make_float2(dv[0][c][2 * half], dv[0][c][2 * half + 1]);
-        }
-}
-
-// Adds up the items of a block, in the order of heads and items. A KV head that has queries before the group continues
-// from the sums that the group before has carried; one that has queries after it leaves its own for the next. These are
-// two places, for a group may end one KV head and begin another.
-template <int D>
-__global__ void __launch_bounds__(MOBA_MERGE_THREADS)
-    moba_merge_keys_kernel(floatX* dqkv,         // (B, T, H + 2G, D)
-                           const float* carried, // (2, T, D)
-                           float* carry,         // (2, T, D)
-                           const float* partial_dkv, moba_lists_t x) {
-    constexpr int LANES = D / CHUNK;
-    const int key = (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, g = blockIdx.y;
-    const int column = threadIdx.x % LANES * CHUNK, end_group = x.first_head + x.heads;
-    const int first = count_heads_below(g, x.kv_of_q, x.H), end = count_heads_below(g + 1, x.kv_of_q, x.H);
-    const int first_here = max(first, x.first_head), end_here = min(end, end_group);
-    if (key >= x.T || (first == end ? x.first_head > 0 : first_here >= end_here)) return;
-
-    const int block = key / x.S, part = key % x.S / x.keys, row = key % x.S % x.keys;
-    const size_t token = (size_t)(x.first_sequence + blockIdx.z) * x.T + key;
-    for (int which = 0; which < 2; which++) {
-        const size_t of_key = ((size_t)which * x.T + key) * D + column;
-        Values<CHUNK> sum = {};
-        if (first < first_here) sum = load<CHUNK>(carried + of_key);
-        for (int h = first_here; h < end_here; h++) {
-            const size_t head = (size_t)blockIdx.z * x.heads + h - x.first_head;
-            const int* items = x.first_item + head * (x.blocks + 1) + block;
-            for (int i = items[0]; i < items[1]; i++) {
-                const size_t number = (head * x.max_items + i) * x.parts + part;
-                const Values<CHUNK> more =
-                    load<CHUNK>(partial_dkv + ((number * 2 + which) * x.keys + row) * D + column);
-                for (int c = 0; c < CHUNK; c++) sum.at[c] += more.at[c];
-            }
-        }
-        if (end > end_here && first < end) store(carry + of_key, sum);
-        else store(dqkv + (token * (x.H + 2 * x.G) + x.H + which * x.G + g) * D + column, sum);
-    }
-}
-
-template <int D> struct moba_queries_shape : moba_forward_shape<D> {
-    enum { SLOTS = D <= 64 ? 2 : 1 }; // what shared memory has room for beside keys and values
-};
-
-// One block computes what an item adds to the gradients of its queries: a row for each.
-template <int D>
-__global__ void __launch_bounds__(moba_queries_shape<D>::THREADS, 2)
-    moba_backward_queries_kernel(floatX* partial_dq,       // (heads, T, K, parts, D)
-                                 const floatX* dout,       // (B, T, H, D)
-                                 const float2* statistics, // (B, H, padded)
-                                 moba_lists_t x, int padded, float scale) {
-    typedef moba_queries_shape<D> shape;
-    constexpr int M = shape::M, QUERIES = shape::QUERIES, SLOTS = shape::SLOTS, COLUMNS = 16;
-    constexpr int TILE = QUERIES * D;
-    SHARED_MEMORY(floatX, shared);
-    floatX* k_tile = shared;
-    floatX* v_tile = k_tile + x.keys * D;
-    floatX* ring = v_tile + x.keys * D; // SLOTS, of queries and their gradients
-
-    moba_item_t item;
-    const int head = blockIdx.y, part = blockIdx.x % x.parts;
-    if (!moba_item(&item, x, head)) return;
-    const int h = moba_head(x, head), b = moba_sequence(x, head), stride = (x.H + 2 * x.G) * D;
-    const int lane = lane_of_warp();
-    const floatX* sequence = x.qkv + (size_t)b * x.T * stride;
-    const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
-    const float2* of_head = statistics + ((size_t)b * x.H + h) * padded;
-    auto load = [&](int first) {
-        if (first < item.count) {
-            floatX* q_tile = ring + first / QUERIES % SLOTS * 2 * TILE;
-            const int* entries = item.entries + first;
-            const int end = item.count - first;
-            load_rows<D>(q_tile, gathered(sequence + h * D, stride, entries, end), QUERIES);
-            load_rows<D>(q_tile + TILE,
-                         gathered(dout + ((size_t)b * x.T * x.H + h) * D, x.H * D, entries, end), QUERIES);
-        }
-        cp_async_commit();
-    };
-
-    load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
-    load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
-    load(0);
-    const int warp_row = warp_of_block() * 16 * M;
-    const float scale_log2 = scale * LOG2_E;
-    for (int first = 0; first < item.count; first += QUERIES) {
-        cp_async_wait<0>();
-        __syncthreads(); // the tile is there, and with two slots nobody uses the one before it any more
-        if (SLOTS == 2) load(first + QUERIES);
-        if (first + warp_row < item.count) {
-            floatX* q_tile = ring + first / QUERIES % SLOTS * 2 * TILE;
-            const int* entries = item.entries + first;
-            const int end = item.count - first;
-            const bool local = moba_token(entries[warp_row]) < item.end_local;
-            tile_rows<M, D, true> q, gradient;
-            float dq[M][D / 8][4];
-            q.take(q_tile, warp_row), gradient.take(q_tile + TILE, warp_row);
-            clear(dq);
-            int tokens[M][2];
-            float2 of_rows[M][2];
+            const float4 pair = rows->statistics[n * 4 + lane_of_warp() % 4];
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int row = warp_row + 16 * m + 8 * half + lane / 4;
-                    tokens[m][half] = moba_token(entries[min(row, end - 1)]);
-                    of_rows[m][half] = of_head[tokens[m][half]];
+                    float* of_row = &dscores[m][n][2 * half];
+                    of_row[0] = probs[m][n][2 * half] * (of_row[0] - pair.y);
+                    of_row[1] = probs[m][n][2 * half + 1] * (of_row[1] - pair.w);
+                    store_pair(dscores_tile +
+                                   tile_offset<QUERIES>(warp_row + 16 * m + 8 * half + lane_of_warp() / 4,
+                                                        8 * n + lane_of_warp() % 4 * 2),
+                               of_row[0], of_row[1]);
                 }
-#pragma unroll 1
-            for (int column = 0; column < x.keys; column += COLUMNS) {
-                const int key = item.first_key + column + lane % 4 * 2;
-                float scores[M][COLUMNS / 8][4], dscores[M][COLUMNS / 8][4];
-                multiply_transposed(scores, q, k_tile, column);
-                multiply_transposed(dscores, gradient, v_tile, column);
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < COLUMNS / 8; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            const float2 of_row = of_rows[m][i / 2];
-                            dscores[m][n][i] =
-                                exp2_approximate(fmaf(scores[m][n][i], scale_log2, -of_row.x)) *
-                                (dscores[m][n][i] - of_row.y);
-                            if (local && key + 8 * n + i % 2 > tokens[m][i / 2]) dscores[m][n][i] = 0;
-                        }
-                multiply_add(dq, dscores, k_tile, column);
-            }
-            scale_rows(dq, scale);
-            __syncwarp(); // the warp's own queries are not needed any more
-            store_rows(
-                partials<D>(partial_dq + (((size_t)head * x.T * x.K) * x.parts + part) * D, x, entries, end),
-                q_tile, warp_row, dq);
         }
-        if (SLOTS == 1) {
-            __syncthreads();
-            load(first + QUERIES);
+        multiply_add(dk, dscores, q_tile, 0);
+        cp_async_wait<0>();
+        __syncthreads(); // dS and the next queries are there; nobody uses the queries and dO any more
+        load_dout(first + QUERIES);
+        for (int unit = warp_of_block(); unit < QUERIES / 16 * D / COLUMNS; unit += warps) {
+            const int row = unit / (D / COLUMNS) * 16, column = unit % (D / COLUMNS) * COLUMNS;
+            float dq[1][COLUMNS / 8][4];
+            clear(dq);
+            multiply_columns_add<QUERIES, D>(dq, dscores_tile, row, k_tile, column, x.keys);
+            scale_rows(dq, scale);
+            store_columns<D>(
+                partials<D>(partial_dq, x, head, part, (const int*)rows->entries, work->item.count - first),
+                q_tile, row, column, dq);
         }
     }
+
+    item = work->item;
+    if (!moba_is_whole(x, head, item.block)) {
+        const rows_of_sums of_item = moba_sums_of(sums, x, item, head, part, D);
+        store_sums(of_item.keys, warp_row, of_item.count, dk);
+        store_sums(of_item.values, warp_row, of_item.count, dv);
+        return;
+    }
+    __syncthreads(); // nobody uses the keys any more; the values are the warp's own
+    scale_rows(dk, scale);
+    floatX* to = dqkv + work->of_keys;
+    store_rows(neighbours(to, stride, item.first_key, x.T), k_tile, warp_row, dk);
+    store_rows(neighbours(to + x.G * D, stride, item.first_key, x.T), v_tile, warp_row, dv);
+}
+
+// The gradients of one key or value from the sums of the group's heads, in their order. Sums of a KV head that the next
+// group goes on with take the place of those of the first head. A KV head that nobody reads gets zeros, with the head after it.
+template <int D>
+__global__ void __launch_bounds__(MOBA_MERGE_THREADS)
+    moba_merge_keys_kernel(floatX* dqkv, // (B, T, H + 2G, D)
+                           moba_sums_t sums, moba_lists_t x, float scale) {
+    constexpr int LANES = D / CHUNK;
+    const int key = (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, which = blockIdx.y;
+    const int column = threadIdx.x % LANES * CHUNK, first_head = blockIdx.z * x.heads;
+    if (key >= x.T) return;
+    const int block = key / x.S, part = key % x.S / x.keys, row = key % x.S % x.keys;
+    const size_t of_key = ((size_t)which * x.T + key) * D + column, of_head = (size_t)2 * x.T * D;
+    floatX* to = dqkv + (((size_t)x.first_sequence + blockIdx.z) * x.T + key) * (x.H + 2 * x.G) * D +
+                 (x.H + which * x.G) * D + column;
+    const int last = x.first_head + x.heads - 1;
+    const bool goes_on =
+        x.end < x.T || (last + 1 < x.H && x.kv_of_q[last] == x.kv_of_q[last + 1]); // in the next group
+    Values<CHUNK> sum = {};
+    for (int head = first_head; head < first_head + x.heads; head++) {
+        const int h = moba_head(x, head), g = x.kv_of_q[h], next_g = h + 1 < x.H ? x.kv_of_q[h + 1] : x.G;
+        for (int empty = h > 0 ? x.kv_of_q[h - 1] + 1 : 0; empty < g; empty++)
+            store(to + empty * D, Values<CHUNK>{});
+        for (int empty = g + 1; h + 1 == x.H && empty < x.G; empty++) store(to + empty * D, Values<CHUNK>{});
+        const int begin = moba_more_before(x, head, block), end = moba_more_before(x, head, block + 1);
+        if (goes_on && x.heads == 1 && begin == end) return; // the sums are where they should be
+        if (moba_is_whole(x, head, block)) continue;
+        if (h == 0 || x.kv_of_q[h - 1] < g) sum = {};
+        const Values<CHUNK> first = load<CHUNK>(sums.of_heads + head * of_head + of_key);
+        for (int c = 0; c < CHUNK; c++) sum.at[c] += first.at[c];
+        for (int i = begin; i < end; i++) {
+            const size_t number = (((size_t)head * x.max_more + i) * x.parts + part) * 2 + which;
+            const Values<CHUNK> more = load<CHUNK>(sums.more + (number * x.keys + row) * D + column);
+            for (int c = 0; c < CHUNK; c++) sum.at[c] += more.at[c];
+        }
+        if (next_g == g || x.end < x.T) continue;
+        for (int c = 0; c < CHUNK; c++) sum.at[c] *= which == 0 ? scale : 1;
+        store(to + g * D, sum);
+    }
+    if (goes_on) store(sums.of_heads + first_head * of_head + of_key, sum);
 }
 
 template <int D>
@@ -834,11 +918,11 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     moba_merge_queries_kernel(floatX* dqkv, // (B, T, H + 2G, D)
                               const floatX* partial_dq, moba_lists_t x) {
     constexpr int LANES = D / CHUNK;
-    const int t = (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const int t = x.start + (blockIdx.x * MOBA_MERGE_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
     const int column = threadIdx.x % LANES * CHUNK;
-    if (t >= x.T) return;
+    if (t >= x.end) return;
     const int rows = moba_count_choices(x, head, t) * x.parts;
-    const floatX* first = partial_dq + ((size_t)head * x.T + t) * x.K * x.parts * D + column;
+    const floatX* first = partial_dq + moba_first_partial(x, head, t) * D + column;
     Values<CHUNK> sum = {};
     for (int i = 0; i < rows; i++) {
         const Values<CHUNK> row = load<CHUNK>(first + (size_t)i * D);
@@ -855,9 +939,14 @@ typedef struct {
     moba_lists_t lists;
     floatX* partial_rows;
     float* partial_lse; // forward
-    float* partial_dkv; // backward
+    moba_sums_t sums;   // backward
     int heads;          // of the group, in all its sequences
 } moba_group_t;
+
+// What goes at a time: heads of sequences, or a piece of one head.
+typedef struct {
+    int sequences, heads, queries;
+} moba_turn_t;
 
 static inline void* moba_take(char* memory, size_t* used, size_t count, size_t size) {
     void* taken = memory ? memory + *used : NULL;
@@ -865,70 +954,101 @@ static inline void* moba_take(char* memory, size_t* used, size_t count, size_t s
     return taken;
 }
 
-// Lays out what `heads` heads need, or without memory only counts its bytes.
+// Lays out what so many queries of so many heads need, or without memory only counts its bytes.
 static inline size_t moba_lay_out(moba_group_t* group, char* memory, const moba_shape_t* s, int heads,
-                                  int is_backward) {
+                                  int queries, int is_backward) {
     moba_lists_t* x = &group->lists;
     const size_t n = (size_t)heads;
     size_t used = 0;
-    x->T = s->T, x->start = s->start, x->H = s->H, x->G = s->G, x->S = s->S, x->K = s->K;
+    x->T = s->T, x->H = s->H, x->G = s->G, x->S = s->S, x->K = s->K, x->queries = queries;
     x->blocks = ceil_div(s->T, s->S);
     x->keys = s->S < MOBA_KEYS ? s->S : MOBA_KEYS, x->parts = s->S / x->keys;
-    x->tiles = ceil_div(s->T, MOBA_LIST_QUERIES);
-    x->max_items = x->blocks + (int)((size_t)s->T * s->K / MOBA_ITEM);
-    const size_t blocks = (size_t)x->blocks, rows = (size_t)s->T * s->K, parts = (size_t)x->parts;
-    const size_t items = (size_t)x->max_items, D = (size_t)s->D;
+    x->tiles = ceil_div(queries, MOBA_LIST_QUERIES);
+    x->max_more = (int)((size_t)queries * s->K / MOBA_ITEM), x->max_items = x->blocks + x->max_more;
+    const size_t blocks = (size_t)x->blocks, rows = (size_t)queries * s->K, parts = (size_t)x->parts;
+    const size_t D = (size_t)s->D, keys = is_backward ? (size_t)s->T : 0;
     x->counts = (int*)moba_take(memory, &used, n * x->tiles * blocks, sizeof(int));
     x->totals = (int*)moba_take(memory, &used, n * blocks, sizeof(int));
     x->begins = (int*)moba_take(memory, &used, n * (blocks + 1), sizeof(int));
     x->first_item = (int*)moba_take(memory, &used, n * (blocks + 1), sizeof(int));
     x->entries = (int*)moba_take(memory, &used, n * rows, sizeof(int));
-    x->items = (int2*)moba_take(memory, &used, n * items, sizeof(int2));
-    x->tiles -= s->start / MOBA_LIST_QUERIES;
+    x->items = (int2*)moba_take(memory, &used, n * x->max_items, sizeof(int2));
     group->partial_rows = (floatX*)moba_take(memory, &used, n * rows * parts * D, sizeof(floatX));
     group->partial_lse = (float*)moba_take(memory, &used, is_backward ? 0 : n * rows * parts, sizeof(float));
-    group->partial_dkv =
-        (float*)moba_take(memory, &used, is_backward ? n * items * 2 * s->S * D : 0, sizeof(float));
+    group->sums.of_heads = (float*)moba_take(memory, &used, n * 2 * keys * D, sizeof(float));
+    group->sums.more =
+        (float*)moba_take(memory, &used, is_backward ? n * x->max_more * 2 * s->S * D : 0, sizeof(float));
     return used;
 }
 
-// How many heads of a sequence go in one group, and of how many sequences: more than one only when all heads do.
-static inline void moba_group_size(int* sequences, int* heads, const moba_shape_t* s, int is_backward) {
+static inline size_t moba_bytes(const moba_shape_t* s, int heads, int queries, int is_backward) {
     moba_group_t group;
-    const size_t bound = moba_workspace_bound / moba_lay_out(&group, NULL, s, 1, is_backward);
-    const size_t fit = bound > 0 ? bound : 1, H = (size_t)s->H, B = (size_t)s->B;
-    *heads = (int)(fit < H ? fit : H);
-    *sequences = (int)(fit < H ? 1 : fit / H < B ? fit / H : B);
+    return moba_lay_out(&group, NULL, s, heads, queries, is_backward);
 }
 
-static inline size_t moba_group_bytes(const moba_shape_t* s, int is_backward) {
-    int sequences, heads;
-    moba_group_t group;
-    moba_group_size(&sequences, &heads, s, is_backward);
-    return moba_lay_out(&group, NULL, s, sequences * heads, is_backward);
+// As many heads as the bound allows, of several sequences only when all heads go. Where one head is too much, a piece of it.
+enum { MOBA_PIECES = 8 }; // at most: keys and values are loaded again for each, and their sums
+static inline moba_turn_t moba_turn(const moba_shape_t* s, int is_backward) {
+    moba_turn_t turn = {1, 1, s->T};
+    const size_t fit = moba_workspace_bound / moba_bytes(s, 1, s->T, is_backward);
+    const size_t H = (size_t)s->H, B = (size_t)s->B;
+    if (fit > 0) {
+        turn.heads = (int)(fit < H ? fit : H);
+        turn.sequences = (int)(fit < H ? 1 : fit / H < B ? fit / H : B);
+    }
+    for (int pieces = 2; pieces <= MOBA_PIECES; pieces++) {
+        if (moba_bytes(s, 1, turn.queries, is_backward) <= moba_workspace_bound) break;
+        turn.queries = ceil_div(ceil_div(s->T, pieces), MOBA_LIST_QUERIES) * MOBA_LIST_QUERIES;
+    }
+    return turn;
 }
 
-// The heads from first_head on of the sequences from first_sequence on, as many as fit.
-static inline moba_group_t moba_group(char* memory, const moba_shape_t* s, int first_sequence, int first_head,
-                                      const int* selected, const floatX* qkv, const int* kv_of_q,
-                                      int is_backward) {
-    int sequences, heads;
+static inline size_t moba_turn_bytes(const moba_shape_t* s, int is_backward) {
+    const moba_turn_t turn = moba_turn(s, is_backward);
+    return moba_bytes(s, turn.sequences * turn.heads, turn.queries, is_backward);
+}
+
+// The group that begins with this head of this sequence, and with this query; without heads where there is none.
+static inline void moba_begin_group(moba_group_t* group, const moba_shape_t* s, const moba_turn_t* turn,
+                                    int sequence, int head, int query) {
+    moba_lists_t* x = &group->lists;
+    x->first_sequence = sequence, x->first_head = head;
+    x->sequences = s->B - sequence < turn->sequences ? s->B - sequence : turn->sequences;
+    x->heads = s->H - head < turn->heads ? s->H - head : turn->heads;
+    x->start = query > s->start ? query : s->start;
+    x->end = s->T - query < turn->queries ? s->T : query + turn->queries;
+    x->tiles = ceil_div(x->end, MOBA_LIST_QUERIES) - x->start / MOBA_LIST_QUERIES;
+    group->heads = x->sequences * x->heads;
+}
+
+// Pieces begin where tiles of lists do.
+static inline int moba_first_query(const moba_shape_t* s, const moba_turn_t* turn) {
+    return s->start / turn->queries * turn->queries;
+}
+
+static inline moba_group_t moba_first_group(char* memory, const moba_shape_t* s, const moba_turn_t* turn,
+                                            const int* selected, const floatX* qkv, const int* kv_of_q,
+                                            int is_backward) {
     moba_group_t group;
-    moba_group_size(&sequences, &heads, s, is_backward);
-    moba_lay_out(&group, memory, s, sequences * heads, is_backward);
-    moba_lists_t* x = &group.lists;
-    x->first_sequence = first_sequence, x->first_head = first_head;
-    x->sequences = s->B - first_sequence < sequences ? s->B - first_sequence : sequences;
-    x->heads = s->H - first_head < heads ? s->H - first_head : heads;
-    x->selected = selected, x->qkv = qkv, x->kv_of_q = kv_of_q;
-    group.heads = x->sequences * x->heads;
+    moba_lay_out(&group, memory, s, turn->sequences * turn->heads, turn->queries, is_backward);
+    group.lists.selected = selected, group.lists.qkv = qkv, group.lists.kv_of_q = kv_of_q;
+    moba_begin_group(&group, s, turn, 0, 0, moba_first_query(s, turn));
     return group;
+}
+
+// The pieces of a head one after the other, then the next heads, then the next sequences.
+static inline void moba_next_group(moba_group_t* group, const moba_shape_t* s, const moba_turn_t* turn) {
+    const moba_lists_t* x = &group->lists;
+    const int first_query = moba_first_query(s, turn), next_head = x->first_head + x->heads;
+    if (x->end < s->T) moba_begin_group(group, s, turn, x->first_sequence, x->first_head, x->end);
+    else if (next_head < s->H) moba_begin_group(group, s, turn, x->first_sequence, next_head, first_query);
+    else moba_begin_group(group, s, turn, x->first_sequence + x->sequences, 0, first_query);
 }
 
 static inline void moba_build_lists(const moba_group_t* group, stream_t stream) {
     const moba_lists_t* x = &group->lists;
     const unsigned heads = (unsigned)group->heads;
-    const size_t choices = (size_t)(x->T - x->start) * x->K;
+    const size_t choices = (size_t)(x->end - x->start) * x->K;
     device_zero(x->counts, sizeof(int) * heads * x->tiles * x->blocks, stream);
     launch(moba_count_kernel, dim3((unsigned)((choices + 255) / 256), heads), 256, 0, stream, *x);
     launch(moba_scan_tiles_kernel, dim3((unsigned)ceil_div(x->blocks, 128), heads), 128, 0, stream, *x);
@@ -976,8 +1096,10 @@ static inline void moba_route_launch(int* selected, const floatX* terms, const f
 template <int D>
 static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, const float* centroids,
                                             const floatX* qkv, const int* kv_of_q, char* workspace,
-                                            const moba_shape_t* s, stream_t stream) {
+                                            const moba_shape_t* s, const AttentionNoise* noise,
+                                            stream_t stream) {
     typedef moba_forward_shape<D> shape;
+    static_assert(shape::shared_bytes(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
     const floatX* terms = (const floatX*)centroids;
     size_t used = 0;
 #if defined(PRECISION_BF16)
@@ -989,21 +1111,20 @@ static inline void flashmoba_forward_launch(floatX* out, float* lse, int* select
 #endif
     if (s->K > 1) moba_route_launch<D>(selected, terms, qkv, kv_of_q, s, stream);
 
-    moba_group_t group;
-    for (int b = 0; b < s->B; b += group.lists.sequences)
-        for (int h = 0; h < s->H; h += group.lists.heads) {
-            group = moba_group(workspace + used, s, b, h, selected, qkv, kv_of_q, 0);
-            const moba_lists_t* x = &group.lists;
-            auto kernel = moba_forward_kernel<D, 16>;
-            if constexpr (MOBA_KEYS >= 64)
-                if (x->keys >= 64) kernel = moba_forward_kernel<D, 64>;
-            moba_build_lists(&group, stream);
-            launch(kernel, moba_item_grid(&group), shape::THREADS,
-                   sizeof(floatX) * D * (2 * x->keys + 2 * shape::QUERIES), stream, group.partial_rows,
-                   group.partial_lse, *x, attention_scale(D) * LOG2_E);
-            launch(moba_merge_kernel<D>, moba_merge_grid<D>(s->T - s->start, group.heads, 1),
-                   MOBA_MERGE_THREADS, 0, stream, out, lse, group.partial_rows, group.partial_lse, *x);
-        }
+    const moba_turn_t turn = moba_turn(s, 0);
+    for (moba_group_t group = moba_first_group(workspace + used, s, &turn, selected, qkv, kv_of_q, 0);
+         group.heads > 0; moba_next_group(&group, s, &turn)) {
+        const moba_lists_t* x = &group.lists;
+        auto kernel = moba_forward_kernel<D, 16>;
+        if constexpr (MOBA_KEYS >= 64)
+            if (x->keys >= 64) kernel = moba_forward_kernel<D, 64>;
+        moba_build_lists(&group, stream);
+        launch(kernel, moba_item_grid(&group), shape::THREADS, shape::shared_bytes(x->keys), stream,
+               group.partial_rows, group.partial_lse, *x, attention_scale(D) * LOG2_E);
+        launch(noise ? moba_merge_kernel<D, true> : moba_merge_kernel<D, false>,
+               moba_merge_grid<D>(x->end - x->start, group.heads, 1), MOBA_MERGE_THREADS, 0, stream, out, lse,
+               group.partial_rows, group.partial_lse, *x, noised_rows(noise, s->T, s->H));
+    }
 }
 
 template <int D>
@@ -1011,38 +1132,29 @@ static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, c
                                              const float* lse, const int* selected, const floatX* qkv,
                                              const int* kv_of_q, char* workspace, const moba_shape_t* s,
                                              stream_t stream) {
-    typedef moba_keys_shape<D> keys;
-    typedef moba_queries_shape<D> queries;
+    static_assert(moba_backward_shared_bytes<D>(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
     const int padded = attention_padded(s->T);
     const float scale = attention_scale(D);
     size_t used = 0;
     float2* statistics = (float2*)moba_take(workspace, &used, (size_t)s->B * s->H * padded, sizeof(float2));
-    const size_t carry = (size_t)2 * s->T * D;
-    float* carries = (float*)moba_take(workspace, &used, 2 * carry, sizeof(float));
     launch(attention_statistics_kernel<D>,
            attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), s->H, s->B), STATISTICS_THREADS, 0,
            stream, statistics, dout, out, lse, s->T, padded, s->H);
 
-    moba_group_t group;
-    int turn = 0;
-    for (int b = 0; b < s->B; b += group.lists.sequences)
-        for (int h = 0; h < s->H; h += group.lists.heads, turn = 1 - turn) {
-            group = moba_group(workspace + used, s, b, h, selected, qkv, kv_of_q, 1);
-            const moba_lists_t* x = &group.lists;
-            const size_t tiles = 2 * keys::QUERIES + x->keys;
-            moba_build_lists(&group, stream);
-            launch(moba_backward_keys_kernel<D>, moba_item_grid(&group), 2 * x->keys,
-                   sizeof(floatX) * D * 2 * tiles + 2 * sizeof(moba_tile_rows<keys::QUERIES>), stream,
-                   group.partial_dkv, dout, statistics, *x, padded, scale);
-            launch(moba_merge_keys_kernel<D>, moba_merge_grid<D>(s->T, s->G, x->sequences),
-                   MOBA_MERGE_THREADS, 0, stream, dqkv, carries + (1 - turn) * carry, carries + turn * carry,
-                   group.partial_dkv, *x);
-            launch(moba_backward_queries_kernel<D>, moba_item_grid(&group), queries::THREADS,
-                   sizeof(floatX) * D * 2 * (x->keys + queries::SLOTS * queries::QUERIES), stream,
-                   group.partial_rows, dout, statistics, *x, padded, scale);
-            launch(moba_merge_queries_kernel<D>, moba_merge_grid<D>(s->T, group.heads, 1), MOBA_MERGE_THREADS,
-                   0, stream, dqkv, group.partial_rows, *x);
-        }
+    const moba_turn_t turn = moba_turn(s, 1);
+    for (moba_group_t group = moba_first_group(workspace + used, s, &turn, selected, qkv, kv_of_q, 1);
+         group.heads > 0; moba_next_group(&group, s, &turn)) {
+        const moba_lists_t* x = &group.lists;
+        const int M = D <= 64 && MOBA_KEYS > 32 && x->keys >= 32 ? 2 : 1;
+        const auto kernel = M == 2 ? moba_backward_kernel < D, D <= 64 ? 2 : 1 > : moba_backward_kernel<D, 1>;
+        moba_build_lists(&group, stream);
+        launch(kernel, moba_item_grid(&group), 2 * x->keys / M, moba_backward_shared_bytes<D>(x->keys),
+               stream, dqkv, group.partial_rows, group.sums, dout, statistics, *x, padded, scale);
+        launch(moba_merge_keys_kernel<D>, moba_merge_grid<D>(s->T, 2, x->sequences), MOBA_MERGE_THREADS, 0,
+               stream, dqkv, group.sums, *x, scale);
+        launch(moba_merge_queries_kernel<D>, moba_merge_grid<D>(x->end - x->start, group.heads, 1),
+               MOBA_MERGE_THREADS, 0, stream, dqkv, group.partial_rows, *x);
+    }
 }
 
 // Bytes of the workspaces, with moba_workspace_bound as it is then and when they are used.
@@ -1051,19 +1163,19 @@ static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int
     size_t used = 0;
     if (MOBA_TERMS > 1)
         moba_take(NULL, &used, moba_centroids_count(B, T, G, D, S) * MOBA_TERMS, sizeof(floatX));
-    return used + moba_group_bytes(&shape, 0);
+    return used + moba_turn_bytes(&shape, 0);
 }
 
 static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
     const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
     size_t used = 0;
     moba_take(NULL, &used, (size_t)B * H * attention_padded(T), sizeof(float2));
-    moba_take(NULL, &used, (size_t)4 * T * D, sizeof(float));
-    return used + moba_group_bytes(&shape, 1);
+    return used + moba_turn_bytes(&shape, 1);
 }
 
 // Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already. The centroids
-// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids.
+// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids. With
+// noise (or NULL) also these rows of noise->noised.
 static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      int* selected, // (B, H, T, K-1) blocks chosen, the newest first, then -1
@@ -1071,16 +1183,19 @@ static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      const floatX* qkv,          // (B, T, H + 2G, D)
                                      const int* kv_of_q,         // (H) non-decreasing
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
-                                     int K, stream_t stream) {
+                                     int K, const AttentionNoise* noise, stream_t stream) {
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     char* memory = (char*)workspace;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
     if (D == 32)
-        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                     stream);
     if (D == 64)
-        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                     stream);
     if (D == 128)
-        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, stream);
+        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                      stream);
 }
 
 // Every element of dqkv is written: exact zeros for a KV head without queries.

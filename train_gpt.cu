@@ -25,11 +25,11 @@ kernels of CUDA on an emulator (dev/simt).
 #include "dev/cpu/rmsnorm.h"    // defines rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward
 #include "dev/cpu/matmul.h"     // defines matmul_start, matmul_forward, matmul_backward
 #include "dev/cpu/keynorm.h"    // defines key_rms, key_weight_norm
+#include "dev/cpu/heads.h"      // defines heads_begin_step, heads_of_batch, heads_measure
 #include "dev/cpu/rope.h"       // defines rope_table
 #include "dev/cpu/keys.h"       // defines keys_forward, keys_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
 #include "dev/cpu/moba.h"       // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
-#include "dev/cpu/noise.h"      // defines attention_noise
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
@@ -39,19 +39,20 @@ kernels of CUDA on an emulator (dev/simt).
 #include "kernels/rmsnorm.cuh"
 #include "kernels/matmul.cuh"
 #include "kernels/keynorm.cuh"
+#include "kernels/heads.cuh"
 #include "kernels/rope.cuh"
 #include "kernels/keys.cuh"
 #include "gqa.cuh"
 #include "moba.cuh"
 #include "kernels/moba_plain.cuh"
-#include "kernels/noise.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"
 #include "kernels/adamw.cuh"
 #else
 #error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
-#include "runtime/allocation.h"  // defines HeadAllocation, allocation_update
+#include "runtime/comm.h"        // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
+#include "runtime/allocation.h"  // defines HeadAllocation, allocation_start
 #include "runtime/memory.h"      // defines Arena
 #include "runtime/gpus.h"        // defines gpu_peak_flops
 #include "runtime/schedule.h"    // defines learning_rate
@@ -69,7 +70,8 @@ kernels of CUDA on an emulator (dev/simt).
 // The model and its memory
 
 // What a layer's forward pass leaves for its backward pass, and for the next token of a generation: the keys and values of
-// the packed rows are the cache, with the keys before the convolution where there is one.
+// the packed rows are the cache, with the keys before the convolution where there is one. With --recompute some arrays are
+// one for all layers (plan_layer says which), and what a layer left there is gone when the next one has run.
 typedef struct {
     floatX* residual;     // (B, T, C) the layer's input
     floatX* norm1;        // (B, T, C)
@@ -77,7 +79,7 @@ typedef struct {
     floatX* qkv;          // (B, T, H + 2G, D) after convolution and RoPE
     floatX* raw_keys;     // (B, T, G, D) before the convolution, in layers that have one
     floatX* attention;    // (B, T, H, D)
-    floatX* noised;       // (B, T, H, D) what is multiplied by Wo: pgqa's noise added, else attention itself
+    floatX* noised;       // (B, T, H, D) what is multiplied by Wo with pgqa: attention with its noise
     float_acc* lse;       // (B, H, T)
     int* selected;        // (B, H, T, K-1) the blocks that each query attends to, in layers with MoBA
     float_acc* centroids; // (B, T/S, G, D) the means of their blocks' keys
@@ -90,6 +92,7 @@ typedef struct {
 
 typedef struct {
     LayerActivations* layers; // L
+    LayerActivations shared;  // the arrays that are one for all layers
     floatX* residual;         // (B, T, C) the last layer's output
     floatX* norm;             // (B, T, C)
     float_acc* rstd;          // (B, T)
@@ -99,9 +102,8 @@ typedef struct {
     int* tokens;              // (B, T)
     int* targets;             // (B, T)
     float_acc* rope;          // (T, D/2, 2)
-    int* kv_of_q;             // (L, H) the KV head that each query head reads
     float_acc* key_norms;     // (B, G) of one layer: the statistic of each sequence's keys
-    float_acc* key_sums;      // (L, G) the sums of these over the step
+    float_acc* key_sums;      // (L, G) the sums of these over the step, or what stands in their place
     // gradients, shared by all layers
     floatX* dresidual;  // (B, T, C)
     floatX* dnorm;      // (B, T, C)
@@ -112,33 +114,83 @@ typedef struct {
     void* workspace;    // of any operation, one after the other
 } Activations;
 
+// A stretch of the flat parameters whose gradients are done together: a layer's, the embedding's, or what comes after the
+// layers. Shard r of it, one N-th, is what rank r of N adds up and, with --zero 1, updates.
+typedef struct {
+    size_t first, count; // elements; both multiples of N * COMM_ALIGNMENT
+} Bucket;
+
 typedef struct {
     ModelConfig config;
     ParameterLayout layout;
-    int B, T;       // the largest batch that the activations hold
+    size_t padded;   // elements of params and grads: those of the table, up to whole shards
+    Bucket* buckets; // (L + 2) in the order in which the backward pass is done with them; some may be empty
+    int bucket_count;
+    int sharded; // 1: masters and moments are those of this rank's shards alone (ZeRO-1), one after the other
+    int reduces; // 1: the backward pass adds up the gradients of all ranks
+    int B, T;    // the largest batch that the activations hold
     int logit_rows; // rows of logits that are computed at once
     int training;   // 0: no gradients and no optimizer state are held
+    Recompute recompute;
     // one block each
-    floatX* params; // (elements)
+    floatX* params; // (padded)
     float_acc*
-        masters; // (elements) what the optimizer updates and params are the rounding of; NULL where the same
-    float_acc* grads;      // (elements)
-    float_acc* exp_avg;    // (elements) first moment of AdamW
-    float_acc* exp_avg_sq; // (elements) second moment
+        masters; // (padded, or its N-th) what is updated, and params are the rounding of; NULL where the same
+    float_acc* grads;      // (padded)
+    float_acc* exp_avg;    // (padded, or its N-th) first moment of AdamW
+    float_acc* exp_avg_sq; // (padded, or its N-th) second moment
+    float_acc* decays;     // (padded / DECAY_BLOCK) 1 where weights decay, or 0
     float_acc* norm;       // (1) global norm of the gradient
-    float_acc* partials;   // scratch of the global norm
+    float_acc* squares;    // (L + 2) sums of squares of the buckets' gradients
+    float_acc* partials;   // scratch of these sums
     Activations acts;
     Arena parameters, gradients, optimizer, activations;
-    HeadAllocation heads;   // where kv_of_q comes from
+    HeadAllocation heads;   // the KV head that each query head reads; its arrays are the device's
     float_acc* host_losses; // (B, T) pinned memory of the host, as is
     float_acc* host_norm;   // (1)
+    int* host_not_finite;   // (L) of heads
+    int warned;             // 1 after the warning of a statistic that is not finite
     Mark* marks;            // (L, 2, 2) where a layer's attention began and ended, forward and backward
     stream_t stream;
 } Model;
 
+// The weights as a whole. Where no rank has all masters, the gradients' memory holds them between steps, to be filled and read
+// (gpt_keep_masters, gpt_gather_masters).
 static Weights gpt_weights(const Model* model) {
-    const Weights weights = {model->params, model->masters};
+    const Weights weights = {model->params, model->masters && model->sharded ? model->grads : model->masters};
     return weights;
+}
+
+// This rank's part of a bucket, in elements of the flat parameters.
+static Bucket gpt_shard(Bucket bucket) {
+    const size_t count = bucket.count / (size_t)comm_size();
+    const Bucket shard = {bucket.first + (size_t)comm_rank() * count, count};
+    return shard;
+}
+
+// Where the state of a bucket's shard lies: buckets begin at multiples of N, so that the shards fill an N-th of the whole.
+static size_t gpt_shard_state(const Model* model, Bucket bucket) {
+    return model->sharded ? bucket.first / (size_t)comm_size() : gpt_shard(bucket).first;
+}
+
+// A bucket begins where the first tensor of its own does, up to the next whole shards: what lies between is of the next bucket,
+// which is done later.
+static void gpt_plan_buckets(Model* model) {
+    const int L = model->config.layers;
+    const size_t unit = (size_t)comm_size() * COMM_ALIGNMENT;
+    model->padded = (model->layout.table.elements + unit - 1) / unit * unit;
+    model->bucket_count = L + 2;
+    model->buckets = (Bucket*)malloc_or_fail((size_t)(L + 2) * sizeof(Bucket), "the gradients' table");
+    size_t end = model->padded;
+    for (int i = 0; i < L + 2; i++) {
+        const size_t begin = i == 0      ? model->layout.final_norm
+                             : i < L + 1 ? model->layout.layers[L - i].input_norm
+                                         : model->layout.embedding;
+        model->buckets[i].first = (begin + unit - 1) / unit * unit;
+        if (model->buckets[i].first > end) model->buckets[i].first = end;
+        model->buckets[i].count = end - model->buckets[i].first;
+        end = model->buckets[i].first;
+    }
 }
 
 // Logits are the widest activation by far; this much of them is held at once. On a GPU every part adds to the head's gradient in
@@ -167,15 +219,67 @@ static size_t attention_workspace(const ModelConfig* config, int layer, int B, i
     return training && backward > forward ? backward : forward;
 }
 
-// Decides where everything lies; takes no memory yet but for the tables.
-static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training) {
+// An array of layer l, `member` bytes into its LayerActivations. From the level `again` on it is computed again where backward
+// needs it, so that one array serves all layers.
+static void reserve_in_layer(Model* model, int l, size_t member, size_t bytes, const char* label,
+                             Recompute again) {
+    Activations* acts = &model->acts;
+    void** array = (void**)((char*)&acts->layers[l] + member);
+    void** shared = (void**)((char*)&acts->shared + member);
+    if (model->recompute >= again) arena_reserve_shared(&model->activations, array, shared, bytes, label);
+    else arena_reserve(&model->activations, array, bytes, label);
+}
+
+// What layer l leaves for backward, and the first level of --recompute that does not keep it. Kept at every level: the input,
+// which all else follows from; the choice of blocks, which must not be made twice (where two scores are nearly alike another
+// choice would make the gradient one of another function); and the output of attention with its lse, for attention is the part
+// whose cost grows with T. Noise on it costs a draw for each element, so that is kept too.
+static void plan_layer(Model* model, int l) {
+    const ModelConfig* config = &model->config;
+    const int B = model->B, T = model->T;
+    const Recompute never = RECOMPUTE_LEVELS;
+    const size_t rows = (size_t)B * T, C = config->channels, H = config->heads, G = config->kv_heads,
+                 D = config->head_dim, F = config->ffn, x = sizeof(floatX), acc = sizeof(float_acc);
+#define ARRAY(name, bytes, label, again)                                                                     \
+    reserve_in_layer(model, l, offsetof(LayerActivations, name), bytes, label, again)
+    if (layer_attention(config, l) != ATTENTION_DENSE) {
+        const size_t chosen = moba_selected_count(B, T, (int)H, config->moba_topk),
+                     means = moba_centroids_count(B, T, (int)G, (int)D, config->moba_block);
+        ARRAY(selected, chosen * sizeof(int), "chosen blocks", never);
+        ARRAY(centroids, means * acc, "chosen blocks", RECOMPUTE_LAYER);
+    }
+    ARRAY(residual, rows * C * x, "residual stream", never);
+    ARRAY(norm1, rows * C * x, "norms", RECOMPUTE_LAYER);
+    ARRAY(rstd1, rows * acc, "norms", RECOMPUTE_LAYER);
+    ARRAY(qkv, rows * (H + 2 * G) * D * x, "queries, keys, values", RECOMPUTE_LAYER);
+    if (layer_taps(config, l)) ARRAY(raw_keys, rows * G * D * x, "queries, keys, values", RECOMPUTE_LAYER);
+    ARRAY(attention, rows * H * D * x, "attention", never);
+    if (model->training && config->gqa == GQA_PERTURBED) ARRAY(noised, rows * H * D * x, "attention", never);
+    ARRAY(lse, rows * H * acc, "attention", never);
+    ARRAY(residual_mid, rows * C * x, "residual stream", RECOMPUTE_LAYER);
+    ARRAY(norm2, rows * C * x, "norms", RECOMPUTE_LAYER);
+    ARRAY(rstd2, rows * acc, "norms", RECOMPUTE_LAYER);
+    ARRAY(gate_up, rows * 2 * F * x, "feed-forward", RECOMPUTE_MLP);
+    ARRAY(swiglu, rows * F * x, "feed-forward", RECOMPUTE_MLP);
+#undef ARRAY
+}
+
+// Decides where everything lies; takes no memory yet but for the tables. A model that is not trained computes nothing again:
+// what its layers leave is the cache of a generation.
+static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training, Recompute recompute,
+                     int zero) {
+    assert(training || recompute == RECOMPUTE_NONE);
     memset(model, 0, sizeof(*model));
     model->config = *config;
     model->layout = parameter_layout(&model->config);
+    gpt_plan_buckets(model);
+    model->sharded = zero && comm_size() > 1;
     model->B = B;
     model->T = T;
     model->training = training;
-    const size_t rows = (size_t)B * T, elements = model->layout.table.elements;
+    model->recompute = recompute;
+    const size_t rows = (size_t)B * T, elements = model->padded;
+    const size_t state = model->sharded ? elements / (size_t)comm_size() : elements;
     const size_t C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
                  F = config->ffn;
     const size_t Vp = config->padded_vocab, L = config->layers;
@@ -194,51 +298,30 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
         model->optimizer.name = "optimizer";
         model->optimizer.remedy = fewer_weights;
         if (weights_need_masters())
-            arena_reserve(&model->optimizer, (void**)&model->masters, elements * sizeof(float_acc),
+            arena_reserve(&model->optimizer, (void**)&model->masters, state * sizeof(float_acc),
                           "master weights");
-        arena_reserve(&model->optimizer, (void**)&model->exp_avg, elements * sizeof(float_acc),
-                      "first moment");
-        arena_reserve(&model->optimizer, (void**)&model->exp_avg_sq, elements * sizeof(float_acc),
+        arena_reserve(&model->optimizer, (void**)&model->exp_avg, state * sizeof(float_acc), "first moment");
+        arena_reserve(&model->optimizer, (void**)&model->exp_avg_sq, state * sizeof(float_acc),
                       "second moment");
+        arena_reserve(&model->optimizer, (void**)&model->decays, decay_blocks(elements) * sizeof(float_acc),
+                      "weight decay");
         arena_reserve(&model->optimizer, (void**)&model->norm, sizeof(float_acc), "gradient norm");
+        arena_reserve(&model->optimizer, (void**)&model->squares,
+                      (size_t)model->bucket_count * sizeof(float_acc), "gradient norm");
         arena_reserve(&model->optimizer, (void**)&model->partials,
                       global_norm_partials(elements) * sizeof(float_acc), "gradient norm");
     }
 
     Arena* arena = &model->activations;
     arena->name = "activations";
-    arena->remedy = "a smaller --batch takes less, and trains the same";
+    arena->remedy = "a smaller --batch or --recompute takes less, and trains the same";
     Activations* acts = &model->acts;
     acts->layers = (LayerActivations*)calloc_or_fail(L, sizeof(LayerActivations), "the layers' table");
     size_t workspace = 0;
-    for (size_t l = 0; l < L; l++) {
-        LayerActivations* layer = &acts->layers[l];
-        size_t scratch = attention_workspace(config, (int)l, B, T, training);
+    for (int l = 0; l < (int)L; l++) {
+        const size_t scratch = attention_workspace(config, l, B, T, training);
         if (scratch > workspace) workspace = scratch;
-        if (layer_attention(config, (int)l) != ATTENTION_DENSE) {
-            const int S = config->moba_block, K = config->moba_topk;
-            arena_reserve(arena, (void**)&layer->selected, moba_selected_count(B, T, (int)H, K) * sizeof(int),
-                          "chosen blocks");
-            arena_reserve(arena, (void**)&layer->centroids,
-                          moba_centroids_count(B, T, (int)G, (int)D, S) * sizeof(float_acc), "chosen blocks");
-        }
-        arena_reserve(arena, (void**)&layer->residual, rows * C * sizeof(floatX), "residual stream");
-        arena_reserve(arena, (void**)&layer->norm1, rows * C * sizeof(floatX), "norms");
-        arena_reserve(arena, (void**)&layer->rstd1, rows * sizeof(float_acc), "norms");
-        arena_reserve(arena, (void**)&layer->qkv, rows * (H + 2 * G) * D * sizeof(floatX),
-                      "queries, keys, values");
-        if (layer_taps(config, (int)l))
-            arena_reserve(arena, (void**)&layer->raw_keys, rows * G * D * sizeof(floatX),
-                          "queries, keys, values");
-        arena_reserve(arena, (void**)&layer->attention, rows * H * D * sizeof(floatX), "attention");
-        if (training && config->gqa == GQA_PERTURBED)
-            arena_reserve(arena, (void**)&layer->noised, rows * H * D * sizeof(floatX), "attention");
-        arena_reserve(arena, (void**)&layer->lse, rows * H * sizeof(float_acc), "attention");
-        arena_reserve(arena, (void**)&layer->residual_mid, rows * C * sizeof(floatX), "residual stream");
-        arena_reserve(arena, (void**)&layer->norm2, rows * C * sizeof(floatX), "norms");
-        arena_reserve(arena, (void**)&layer->rstd2, rows * sizeof(float_acc), "norms");
-        arena_reserve(arena, (void**)&layer->gate_up, rows * 2 * F * sizeof(floatX), "feed-forward");
-        arena_reserve(arena, (void**)&layer->swiglu, rows * F * sizeof(floatX), "feed-forward");
+        plan_layer(model, l);
     }
     arena_reserve(arena, (void**)&acts->residual, rows * C * sizeof(floatX), "residual stream");
     arena_reserve(arena, (void**)&acts->norm, rows * C * sizeof(floatX), "norms");
@@ -249,7 +332,7 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->tokens, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->targets, rows * sizeof(int), "tokens and tables");
     arena_reserve(arena, (void**)&acts->rope, (size_t)T * D * sizeof(float_acc), "tokens and tables");
-    arena_reserve(arena, (void**)&acts->kv_of_q, L * H * sizeof(int), "tokens and tables");
+    arena_reserve(arena, &model->heads.block, allocation_bytes((int)L, (int)H, (int)G), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_norms, B * G * sizeof(float_acc), "tokens and tables");
     arena_reserve(arena, (void**)&acts->key_sums, L * G * sizeof(float_acc), "tokens and tables");
     if (training) {
@@ -279,19 +362,53 @@ static inline size_t model_bytes(const Model* model) {
            model->activations.bytes;
 }
 
-// Gives the device the maps of `count` layers from `first` on, after they have changed.
-static void gpt_upload_maps(Model* model, int first, int count) {
-    const size_t H = model->config.heads, at = (size_t)first * H;
-    copy_to_device(model->acts.kv_of_q + at, model->heads.map + at, (size_t)count * H * sizeof(int),
+// A copy of how the query heads stand, in memory of the host; allocation_free() ends it.
+static HeadAllocation gpt_read_heads(const Model* model) {
+    HeadAllocation heads;
+    const HeadAllocation* of_device = &model->heads;
+    allocation_start(&heads, of_device->settings, of_device->L, of_device->H, of_device->G);
+    copy_to_host(heads.block, of_device->block, allocation_bytes(heads.L, heads.H, heads.G), model->stream);
+    stream_synchronize(model->stream);
+    return heads;
+}
+
+static void gpt_write_heads(const Model* model, const HeadAllocation* heads) {
+    copy_to_device(model->heads.block, heads->block, allocation_bytes(heads->L, heads->H, heads->G),
                    model->stream);
+}
+
+// Tells the device which elements decay. Tensors that do not (gains, taps) begin and end at whole blocks.
+static void gpt_upload_decays(Model* model) {
+    const TensorTable* table = &model->layout.table;
+    const size_t blocks = decay_blocks(model->padded);
+    float_acc* decays = (float_acc*)calloc_or_fail(blocks, sizeof(float_acc), "weight decay");
+    for (int i = 0; i < table->count; i++) {
+        const Tensor* tensor = &table->tensors[i];
+        const size_t end = decay_blocks(tensor->offset + tensor->padded_count);
+        for (size_t block = tensor->offset / DECAY_BLOCK; block < end && tensor->weight_decay; block++)
+            decays[block] = 1;
+    }
+    copy_to_device(model->decays, decays, blocks * sizeof(float_acc), model->stream);
+    stream_synchronize(model->stream);
+    free(decays);
+}
+
+// How a checkpoint's query heads stand.
+static inline void gpt_load_heads(Model* model, const char* directory) {
+    HeadAllocation heads = gpt_read_heads(model);
+    checkpoint_load_heads(directory, &heads);
+    gpt_write_heads(model, &heads);
+    allocation_free(&heads);
 }
 
 // Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
 static void gpt_allocate(Model* model) {
+    model->stream = stream_make();
     arena_allocate(&model->parameters);
     if (model->training) {
         arena_allocate(&model->gradients);
         arena_allocate(&model->optimizer);
+        gpt_upload_decays(model);
     }
     arena_allocate(&model->activations);
     size_t rows = (size_t)model->B * model->T, angles = (size_t)model->T * model->config.head_dim;
@@ -303,9 +420,34 @@ static void gpt_allocate(Model* model) {
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
     free(table);
-    allocation_start(&model->heads, allocation_defaults(model->config.gqa == GQA_DYNAMIC),
-                     model->config.layers, model->config.heads, model->config.kv_heads);
-    gpt_upload_maps(model, 0, model->config.layers);
+    const int L = model->config.layers, H = model->config.heads, G = model->config.kv_heads;
+    HeadAllocation heads;
+    allocation_start(&heads, allocation_defaults(model->config.gqa == GQA_DYNAMIC), L, H, G);
+    model->heads = allocation_at(model->heads.block, heads.settings, L, H, G);
+    model->host_not_finite = (int*)host_malloc_pinned((size_t)L * sizeof(int), "statistics of the keys");
+    gpt_write_heads(model, &heads);
+    allocation_free(&heads);
+}
+
+// From the weights that gpt_weights() was filled with to this rank's masters, and back to all of them.
+static inline void gpt_keep_masters(Model* model) {
+    for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
+        const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
+        copy_on_device(model->masters + gpt_shard_state(model, bucket), model->grads + shard.first,
+                       shard.count * sizeof(float_acc), model->stream);
+    }
+    stream_synchronize(model->stream);
+}
+
+static inline void gpt_gather_masters(Model* model) {
+    for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
+        const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
+        copy_on_device(model->grads + shard.first, model->masters + gpt_shard_state(model, bucket),
+                       shard.count * sizeof(float_acc), model->stream);
+        comm_all_gather(model->grads + bucket.first, bucket.count * sizeof(float_acc), model->stream);
+    }
+    comm_wait(model->stream);
+    comm_synchronize(model->stream);
 }
 
 static void gpt_initialize(Model* model, uint64_t seed) {
@@ -317,6 +459,26 @@ static void gpt_initialize(Model* model, uint64_t seed) {
         weights_upload(gpt_weights(model), tensor->offset, values, tensor->padded_count, model->stream);
         free(values);
     }
+    gpt_keep_masters(model);
+}
+
+// What of the optimizer's state this rank holds alone, or, with whole copies everywhere, writes: the shards, ascending. Returns
+// their number, at most L + 2.
+static inline int gpt_state_ranges(const Model* model, StateRange* ranges) {
+    const size_t elements = model->layout.table.elements;
+    int count = 0;
+    for (int i = model->bucket_count - 1; i >= 0; i--) {
+        const Bucket shard = gpt_shard(model->buckets[i]);
+        const size_t end = shard.first + shard.count < elements ? shard.first + shard.count : elements;
+        if (shard.first >= end) continue;
+        const StateRange range = {shard.first, end - shard.first, gpt_shard_state(model, model->buckets[i])};
+        StateRange* before = &ranges[count - 1];
+        if (count > 0 && before->first + before->count == range.first &&
+            before->at + before->count == range.at)
+            before->count += range.count;
+        else ranges[count++] = range;
+    }
+    return count;
 }
 
 static void gpt_free(Model* model) {
@@ -326,38 +488,63 @@ static void gpt_free(Model* model) {
         arena_free(&model->optimizer);
     }
     arena_free(&model->activations);
-    allocation_free(&model->heads);
     parameter_layout_free(&model->layout);
     free(model->acts.layers);
+    free(model->buckets);
     host_free_pinned(model->host_losses);
     host_free_pinned(model->host_norm);
+    host_free_pinned(model->host_not_finite);
     for (int i = 0; i < model->config.layers * 4; i++) mark_free(model->marks[i]);
     free(model->marks);
+    stream_free(model->stream);
 }
 
 // ----------------------------------------------------------------------------
 // Attention, of the kind that the layer has
 
-static void layer_attention_forward(Model* model, int l, int B, int T, int start) {
+// What a training pass knows that evaluation and generation do not.
+typedef struct {
+    uint64_t seed;
+    int step;           // optimizer steps done
+    long sequence;      // of the step: the place of the batch's first one
+    double noise_alpha; // of pgqa
+} TrainingPass;
+
+// pgqa's noise on what attention makes in a training pass, written to *noise; else NULL.
+static const AttentionNoise* layer_noise(AttentionNoise* noise, const Model* model, int l,
+                                         const TrainingPass* pass) {
+    if (!pass || model->config.gqa != GQA_PERTURBED) return NULL;
+    noise->noised = model->acts.layers[l].noised;
+    noise->alpha = (float)pass->noise_alpha;
+    noise->seed = pass->seed;
+    noise->draws = noise_stream(pass->step, l);
+    noise->first_sequence = (uint64_t)pass->sequence;
+    return noise;
+}
+
+// To attention, and in a training pass of pgqa also to noised.
+static void layer_attention_forward(Model* model, int l, int B, int T, int start, const TrainingPass* pass) {
     const ModelConfig* config = &model->config;
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
-    const int* kv_of_q = model->acts.kv_of_q + (size_t)l * H;
+    const int* kv_of_q = model->heads.map + (size_t)l * H;
     LayerActivations* layer = &model->acts.layers[l];
     void* workspace = model->acts.workspace;
+    AttentionNoise memory;
+    const AttentionNoise* noise = layer_noise(&memory, model, l, pass);
     mark(&model->marks[4 * l], model->stream);
     switch (layer_attention(config, l)) {
     case ATTENTION_DENSE:
         attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
-                          layer_window(config, l), model->stream);
+                          layer_window(config, l), noise, model->stream);
         break;
     case ATTENTION_MOBA:
         moba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv, kv_of_q,
-                     workspace, B, T, start, H, G, D, S, K, model->stream);
+                     workspace, B, T, start, H, G, D, S, K, noise, model->stream);
         break;
     case ATTENTION_FLASHMOBA:
         flashmoba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv,
-                          kv_of_q, workspace, B, T, start, H, G, D, S, K, model->stream);
+                          kv_of_q, workspace, B, T, start, H, G, D, S, K, noise, model->stream);
         break;
     }
     mark(&model->marks[4 * l + 1], model->stream);
@@ -369,7 +556,7 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
     Activations* acts = &model->acts;
-    const int* kv_of_q = acts->kv_of_q + (size_t)l * H;
+    const int* kv_of_q = model->heads.map + (size_t)l * H;
     const LayerActivations* layer = &acts->layers[l];
     mark(&model->marks[4 * l + 2], model->stream);
     switch (layer_attention(config, l)) {
@@ -391,50 +578,25 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
 
 // ----------------------------------------------------------------------------
 // Query heads that follow the keys (docs/math.md section 3). Maps change between steps, or, with the keys' own statistic as
-// the source, in the middle of a training pass; never in evaluation or generation.
-
-// What a training pass knows that evaluation and generation do not.
-typedef struct {
-    uint64_t seed;
-    int step;           // optimizer steps done
-    long sequence;      // of the step: the place of the batch's first one
-    double noise_alpha; // of pgqa
-} TrainingPass;
-
-// Numbers of the device as doubles of the host.
-static void gpt_read_numbers(const Model* model, double* out, const float_acc* numbers, size_t count) {
-    float_acc* host = (float_acc*)malloc_or_fail(count * sizeof(float_acc), "statistics of the keys");
-    copy_to_host(host, numbers, count * sizeof(float_acc), model->stream);
-    stream_synchronize(model->stream);
-    for (size_t i = 0; i < count; i++) out[i] = (double)host[i];
-    free(host);
-}
+// the source, in the middle of a training pass; never in evaluation or generation. All of it happens on the device, in the order
+// of the stream: the host neither waits for a statistic nor knows a map.
 
 // The maps of a step: from the keys of the step before, from the weights as they are now, or from random numbers.
 static void gpt_begin_step(Model* model, int step) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
-    HeadAllocation* heads = &model->heads;
+    const StatisticSource source = model->heads.settings.source;
+    float_acc* sums = model->acts.key_sums;
     if (!heads_are_key_driven(config)) return;
-    device_zero(model->acts.key_sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
-    if (heads->settings.source == SOURCE_FORWARD) return;
-    const int from_keys = allocation_needs_keys(&heads->settings);
-    for (int l = 0; l < config->layers; l++) {
+    device_zero(sums, (size_t)config->layers * G * sizeof(float_acc), model->stream);
+    if (source == SOURCE_FORWARD) return;
+    for (int l = 0; l < config->layers && source == SOURCE_WEIGHTS; l++) {
         const LayerParameters* weights = &model->layout.layers[l];
-        double* n = heads->statistic + (size_t)l * G;
-        if (heads->settings.source == SOURCE_WEIGHTS) {
-            key_weight_norm(model->acts.key_norms, model->params + weights->qkv_proj + (size_t)H * D * C,
-                            model->params + weights->input_norm, G, D, C, model->stream);
-            gpt_read_numbers(model, n, model->acts.key_norms, (size_t)G);
-        } else if (!from_keys) {
-            allocation_random(n, heads, l, step);
-        }
-        if (!from_keys) heads->measured[l] = 1;
-        if (!heads->measured[l]) continue;
-        allocation_update(heads, l, n, step);
-        allocation_remember(heads, l, n, step);
+        key_weight_norm(sums + (size_t)l * G, model->params + weights->qkv_proj + (size_t)H * D * C,
+                        model->params + weights->input_norm, G, D, C, model->stream);
     }
-    gpt_upload_maps(model, 0, config->layers);
+    if (source == SOURCE_WEIGHTS) heads_measure(&model->heads, sums, 1, step, model->stream);
+    heads_begin_step(&model->heads, step, model->stream);
 }
 
 // Measures the keys that the projection of layer l has made; they are this very pass's map where the source is forward.
@@ -444,45 +606,112 @@ static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
     key_rms(acts->key_norms, acts->key_sums + (size_t)l * G, acts->layers[l].qkv, B, T, H, G, D,
             model->stream);
     if (model->heads.settings.source != SOURCE_FORWARD) return;
-    double* n = (double*)malloc_or_fail((size_t)B * G * sizeof(double), "statistics of the keys");
-    gpt_read_numbers(model, n, acts->key_norms, (size_t)B * G);
-    for (int g = 0; g < G; g++) {
-        for (int b = 1; b < B; b++) n[g] += n[(size_t)b * G + g];
-        n[g] /= B;
-    }
-    allocation_update(&model->heads, l, n, step);
-    gpt_upload_maps(model, l, 1);
-    free(n);
+    // The statistic of the sequences of all ranks: row by row their sum, then that of the rows.
+    comm_all_reduce(acts->key_norms, (size_t)B * G, model->stream);
+    comm_wait(model->stream);
+    heads_of_batch(&model->heads, l, acts->key_norms, B, B * comm_size(), step, model->stream);
 }
 
 // The statistic of a step of so many sequences: what a later step's maps are made from.
 static void gpt_end_step(Model* model, int step, long sequences) {
-    HeadAllocation* heads = &model->heads;
-    const size_t count = (size_t)heads->L * heads->G;
-    if (!heads_are_key_driven(&model->config) || !allocation_needs_keys(&heads->settings)) return;
-    double* sums = (double*)malloc_or_fail(count * sizeof(double), "statistics of the keys");
-    gpt_read_numbers(model, sums, model->acts.key_sums, count);
-    allocation_end_step(heads, sums, sequences);
-    for (int l = 0; l < heads->L && heads->settings.source == SOURCE_FORWARD; l++)
-        allocation_remember(heads, l, heads->statistic + (size_t)l * heads->G, step);
-    free(sums);
+    const HeadAllocation* heads = &model->heads;
+    if (!heads_are_key_driven(&model->config)) return;
+    if (allocation_needs_keys(&heads->settings)) {
+        comm_all_reduce(model->acts.key_sums, (size_t)heads->L * heads->G, model->stream);
+        comm_wait(model->stream);
+        heads_measure(heads, model->acts.key_sums, sequences, step, model->stream);
+    }
+    copy_to_host(model->host_not_finite, heads->not_finite, (size_t)heads->L * sizeof(int), model->stream);
+}
+
+// Warns of a statistic that was not finite, once in a run; after the stream has been waited for.
+static inline void gpt_check_heads(Model* model) {
+    if (heads_are_key_driven(&model->config))
+        allocation_warn(&model->warned, model->host_not_finite, model->config.layers);
 }
 
 // ----------------------------------------------------------------------------
-// Forward
+// Forward: the parts of a layer that --recompute runs again in backward, then the whole. Each computes rows start..T-1 of its
+// outputs, and is the same function of the same numbers in both passes, so that it gives the same bits.
+
+// The queries, keys and values of layer l from norm1. In the forward pass of a training step whose keys are measured, `step` is
+// its number; else it is -1.
+static void layer_qkv_forward(Model* model, int l, int B, int T, int start, int step) {
+    const ModelConfig* config = &model->config;
+    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
+    const int rows = B * (T - start), QKV = qkv_heads(config) * D;
+    const size_t first = start;
+    const LayerActivations* layer = &model->acts.layers[l];
+    const LayerParameters* weights = &model->layout.layers[l];
+    const floatX* params = model->params;
+    matmul_forward(layer->qkv + first * QKV, layer->norm1 + first * C, params + weights->qkv_proj, rows, C,
+                   QKV, model->stream);
+    if (step >= 0) gpt_measure_keys(model, l, B, T, step);
+    const int taps = layer_taps(config, l);
+    keys_forward(layer->qkv, layer->raw_keys, layer->centroids, taps ? params + weights->k_conv : NULL,
+                 layer_has_rope(config, l) ? model->acts.rope : NULL, B, T, start, H, G, D,
+                 config->moba_block, taps, model->stream);
+}
+
+// residual_mid and norm2 from what attention made, noised or not.
+static void layer_output_forward(Model* model, int l, const floatX* heads, int B, int T, int start) {
+    const ModelConfig* config = &model->config;
+    const int C = config->channels, width = config->heads * config->head_dim, rows = B * (T - start);
+    const size_t first = start;
+    const LayerActivations* layer = &model->acts.layers[l];
+    const LayerParameters* weights = &model->layout.layers[l];
+    floatX* branch = model->acts.branch + first * C;
+    matmul_forward(branch, heads + first * width, model->params + weights->o_proj, rows, width, C,
+                   model->stream);
+    residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C, layer->rstd2 + first,
+                             layer->residual + first * C, branch, model->params + weights->post_norm, rows, C,
+                             config->norm_eps, model->stream);
+}
+
+// gate_up and swiglu from norm2.
+static void layer_hidden_forward(Model* model, int l, int B, int T, int start) {
+    const int C = model->config.channels, F = model->config.ffn, rows = B * (T - start);
+    const size_t first = start;
+    const LayerActivations* layer = &model->acts.layers[l];
+    matmul_forward(layer->gate_up + first * 2 * F, layer->norm2 + first * C,
+                   model->params + model->layout.layers[l].gate_up_proj, rows, C, 2 * F, model->stream);
+    swiglu_forward(layer->swiglu + first * F, layer->gate_up + first * 2 * F, rows, F, model->stream);
+}
+
+// What layer l had in qkv after a forward pass, where later layers have written over it.
+static void layer_qkv_again(Model* model, int l, int B, int T) {
+    if (model->recompute < RECOMPUTE_LAYER) return;
+    const LayerActivations* layer = &model->acts.layers[l];
+    rmsnorm_forward(layer->norm1, layer->rstd1, layer->residual,
+                    model->params + model->layout.layers[l].input_norm, B * T, model->config.channels,
+                    model->config.norm_eps, model->stream);
+    layer_qkv_forward(model, l, B, T, 0, -1);
+}
+
+// What reaches Wo in a training pass.
+static const floatX* layer_heads(const Model* model, int l) {
+    const LayerActivations* layer = &model->acts.layers[l];
+    return model->config.gqa == GQA_PERTURBED ? layer->noised : layer->attention;
+}
+
+// Everything that the training pass left of layer l and later layers have written over. Of the last layer all is there.
+static void layer_again(Model* model, int l, int B, int T) {
+    if (l + 1 == model->config.layers) return;
+    layer_qkv_again(model, l, B, T);
+    if (model->recompute >= RECOMPUTE_LAYER) layer_output_forward(model, l, layer_heads(model, l), B, T, 0);
+    if (model->recompute >= RECOMPUTE_MLP) layer_hidden_forward(model, l, B, T, 0);
+}
 
 // Runs tokens (B, T) through the layers, up to the last norm. With start > 0 (and B = 1) the rows before it are there
-// already, keys and values included, and only start..T-1 are computed: so a generation adds a token. pass is NULL where the
-// model is not trained: then the maps of query heads stay, and there is no noise.
+// already, keys and values included, and only start..T-1 are computed: so a generation adds a token, of a model whose layers keep
+// them. pass is NULL where the model is not trained: then the maps of query heads stay, and there is no noise.
 static void gpt_forward(Model* model, const int* tokens, int B, int T, int start, const TrainingPass* pass) {
     assert(B <= model->B && (size_t)B * T <= (size_t)model->B * model->T && T <= model->T);
-    assert(start == 0 || (B == 1 && !pass));
+    assert(start == 0 || (B == 1 && !pass && model->recompute < RECOMPUTE_LAYER));
     const ModelConfig* config = &model->config;
-    const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
-              F = config->ffn;
-    const int rows = B * (T - start), QKV = qkv_heads(config) * D;
+    const int C = config->channels, F = config->ffn;
+    const int rows = B * (T - start);
     const size_t first = start; // the first row computed, of every activation
-    const int noisy = pass && config->gqa == GQA_PERTURBED;
     const int measured =
         pass && heads_are_key_driven(config) && allocation_needs_keys(&model->heads.settings);
     const float eps = config->norm_eps;
@@ -505,28 +734,12 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
         const int last_layer = l + 1 == config->layers;
 
         // attention
-        matmul_forward(layer->qkv + first * QKV, layer->norm1 + first * C, params + weights->qkv_proj, rows,
-                       C, QKV, stream);
-        if (measured) gpt_measure_keys(model, l, B, T, pass->step);
-        const int taps = layer_taps(config, l);
-        keys_forward(layer->qkv, layer->raw_keys, layer->centroids, taps ? params + weights->k_conv : NULL,
-                     layer_has_rope(config, l) ? acts->rope : NULL, B, T, start, H, G, D, config->moba_block,
-                     taps, stream);
-        layer_attention_forward(model, l, B, T, start);
-        if (noisy)
-            attention_noise(layer->noised, layer->attention, B, T, H, D, (float)pass->noise_alpha, pass->seed,
-                            noise_stream(pass->step, l), pass->sequence, stream);
-        const floatX* heads = noisy ? layer->noised : layer->attention;
-        matmul_forward(acts->branch + first * C, heads + first * H * D, params + weights->o_proj, rows, H * D,
-                       C, stream);
-        residual_rmsnorm_forward(layer->residual_mid + first * C, layer->norm2 + first * C,
-                                 layer->rstd2 + first, layer->residual + first * C, acts->branch + first * C,
-                                 params + weights->post_norm, rows, C, eps, stream);
+        layer_qkv_forward(model, l, B, T, start, measured ? pass->step : -1);
+        layer_attention_forward(model, l, B, T, start, pass);
+        layer_output_forward(model, l, pass ? layer_heads(model, l) : layer->attention, B, T, start);
 
         // feed-forward; the norm that follows is the next layer's first, or the model's last
-        matmul_forward(layer->gate_up + first * 2 * F, layer->norm2 + first * C,
-                       params + weights->gate_up_proj, rows, C, 2 * F, stream);
-        swiglu_forward(layer->swiglu + first * F, layer->gate_up + first * 2 * F, rows, F, stream);
+        layer_hidden_forward(model, l, B, T, start);
         matmul_forward(acts->branch + first * C, layer->swiglu + first * F, params + weights->down_proj, rows,
                        F, C, stream);
         floatX* next_residual = last_layer ? acts->residual : acts->layers[l + 1].residual;
@@ -584,6 +797,15 @@ static inline double gpt_loss(Model* model, const int* targets, int B, int T, in
 // ----------------------------------------------------------------------------
 // Backward
 
+// Sends the gradients of bucket i on their way to their sum over the ranks, where it is time for that.
+static void gpt_reduce(const Model* model, int i) {
+    const Bucket bucket = model->buckets[i];
+    if (!model->reduces || bucket.count == 0) return;
+    comm_reduce_scatter(model->grads + bucket.first, bucket.count, model->stream);
+    if (!model->sharded)
+        comm_all_gather(model->grads + bucket.first, bucket.count * sizeof(float_acc), model->stream);
+}
+
 // From dnorm, which gpt_loss() left, to the gradients of all parameters, which accumulate. The forward pass in reverse, of a
 // TrainingPass.
 static void gpt_backward(Model* model, int B, int T) {
@@ -600,9 +822,11 @@ static void gpt_backward(Model* model, int B, int T) {
     device_zero(acts->dresidual, (size_t)rows * C * sizeof(floatX), stream);
     rmsnorm_backward(acts->dresidual, grads + model->layout.final_norm, acts->dnorm, acts->residual,
                      params + model->layout.final_norm, acts->rstd, acts->workspace, rows, C, stream);
+    gpt_reduce(model, 0);
     for (int l = config->layers - 1; l >= 0; l--) {
         const LayerParameters* weights = &model->layout.layers[l];
-        LayerActivations* layer = &acts->layers[l];
+        const LayerActivations* layer = &acts->layers[l];
+        layer_again(model, l, B, T);
 
         // feed-forward
         matmul_backward(acts->dswiglu, grads + weights->down_proj, acts->dresidual, layer->swiglu,
@@ -615,8 +839,7 @@ static void gpt_backward(Model* model, int B, int T) {
 
         // attention
         // Noise passes the gradient on unchanged: what reaches Wo is noised, what attention made is not.
-        const floatX* heads = config->gqa == GQA_PERTURBED ? layer->noised : layer->attention;
-        matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, heads,
+        matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, layer_heads(model, l),
                         params + weights->o_proj, rows, H * D, C, stream);
         layer_attention_backward(model, l, B, T);
         const int taps = layer_taps(config, l);
@@ -627,30 +850,53 @@ static void gpt_backward(Model* model, int B, int T) {
                         params + weights->qkv_proj, rows, C, QKV, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,
                          params + weights->input_norm, layer->rstd1, acts->workspace, rows, C, stream);
+        gpt_reduce(model, config->layers - l);
     }
     embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
                        C, stream);
+    gpt_reduce(model, config->layers + 1);
+    comm_wait(stream);
     range_end();
 }
 
 static void gpt_zero_gradients(Model* model) {
-    device_zero(model->grads, model->layout.table.elements * sizeof(float_acc), model->stream);
+    device_zero(model->grads, model->padded * sizeof(float_acc), model->stream);
 }
 
-// One step of AdamW over every tensor. The gradient's norm before clipping is on its way to host_norm.
-static void gpt_update(Model* model, AdamW settings) {
-    const TensorTable* table = &model->layout.table;
-    range_begin("update");
-    global_norm(model->norm, model->partials, model->grads, table->elements, model->stream);
-    const float decay = settings.weight_decay;
-    for (int i = 0; i < table->count; i++) {
-        const Tensor* tensor = &table->tensors[i];
-        const size_t at = tensor->offset;
-        settings.weight_decay = tensor->weight_decay ? decay : 0;
-        adamw_update(model->params + at, model->masters ? model->masters + at : NULL, model->exp_avg + at,
-                     model->exp_avg_sq + at, model->grads + at, model->norm, tensor->padded_count, settings,
-                     model->stream);
+// The norm of the gradient, of whose squares every rank adds up its shards.
+static void gpt_gradient_norm(Model* model) {
+    for (int i = 0; i < model->bucket_count; i++) {
+        const Bucket shard = gpt_shard(model->buckets[i]);
+        if (shard.count > 0)
+            sum_of_squares(model->squares + i, model->partials, model->grads + shard.first, shard.count,
+                           model->stream);
     }
+    comm_all_reduce(model->squares, (size_t)model->bucket_count, model->stream);
+    comm_wait(model->stream);
+    global_norm(model->norm, model->squares, model->bucket_count, model->stream);
+}
+
+// AdamW over elements first .. first + count, whose state begins at `state`.
+static void gpt_update_range(Model* model, size_t first, size_t state, size_t count, AdamW settings) {
+    adamw_update(model->params + first, model->masters ? model->masters + state : NULL,
+                 model->exp_avg + state, model->exp_avg_sq + state, model->grads + first, model->norm,
+                 model->decays + first / DECAY_BLOCK, count, settings, model->stream);
+}
+
+// One step of AdamW: of everything, or of this rank's shards, whose parameters then go to all. The gradient's norm before
+// clipping is on its way to host_norm.
+static void gpt_update(Model* model, AdamW settings) {
+    range_begin("update");
+    gpt_gradient_norm(model);
+    if (!model->sharded) gpt_update_range(model, 0, 0, model->padded, settings);
+    for (int i = model->bucket_count - 1; i >= 0 && model->sharded;
+         i--) { // as the next forward pass needs them
+        const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
+        if (bucket.count == 0) continue;
+        gpt_update_range(model, shard.first, gpt_shard_state(model, bucket), shard.count, settings);
+        comm_all_gather(model->params + bucket.first, bucket.count * sizeof(floatX), model->stream);
+    }
+    comm_wait(model->stream);
     copy_to_host(model->host_norm, model->norm, sizeof(float_acc), model->stream);
     range_end();
 }
@@ -667,9 +913,11 @@ static void gpt_read_logits(Model* model, floatX* logits, size_t row) {
     stream_synchronize(model->stream);
 }
 
-// The logits (V) that follow the T tokens of one sequence, of which `start` were there at the last call.
+// The logits (V) that follow the T tokens of one sequence, of which `start` were there at the last call. Where layers do not
+// keep their keys and values, it runs all of them again.
 static void gpt_next_logits(Model* model, float* logits, const int* tokens, int T, int start,
                             floatX* scratch) {
+    if (model->recompute >= RECOMPUTE_LAYER) start = 0;
     gpt_forward(model, tokens, 1, T, start, NULL);
     gpt_read_logits(model, scratch, (size_t)T - 1);
     convert_values(logits, DTYPE_F32, scratch, DTYPE_FLOATX, (size_t)model->config.vocab_size);
@@ -807,24 +1055,37 @@ typedef struct {
     char tokenizer_path[PATH_MAX]; // "" where there is none
     Tokenizer* tokenizer;          // NULL where there is none
     DataLoader* train;
-    DataLoader* val; // NULL where there is none
-    long sequences_per_step;
+    DataLoader* val;         // NULL where there is none
+    long sequences_per_step; // of all ranks
+    long sequences_per_rank;
     int steps;
     Schedule schedule;
     size_t resident; // bytes of main memory before the model's are taken
     TrainingState state;
     // Between host and device, in pinned memory: every micro-batch of a step has its own place, so that the host can run ahead
     // of the device through a whole step without waiting for copies to be done.
-    int* tokens;       // (sequences_per_step, T)
-    int* targets;      // (sequences_per_step, T)
-    float_acc* losses; // (sequences_per_step, T)
+    int* tokens;       // (sequences_per_rank, T)
+    int* targets;      // (sequences_per_rank, T)
+    float_acc* losses; // (sequences_per_rank, T)
+    // With --cuda-graph
+    Graph graph;
+    int recorded_step; // that graph holds; -1: none
 } Run;
+
+static void check_graph(const Options* options) {
+    if (!options->cuda_graph) return;
+    if (!DEVICE_HAS_GRAPHS)
+        fail_usage("--cuda-graph: of builds with DEVICE=cuda or simt; this one is DEVICE=%s", DEVICE_NAME);
+    if (!comm_can_be_recorded())
+        fail_usage("--cuda-graph: not under mpirun with this build, whose gradients the host adds up");
+}
 
 static void find_checkpoints(Run* run) {
     const Options* options = &run->options;
     if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
     if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
-    if (options->resume && !options->dry_run) checkpoint_clean(options->output);
+    if (options->resume && !options->dry_run && comm_rank() == 0) checkpoint_clean(options->output);
+    comm_barrier();
     if (options->resume && checkpoint_latest(options->output, run->resume_from)) return;
     run->resume_from[0] = 0;
     if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
@@ -887,11 +1148,17 @@ static void open_data(Run* run) {
     Options* options = &run->options;
     const int T = run->config.sequence_length, B = options->batch;
     if (!options->train_data) fail_usage("--train-data: needed to train (a glob of token shards)");
-    if (!options->total_batch) options->total_batch = (long)B * T;
-    if (options->total_batch % ((long)B * T) != 0)
+    const long N = comm_size(), least = N * B * T;
+    if (!options->total_batch) options->total_batch = least;
+    if (options->total_batch % least != 0 && N == 1)
         fail_usage("--total-batch %ld: must be a multiple of --batch %d x --sequence-length %d = %ld tokens",
-                   options->total_batch, B, T, (long)B * T);
+                   options->total_batch, B, T, least);
+    if (options->total_batch % least != 0)
+        fail_usage("--total-batch %ld: must be a multiple of %ld processes x --batch %d x --sequence-length "
+                   "%d = %ld tokens",
+                   options->total_batch, N, B, T, least);
     run->sequences_per_step = options->total_batch / T;
+    run->sequences_per_rank = run->sequences_per_step / N;
     uint32_t hash = run->tokenizer ? tokenizer_hash(run->tokenizer) : 0;
     run->train = loader_open(options->train_data, T, run->config.vocab_size, hash, options->seed, 1);
     if (options->val_data) {
@@ -915,6 +1182,40 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
+static void agree_on_shards(const char* what, const DataLoader* loader) {
+    comm_must_agree(what, "of %d shards", loader ? loader->shard_count : 0);
+    for (int i = 0; loader && i < loader->shard_count; i++) {
+        const TokenShard* shard = &loader->shards[i];
+        comm_must_agree(what, "%s of %u tokens, vocabulary %d, tokenizer %08x", shard->path, shard->tokens,
+                        shard->vocab_size, shard->tokenizer_hash);
+    }
+}
+
+// Ranks that were started in different ways, or see other files, must not train together.
+static void agree_on_run(const Run* run, int argc, char** argv) {
+    const ModelConfig* config = &run->config;
+    if (comm_size() == 1) return;
+    comm_must_agree("the build", "DEVICE=%s ATTN=%s GQA=%s KCONV=%d PRECISION=%s", DEVICE_NAME, ATTN_NAME,
+                    GQA_NAME, KCONV, PRECISION_NAME);
+    comm_must_agree("the number of arguments", "%d", argc - 1);
+    for (int i = 1; i < argc; i++) {
+        char name[64];
+        snprintf(name, sizeof(name), "argument %d, after %.32s,", i, i > 1 ? argv[i - 1] : "the program");
+        comm_must_agree(name, "%s", argv[i]);
+    }
+    comm_must_agree(
+        "the model",
+        "%d layers, %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, pattern %s",
+        config->layers, config->channels, config->heads, config->head_dim, config->kv_heads, config->ffn,
+        config->vocab_size, config->sequence_length, config->pattern);
+    comm_must_agree("the checkpoint to resume", "%s", run->resume_from[0] ? run->resume_from : "none");
+    comm_must_agree("the checkpoint to start from", "%s", run->init_from[0] ? run->init_from : "none");
+    comm_must_agree("the tokenizer's hash", "%08x", run->tokenizer ? tokenizer_hash(run->tokenizer) : 0);
+    agree_on_shards("the training data", run->train);
+    agree_on_shards("the validation data", run->val);
+    comm_barrier(); // who does not agree comes no further, nor does anybody else
+}
+
 // The weights of a checkpoint, and the map of query heads that they were trained with. A model with more KV heads is converted;
 // one without a map of its own starts with even groups.
 static void load_model(Model* model, const Run* run, const char* directory) {
@@ -923,12 +1224,26 @@ static void load_model(Model* model, const Run* run, const char* directory) {
         checkpoint_load_pooled(directory, &run->config, &model->layout.table, gpt_weights(model),
                                model->stream);
     else checkpoint_load_model(directory, &model->layout.table, gpt_weights(model), model->stream);
+    gpt_keep_masters(model);
     if (theirs > G) printf("converted %d KV heads to %d, by the mean of each group\n", theirs, G);
     char path[PATH_MAX];
     path_format(path, "%s/heads.json", directory);
     if (!heads_are_key_driven(&run->config) || theirs > G || !path_exists(path)) return;
-    checkpoint_load_heads(directory, &model->heads);
-    gpt_upload_maps(model, 0, run->config.layers);
+    gpt_load_heads(model, directory);
+}
+
+static void load_optimizer(Model* model, const char* directory) {
+    const TensorTable* table = &model->layout.table;
+    StateRange whole = {0, table->elements, 0}, *ranges = &whole;
+    int count = 1;
+    if (model->sharded) {
+        ranges = (StateRange*)malloc_or_fail((size_t)model->bucket_count * sizeof(StateRange),
+                                             "a checkpoint's ranges");
+        count = gpt_state_ranges(model, ranges);
+    }
+    checkpoint_load_optimizer(directory, table, model->exp_avg, model->exp_avg_sq, ranges, count,
+                              model->stream);
+    if (model->sharded) free(ranges);
 }
 
 // A run is never overwritten by accident.
@@ -963,11 +1278,13 @@ static void prepare_output(Run* run) {
 // Bytes of main memory that come on top of the model's four blocks: the process and its libraries as they are now, batches,
 // and what writing a checkpoint takes.
 static size_t other_bytes(const Run* run, const Model* model) {
-    const size_t rows = (size_t)model->B * model->T, total = (size_t)run->options.total_batch;
+    const size_t rows = (size_t)model->B * model->T,
+                 total = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
     size_t bytes = run->resident + matmul_scratch_bytes() + loader_bytes(run->train, run->options.batch);
     bytes += total * (2 * sizeof(int) + sizeof(float_acc)); // a step's tokens, targets and losses
     bytes += rows * sizeof(float_acc);                      // losses of a validation batch
-    if (run->val) bytes += rows * 2 * sizeof(int);          // a validation batch
+    bytes += comm_bytes();
+    if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
     if (run->init_from[0] && checkpoint_read_config(run->init_from).kv_heads > run->config.kv_heads)
         bytes += checkpoint_pooled_bytes(run->init_from, &run->config);
     if (run->options.output) { // on its way to the disk
@@ -977,7 +1294,7 @@ static size_t other_bytes(const Run* run, const Model* model) {
     return bytes;
 }
 
-// What has to fit into the memory where the model lies: main memory has to hold everything else, too.
+// What has to fit into the memory where the model lies: main memory has to hold everything else, too. Of one rank.
 static size_t planned_bytes(const Run* run, const Model* model) {
     return model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : other_bytes(run, model));
 }
@@ -993,6 +1310,9 @@ static void print_plan(const Run* run, const Model* model) {
     printf("         %.2f M parameters, %.2f MFLOP a token\n",
            (double)table_parameter_count(&model->layout.table) / 1e6,
            flops_per_token(config, config->sequence_length) / 1e6);
+    if (comm_size() > 1)
+        printf("ranks    %d, %d of them on this host; optimizer state %s\n", comm_size(), comm_local_size(),
+               model->sharded ? "sharded over them (--zero 1)" : "whole on each (--zero 0)");
     printf("build    device %s, attention %s, heads %s, kconv %d, %s, %d threads\n", DEVICE_NAME, ATTN_NAME,
            GQA_NAME, KCONV, PRECISION_NAME, omp_get_max_threads());
     const double peak = gpu_peak_flops(device_name(), PRECISION_NAME);
@@ -1006,7 +1326,7 @@ static void print_plan(const Run* run, const Model* model) {
            options->total_batch, run->sequences_per_step / options->batch, options->batch,
            config->sequence_length,
            (double)run->steps * (double)run->sequences_per_step / (double)loader_sequences(run->train));
-    printf("memory\n");
+    printf("memory   recompute %s\n", recompute_names[model->recompute]);
     arena_print(&model->parameters);
     arena_print(&model->gradients);
     arena_print(&model->optimizer);
@@ -1017,26 +1337,31 @@ static void print_plan(const Run* run, const Model* model) {
     fflush(stdout);
 }
 
-// A plan that does not fit is refused before anything is taken, with the micro-batch that would fit.
+// A plan that does not fit is refused before anything is taken, with the micro-batch that would fit, or with that and the level
+// of --recompute: the smaller batch costs less.
 static void check_plan_fits(const Run* run, const Model* model) {
+    const Options* options = &run->options;
     const size_t planned = planned_bytes(run, model);
-    const size_t available =
-        DEVICE_HAS_OWN_MEMORY ? device_memory_free() : memory_available() + run->resident;
+    const size_t main_memory = memory_available() / (size_t)comm_local_size() + run->resident;
+    const size_t available = DEVICE_HAS_OWN_MEMORY ? device_memory_free() : main_memory;
     if (!available || planned <= available) return;
-    for (int B = run->options.batch - 1; B >= 1; B--) {
-        if (run->sequences_per_step % B != 0) continue;
-        Model smaller;
-        gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1);
-        size_t bytes = planned_bytes(run, &smaller);
-        if (bytes <= available)
-            fail("the plan takes %.1f GB and %.1f GB are free; --batch %d takes %.1f GB and trains the same "
-                 "(gradients "
-                 "accumulate)",
-                 (double)planned / 1e9, (double)available / 1e9, B, (double)bytes / 1e9);
+    for (int level = options->recompute; level < RECOMPUTE_LEVELS; level++) {
+        const int same = level == (int)options->recompute;
+        for (int B = options->batch - same; B >= 1; B--) {
+            if (run->sequences_per_rank % B != 0) continue;
+            Model smaller;
+            gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1, (Recompute)level,
+                     options->zero);
+            size_t bytes = planned_bytes(run, &smaller);
+            if (bytes <= available)
+                fail("the plan takes %.1f GB and %.1f GB are free; --batch %d%s%s takes %.1f GB and trains "
+                     "the same (gradients accumulate)",
+                     (double)planned / 1e9, (double)available / 1e9, B, same ? "" : " --recompute ",
+                     same ? "" : recompute_names[level], (double)bytes / 1e9);
+        }
     }
-    fail("the plan takes %.1f GB and %.1f GB are free, and no smaller --batch fits: choose fewer --layers or "
-         "--channels, "
-         "or a shorter --sequence-length",
+    fail("the plan takes %.1f GB and %.1f GB are free, and neither a smaller --batch nor --recompute fits: "
+         "choose fewer --layers or --channels, or a shorter --sequence-length",
          (double)planned / 1e9, (double)available / 1e9);
 }
 
@@ -1058,20 +1383,22 @@ static double seconds_now(void) {
 }
 
 // The mean loss over the first --val-batches total batches of the validation data, or all of it: the same tokens whatever
-// the micro-batch.
+// the micro-batch and the number of ranks, who take turns.
 static double validate(Model* model, const Run* run) {
     const int T = run->config.sequence_length, B = run->options.batch;
     uint64_t count = (uint64_t)run->options.val_batches * (uint64_t)run->sequences_per_step;
     if (count > loader_sequences(run->val)) count = loader_sequences(run->val);
     int* tokens = (int*)malloc_or_fail((size_t)2 * B * T * sizeof(int), "a validation batch");
     double sum = 0;
-    for (uint64_t first = 0; first < count; first += (uint64_t)B) {
+    const uint64_t stride = (uint64_t)B * (uint64_t)comm_size();
+    for (uint64_t first = (uint64_t)B * (uint64_t)comm_rank(); first < count; first += stride) {
         int rows = count - first < (uint64_t)B ? (int)(count - first) : B;
         loader_read(run->val, first, rows, tokens, tokens + (size_t)B * T);
         gpt_forward(model, tokens, rows, T, 0, NULL);
         sum += gpt_loss(model, tokens + (size_t)B * T, rows, T, 0, 0);
     }
     free(tokens);
+    comm_sum(&sum, 1);
     return sum / ((double)count * T);
 }
 
@@ -1085,7 +1412,8 @@ static double gpt_attention_seconds(const Model* model) {
 
 // Pinned memory for a step's batches on their way to the device, and its losses on their way back.
 static void allocate_staging(Run* run) {
-    const size_t places = (size_t)run->options.total_batch;
+    run->recorded_step = -1;
+    const size_t places = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
     run->tokens = (int*)host_malloc_pinned(places * sizeof(int), "a step's tokens");
     run->targets = (int*)host_malloc_pinned(places * sizeof(int), "a step's targets");
     run->losses = (float_acc*)host_malloc_pinned(places * sizeof(float_acc), "a step's losses");
@@ -1095,57 +1423,99 @@ static void free_staging(Run* run) {
     host_free_pinned(run->tokens);
     host_free_pinned(run->targets);
     host_free_pinned(run->losses);
+    graph_free(&run->graph);
 }
 
-// One optimizer step over the next total batch. Returns the mean loss, the gradient's norm through *norm, and through
-// *attention the seconds of attention, those of the last micro-batch standing for all. The host queues all of the step's work
-// on the stream, and waits for it once, at the end.
-static double train_step(Model* model, Run* run, double rate, int step, double* norm, double* attention) {
-    const int T = run->config.sequence_length, B = run->options.batch, rows = B * T;
-    const double total = (double)run->options.total_batch;
-    range_begin("step");
-    gpt_zero_gradients(model);
-    gpt_begin_step(model, step);
-    for (long first = 0; first < run->sequences_per_step; first += B) {
-        const size_t place = (size_t)first * (size_t)T, bytes = (size_t)rows * sizeof(int);
+// The next total batch, from the data to where the device copies it from.
+static void stage_batches(Run* run) {
+    const size_t T = (size_t)run->config.sequence_length, batch = (size_t)run->options.batch * T;
+    for (size_t place = 0; place < (size_t)run->sequences_per_rank * T; place += batch) {
         const int *tokens, *targets;
         loader_next(run->train, &tokens, &targets);
-        memcpy(run->tokens + place, tokens, bytes);
-        memcpy(run->targets + place, targets, bytes);
-        const TrainingPass pass = {run->options.seed, step, first, run->options.pgqa_noise};
+        memcpy(run->tokens + place, tokens, batch * sizeof(int));
+        memcpy(run->targets + place, targets, batch * sizeof(int));
+    }
+}
+
+// Queues the work of a step. What is queued depends on the step's number alone: not on the batches, which are copied when it is
+// done, nor on anything that the device computes. So a step can be recorded before its turn.
+static void queue_step(Model* model, const Run* run, int step) {
+    const Options* options = &run->options;
+    const int T = run->config.sequence_length, B = options->batch;
+    const float_acc dloss = (float_acc)(1 / (double)options->total_batch);
+    gpt_zero_gradients(model);
+    gpt_begin_step(model, step);
+    for (long first = 0; first < run->sequences_per_rank; first += B) {
+        const size_t place = (size_t)first * (size_t)T;
+        const TrainingPass pass = {options->seed, step, first * comm_size() + (long)comm_rank() * B,
+                                   options->pgqa_noise};
+        model->reduces = first + B == run->sequences_per_rank;
         gpt_forward(model, run->tokens + place, B, T, 0, &pass);
-        gpt_classify(model, run->losses + place, run->targets + place, B, T, 1, (float_acc)(1 / total));
+        gpt_classify(model, run->losses + place, run->targets + place, B, T, 1, dloss);
         gpt_backward(model, B, T);
     }
     gpt_end_step(model, step, run->sequences_per_step);
     AdamW settings;
-    settings.learning_rate = (float)rate;
-    settings.beta1 = (float)run->options.beta1;
-    settings.beta2 = (float)run->options.beta2;
-    settings.eps = (float)run->options.eps;
-    settings.weight_decay = (float)run->options.weight_decay;
-    settings.clip = (float)run->options.clip;
+    settings.learning_rate = (float)learning_rate(&run->schedule, step);
+    settings.beta1 = (float)options->beta1;
+    settings.beta2 = (float)options->beta2;
+    settings.eps = (float)options->eps;
+    settings.weight_decay = (float)options->weight_decay;
+    settings.clip = (float)options->clip;
     settings.step = step + 1;
     gpt_update(model, settings);
-    stream_synchronize(model->stream);
-    range_end();
-    *norm = (double)*model->host_norm;
-    const long batches = run->sequences_per_step / B;
-    *attention = gpt_attention_seconds(model) * (double)batches;
-    double sum = 0;
-    for (long first = 0; first < run->sequences_per_step; first += B)
-        sum += sum_of_losses(run->losses + (size_t)first * (size_t)T, rows);
-    return sum / total;
 }
 
-static void save_checkpoint(const Model* model, Run* run, Metrics* metrics, int step) {
+// Records a step as a graph while the device runs the one before. It costs the host what queueing the step costs, and the
+// comparison of each kernel's arguments with those of the last graph; but at that time the device does not wait for the host. When
+// the step's turn has come, all that the device waits for is one launch.
+static void record_step(Model* model, Run* run, int step) {
+    range_begin("record");
+    graph_record_begin(model->stream);
+    queue_step(model, run, step);
+    graph_record_end(&run->graph, model->stream);
+    run->recorded_step = step;
+    range_end();
+}
+
+// One optimizer step over the next total batch. Returns the mean loss, the gradient's norm through *norm, and through
+// *attention the seconds of attention, those of the last micro-batch standing for all. The host queues all of the step's work
+// on the stream, and waits for it once, at the end. Micro-batches are dealt out to the ranks one after the other. The first step of
+// a run is never a graph: libraries and kernels are loaded at their first call, which cannot be recorded.
+static double train_step(Model* model, Run* run, int step, double* norm, double* attention) {
+    const int rows = run->options.batch * run->config.sequence_length;
+    const long batches = run->sequences_per_rank / run->options.batch;
+    range_begin("step");
+    stage_batches(run);
+    if (run->recorded_step == step) graph_launch(&run->graph, model->stream);
+    else queue_step(model, run, step);
+    if (run->options.cuda_graph && step + 1 < run->steps) record_step(model, run, step + 1);
+    comm_synchronize(model->stream);
+    gpt_check_heads(model);
+    range_end();
+    *norm = (double)*model->host_norm;
+    *attention = gpt_attention_seconds(model) * (double)batches;
+    double sum = 0;
+    for (long batch = 0; batch < batches; batch++) sum += sum_of_losses(run->losses + batch * rows, rows);
+    comm_sum(&sum, 1);
+    return sum / (double)run->options.total_batch;
+}
+
+static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) {
     double started = seconds_now();
+    HeadAllocation heads = gpt_read_heads(model);
     run->state.step = step;
     metrics_sync(metrics);
+    gpt_gather_masters(model);
+    StateRange* ranges = (StateRange*)malloc_or_fail((size_t)model->bucket_count * sizeof(StateRange),
+                                                     "a checkpoint's ranges");
+    const int range_count = gpt_state_ranges(model, ranges);
     checkpoint_save(run->options.output, &run->config, &model->layout.table, &run->state,
-                    heads_are_key_driven(&run->config) ? &model->heads : NULL, gpt_weights(model),
-                    model->exp_avg, model->exp_avg_sq, run->tokenizer_path[0] ? run->tokenizer_path : NULL,
-                    run->options.keep, model->stream);
+                    heads_are_key_driven(&run->config) ? &heads : NULL, gpt_weights(model), model->exp_avg,
+                    model->exp_avg_sq, ranges, range_count,
+                    run->tokenizer_path[0] ? run->tokenizer_path : NULL, run->options.keep, model->stream);
+    free(ranges);
+    allocation_free(&heads);
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
@@ -1163,13 +1533,14 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     const ModelConfig* config = &run->config;
     static MetricsOptions to;
     memset(&to, 0, sizeof(to));
-    to.directory = options->output;
+    to.directory = comm_rank() == 0 ? options->output : NULL;
+    to.quiet = comm_rank() > 0;
     to.resume_step = run->state.step;
     to.total_steps = run->steps;
     to.log_every = (int)options->log_every;
     to.tokens_per_step = (uint64_t)options->total_batch;
     to.flops_per_step = flops_per_token(config, config->sequence_length) * (double)options->total_batch;
-    to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME);
+    to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME) * comm_size();
     metrics_describe_text(&to, "attn", ATTN_NAME);
     metrics_describe_text(&to, "gqa", GQA_NAME);
     metrics_describe_number(&to, "kconv", KCONV);
@@ -1211,18 +1582,19 @@ static void log_member(Metrics* metrics, int step, const char* key, cJSON* value
 // How the query heads stand after `step` steps. Of every layer: the statistic of the last one, the query heads of each KV
 // head, how many have changed their KV head since the start, and how many KV heads nobody reads.
 static void log_heads(Metrics* metrics, const Model* model, int step) {
-    const HeadAllocation* heads = &model->heads;
+    HeadAllocation heads = gpt_read_heads(model);
     cJSON* layers = cJSON_CreateArray();
-    for (int l = 0; l < heads->L; l++) {
-        const size_t first = (size_t)l * heads->G;
+    for (int l = 0; l < heads.L; l++) {
+        const size_t first = (size_t)l * heads.G;
         cJSON* layer = cJSON_CreateObject();
-        json_add_doubles(layer, "statistic", heads->statistic + first, heads->G);
-        cJSON_AddItemToObject(layer, "allocation", cJSON_CreateIntArray(heads->heads + first, heads->G));
-        json_add_whole(layer, "moved", heads->moved[l]);
-        json_add_whole(layer, "empty", allocation_empty(heads, l));
+        json_add_doubles(layer, "statistic", heads.statistic + first, heads.G);
+        cJSON_AddItemToObject(layer, "allocation", cJSON_CreateIntArray(heads.heads + first, heads.G));
+        json_add_whole(layer, "moved", heads.moved[l]);
+        json_add_whole(layer, "empty", allocation_empty(&heads, l));
         cJSON_AddItemToArray(layers, layer);
     }
     log_member(metrics, step, "heads", layers);
+    allocation_free(&heads);
 }
 
 // What the router's choices are worth after `step` steps, layer by layer (runtime/selection.h): on the first sequences of the
@@ -1237,16 +1609,18 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     floatX* qkv = (floatX*)malloc_or_fail(values * sizeof(floatX), "queries and keys");
     int* selected = (int*)malloc_or_fail(choices * sizeof(int), "chosen blocks");
     SelectionStats* stats = (SelectionStats*)calloc_or_fail((size_t)L, sizeof(SelectionStats), "choices");
+    HeadAllocation heads = gpt_read_heads(model);
     for (uint64_t s = 0; s < SEQUENCES && s < loader_sequences(run->val); s++) {
         loader_read(run->val, s, 1, tokens, tokens + T);
         gpt_forward(model, tokens, 1, T, 0, NULL);
         for (int l = 0; l < L; l++) {
             if (layer_attention(config, l) == ATTENTION_DENSE) continue;
             const LayerActivations* layer = &model->acts.layers[l];
+            layer_qkv_again(model, l, 1, T);
             copy_to_host(qkv, layer->qkv, values * sizeof(floatX), model->stream);
             copy_to_host(selected, layer->selected, choices * sizeof(int), model->stream);
             stream_synchronize(model->stream);
-            selection_add(&stats[l], qkv, selected, model->heads.map + (size_t)l * H, T, H, G, D, S, K);
+            selection_add(&stats[l], qkv, selected, heads.map + (size_t)l * H, T, H, G, D, S, K);
         }
     }
     cJSON* layers = cJSON_CreateArray();
@@ -1261,6 +1635,7 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     free(qkv);
     free(selected);
     free(stats);
+    allocation_free(&heads);
 }
 
 // A step that is due every `every` steps, and at the last one; never with 0.
@@ -1293,9 +1668,11 @@ static void train(Model* model, Run* run) {
     static Metrics metrics;
     start_metrics(&metrics, run);
     allocate_staging(run);
-    loader_start(run->train, run->state.sequences_seen, (uint64_t)options->batch, options->batch);
+    loader_start(run->train, run->state.sequences_seen + (uint64_t)(comm_rank() * options->batch),
+                 (uint64_t)comm_size() * (uint64_t)options->batch, options->batch);
     signal(SIGINT, request_stop);
     signal(SIGTERM, request_stop);
+    signal(SIGUSR1, request_stop); // mpirun passes it on, and Slurm can send it before a job's time is over
     const double started = seconds_now();
     const int first_step = run->state.step;
     // What was done at the step that is resumed is not done again.
@@ -1303,20 +1680,23 @@ static void train(Model* model, Run* run) {
 
     for (int step = first_step;; step++) {
         const int last = step == run->steps;
-        const int out_of_time = options->max_seconds > 0 && seconds_now() - started >= options->max_seconds;
-        const int stopping = stop_requested || out_of_time;
+        // A signal, or the clock, of one rank counts for all.
+        const int out_of_time =
+            comm_max(options->max_seconds > 0 && seconds_now() - started >= options->max_seconds);
+        const int stop_signal = comm_max(stop_requested), stopping = stop_signal || out_of_time;
+        const int speaks = comm_rank() == 0;
         const int validating = fresh && is_due(options->val_every, step, last);
         if (validating && run->val) {
             double begun = seconds_now();
             run->state.val_loss = validate(model, run);
             metrics_validation(&metrics, step, run->state.val_loss, seconds_now() - begun);
         }
-        if (validating && heads_are_key_driven(&run->config)) log_heads(&metrics, model, step);
+        if (speaks && validating && heads_are_key_driven(&run->config)) log_heads(&metrics, model, step);
         // Its forward passes are for metrics.jsonl alone.
-        if (validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
+        if (speaks && validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
             run->config.moba_topk > 1)
             log_selection(&metrics, model, run, step);
-        if (fresh && step > 0 && is_due(options->sample_every, step, last)) {
+        if (speaks && fresh && step > 0 && is_due(options->sample_every, step, last)) {
             metrics_message(&metrics, "step %d  sample:", step);
             gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
         }
@@ -1329,13 +1709,13 @@ static void train(Model* model, Run* run) {
             printf("stopped after step %d of %d%s\n", step, run->steps,
                    out_of_time ? ": --max-seconds is over" : "");
             if (options->output) printf("---> HINT: the same command with --resume goes on from here\n");
-            if (stop_requested) exit(128 + stop_requested);
+            if (stop_signal) exit(128 + stop_signal);
             break;
         }
         fresh = 1;
 
         double begun = seconds_now(), norm = 0, attention = 0, rate = learning_rate(&run->schedule, step);
-        double loss = train_step(model, run, rate, step, &norm, &attention);
+        double loss = train_step(model, run, step, &norm, &attention);
         run->state.sequences_seen += (uint64_t)run->sequences_per_step;
         run->state.train_loss = loss;
         if (!isfinite(loss) || !isfinite(norm)) {
@@ -1361,6 +1741,7 @@ static void yield_while_waiting(char** argv) {
 int main(int argc, char** argv) {
     program_name = "train_gpt";
     yield_while_waiting(argv);
+    comm_start();
     // Otherwise the C library keeps a heap for every thread and what was freed, and no plan knows how much of it.
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 1 << 20);
@@ -1369,6 +1750,7 @@ int main(int argc, char** argv) {
     static Run run;
     run.options = options_parse(argc, argv);
     const Options* options = &run.options;
+    check_graph(options);
     find_checkpoints(&run);
     choose_model(&run);
     const int T = run.config.sequence_length;
@@ -1379,9 +1761,11 @@ int main(int argc, char** argv) {
                            : options->write_logits ? "--write-logits"
                                                    : "--eval-retrieval";
         if (!run.init_from[0]) fail_usage("%s: needs --init-from, the model to run", mode);
+        if (comm_size() > 1) fail_usage("%s: runs in one process, not in %d", mode, comm_size());
         if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
         Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
-        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0);
+        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0, RECOMPUTE_NONE,
+                 0);
         gpt_allocate(&model);
         load_model(&model, &run, run.init_from);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
@@ -1396,15 +1780,17 @@ int main(int argc, char** argv) {
     }
 
     open_data(&run);
+    agree_on_run(&run, argc, argv);
     matmul_start();
     run.resident = memory_resident();
-    gpt_plan(&model, &run.config, options->batch, T, 1);
+    gpt_plan(&model, &run.config, options->batch, T, 1, options->recompute, options->zero);
     print_plan(&run, &model);
     check_plan_fits(&run, &model);
     if (options->dry_run) return 0;
     gpt_allocate(&model);
     model.heads.settings = options->heads_by_keys;
     model.heads.settings.seed = options->seed;
+    model.warned = comm_rank() > 0; // the first rank warns for all
     if (run.resume_from[0]) {
         run.state = checkpoint_load_state(run.resume_from);
         if (run.state.seed != options->seed)
@@ -1413,8 +1799,7 @@ int main(int argc, char** argv) {
         if (run.state.step > run.steps)
             fail_usage("--steps %d: %s has done %d already", run.steps, run.resume_from, run.state.step);
         load_model(&model, &run, run.resume_from);
-        checkpoint_load_optimizer(run.resume_from, &model.layout.table, model.exp_avg, model.exp_avg_sq,
-                                  model.stream);
+        load_optimizer(&model, run.resume_from);
         printf("resuming %s: step %d of %d\n", run.resume_from, run.state.step, run.steps);
     } else {
         if (options->resume)
@@ -1423,7 +1808,8 @@ int main(int argc, char** argv) {
         else gpt_initialize(&model, options->seed);
     }
     describe_state(&run);
-    prepare_output(&run);
+    if (comm_rank() == 0) prepare_output(&run);
+    comm_barrier();
 
     train(&model, &run);
 

@@ -349,7 +349,7 @@ static Head* measure_checkpoint(Model* model, const Settings* settings, const Da
     floatX* qkv = (floatX*)malloc_or_fail(values * sizeof(floatX), "queries and keys");
     int* tokens = (int*)malloc_or_fail((size_t)2 * T * sizeof(int), "a sequence");
     int* map = (int*)malloc_or_fail((size_t)L * H * sizeof(int), "the map of query heads");
-    copy_to_host(map, model->acts.kv_of_q, (size_t)L * H * sizeof(int), model->stream);
+    copy_to_host(map, model->heads.map, (size_t)L * H * sizeof(int), model->stream);
     for (int s = 0; s < settings->sequences; s++) {
         if (!loader_read(loader, (uint64_t)s, 1, tokens, tokens + T)) break;
         gpt_forward(model, tokens, 1, T, 0, NULL);
@@ -464,13 +464,10 @@ static void run_checkpoint(Settings* settings, int T_given, int blocks_given) {
                                      tokenizer ? tokenizer_hash(tokenizer) : 0, settings->seed, 0);
     if (loader_sequences(loader) == 0) fail("%s: less than one sequence of %d tokens", settings->data, T);
     static Model model;
-    gpt_plan(&model, &config, 1, T, 0);
+    gpt_plan(&model, &config, 1, T, 0, RECOMPUTE_NONE, 0);
     gpt_allocate(&model);
     checkpoint_load_model(directory, &model.layout.table, gpt_weights(&model), model.stream);
-    if (heads_are_key_driven(&config)) {
-        checkpoint_load_heads(directory, &model.heads);
-        gpt_upload_maps(&model, 0, config.layers);
-    }
+    if (heads_are_key_driven(&config)) gpt_load_heads(&model, directory);
     Head* heads = measure_checkpoint(&model, settings, loader);
     double rows = 0;
     for (int i = 0; i < config.layers * config.heads; i++)

@@ -1,11 +1,13 @@
 /*
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the global norm of the gradient that clips it. The twin of dev/cpu/adamw.h.
 
-    global_norm(norm, partials, grads, count, stream);
-    adamw_update(params, masters, exp_avg, exp_avg_sq, grads, norm, count, settings, stream);
+    sum_of_squares(&sums[i], partials, grads, count, stream);   // of each part of the gradient
+    global_norm(norm, sums, parts, stream);
+    adamw_update(params, masters, exp_avg, exp_avg_sq, grads, norm, decays, count, settings, stream);
 
 Cost, bytes an element: the norm 4; the update 30 with bf16 parameters and fp32 masters (moments and masters read and written,
-gradients read, parameters written), 28 in fp32.
+gradients read, parameters written), 28 in fp32. One launch updates any number of tensors: which of them decay is one number for
+each DECAY_BLOCK elements, 4/64 of a byte an element.
 */
 #ifndef KERNELS_ADAMW_CUH
 #define KERNELS_ADAMW_CUH
@@ -18,7 +20,7 @@ gradients read, parameters written), 28 in fp32.
 enum { GLOBAL_NORM_CHUNK = 65536 }; // elements that a block sums
 enum { GLOBAL_NORM_BLOCK = 512 };
 
-// Elements of the scratch that global_norm needs.
+// Elements of the scratch that sum_of_squares needs.
 static inline size_t global_norm_partials(size_t count) {
     return (count + GLOBAL_NORM_CHUNK - 1) / GLOBAL_NORM_CHUNK;
 }
@@ -39,37 +41,45 @@ template <int WIDTH> __global__ void squares_kernel(float* partials, const float
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// One block: the chunks' sums are few, and are added up in double.
-__global__ void square_root_kernel(float* norm, const float* partials, size_t chunks) {
+// One block: the parts are few, and are added up in double. The root of the sum where ROOT says so.
+template <bool ROOT> __global__ void total_kernel(float* total, const float* parts, size_t count) {
     __shared__ double sums[GLOBAL_NORM_BLOCK];
     double sum = 0;
-    for (size_t i = threadIdx.x; i < chunks; i += GLOBAL_NORM_BLOCK) sum += (double)partials[i];
+    for (size_t i = threadIdx.x; i < count; i += GLOBAL_NORM_BLOCK) sum += (double)parts[i];
     sums[threadIdx.x] = sum;
     for (unsigned half = GLOBAL_NORM_BLOCK / 2; half > 0; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
-    if (threadIdx.x == 0) *norm = (float)sqrt(sums[0]);
+    if (threadIdx.x == 0) *total = (float)(ROOT ? sqrt(sums[0]) : sums[0]);
 }
 
-// norm = sqrt(sum of squares), in a fixed order.
-static inline void global_norm(float_acc* norm,        // (1)
-                               float_acc* partials,    // (global_norm_partials(count))
-                               const float_acc* grads, // (count)
-                               size_t count, stream_t stream) {
+// Summed in a fixed order.
+static inline void sum_of_squares(float_acc* sum,         // (1)
+                                  float_acc* partials,    // (global_norm_partials(count))
+                                  const float_acc* grads, // (count)
+                                  size_t count, stream_t stream) {
     const size_t chunks = global_norm_partials(count);
     launch((uintptr_t)grads % 16 == 0 ? squares_kernel<4> : squares_kernel<1>, (unsigned)chunks,
            GLOBAL_NORM_BLOCK, 0, stream, partials, grads, count);
-    launch(square_root_kernel, 1, GLOBAL_NORM_BLOCK, 0, stream, norm, partials, chunks);
+    launch(total_kernel<false>, 1, GLOBAL_NORM_BLOCK, 0, stream, sum, partials, chunks);
+}
+
+// The norm of a gradient from the sums of its parts' squares.
+static inline void global_norm(float_acc* norm,       // (1)
+                               const float_acc* sums, // (parts)
+                               int parts, stream_t stream) {
+    launch(total_kernel<true>, 1, GLOBAL_NORM_BLOCK, 0, stream, norm, sums, (size_t)parts);
 }
 
 template <int WIDTH>
 __global__ void adamw_kernel(floatX* params, float* masters, float* exp_avg, float* exp_avg_sq,
-                             const float* grads, const float* norm, size_t count, float beta1, float beta2,
-                             float clip, float rate, float eps, float keep) {
+                             const float* grads, const float* norm, const float* decays, size_t count,
+                             float beta1, float beta2, float clip, AdamWStep step) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (at >= count) return;
     const float scale = clip > 0 && *norm > clip ? clip / *norm : 1;
+    const float keep = 1 - step.decay * decays[at / DECAY_BLOCK];
     const Values<WIDTH> gradient = load<WIDTH>(grads + at);
     Values<WIDTH> p = masters ? load<WIDTH>(masters + at) : load<WIDTH>(params + at);
     Values<WIDTH> m = load<WIDTH>(exp_avg + at), v = load<WIDTH>(exp_avg_sq + at);
@@ -77,7 +87,7 @@ __global__ void adamw_kernel(floatX* params, float* masters, float* exp_avg, flo
         const float g = gradient.at[i] * scale;
         m.at[i] = beta1 * m.at[i] + (1 - beta1) * g;
         v.at[i] = beta2 * v.at[i] + (1 - beta2) * g * g;
-        p.at[i] = p.at[i] * keep - rate * m.at[i] / (sqrtf(v.at[i]) + eps);
+        p.at[i] = p.at[i] * keep - step.rate * m.at[i] / (sqrtf(v.at[i]) + step.eps);
     }
     store(exp_avg + at, m);
     store(exp_avg_sq + at, v);
@@ -86,18 +96,19 @@ __global__ void adamw_kernel(floatX* params, float* masters, float* exp_avg, flo
 }
 
 // Where the parameters have masters, these are what is updated and params are the copy of them that the model computes with.
-static inline void adamw_update(floatX* params,         // (count)
-                                float_acc* masters,     // (count), or NULL: params are all there is
-                                float_acc* exp_avg,     // (count)
-                                float_acc* exp_avg_sq,  // (count)
-                                const float_acc* grads, // (count)
-                                const float_acc* norm,  // (1) the gradient's global norm
+// The elements begin at a multiple of DECAY_BLOCK of the flat parameters.
+static inline void adamw_update(floatX* params,          // (count)
+                                float_acc* masters,      // (count), or NULL: params are all there is
+                                float_acc* exp_avg,      // (count)
+                                float_acc* exp_avg_sq,   // (count)
+                                const float_acc* grads,  // (count)
+                                const float_acc* norm,   // (1) the gradient's global norm
+                                const float_acc* decays, // (decay_blocks(count)) 1 where weights decay, or 0
                                 size_t count, AdamW settings, stream_t stream) {
-    const AdamWStep step = adamw_step(settings);
     const int packs = whole_packs((int)(count % PACK), params, masters, exp_avg, exp_avg_sq, grads);
     launch(packs ? adamw_kernel<PACK> : adamw_kernel<1>, flat_grid(count, packs ? (int)PACK : 1), FLAT_BLOCK,
-           0, stream, params, masters, exp_avg, exp_avg_sq, grads, norm, count, settings.beta1,
-           settings.beta2, settings.clip, step.rate, step.eps, step.keep);
+           0, stream, params, masters, exp_avg, exp_avg_sq, grads, norm, decays, count, settings.beta1,
+           settings.beta2, settings.clip, adamw_step(settings));
 }
 
 #endif

@@ -26,8 +26,10 @@ typedef cudaStream_t stream_t;
 
 #if defined(DEVICE_SIMT)
 #define DEVICE_NAME "simt"
+enum { DEVICE_IS_EMULATED = 1 };
 #else
 #define DEVICE_NAME "cuda"
+enum { DEVICE_IS_EMULATED = 0 };
 #endif
 #define DEVICE_HAS_OWN_MEMORY 1 // what device_malloc() gives is not main memory
 
@@ -43,6 +45,16 @@ static inline const char* device_name(void) {
     device_check(cudaGetDevice(&device), "find the device");
     device_check(cudaGetDeviceProperties(&properties, device), "ask for the device's properties");
     return properties.name;
+}
+
+// Makes this the process of number `index` of the `count` on this machine: each has a GPU of its own. Every one can be emulated.
+static inline void device_choose(int index, int count) {
+    int devices = 0;
+    device_check(cudaGetDeviceCount(&devices), "count the GPUs");
+    if (DEVICE_IS_EMULATED) return;
+    if (count > devices)
+        fail("%d processes on this machine, which has %d GPUs: each needs one", count, devices);
+    device_check(cudaSetDevice(index), "choose a GPU");
 }
 
 // Bytes that are free in the device's memory.
@@ -91,6 +103,19 @@ static inline void copy_to_host(void* host, const void* device, size_t bytes, st
     device_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream), "copy to the host");
 }
 
+static inline void copy_on_device(void* to, const void* from, size_t bytes, stream_t stream) {
+    device_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy in its memory");
+}
+
+// A stream of one's own, which neither waits for the default stream nor has it wait: what is queued on it can be recorded.
+static inline stream_t stream_make(void) {
+    stream_t made;
+    device_check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "make a stream");
+    return made;
+}
+
+static inline void stream_free(stream_t done) { device_check(cudaStreamDestroy(done), "free a stream"); }
+
 // Waits for all that is queued; what went wrong in a kernel shows here.
 static inline void stream_synchronize(stream_t stream) {
     device_check(cudaStreamSynchronize(stream), "finish what was queued");
@@ -105,13 +130,64 @@ static inline Mark mark_make(void) {
 }
 static inline void mark_free(Mark done) { device_check(cudaEventDestroy(done), "free an event"); }
 static inline void mark(Mark* at, stream_t stream) {
-    device_check(cudaEventRecord(*at, stream), "record an event");
+    cudaStreamCaptureStatus status;
+    device_check(cudaStreamIsCapturing(stream, &status), "ask whether a stream is recorded");
+    // In a graph the event is to be recorded whenever the graph runs; elsewhere CUDA refuses the flag.
+    const unsigned flags =
+        status == cudaStreamCaptureStatusNone ? cudaEventRecordDefault : cudaEventRecordExternal;
+    device_check(cudaEventRecordWithFlags(*at, stream, flags), "record an event");
 }
 static inline double seconds_between(Mark begun, Mark done) {
     float milliseconds = 0;
     device_check(cudaEventSynchronize(done), "wait for an event");
     device_check(cudaEventElapsedTime(&milliseconds, begun, done), "compare events");
     return 1e-3 * (double)milliseconds;
+}
+
+// ----------------------------------------------------------------------------
+// Graphs: what is queued once as a whole
+
+#define DEVICE_HAS_GRAPHS 1
+
+// Zeroed, it has nothing recorded.
+typedef struct {
+    cudaGraphExec_t executable;
+} Graph;
+
+// Between the two, what the caller queues on the stream is recorded and not done; copies are of pinned memory, and the host waits
+// for nothing. The stream may have work to do that was queued before. The kernels of the libraries must have run once, for at
+// their first call they load code and take memory.
+//
+// The arguments of kernels are part of the recording, so what changes from step to step needs a recording each. One of the same
+// work in the same order then replaces the arguments of the executable graph that is there, which is cheaper than to make one;
+// a launch of it that still runs keeps the old ones.
+static inline void graph_record_begin(stream_t stream) {
+    device_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "record a graph");
+}
+
+static inline void graph_record_end(Graph* graph, stream_t stream) {
+    cudaGraph_t recorded;
+    device_check(cudaStreamEndCapture(stream, &recorded), "record a graph");
+    cudaGraphExecUpdateResultInfo info;
+    if (graph->executable && cudaGraphExecUpdate(graph->executable, recorded, &info) != cudaSuccess) {
+        (void)cudaGetLastError(); // no failure: this is how one learns that other work was recorded
+        stream_synchronize(stream);
+        device_check(cudaGraphExecDestroy(graph->executable), "free a graph");
+        graph->executable = NULL;
+    }
+    if (!graph->executable)
+        device_check(cudaGraphInstantiate(&graph->executable, recorded, 0), "make a graph executable");
+    device_check(cudaGraphDestroy(recorded), "free a graph");
+}
+
+// Queues what was recorded.
+static inline void graph_launch(const Graph* graph, stream_t stream) {
+    device_check(cudaGraphLaunch(graph->executable, stream), "launch a graph");
+}
+
+static inline void graph_free(Graph* graph) {
+    if (graph->executable) device_check(cudaGraphExecDestroy(graph->executable), "free a graph");
+    graph->executable = NULL;
 }
 
 // Names what is queued between the two, for a profiler that looks on.

@@ -29,6 +29,15 @@ kernel, ends the program with one line that names the launch.
 #error "kernels need nvcc, or g++ with -DDEVICE_SIMT"
 #endif
 
+// What a thread reads from device memory and writes there, where the emulator counts it.
+#if defined(DEVICE_SIMT)
+inline void count_loaded(size_t bytes) { simt::count(&simt::Counters::loaded, bytes); }
+inline void count_stored(size_t bytes) { simt::count(&simt::Counters::stored, bytes); }
+#else
+__device__ __forceinline__ void count_loaded(size_t) {}
+__device__ __forceinline__ void count_stored(size_t) {}
+#endif
+
 // Several arrays in dynamic shared memory, each at a multiple of 128 bytes. Under the address sanitizer a gap that nobody may
 // touch follows each, so that an index beyond an array is found.
 //
@@ -68,8 +77,9 @@ struct LaunchGrid {
         : size((unsigned)blocks), file(file_), line(line_) {}
 };
 
-// Shared memory that a block gets without asking for it.
-enum { UNASKED_SHARED_BYTES = 48 * 1024 };
+// Shared memory that a block gets without asking for it, and the most that it can have on every GPU from sm_80 on: sm_86 and sm_89
+// have the least. Kernels assert what they ask for where it is computed.
+constexpr size_t UNASKED_SHARED_BYTES = 48 * 1024, MOST_SHARED_BYTES = 99 * 1024;
 
 // The launch, with its error returned.
 template <class... P, class... A>
@@ -88,10 +98,20 @@ inline cudaError_t try_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_
     return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 
+// Who looks on at launches, to measure them: what is called before and after each, NULL for nobody. A kernel is known by its address;
+// cudaFuncGetName() tells its name.
+struct LaunchObserver {
+    void (*before)(LaunchObserver* self, const void* kernel, cudaStream_t stream);
+    void (*after)(LaunchObserver* self, const void* kernel, cudaStream_t stream);
+};
+inline LaunchObserver* launch_observer = NULL;
+
 template <class... P, class... A>
 inline void launch(void (*kernel)(P...), LaunchGrid grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, A... arguments) {
+    if (launch_observer) launch_observer->before(launch_observer, (const void*)kernel, stream);
     cudaError_t error = try_launch(kernel, grid.size, block, shared_bytes, stream, arguments...);
+    if (launch_observer) launch_observer->after(launch_observer, (const void*)kernel, stream);
     if (error != cudaSuccess)
         fail("the kernel launched at %s:%d failed: %s", grid.file, grid.line, cudaGetErrorString(error));
 }

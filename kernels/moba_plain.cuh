@@ -306,6 +306,21 @@ __global__ void plain_merge_kernel(floatX* out,           // (B, T, H, D) in and
     if (column == 0) lse[row] = maximum + logf(total);
 }
 
+// Noise on rows start..T-1 of the output; 16 bytes of a row a thread. Those beyond the end compute along: a warp's lanes sum up
+// together.
+template <int D>
+__global__ void plain_noise_kernel(const floatX* out, // (B, T, H, D)
+                                   plain_pairs_t x, NoisedRows noise) {
+    constexpr int LANES = D / CHUNK;
+    const size_t of_sequence = (size_t)(x.T - x.start) * x.H, rows = x.B * of_sequence;
+    const size_t i = ((size_t)blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES;
+    const size_t at = i < rows ? i : rows - 1;
+    const size_t row = at / of_sequence * x.T * x.H + (size_t)x.start * x.H + at % of_sequence;
+    const int column = threadIdx.x % LANES * CHUNK;
+    const Values<CHUNK> noised = noise_row<D>(load<CHUNK>(out + row * D + column), row, column, noise);
+    if (i < rows) store(noise.noised + row * D + column, noised);
+}
+
 // ----------------------------------------------------------------------------
 // Backward
 
@@ -554,7 +569,8 @@ template <int D> static inline void plain_pair_up(const plain_pairs_t* x, stream
 
 template <int D>
 static inline void moba_forward_launch(floatX* out, float* lse, int* selected, const float* centroids,
-                                       const plain_workspace_t* w, stream_t stream) {
+                                       const plain_workspace_t* w, const AttentionNoise* noise,
+                                       stream_t stream) {
     const plain_pairs_t* x = &w->pairs;
     const int heads = x->B * x->H, rows = x->T - x->start, first_block = x->start / x->S;
     const int own_shares = ceil_div(x->S, PLAIN_QUERIES);
@@ -572,12 +588,16 @@ static inline void moba_forward_launch(floatX* out, float* lse, int* selected, c
            dim3((unsigned)((ceil_div(x->T, x->S) - first_block) * own_shares), (unsigned)heads),
            PLAIN_THREADS, shared, stream, out, plain_has_pairs(x) ? w->own_lse : lse, *x, first_block,
            own_shares, scale_log2);
-    if (!plain_has_pairs(x)) return;
-    plain_pair_up<D>(x, stream);
-    launch(plain_forward_kernel<D, false>, dim3((unsigned)(x->blocks * PLAIN_SHARES), (unsigned)heads),
-           PLAIN_THREADS, shared, stream, w->of_pairs, w->pair_lse, *x, 0, (int)PLAIN_SHARES, scale_log2);
-    launch(plain_merge_kernel<D>, plain_copy_grid<D>((size_t)rows, heads), PLAIN_COPY_THREADS, 0, stream, out,
-           lse, w->own_lse, w->of_pairs, w->pair_lse, *x);
+    if (plain_has_pairs(x)) {
+        plain_pair_up<D>(x, stream);
+        launch(plain_forward_kernel<D, false>, dim3((unsigned)(x->blocks * PLAIN_SHARES), (unsigned)heads),
+               PLAIN_THREADS, shared, stream, w->of_pairs, w->pair_lse, *x, 0, (int)PLAIN_SHARES, scale_log2);
+        launch(plain_merge_kernel<D>, plain_copy_grid<D>((size_t)rows, heads), PLAIN_COPY_THREADS, 0, stream,
+               out, lse, w->own_lse, w->of_pairs, w->pair_lse, *x);
+    }
+    if (noise)
+        launch(plain_noise_kernel<D>, plain_copy_grid<D>((size_t)x->B * rows * x->H, 1), PLAIN_COPY_THREADS,
+               0, stream, out, *x, noised_rows(noise, x->T, x->H));
 }
 
 template <int D>
@@ -619,15 +639,16 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 const floatX* qkv,          // (B, T, H + 2G, D)
                                 const int* kv_of_q,         // (H) non-decreasing
                                 void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
+                                const AttentionNoise* noise, // NULL: none
                                 stream_t stream) {
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     plain_workspace_t w;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
     plain_lay_out(&w, (char*)workspace, &shape, 0);
     w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
-    if (D == 32) moba_forward_launch<32>(out, lse, selected, centroids, &w, stream);
-    if (D == 64) moba_forward_launch<64>(out, lse, selected, centroids, &w, stream);
-    if (D == 128) moba_forward_launch<128>(out, lse, selected, centroids, &w, stream);
+    if (D == 32) moba_forward_launch<32>(out, lse, selected, centroids, &w, noise, stream);
+    if (D == 64) moba_forward_launch<64>(out, lse, selected, centroids, &w, noise, stream);
+    if (D == 128) moba_forward_launch<128>(out, lse, selected, centroids, &w, noise, stream);
 }
 
 // Every element of dqkv is written: exact zeros for a KV head without queries.

@@ -1,25 +1,36 @@
 /*
-The noise of perturbed grouped attention (PGQA of arXiv 2408.08454, with normal noise; docs/math.md section 3): while training,
-each row o of attention's output, the D values of one token and head, becomes
+The noise of perturbed grouped attention (runtime/noise.h), for the kernels that write attention's output: they hand a row on while
+they have it, so that it is not read again.
 
-    o - alpha * std(o) * z        z normal, std over the D values
+    const Values<PACK> own = ...;                     // from `column` on, of a row of D that D / PACK neighbouring lanes hold
+    store(rows.noised + at, noise_row<D>(own, row, column, noise));     // all lanes of the warp, in step
 
-    attention_noise(noised, out, B, T, H, D, alpha, seed, noise_stream(step, layer), first_sequence, stream);
+z comes from the same random bits as on the CPU, and is computed from them in fp32.
 
-The twin of dev/cpu/noise.h: z comes from the same random bits, and is computed from them in fp32.
-
-Cost: 4 bytes an element of bf16; more than these, the arithmetic of a draw (ten rounds of Philox, a logarithm, a cosine).
+Cost: 2 bytes an element of bf16; more than these, the arithmetic of a draw (ten rounds of Philox, a logarithm, a cosine). Dense
+attention has the registers for it anyway (gqa.cuh); the merge of moba.cuh takes ten more, and so has a variant without.
 */
 #ifndef KERNELS_NOISE_CUH
 #define KERNELS_NOISE_CUH
 
 #include "kernels/device.cuh"
 #include "kernels/vector.cuh"
-#include "runtime/random.h"
+#include "runtime/noise.h"
 
-// One stream of random numbers for each layer of each step.
-static inline uint64_t noise_stream(int step, int layer) {
-    return random_stream("attention noise") + ((uint64_t)step << 16) + (uint64_t)layer;
+// What a kernel takes of an AttentionNoise. Without noise `noised` is NULL.
+typedef struct {
+    floatX* noised; // (B, T, H, D)
+    float alpha;
+    uint64_t seed, draws, first_row; // rows of D are counted over the whole step
+} NoisedRows;
+
+static inline NoisedRows noised_rows(const AttentionNoise* noise, int T, int H) {
+    NoisedRows rows = {};
+    if (!noise) return rows;
+    rows.noised = noise->noised, rows.alpha = noise->alpha, rows.seed = noise->seed,
+    rows.draws = noise->draws;
+    rows.first_row = noise->first_sequence * (uint64_t)T * (uint64_t)H;
+    return rows;
 }
 
 // random_normal() in fp32. A uniform number within 2^-25 of 1 becomes 1, and z then 0 instead of up to 3e-4.
@@ -28,36 +39,32 @@ __device__ inline float noise_normal(uint64_t seed, uint64_t draws, uint64_t ele
     random_bits(bits, seed, draws, element);
     const float uniform = ((float)(bits[0] >> 12) + 0.5f) * 0x1p-52f;
     const float turn = ((float)(bits[1] >> 12) + 0.5f) * 0x1p-52f;
-    return sqrtf(-2 * logf(uniform)) * cosf(6.283185307f * turn);
+    return sqrtf(-2 * logf(uniform)) * cospif(2 * turn);
 }
 
-__global__ void attention_noise_kernel(floatX* noised, const floatX* out, size_t rows, int D, float alpha,
-                                       uint64_t seed, uint64_t draws, uint64_t first_row) {
-    const size_t row = (size_t)blockIdx.x * blockDim.y + threadIdx.y;
-    const int end = row < rows ? D : 0; // threads without a row still meet the others at the sums
+// The sum over the LANES neighbours that hold a row.
+template <int LANES> __device__ inline float neighbours_sum(float value) {
+    for (int other = LANES / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+    return value;
+}
+
+// This lane's part of a row with its noise. row counts the rows of (B, T, H), as `noised` has them.
+template <int D>
+__device__ inline Values<PACK> noise_row(const Values<PACK>& own, size_t row, int column,
+                                         const NoisedRows& noise) {
     float sum = 0, square = 0;
-    for (int d = (int)threadIdx.x; d < end; d += (int)blockDim.x) sum += to_float(out[row * D + d]);
-    const float mean = row_sum(sum) / D;
-    for (int d = (int)threadIdx.x; d < end; d += (int)blockDim.x) {
-        const float apart = to_float(out[row * D + d]) - mean;
-        square += apart * apart;
-    }
-    const float scale = alpha * sqrtf(row_sum(square) / D);
-    for (int d = (int)threadIdx.x; d < end; d += (int)blockDim.x) {
-        const float z = noise_normal(seed, draws, (first_row + row) * D + d);
-        round_to(&noised[row * D + d], to_float(out[row * D + d]) - scale * z);
-    }
-}
-
-// first_sequence is the place of this batch's first sequence among those of the whole step.
-static inline void attention_noise(floatX* noised,    // (B, T, H, D)
-                                   const floatX* out, // (B, T, H, D)
-                                   int B, int T, int H, int D, float alpha, uint64_t seed, uint64_t draws,
-                                   long first_sequence, stream_t stream) {
-    const size_t rows = (size_t)B * T * H;
-    const dim3 block = row_block(D, 1);
-    launch(attention_noise_kernel, (unsigned)((rows + block.y - 1) / block.y), block, 0, stream, noised, out,
-           rows, D, alpha, seed, draws, (uint64_t)first_sequence * T * H);
+#pragma unroll
+    for (int i = 0; i < PACK; i++) sum += own.at[i];
+    const float mean = neighbours_sum<D / PACK>(sum) / D;
+#pragma unroll
+    for (int i = 0; i < PACK; i++) square += (own.at[i] - mean) * (own.at[i] - mean);
+    const float scale = noise.alpha * sqrtf(neighbours_sum<D / PACK>(square) / D);
+    const uint64_t first = (noise.first_row + row) * D + column;
+    Values<PACK> noised;
+#pragma unroll
+    for (int i = 0; i < PACK; i++)
+        noised.at[i] = own.at[i] - scale * noise_normal(noise.seed, noise.draws, first + i);
+    return noised;
 }
 
 #endif

@@ -127,6 +127,15 @@ __device__ __forceinline__ void load_left(unsigned (&a)[4], const floatX* tile, 
     ldmatrix_x4(a, tile + row * D + (tile_offset<D>(lane % 16, lane / 16 * 8) ^ column));
 }
 
+// 16 x 16 elements of a tile as the left operand, the rows of which are the tile's columns.
+template <int D>
+__device__ __forceinline__ void load_left_transposed(unsigned (&a)[4], const floatX* tile, int row,
+                                                     int column) {
+    const unsigned lane = lane_of_warp();
+    ldmatrix_x4_trans(a,
+                      tile + row * D + (tile_offset<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8) ^ column));
+}
+
 // 16 x 16 elements of a tile as the right operand, the columns of which are the tile's rows.
 template <int D>
 __device__ __forceinline__ void load_right_transposed(unsigned (&b)[4], const floatX* tile, int row,
@@ -218,6 +227,26 @@ __device__ __forceinline__ void multiply_add(float (&sum)[M][C][4], const float 
         }
 }
 
+// sum (16, 8C) += the transpose of 16 columns of the tile `left` (rows, COLUMNS), times 8C columns of the tile `right`
+// (rows, D); `rows` is a multiple of 16.
+template <int COLUMNS, int D, int C>
+__device__ __forceinline__ void multiply_columns_add(float (&sum)[1][C][4], const floatX* left,
+                                                     int left_column, const floatX* right, int right_column,
+                                                     int rows) {
+#pragma unroll 2
+    for (int row = 0; row < rows; row += 16) {
+        unsigned a[4];
+        load_left_transposed<COLUMNS>(a, left, row, left_column);
+#pragma unroll
+        for (int c = 0; c < C; c += 2) {
+            unsigned b[4];
+            load_right<D>(b, right, row, right_column + 8 * c);
+            mma_m16n8k16_bf16(sum[0][c], a, b[0], b[1]);
+            mma_m16n8k16_bf16(sum[0][c + 1], a, b[2], b[3]);
+        }
+    }
+}
+
 static __device__ __forceinline__ void store_pair(floatX* at, float low, float high) {
     const unsigned bits = pack(low, high);
     memcpy(at, &bits, sizeof(bits));
@@ -270,6 +299,24 @@ __device__ __forceinline__ void multiply_add(float (&sum)[M][C][4], const float 
                         sum[m][c][half * 2 + i] +=
                             factor * tile[tile_offset<8 * C>(first_row + k, 8 * c + column + i)];
             }
+}
+
+template <int COLUMNS, int D, int C>
+__device__ __forceinline__ void multiply_columns_add(float (&sum)[1][C][4], const floatX* left,
+                                                     int left_column, const floatX* right, int right_column,
+                                                     int rows) {
+    const unsigned lane = lane_of_warp(), column = lane % 4 * 2;
+    for (int row = 0; row < rows; row++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float factor = left[tile_offset<COLUMNS>(row, left_column + lane / 4 + 8 * half)];
+#pragma unroll
+            for (int c = 0; c < C; c++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    sum[0][c][half * 2 + i] +=
+                        factor * right[tile_offset<D>(row, right_column + 8 * c + column + i)];
+        }
 }
 
 static __device__ __forceinline__ void store_pair(floatX* at, float low, float high) {
@@ -339,12 +386,12 @@ template <int M> struct running_softmax {
     }
 };
 
-// Writes 16M rows of a warp to memory, 16 bytes at a time, by way of the rows of a tile from first_row on, which no
-// other warp reads or writes any more.
-template <int M, int C, typename Rows>
-__device__ __forceinline__ void store_rows(const Rows& rows, floatX* tile, int first_row,
-                                           const float (&sum)[M][C][4]) {
-    constexpr int D = 8 * C, CHUNKS = D / CHUNK;
+// Writes 16M rows of a warp to memory, 8C of their D columns from first_column on, 16 bytes at a time, by way of the same
+// place of a tile, which no other warp reads or writes any more.
+template <int D, int M, int C, typename Rows>
+__device__ __forceinline__ void store_columns(const Rows& rows, floatX* tile, int first_row, int first_column,
+                                              const float (&sum)[M][C][4]) {
+    constexpr int CHUNKS = 8 * C / CHUNK;
     const unsigned lane = lane_of_warp();
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -352,17 +399,25 @@ __device__ __forceinline__ void store_rows(const Rows& rows, floatX* tile, int f
         for (int c = 0; c < C; c++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                store_pair(tile +
-                               tile_offset<D>(first_row + 16 * m + 8 * half + lane / 4, 8 * c + lane % 4 * 2),
+                store_pair(tile + tile_offset<D>(first_row + 16 * m + 8 * half + lane / 4,
+                                                 first_column + 8 * c + lane % 4 * 2),
                            sum[m][c][2 * half], sum[m][c][2 * half + 1]);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
         const unsigned chunk = i * 32 + lane, row = first_row + chunk / CHUNKS,
-                       column = chunk % CHUNKS * CHUNK;
-        if (rows.has(row))
+                       column = first_column + chunk % CHUNKS * CHUNK;
+        if (rows.has(row)) {
             *(uint4*)(rows.at(row) + column) = *(const uint4*)(tile + tile_offset<D>(row, column));
+            count_stored(sizeof(uint4));
+        }
     }
+}
+
+template <int M, int C, typename Rows>
+__device__ __forceinline__ void store_rows(const Rows& rows, floatX* tile, int first_row,
+                                           const float (&sum)[M][C][4]) {
+    store_columns<8 * C>(rows, tile, first_row, 0, sum);
 }
 
 #endif

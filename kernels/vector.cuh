@@ -56,6 +56,7 @@ __device__ inline float rounded(float x) {
 
 template <int WIDTH> __device__ inline Values<WIDTH> load(const float* from) {
     Values<WIDTH> values;
+    count_loaded(WIDTH * sizeof(*from));
     if (WIDTH % 4 == 0) {
         for (int i = 0; i < WIDTH; i += 4) {
             const float4 four = *(const float4*)(from + i);
@@ -68,6 +69,7 @@ template <int WIDTH> __device__ inline Values<WIDTH> load(const float* from) {
 }
 
 template <int WIDTH> __device__ inline void store(float* to, const Values<WIDTH>& values) {
+    count_stored(WIDTH * sizeof(*to));
     if (WIDTH % 4 == 0) {
         for (int i = 0; i < WIDTH; i += 4) {
             float4 four;
@@ -82,6 +84,7 @@ template <int WIDTH> __device__ inline void store(float* to, const Values<WIDTH>
 // bf16 is the upper half of a float: of two in a word, the first is the lower half.
 template <int WIDTH> __device__ inline Values<WIDTH> load(const __nv_bfloat16* from) {
     Values<WIDTH> values;
+    count_loaded(WIDTH * sizeof(*from));
     if (WIDTH == 8) {
         unsigned words[4];
         const uint4 four = *(const uint4*)from;
@@ -95,6 +98,7 @@ template <int WIDTH> __device__ inline Values<WIDTH> load(const __nv_bfloat16* f
 }
 
 template <int WIDTH> __device__ inline void store(__nv_bfloat16* to, const Values<WIDTH>& values) {
+    count_stored(WIDTH * sizeof(*to));
     if (WIDTH == 8) {
         __nv_bfloat162 pairs[4];
         for (int i = 0; i < 4; i++) pairs[i] = __floats2bfloat162_rn(values.at[2 * i], values.at[2 * i + 1]);

@@ -5,6 +5,7 @@ The settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101) and what follows
 #define RUNTIME_ADAMW_H
 
 #include <math.h>
+#include <stddef.h>
 #include "runtime/precision.h" // defines float_acc
 
 typedef struct {
@@ -13,9 +14,14 @@ typedef struct {
     int step;   // 1 at the first update, for the bias corrections
 } AdamW;
 
-// p -= lr * (m/c1) / (sqrt(v/c2) + eps), written with fewer divisions: p = p * keep - rate * m / (sqrt(v) + eps)
+// Elements of the flat parameters that share one number which weight decay is multiplied by: no tensor begins inside of them.
+enum { DECAY_BLOCK = 64 };
+
+static inline size_t decay_blocks(size_t count) { return (count + DECAY_BLOCK - 1) / DECAY_BLOCK; }
+
+// p -= lr * (m/c1) / (sqrt(v/c2) + eps), written with fewer divisions: p = p * (1 - decay) - rate * m / (sqrt(v) + eps)
 typedef struct {
-    float_acc rate, eps, keep;
+    float_acc rate, eps, decay;
 } AdamWStep;
 
 static inline AdamWStep adamw_step(AdamW settings) {
@@ -24,7 +30,7 @@ static inline AdamWStep adamw_step(AdamW settings) {
     AdamWStep step;
     step.rate = settings.learning_rate * root_correction2 / correction1;
     step.eps = settings.eps * root_correction2;
-    step.keep = 1 - (float_acc)settings.learning_rate * settings.weight_decay;
+    step.decay = (float_acc)settings.learning_rate * settings.weight_decay;
     return step;
 }
 

@@ -4,14 +4,18 @@ arXiv 2408.08454): from a statistic of the keys to weights, from weights to an a
 
     HeadAllocation heads;
     allocation_start(&heads, settings, L, H, G);                  // uniform: H/G query heads each
-    allocation_update(&heads, l, n, step);                        // the map of layer l for this step, from its n (G)
-    allocation_remember(&heads, l, n, step);                      // afterwards: what later steps need of n
+    allocation_begin_step(&heads, l, step);                       // the map of layer l, from what was measured before
+    allocation_measure(&heads, l, sums, sequences, step);        // what later steps need of this one
     heads.map + l * H                                             // what attention takes
 
 The allocation of a layer says how many query heads each key/value head has, (G) summing to H; its map names the key/value
-head of each query head, (H) and never decreasing. Everything here runs on the host, in double, and depends on nothing but its
-arguments, so that every rank that sees the same numbers comes to the same map. Only the product that is rounded is first made
-a float: what is a tie up to the noise of a double is then exactly one.
+head of each query head, (H) and never decreasing.
+
+What happens to one layer is written once, for the host and for kernels (dev/cpu/heads.h, kernels/heads.cuh): it takes no
+memory, prints nothing, and knows nothing of other layers. It calculates in double and depends on nothing but its arguments,
+so that every rank and every device that sees the same numbers comes to the same bits. For that no product may be left to
+compilers to fuse with a sum or not: the only one that something is added to is written as fma(). And the product that is rounded
+is first made a float: what is a tie up to the noise of a double is then exactly one.
 */
 #ifndef RUNTIME_ALLOCATION_H
 #define RUNTIME_ALLOCATION_H
@@ -19,23 +23,24 @@ a float: what is a tie up to the noise of a double is then exactly one.
 #include <assert.h>
 #include <math.h>
 #include "runtime/checks.h"
-#include "runtime/random.h"
+#include "runtime/precision.h"
+#include "runtime/random.h" // defines HOST_AND_DEVICE
 
 // ----------------------------------------------------------------------------
 // From weights to an allocation
 
 // As even as possible; what is left over goes to the first groups.
-static inline void allocate_uniform(int* heads, int G, int H) {
+HOST_AND_DEVICE static inline void allocate_uniform(int* heads, int G, int H) {
     for (int g = 0; g < G; g++) heads[g] = H / G + (g < H % G);
 }
 
-static inline int first_largest(const int* values, int count) {
+HOST_AND_DEVICE static inline int first_largest(const int* values, int count) {
     int at = 0;
     for (int i = 1; i < count; i++) at = values[i] > values[at] ? i : at;
     return at;
 }
 
-static inline int first_smallest(const int* values, int count) {
+HOST_AND_DEVICE static inline int first_smallest(const int* values, int count) {
     int at = 0;
     for (int i = 1; i < count; i++) at = values[i] < values[at] ? i : at;
     return at;
@@ -43,9 +48,9 @@ static inline int first_smallest(const int* values, int count) {
 
 // Hands H query heads out in proportion to the weights, every group at least `least` of them (least * G <= H). Weights are
 // not negative. Returns 0, and leaves `heads` as it is, where one of them is not a number or infinite; else 1.
-static inline int allocate_heads(int* heads,            // (G)
-                                 const double* weights, // (G)
-                                 int G, int H, int least) {
+HOST_AND_DEVICE static inline int allocate_heads(int* heads,            // (G)
+                                                 const double* weights, // (G)
+                                                 int G, int H, int least) {
     assert(least >= 0 && least * G <= H);
     double largest = 0;
     int all_equal = 1;
@@ -83,7 +88,7 @@ static inline void map_from_allocation(int* map,         // (H)
 
 // How far each head is from the weakest, in units of the strongest: a shift or a scale of n changes nothing. All equal:
 // all 0. NaN where n is not finite.
-static inline void weights_of_range(double* weights, const double* n, int G) {
+HOST_AND_DEVICE static inline void weights_of_range(double* weights, const double* n, int G) {
     double low = n[0], high = n[0];
     for (int g = 0; g < G; g++) {
         if (!isfinite(n[g])) low = NAN;
@@ -132,79 +137,95 @@ static inline AllocationSettings allocation_defaults(int dynamic) {
     return settings;
 }
 
-// All that later steps depend on; a checkpoint holds every array.
+// All that later steps depend on. The arrays lie in one block, of the host's memory or of the device's; a checkpoint holds all but
+// the last two.
 typedef struct {
     AllocationSettings settings;
     int L, H, G;
-    int* heads;        // (L, G) the allocation
-    int* map;          // (L, H) what follows from it
+    void* block;
     double* statistic; // (L, G) n of the last step
     double* history;   // (L, G) dgqa: the running average, or n of the last window
+    long* moved;       // (L) query heads that changed their key/value head, since the start of the run
+    int* heads;        // (L, G) the allocation
+    int* map;          // (L, H) what follows from it
     int* measured;     // (L) 1 when statistic holds a step's, 0 before the first
     int* windows;      // (L) values of n that history was made from; 0: it has none
-    long* moved;       // (L) query heads that changed their key/value head, since the start of the run
-    int warned;        // 1 after the first warning of an n that is not finite
+    int* not_finite;   // (L) 1 + the first step whose n was not finite; 0: it always was
+    double* weights;   // (L, G) scratch
 } HeadAllocation;
 
+static inline size_t allocation_bytes(int L, int H, int G) {
+    const size_t layer = 3 * (size_t)G * sizeof(double) + sizeof(long) + ((size_t)G + H + 3) * sizeof(int);
+    return (size_t)L * layer;
+}
+
+// An allocation whose arrays are the block's, allocation_bytes() of them.
+static inline HeadAllocation allocation_at(void* block, AllocationSettings settings, int L, int H, int G) {
+    HeadAllocation a;
+    const size_t groups = (size_t)L * G;
+    a.settings = settings;
+    a.L = L;
+    a.H = H;
+    a.G = G;
+    a.block = block;
+    a.statistic = (double*)block;
+    a.history = a.statistic + groups;
+    a.weights = a.history + groups;
+    a.moved = (long*)(a.weights + groups);
+    a.heads = (int*)(a.moved + L);
+    a.map = a.heads + groups;
+    a.measured = a.map + (size_t)L * H;
+    a.windows = a.measured + L;
+    a.not_finite = a.windows + L;
+    return a;
+}
+
 static inline void allocation_start(HeadAllocation* a, AllocationSettings settings, int L, int H, int G) {
-    const char* what = "the allocation of heads";
-    memset(a, 0, sizeof(*a));
-    a->settings = settings;
-    a->L = L;
-    a->H = H;
-    a->G = G;
-    a->heads = (int*)calloc_or_fail((size_t)L * G, sizeof(int), what);
-    a->map = (int*)calloc_or_fail((size_t)L * H, sizeof(int), what);
-    a->statistic = (double*)calloc_or_fail((size_t)L * G, sizeof(double), what);
-    a->history = (double*)calloc_or_fail((size_t)L * G, sizeof(double), what);
-    a->measured = (int*)calloc_or_fail((size_t)L, sizeof(int), what);
-    a->windows = (int*)calloc_or_fail((size_t)L, sizeof(int), what);
-    a->moved = (long*)calloc_or_fail((size_t)L, sizeof(long), what);
+    *a = allocation_at(calloc_or_fail(1, allocation_bytes(L, H, G), "the allocation of heads"), settings, L,
+                       H, G);
     for (int l = 0; l < L; l++) {
         allocate_uniform(a->heads + (size_t)l * G, G, H);
         map_from_allocation(a->map + (size_t)l * H, a->heads + (size_t)l * G, G);
     }
 }
 
-static inline void allocation_free(HeadAllocation* a) {
-    free(a->heads);
-    free(a->map);
-    free(a->statistic);
-    free(a->history);
-    free(a->measured);
-    free(a->windows);
-    free(a->moved);
-}
+static inline void allocation_free(HeadAllocation* a) { free(a->block); }
 
-// Gives layer l the allocation `heads` (G).
-static inline void allocation_set(HeadAllocation* a, int l, const int* heads) {
-    int *map = a->map + (size_t)l * a->H, *mine = a->heads + (size_t)l * a->G;
-    int* before = (int*)malloc_or_fail((size_t)a->H * sizeof(int), "a map of heads");
-    memcpy(before, map, (size_t)a->H * sizeof(int));
-    memcpy(mine, heads, (size_t)a->G * sizeof(int));
-    map_from_allocation(map, mine, a->G);
-    for (int h = 0; h < a->H; h++) a->moved[l] += map[h] != before[h];
-    free(before);
+// ----------------------------------------------------------------------------
+// What a step does with a layer
+
+// The map of layer l follows its allocation.
+HOST_AND_DEVICE static inline void allocation_apply(const HeadAllocation* a, int l) {
+    const int* heads = a->heads + (size_t)l * a->G;
+    int* map = a->map + (size_t)l * a->H;
+    for (int g = 0, h = 0; g < a->G; g++) {
+        for (const int end = h + heads[g]; h < end; h++) {
+            a->moved[l] += map[h] != g;
+            map[h] = g;
+        }
+    }
 }
 
 // dgqa takes a new map at the steps 0, W, 2W, ...; kdgqa at every step.
-static inline int allocation_is_due(const AllocationSettings* settings, int step) {
+HOST_AND_DEVICE static inline int allocation_is_due(const AllocationSettings* settings, int step) {
     return !settings->dynamic || step % settings->window == 0;
 }
 
 // What dgqa's history (G) becomes at a window whose statistic is n: the running average, which starts at the first n, or n.
-static inline void allocation_history(double* out, const HeadAllocation* a, int l, const double* n) {
+HOST_AND_DEVICE static inline void allocation_history(double* out, const HeadAllocation* a, int l,
+                                                      const double* n) {
     const AllocationSettings* settings = &a->settings;
     const double* history = a->history + (size_t)l * a->G;
     for (int g = 0; g < a->G; g++) {
         if (settings->kind == DGQA_DIFF || a->windows[l] == 0) out[g] = n[g];
-        else out[g] = settings->beta * history[g] + (1 - settings->beta) * n[g];
+        else out[g] = fma(settings->beta, history[g], (1 - settings->beta) * n[g]);
     }
 }
 
 // The weights of layer l for the statistic n (G). Returns 0 where there are none and the map stays: the differences of dgqa
 // need a window before, and are no weights where nothing differs.
-static inline int allocation_weights(double* weights, const HeadAllocation* a, int l, const double* n) {
+HOST_AND_DEVICE static inline int allocation_weights(double* weights, const HeadAllocation* a, int l,
+                                                     const double* n) {
     const double* history = a->history + (size_t)l * a->G;
     if (!a->settings.dynamic) {
         weights_of_range(weights, n, a->G);
@@ -220,54 +241,81 @@ static inline int allocation_weights(double* weights, const HeadAllocation* a, i
     return any;
 }
 
-static inline int all_finite(const double* values, int count) {
+HOST_AND_DEVICE static inline int all_finite(const double* values, int count) {
     for (int i = 0; i < count; i++)
         if (!isfinite(values[i])) return 0;
     return 1;
 }
 
-// Layer l's map for this step, from its statistic n (G). Where n is not finite the map stays, with one warning in a run.
-static inline void allocation_update(HeadAllocation* a, int l, const double* n, int step) {
+// Layer l's map for this step, from its statistic n (G). Where n is not finite the map stays.
+HOST_AND_DEVICE static inline void allocation_update(const HeadAllocation* a, int l, const double* n,
+                                                     int step) {
+    double* weights = a->weights + (size_t)l * a->G;
     if (!allocation_is_due(&a->settings, step)) return;
-    double* weights = (double*)malloc_or_fail((size_t)a->G * sizeof(double), "weights of heads");
-    int* heads = (int*)malloc_or_fail((size_t)a->G * sizeof(int), "an allocation of heads");
     if (!all_finite(n, a->G)) {
-        if (!a->warned)
-            fprintf(stderr,
-                    "%s: warning: step %d, layer %d: the norm of the keys is not finite; query heads stay\n",
-                    program_name, step + 1, l);
-        a->warned = 1;
+        if (a->not_finite[l] == 0) a->not_finite[l] = step + 1;
     } else if (allocation_weights(weights, a, l, n) &&
-               allocate_heads(heads, weights, a->G, a->H, a->settings.least)) {
-        allocation_set(a, l, heads);
+               allocate_heads(a->heads + (size_t)l * a->G, weights, a->G, a->H, a->settings.least)) {
+        allocation_apply(a, l);
     }
-    free(weights);
-    free(heads);
 }
 
 // Takes n (G) into the history of dgqa, once a window, after the maps of its step were made. What is not finite is left out.
-static inline void allocation_remember(HeadAllocation* a, int l, const double* n, int step) {
+HOST_AND_DEVICE static inline void allocation_remember(const HeadAllocation* a, int l, const double* n,
+                                                       int step) {
     const AllocationSettings* settings = &a->settings;
     if (!settings->dynamic || !allocation_is_due(settings, step) || !all_finite(n, a->G)) return;
     allocation_history(a->history + (size_t)l * a->G, a, l, n);
     a->windows[l]++;
 }
 
-// The statistic of a step that is over: the mean over its sequences.
-static inline void allocation_end_step(HeadAllocation* a,
-                                       const double* sums, // (L, G) over the sequences
-                                       long sequences) {
-    for (int i = 0; i < a->L * a->G; i++) a->statistic[i] = sums[i] / (double)sequences;
-    for (int l = 0; l < a->L; l++) a->measured[l] = 1;
-}
-
 // What stands in the place of the statistic with SOURCE_RANDOM, the same at every step, and SOURCE_SHUFFLED: uniform numbers.
-static inline void allocation_random(double* n, // (G)
-                                     const HeadAllocation* a, int l, int step) {
+HOST_AND_DEVICE static inline void allocation_random(double* n, // (G)
+                                                     const HeadAllocation* a, int l, int step) {
     const uint64_t draw = a->settings.source == SOURCE_SHUFFLED ? (uint64_t)step : 0;
     const uint64_t stream = random_stream("random map") + draw, first = (uint64_t)l * (uint64_t)a->G;
     for (int g = 0; g < a->G; g++) n[g] = random_uniform(a->settings.seed, stream, first + (uint64_t)g);
 }
+
+// At the start of a step: the map of layer l from what was measured last, or from random numbers.
+HOST_AND_DEVICE static inline void allocation_begin_step(const HeadAllocation* a, int l, int step) {
+    const StatisticSource source = a->settings.source;
+    double* n = a->statistic + (size_t)l * a->G;
+    if (source == SOURCE_RANDOM || source == SOURCE_SHUFFLED) {
+        allocation_random(n, a, l, step);
+        a->measured[l] = 1;
+    }
+    if (!a->measured[l]) return;
+    allocation_update(a, l, n, step);
+    allocation_remember(a, l, n, step);
+}
+
+// In the middle of a forward pass, with SOURCE_FORWARD: the map of layer l from this batch alone. The norms are the statistics of
+// its sequences; where other ranks' batches are summed up in them, `sequences` counts theirs, too.
+HOST_AND_DEVICE static inline void allocation_of_batch(const HeadAllocation* a, int l,
+                                                       const float_acc* norms, // (B, G)
+                                                       int B, long sequences, int step) {
+    double* n = a->statistic + (size_t)l * a->G;
+    for (int g = 0; g < a->G; g++) {
+        n[g] = 0;
+        for (int b = 0; b < B; b++) n[g] += (double)norms[(size_t)b * a->G + g];
+        n[g] /= (double)sequences;
+    }
+    allocation_update(a, l, n, step);
+}
+
+// At the end of a step: its statistic, the mean over its sequences. Maps that were made within the step have not been remembered.
+HOST_AND_DEVICE static inline void allocation_measure(const HeadAllocation* a, int l,
+                                                       const float_acc* sums, // (G) over the sequences
+                                                       long sequences, int step) {
+    double* n = a->statistic + (size_t)l * a->G;
+    for (int g = 0; g < a->G; g++) n[g] = (double)sums[g] / (double)sequences;
+    a->measured[l] = 1;
+    if (a->settings.source == SOURCE_FORWARD) allocation_remember(a, l, n, step);
+}
+
+// ----------------------------------------------------------------------------
+// What the host asks
 
 // Whether the keys of a training pass are measured.
 static inline int allocation_needs_keys(const AllocationSettings* settings) {
@@ -279,6 +327,17 @@ static inline int allocation_empty(const HeadAllocation* a, int l) {
     int empty = 0;
     for (int g = 0; g < a->G; g++) empty += a->heads[(size_t)l * a->G + g] == 0;
     return empty;
+}
+
+// One warning in a run, of the first n that was not finite.
+static inline void allocation_warn(int* warned, const int* not_finite, int L) {
+    int first = 0;
+    for (int l = 1; l < L; l++)
+        if (not_finite[l] && (!not_finite[first] || not_finite[l] < not_finite[first])) first = l;
+    if (*warned || !not_finite[first]) return;
+    *warned = 1;
+    fprintf(stderr, "%s: warning: step %d, layer %d: the norm of the keys is not finite; query heads stay\n",
+            program_name, not_finite[first], first);
 }
 
 #endif

@@ -2,8 +2,9 @@
 Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes the files.
 
     checkpoint_clean("out");                           // at start: removes what a killed run left half-written
-    checkpoint_save("out", &config, &layout.table, &state, &heads, weights, exp_avg, exp_avg_sq, tokenizer, 3,
-                    stream);
+    const StateRange whole = {0, layout.table.elements, 0};
+    checkpoint_save("out", &config, &layout.table, &state, &heads, weights, exp_avg, exp_avg_sq, &whole, 1, tokenizer,
+                    3, stream);
 
     char path[PATH_MAX];                               // at --resume
     if (checkpoint_latest("out", path)) {
@@ -11,7 +12,7 @@ Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes t
         TrainingState state = checkpoint_load_state(path);
         checkpoint_load_heads(path, &heads);
         checkpoint_load_model(path, &layout.table, weights, stream);
-        checkpoint_load_optimizer(path, &layout.table, exp_avg, exp_avg_sq, stream);
+        checkpoint_load_optimizer(path, &layout.table, exp_avg, exp_avg_sq, &whole, 1, stream);
     }
 
     checkpoint_resolve("out", path);                   // a checkpoint, an output directory or a saved Llama
@@ -26,6 +27,8 @@ code 1.
 #define RUNTIME_CHECKPOINT_H
 
 #include "runtime/allocation.h"
+// comm_rank, comm_barrier
+#include "runtime/comm.h"
 #include "runtime/model.h"
 #include "runtime/safetensors.h"
 #include "runtime/weights.h"
@@ -749,70 +752,131 @@ static inline void table_fingerprint(const TensorTable* table, char text[17]) {
     snprintf(text, 17, "%016llx", (unsigned long long)(hash ^ table->elements));
 }
 
-// Elements first .. first + count of the state; values[0] of each vector is element `first`.
+// Elements first .. first + count of the whole state, which lie from place `at` on in a rank's vectors.
+typedef struct {
+    uint64_t first, count, at;
+} StateRange;
+
+// The metadata `key`: a number of every range.
+static inline void optimizer_describe_ranges(SafetensorsWriter* writer, const char* key,
+                                             const StateRange* ranges, int range_count, size_t member) {
+    const size_t longest = 21; // digits of a number, and a space
+    char* text = (char*)malloc_or_fail((size_t)range_count * longest + 1, "the list of a slice's ranges");
+    size_t used = 0;
+    text[0] = 0;
+    for (int i = 0; i < range_count; i++) {
+        const uint64_t value = *(const uint64_t*)(const void*)((const char*)&ranges[i] + member);
+        used += (size_t)sprintf(text + used, i ? " %llu" : "%llu", (unsigned long long)value);
+    }
+    safetensors_metadata(writer, key, text);
+    free(text);
+}
+
+// A slice: these ranges of the state, one after the other.
 static inline void checkpoint_write_optimizer(const char* path, const TensorTable* table,
-                                              const OptimizerVector* vectors, int vector_count, size_t first,
-                                              size_t count, stream_t stream) {
+                                              const OptimizerVector* vectors, int vector_count,
+                                              const StateRange* ranges, int range_count, stream_t stream) {
     char text[24];
+    uint64_t count = 0;
     SafetensorsWriter writer;
     safetensors_create(&writer, path);
     snprintf(text, sizeof(text), "%zu", table->elements);
     safetensors_metadata(&writer, "elements", text);
-    snprintf(text, sizeof(text), "%zu", first);
-    safetensors_metadata(&writer, "offset", text);
+    optimizer_describe_ranges(&writer, "offset", ranges, range_count, offsetof(StateRange, first));
+    optimizer_describe_ranges(&writer, "count", ranges, range_count, offsetof(StateRange, count));
     table_fingerprint(table, text);
     safetensors_metadata(&writer, "layout", text);
+    for (int i = 0; i < range_count; i++) count += ranges[i].count;
     for (int v = 0; v < vector_count; v++)
         safetensors_declare(&writer, vectors[v].name, DTYPE_FLOAT_ACC, 1, count, 0);
     for (int v = 0; v < vector_count; v++)
-        checkpoint_write_values(&writer, vectors[v].values, DTYPE_FLOAT_ACC, count, stream);
+        for (int i = 0; i < range_count; i++)
+            checkpoint_write_values(&writer, vectors[v].values + ranges[i].at, DTYPE_FLOAT_ACC,
+                                    ranges[i].count, stream);
     safetensors_finish(&writer);
 }
 
+// Where a range of the state is on file.
 typedef struct {
-    SafetensorsFile file;
-    uint64_t first, count;
-} OptimizerSlice;
+    StateRange range; // `at` is its place in the tensors of the slice
+    int slice;        // the rank in the file's name
+} StatePiece;
 
-static inline int optimizer_slice_compare(const void* a, const void* b) {
-    const OptimizerSlice *left = (const OptimizerSlice*)a, *right = (const OptimizerSlice*)b;
+static inline int state_piece_compare(const void* a, const void* b) {
+    const StateRange *left = &((const StatePiece*)a)->range, *right = &((const StatePiece*)b)->range;
     if (left->first != right->first) return left->first < right->first ? -1 : 1;
     return left->count < right->count ? -1 : left->count > right->count;
 }
 
-static inline uint64_t optimizer_metadata_number(const SafetensorsFile* file, const char* key) {
-    const char* text = safetensors_get_metadata(file, key);
+// The next number of a list with spaces between; fails where there is none.
+static inline uint64_t optimizer_next_number(const char** text, const SafetensorsFile* file,
+                                             const char* key) {
     char* end = NULL;
     errno = 0;
-    unsigned long long value = text && isdigit((unsigned char)text[0]) ? strtoull(text, &end, 10) : 0;
-    if (!end || *end || errno) fail("%s: its metadata has no number \"%s\"", file->path, key);
+    unsigned long long value = *text && isdigit((unsigned char)**text) ? strtoull(*text, &end, 10) : 0;
+    if (!end || (*end && *end != ' ') || errno)
+        fail("%s: its metadata has no number \"%s\"", file->path, key);
+    *text = *end ? end + 1 : end;
     return (uint64_t)value;
 }
 
-static inline void optimizer_slice_open(OptimizerSlice* slice, const char* path, const TensorTable* table,
-                                        const OptimizerVector* vectors, int vector_count) {
-    SafetensorsFile* file = &slice->file;
+static inline uint64_t optimizer_metadata_number(const SafetensorsFile* file, const char* key) {
+    const char* text = safetensors_get_metadata(file, key);
+    const uint64_t value = optimizer_next_number(&text, file, key);
+    if (*text) fail("%s: its metadata has no number \"%s\"", file->path, key);
+    return value;
+}
+
+// Checks a slice by itself. Returns the elements that it holds.
+static inline uint64_t optimizer_slice_open(SafetensorsFile* file, const char* directory, int rank, int total,
+                                            const TensorTable* table, const OptimizerVector* vectors,
+                                            int vector_count) {
+    char path[PATH_MAX], fingerprint[17];
+    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", directory, rank, total);
     safetensors_open(file, path);
-    char fingerprint[17];
     table_fingerprint(table, fingerprint);
     const char* layout = safetensors_get_metadata(file, "layout");
     if (!layout || strcmp(layout, fingerprint) ||
         optimizer_metadata_number(file, "elements") != table->elements)
         fail("%s: made for another layout of the parameters", path);
-    slice->first = optimizer_metadata_number(file, "offset");
+    uint64_t held = 0;
     for (int v = 0; v < vector_count; v++) {
         const SafetensorsEntry* entry = safetensors_find(file, vectors[v].name);
         if (!entry) fail("%s: tensor %s is missing", path, vectors[v].name);
-        if (v == 0) slice->count = safetensors_count(entry);
-        if (entry->dims != 1 || entry->shape[0] != slice->count)
+        if (v == 0) held = safetensors_count(entry);
+        if (entry->dims != 1 || entry->shape[0] != held)
             fail("%s: tensor %s has shape %s, want (%llu)", path, vectors[v].name,
-                 safetensors_shape_text(entry), (unsigned long long)slice->count);
+                 safetensors_shape_text(entry), (unsigned long long)held);
     }
     if (file->count != vector_count)
         fail("%s: %d tensors, but this run's optimizer has %d", path, file->count, vector_count);
-    if (slice->first > table->elements || slice->count > table->elements - slice->first)
-        fail("%s: elements %llu to %llu of a state of %zu", path, (unsigned long long)slice->first,
-             (unsigned long long)(slice->first + slice->count), table->elements);
+    return held;
+}
+
+// Adds the ranges of an open slice of `held` elements to the list, which may move. A slice without "count" is one range.
+static inline void optimizer_slice_ranges(StatePiece** pieces, int* piece_count, const SafetensorsFile* file,
+                                          int rank, uint64_t held, const TensorTable* table) {
+    const char *offsets = safetensors_get_metadata(file, "offset"),
+               *counts = safetensors_get_metadata(file, "count");
+    uint64_t at = 0;
+    for (int more = !counts || *counts; more; more = counts && *counts) {
+        StatePiece piece;
+        StateRange* range = &piece.range;
+        piece.slice = rank;
+        range->first = optimizer_next_number(&offsets, file, "offset");
+        range->count = counts ? optimizer_next_number(&counts, file, "count") : held;
+        range->at = at;
+        at += range->count;
+        if (range->first > table->elements || range->count > table->elements - range->first)
+            fail("%s: elements %llu to %llu of a state of %zu", file->path, (unsigned long long)range->first,
+                 (unsigned long long)(range->first + range->count), table->elements);
+        const size_t bytes = (size_t)(*piece_count + 1) * sizeof(StatePiece);
+        *pieces = (StatePiece*)realloc_or_fail(*pieces, bytes, "the optimizer's slices");
+        (*pieces)[(*piece_count)++] = piece;
+    }
+    if (at != held)
+        fail("%s: ranges of %llu elements, but tensors of %llu", file->path, (unsigned long long)at,
+             (unsigned long long)held);
 }
 
 // The N of optimizer-RRRRR-of-NNNNN.safetensors, the same in every name of the directory.
@@ -835,46 +899,75 @@ static inline int optimizer_slice_total(const char* directory) {
     return total;
 }
 
-// Elements first .. first + count of the whole state, from however many slices were written. Each slice's own
-// rules, and that together they cover the state exactly once, are checked before anything is read.
-static inline void checkpoint_read_optimizer(const char* directory, const TensorTable* table,
-                                             const OptimizerVector* vectors, int vector_count, uint64_t first,
-                                             uint64_t count, stream_t stream) {
-    const int total = optimizer_slice_total(directory);
-    OptimizerSlice* slices =
-        (OptimizerSlice*)malloc_or_fail((size_t)total * sizeof(OptimizerSlice), "the optimizer's slices");
+// Every range of every slice, ascending; together they must cover the state exactly once. The caller frees them.
+static inline int optimizer_pieces(StatePiece** pieces, const char* directory, int total,
+                                   const TensorTable* table, const OptimizerVector* vectors,
+                                   int vector_count) {
+    int count = 0;
+    *pieces = NULL;
     for (int rank = 0; rank < total; rank++) {
-        char path[PATH_MAX];
-        path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", directory, rank, total);
-        optimizer_slice_open(&slices[rank], path, table, vectors, vector_count);
+        SafetensorsFile file;
+        const uint64_t held =
+            optimizer_slice_open(&file, directory, rank, total, table, vectors, vector_count);
+        optimizer_slice_ranges(pieces, &count, &file, rank, held, table);
+        safetensors_close(&file);
     }
-    qsort(slices, (size_t)total, sizeof(OptimizerSlice), optimizer_slice_compare);
+    if (count > 0) qsort(*pieces, (size_t)count, sizeof(StatePiece), state_piece_compare);
     uint64_t end = 0;
-    for (int i = 0; i < total; end = slices[i].first + slices[i].count, i++)
-        if (slices[i].first != end)
-            fail("%s: begins at element %llu of the optimizer state, but the slice before ends at %llu",
-                 slices[i].file.path, (unsigned long long)slices[i].first, (unsigned long long)end);
+    for (int i = 0; i < count; i++) {
+        const StateRange* range = &(*pieces)[i].range;
+        if (range->first != end)
+            fail("%s/optimizer-%05d-of-%05d.safetensors: begins at element %llu of the optimizer state, but "
+                 "the slice "
+                 "before ends at %llu",
+                 directory, (*pieces)[i].slice, total, (unsigned long long)range->first,
+                 (unsigned long long)end);
+        end = range->first + range->count;
+    }
     if (end != table->elements)
         fail("%s: the optimizer's slices end at element %llu of %zu", directory, (unsigned long long)end,
              table->elements);
-    for (int i = 0; i < total; i++) {
-        const OptimizerSlice* slice = &slices[i];
-        uint64_t from = slice->first > first ? slice->first : first, slice_end = slice->first + slice->count;
-        uint64_t to = slice_end < first + count ? slice_end : first + count;
-        for (int v = 0; v < vector_count && from < to; v++)
-            checkpoint_read_values(&slice->file, safetensors_find(&slice->file, vectors[v].name),
-                                   from - slice->first, to - from, vectors[v].values + (from - first),
-                                   DTYPE_FLOAT_ACC, stream);
-        safetensors_close(&slices[i].file);
-    }
-    free(slices);
+    return count;
 }
 
-// Both moments, table->elements long each in device memory.
+// What `piece` of an open slice and the wanted range have in common.
+static inline void optimizer_read_piece(const SafetensorsFile* file, const StateRange* piece,
+                                        const StateRange* want, const OptimizerVector* vectors,
+                                        int vector_count, stream_t stream) {
+    const uint64_t end = piece->first + piece->count, want_end = want->first + want->count;
+    const uint64_t from = piece->first > want->first ? piece->first : want->first,
+                   to = end < want_end ? end : want_end;
+    for (int v = 0; v < vector_count && from < to; v++)
+        checkpoint_read_values(file, safetensors_find(file, vectors[v].name),
+                               piece->at + (from - piece->first), to - from,
+                               vectors[v].values + want->at + (from - want->first), DTYPE_FLOAT_ACC, stream);
+}
+
+// These ranges of the state, from however many slices it was written in. Each slice's own rules, and that together they cover the
+// state exactly once, are checked before anything is read.
+static inline void checkpoint_read_optimizer(const char* directory, const TensorTable* table,
+                                             const OptimizerVector* vectors, int vector_count,
+                                             const StateRange* ranges, int range_count, stream_t stream) {
+    const int total = optimizer_slice_total(directory);
+    StatePiece* pieces;
+    const int count = optimizer_pieces(&pieces, directory, total, table, vectors, vector_count);
+    for (int rank = 0; rank < total; rank++) {
+        SafetensorsFile file;
+        (void)optimizer_slice_open(&file, directory, rank, total, table, vectors, vector_count);
+        for (int i = 0; i < count; i++)
+            for (int k = 0; k < range_count && pieces[i].slice == rank; k++)
+                optimizer_read_piece(&file, &pieces[i].range, &ranges[k], vectors, vector_count, stream);
+        safetensors_close(&file);
+    }
+    free(pieces);
+}
+
+// Both moments, in device memory: these ranges of them.
 static inline void checkpoint_load_optimizer(const char* directory, const TensorTable* table,
-                                             float_acc* exp_avg, float_acc* exp_avg_sq, stream_t stream) {
+                                             float_acc* exp_avg, float_acc* exp_avg_sq,
+                                             const StateRange* ranges, int range_count, stream_t stream) {
     const OptimizerVector vectors[2] = {{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}};
-    checkpoint_read_optimizer(directory, table, vectors, 2, 0, table->elements, stream);
+    checkpoint_read_optimizer(directory, table, vectors, 2, ranges, range_count, stream);
 }
 
 // ----------------------------------------------------------------------------
@@ -1068,28 +1161,14 @@ static inline void checkpoint_commit(const char* output, int step) {
     remove_path(old);
 }
 
-// Writes OUTPUT/step_X of state->step, points `latest` at it, then removes older ones beyond `keep` (0: none). heads: NULL where
-// the map of query heads follows from the sizes. weights, exp_avg, exp_avg_sq: (table->elements), in device memory.
-// tokenizer_path: a tokenizer.json to copy, or NULL. An error leaves earlier checkpoints and `latest` as they were; so does a
-// kill at any moment.
-static inline void checkpoint_save(const char* output, const ModelConfig* config, const TensorTable* table,
-                                   const TrainingState* state, const HeadAllocation* heads, Weights weights,
-                                   const float_acc* exp_avg, const float_acc* exp_avg_sq,
-                                   const char* tokenizer_path, int keep, stream_t stream) {
-    char scratch[PATH_MAX], path[PATH_MAX];
-    make_directories_or_fail(output);
-    checkpoint_clean(output);
-    path_format(scratch, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, state->step);
-    scratch_path_begin(scratch);
-    if (mkdir(scratch, 0777) != 0) fail("%s: cannot make the directory: %s", scratch, strerror(errno));
-
+// What is the same for all ranks: the first of them writes it.
+static inline void checkpoint_write_shared(const char* scratch, const ModelConfig* config,
+                                           const TensorTable* table, const TrainingState* state,
+                                           const HeadAllocation* heads, Weights weights,
+                                           const char* tokenizer_path, stream_t stream) {
+    char path[PATH_MAX];
     path_format(path, "%s/model.safetensors", scratch);
     checkpoint_write_model(path, table, weights, stream);
-    // The casts only drop const: what is written is not changed.
-    const OptimizerVector vectors[2] = {{"exp_avg", (float_acc*)exp_avg},
-                                        {"exp_avg_sq", (float_acc*)exp_avg_sq}};
-    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, 0, 1);
-    checkpoint_write_optimizer(path, table, vectors, 2, 0, table->elements, stream);
     path_format(path, "%s/heads.json", scratch);
     if (heads) checkpoint_write_heads(path, heads);
     path_format(path, "%s/config.json", scratch);
@@ -1098,7 +1177,42 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
     if (tokenizer_path) checkpoint_copy_file(path, tokenizer_path);
     path_format(path, "%s/state.json", scratch);
     checkpoint_write_state(path, state);
+}
 
+// Writes OUTPUT/step_X of state->step, points `latest` at it, then removes older ones beyond `keep` (0: none). All ranks call it
+// together, each with the ranges of the optimizer's state that it is to write; the first one gives the name when all have synced
+// theirs. heads: NULL where the map of query heads follows from the sizes. weights: (table->elements), exp_avg, exp_avg_sq: as
+// the ranges say, in device memory. tokenizer_path: a tokenizer.json to copy, or NULL. An error leaves earlier checkpoints and
+// `latest` as they were; so does a kill at any moment.
+static inline void checkpoint_save(const char* output, const ModelConfig* config, const TensorTable* table,
+                                   const TrainingState* state, const HeadAllocation* heads, Weights weights,
+                                   const float_acc* exp_avg, const float_acc* exp_avg_sq,
+                                   const StateRange* ranges, int range_count, const char* tokenizer_path,
+                                   int keep, stream_t stream) {
+    const int first = comm_rank() == 0;
+    char scratch[PATH_MAX], path[PATH_MAX];
+    path_format(scratch, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, state->step);
+    if (first) {
+        make_directories_or_fail(output);
+        checkpoint_clean(output);
+    }
+    scratch_path_begin(scratch);
+    if (first && mkdir(scratch, 0777) != 0)
+        fail("%s: cannot make the directory: %s", scratch, strerror(errno));
+    comm_barrier();
+
+    // The casts only drop const: what is written is not changed.
+    const OptimizerVector vectors[2] = {{"exp_avg", (float_acc*)exp_avg},
+                                        {"exp_avg_sq", (float_acc*)exp_avg_sq}};
+    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, comm_rank(), comm_size());
+    checkpoint_write_optimizer(path, table, vectors, 2, ranges, range_count, stream);
+    if (first) checkpoint_write_shared(scratch, config, table, state, heads, weights, tokenizer_path, stream);
+    comm_barrier();
+
+    if (!first) {
+        scratch_path_forget();
+        return;
+    }
     checkpoint_sync_directory(scratch);
     checkpoint_commit(output, state->step);
     checkpoint_write_latest(output, state->step);

@@ -37,13 +37,19 @@ static const char* program_name = "moba.c";
 // 1 while a live line stands on the terminal: a message then begins on a line of its own.
 static int live_line_shown = 0;
 
+// Where other processes work together with this one (runtime/comm.h): called before a failure is told, and after, to end them all.
+static void (*failure_begin)(void) = NULL;
+static void (*failure_end)(int exit_code) = NULL;
+
 __attribute__((format(printf, 2, 0), noreturn)) static inline void
 fail_with(int exit_code, const char* format, va_list arguments) {
+    if (failure_begin) failure_begin();
     fflush(stdout);
     if (live_line_shown) fputc('\n', stderr);
     fprintf(stderr, "%s: ", program_name);
     vfprintf(stderr, format, arguments);
     fputc('\n', stderr);
+    if (failure_end) failure_end(exit_code);
     exit(exit_code);
 }
 
@@ -191,6 +197,9 @@ static inline void scratch_path_begin(const char* path) {
     registered = 1;
     path_format(scratch_path, "%s", path);
 }
+
+// The path is for another process to give its name to.
+static inline void scratch_path_forget(void) { scratch_path[0] = 0; }
 
 // Renames what is registered to its final name and syncs the directory that holds it: now it is there, whole.
 static inline void scratch_path_commit(const char* final_path) {

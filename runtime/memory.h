@@ -11,6 +11,7 @@ Reservations with the same label are shown as one line of the plan.
 #ifndef RUNTIME_MEMORY_H
 #define RUNTIME_MEMORY_H
 
+#include <assert.h>
 #include "runtime/checks.h"
 
 typedef struct {
@@ -40,6 +41,19 @@ static inline void arena_reserve(Arena* arena, void** pointer, size_t bytes, con
     reservation->bytes = bytes;
     reservation->label = label;
     arena->bytes += (bytes + ARENA_ALIGNMENT - 1) / ARENA_ALIGNMENT * ARENA_ALIGNMENT;
+}
+
+// The same memory for several pointers. The first call for `shared`, a pointer of the caller's, reserves it; every call has
+// `pointer` get its address.
+static inline void arena_reserve_shared(Arena* arena, void** pointer, void** shared, size_t bytes,
+                                        const char* label) {
+    int at = 0;
+    while (at < arena->count && arena->reservations[at].pointer != shared) at++;
+    if (at == arena->count) arena_reserve(arena, shared, bytes, label);
+    assert(arena->reservations[at].bytes == bytes);
+    const size_t offset = arena->reservations[at].offset;
+    arena_reserve(arena, pointer, 0, label);
+    arena->reservations[arena->count - 1].offset = offset;
 }
 
 // Takes the block from the device, zeroed, and hands out the addresses. The device's header comes before this

@@ -330,7 +330,9 @@ static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
     m->options = *options;
     if (m->options.log_every < 1) m->options.log_every = 1;
     if (!m->options.terminal) m->options.terminal = stdout;
-    m->live = !m->options.quiet && isatty(fileno(m->options.terminal));
+    // mpirun gives its processes a terminal wherever their output goes: TERM=dumb says that nobody looks.
+    const char* kind = getenv("TERM");
+    m->live = !m->options.quiet && isatty(fileno(m->options.terminal)) && !(kind && !strcmp(kind, "dumb"));
     m->last_validation = -1;
 
     char before[METRICS_DESCRIPTION_BYTES + 2] = "", now[METRICS_DESCRIPTION_BYTES + 2];

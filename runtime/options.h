@@ -17,6 +17,15 @@ several options are checked where the things that they speak of come together (m
 #include "runtime/model.h"
 #include "runtime/schedule.h"
 
+// Activations that are not kept for the backward pass but computed again there.
+typedef enum {
+    RECOMPUTE_NONE,
+    RECOMPUTE_MLP,   // gate, up and swiglu
+    RECOMPUTE_LAYER, // and norms, queries, keys, values, the residual between attention and feed-forward
+    RECOMPUTE_LEVELS
+} Recompute;
+static const char* const recompute_names[RECOMPUTE_LEVELS] = {"none", "mlp", "layer"};
+
 typedef struct {
     // Model. 0 or NULL: not given.
     const char* model;
@@ -41,6 +50,10 @@ typedef struct {
     int warmup; // steps
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
+    int zero; // 1: the optimizer's state is sharded over the processes
+    // Memory and speed
+    Recompute recompute;
+    int cuda_graph;
     // Life
     const char* output;
     int resume, overwrite;
@@ -93,6 +106,9 @@ enum {
     KEY_BETA2,
     KEY_EPS,
     KEY_CLIP,
+    KEY_ZERO,
+    KEY_RECOMPUTE,
+    KEY_CUDA_GRAPH,
     KEY_RESUME,
     KEY_OVERWRITE,
     KEY_KEEP,
@@ -171,6 +187,19 @@ static const struct argp_option option_table[] = {
     {"eps", KEY_EPS, "X", 0, "epsilon (default 1e-8)", 3},
     {"weight-decay", 'c', "X", 0, "decay of matrices, not of norm gains (default 0.1)", 3},
     {"clip", KEY_CLIP, "X", 0, "largest gradient norm; 0: no clipping (default 1)", 3},
+    {"zero", KEY_ZERO, "0|1", 0,
+     "of many processes: 1 shards the optimizer's state over them; the result is the same (default 0)", 3},
+
+    {0, 0, 0, 0, "Memory and speed", 3},
+    {"recompute", KEY_RECOMPUTE, "LEVEL", 0,
+     "what backward computes again instead of keeping it: none (default), mlp (the feed-forward network) or "
+     "layer (all but "
+     "attention); less memory, the same result",
+     3},
+    {"cuda-graph", KEY_CUDA_GRAPH, 0, 0,
+     "record a step's kernels while the one before runs, and launch them as one; the same result (not on the "
+     "CPU)",
+     3},
 
     {0, 0, 0, 0, "Life of a run", 4},
     {"output", 'o', "DIR", 0, "directory of checkpoints, metrics.jsonl, timings.jsonl and main.log", 4},
@@ -388,6 +417,15 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_CLIP:
         options->clip = option_number(key, text, 0, 1e9);
+        break;
+    case KEY_ZERO:
+        options->zero = (int)option_integer(key, text, 0, 1);
+        break;
+    case KEY_RECOMPUTE:
+        options->recompute = (Recompute)option_choice(key, text, recompute_names, RECOMPUTE_LEVELS);
+        break;
+    case KEY_CUDA_GRAPH:
+        options->cuda_graph = 1;
         break;
     case 'o':
         options->output = text;

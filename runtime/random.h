@@ -48,9 +48,11 @@ HOST_AND_DEVICE static inline void random_bits(uint64_t bits[2], uint64_t seed, 
 }
 
 // Uniform in the open interval (0, 1): 52 bits and a half, so that the sum is exact, and never 0 or 1.
-static inline double random_unit(uint64_t bits) { return ((double)(bits >> 12) + 0.5) * 0x1p-52; }
+HOST_AND_DEVICE static inline double random_unit(uint64_t bits) {
+    return ((double)(bits >> 12) + 0.5) * 0x1p-52;
+}
 
-static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t element) {
+HOST_AND_DEVICE static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t element) {
     uint64_t bits[2];
     random_bits(bits, seed, stream, element);
     return random_unit(bits[0]);
@@ -64,7 +66,7 @@ static inline double random_normal(uint64_t seed, uint64_t stream, uint64_t elem
 }
 
 // A stream's number from its name (FNV-1a, 64 bits).
-static inline uint64_t random_stream(const char* name) {
+HOST_AND_DEVICE static inline uint64_t random_stream(const char* name) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001b3u;
     return hash;

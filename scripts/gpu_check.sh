@@ -72,14 +72,14 @@ finish() {
         printf '{"date": "%s", "commit": "%s", "gpu": "%s", "cuda": "%s", "seconds": %s,\n' \
             "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$(git describe --always --dirty 2>/dev/null)" "$(quote "$gpu")" "$cuda" "$(since "$started")"
         printf '"checks": [\n%s\n],\n' "$(IFS=$'\n'; sed '$!s/$/,/' <<<"${checks[*]}")"
-        printf '"curves": %s,\n"attention": %s,\n"step_1024": %s,\n"step_8192": %s,\n"peers": %s}\n' "$(piece curves.json)" \
-            "$(piece attention.json)" "$(piece step_1024.json)" "$(piece step_8192.json)" "$(piece peers.json)"
+        printf '"curves": %s,\n"attention": %s,\n"moba": %s,\n"step_1024": %s,\n"step_8192": %s,\n"peers": %s}\n' "$(piece curves.json)" \
+            "$(piece attention.json)" "$(piece moba.json)" "$(piece step_1024.json)" "$(piece step_8192.json)" "$(piece peers.json)"
     } >"$record"
     echo
     echo "$gpu; CUDA $cuda; $(date -u +%Y-%m-%d); $(since "$started") s"
     printf '%s\n' "${table[@]}"
     echo
-    if [ -s "$out/attention.log" ]; then cat "$out/attention.log"; fi
+    for log in attention moba; do if [ -s "$out/$log.log" ]; then cat "$out/$log.log"; fi; done
     for length in 1024 8192; do if [ -s "$out/step_$length.log" ]; then cat "$out/step_$length.log"; fi; done
     if [ -s "$out/peers.json" ]; then cat "$out/PyTorch.log"; fi
     echo
@@ -126,15 +126,45 @@ compare_curves() {
 }
 
 text_bytes=8000000
-model=(--layers 6 --channels 384 --heads 6 --kv-heads 2 -t 256 -b 32 -d 16384)
-attention=() steps=(--steps 20) short=(--sequence-length 1024 --batch 32) long=(--sequence-length 8192 --batch 4)
+model=(--layers 6 --channels 384 --heads 6 --kv-heads 2 -t 256 -b 32 -d 16384) small_batch=4
+attention=() moba=(-t 32768 -r 10) steps=(--steps 20) short=(--sequence-length 1024 --batch 32) long=(--sequence-length 8192 --batch 4)
 if [ $device = simt ]; then
     text_bytes=300000
-    model=(--layers 1 --channels 64 --heads 2 -t 32 -b 2 -d 128)
-    attention=(-t 64 -q 2 -k 1 -r 2) steps=(--steps 2 --model d1 --vocab 200) short=(--batch 2 --sequence-length 32) long=(--batch 1 --sequence-length 64)
+    model=(--layers 1 --channels 64 --heads 2 -t 32 -b 2 -d 128) small_batch=1
+    attention=(-t 64 -q 2 -k 1 -r 2) moba=(-t 128 -B 1 -q 2 -d 32 -s 32 -k 3 -r 3) steps=(--steps 2 --model d1 --vocab 200) short=(--batch 2 --sequence-length 32) long=(--batch 1 --sequence-length 64)
 fi
 if check "text" prepare_text && check "200 steps in bf16" train bf16 && check "200 steps in fp32" train fp32; then
     check "bf16 learns as fp32 does" compare_curves
+fi
+
+# ----------------------------------------------------------------------------
+# Many processes: one by NCCL is bitwise the program without; all GPUs together follow it, the same with sharded state
+
+ranks() { # name, mpirun's or none, options...
+    local name=$1 by=$2
+    shift 2
+    # shellcheck disable=SC2086 # words of a command
+    $by "$build/train_gpt_${device}_dense_gqa_kconv0_bf16" -i "$out/text_train_*.bin" --tokenizer "$out/tokenizer.json" \
+        "${model[@]}" -b "$small_batch" -x 20 -l 1e-3 -u 5 -v 0 -o "$out/$name" --overwrite "$@"
+}
+one_process_by_nccl() {
+    ranks alone "" && ranks one "$mpirun 1" && cmp "$out/alone/metrics.jsonl" "$out/one/metrics.jsonl" &&
+        cmp "$out/alone/step_00000020/model.safetensors" "$out/one/step_00000020/model.safetensors" &&
+        echo "20 steps by mpirun -np 1: bitwise those without"
+}
+all_gpus_together() {
+    ranks many "$mpirun $gpus" --zero 0 && ranks sharded "$mpirun $gpus" --zero 1 &&
+        cmp "$out/many/metrics.jsonl" "$out/sharded/metrics.jsonl" &&
+        paste -d' ' <(sed -n 's/.*"loss":\([0-9.e-]*\),.*/\1/p' "$out/many/metrics.jsonl") <(sed -n 's/.*"loss":\([0-9.e-]*\),.*/\1/p' "$out/alone/metrics.jsonl") |
+        awk -v gpus="$gpus" '{ off = $1 / $2 - 1; if (off < 0) off = -off; if (off > most) most = off }
+            END { printf "20 steps by %d processes: losses within %.2g of one, --zero 1 bitwise --zero 0\n", gpus, most; exit !(NR == 20 && most < 1e-3) }'
+}
+gpus=2 # the largest power of two that there are; emulated ones are as many as one likes
+if [ $device = cuda ]; then gpus=$(nvidia-smi -L | wc -l | awk '{ for (n = 1; 2 * n <= $1 && n < 16; n *= 2); print n }'); fi
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # only where this is root
+mpirun="mpirun --oversubscribe --bind-to none -np"
+if command -v mpirun >/dev/null && check "one process by mpirun" one_process_by_nccl && [ "$gpus" -gt 1 ]; then
+    check "all GPUs together" all_gpus_together
 fi
 
 # ----------------------------------------------------------------------------
@@ -142,7 +172,8 @@ fi
 
 bench=$build/bench
 check "attention" "$bench/attention_${device}_bf16" "${attention[@]}" --json "$out/attention.json"
+check "moba" "$bench/moba_${device}_bf16" "${moba[@]}" --json "$out/moba.json"
 check "step 1024" "$bench/step_${device}_bf16" "${steps[@]}" "${short[@]}" --json "$out/step_1024.json"
 check "step 8192" "$bench/step_${device}_bf16" "${steps[@]}" "${long[@]}" --json "$out/step_8192.json"
-check "PyTorch" python3 dev/bench/peers.py --attention "$out/attention.json" --step "$out/step_1024.json" --json "$out/peers.json"
+check "PyTorch" python3 dev/bench/peers.py --attention "$out/attention.json" --step "$out/step_1024.json" --moba "$out/moba.json" --json "$out/peers.json"
 finish

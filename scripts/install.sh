@@ -6,8 +6,9 @@
 #   scripts/install.sh --tests    also what the tests and the linters need
 set -euo pipefail
 
-packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev gnuplot-nox)
-if [ "${1:-}" = "--tests" ]; then packages+=(libcmocka-dev clang-format clang-tidy shellcheck python3); fi
+# mpirun does not start without an ssh, even on one machine.
+packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev libopenmpi-dev openmpi-bin openssh-client gnuplot-nox)
+if [ "${1:-}" = "--tests" ]; then packages+=(libcmocka-dev clang-format clang-tidy shellcheck python3 iproute2 procps); fi
 
 missing=()
 for package in "${packages[@]}"; do

@@ -8,7 +8,7 @@ mapfile -t sources < <(git ls-files '*.h' '*.c' '*.cu' '*.cuh')
 # train_gpt.cu is C as well; every other .cu is C++, for nvcc and the emulator.
 mapfile -t programs < <(git ls-files '*.c' train_gpt.cu)
 mapfile -t kernels < <(git ls-files '*.cu' ':!train_gpt.cu')
-mapfile -t scripts < <(git ls-files '*.sh' '.ci/run')
+mapfile -t scripts < <(git ls-files '*.sh' '*.sbatch' '.ci/run')
 
 clang-format --dry-run --Werror "${sources[@]}"
 echo "clang-format: ${#sources[@]} files"
@@ -17,6 +17,10 @@ tidy() { # compiler flags..., and names on standard input
         2> >(grep -vE 'warnings? generated|^Suppressed|^Use -header-filter' >&2)
 }
 printf '%s\0' "${programs[@]}" | tidy -x c -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU
+if command -v mpicc >/dev/null; then # the trainer once more, as many processes
+    read -ra mpi <<<"$(mpicc --showme:incdirs | sed 's/[^ ]\+/-isystem &/g')"
+    printf 'train_gpt.cu\0' | tidy -x c -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU -DCOMM_MPI -D_GNU_SOURCE "${mpi[@]}"
+fi
 printf '%s\0' "${kernels[@]}" | tidy -x c++ -std=gnu++17 -DPRECISION_BF16 -DDEVICE_SIMT -Wno-unknown-pragmas
 echo "clang-tidy: $((${#programs[@]} + ${#kernels[@]})) programs"
 shellcheck "${scripts[@]}"

@@ -7,7 +7,9 @@ TEST_LONG=1 in the environment asks for the full matrix.
 #ifndef TEST_DEVICE_ATTENTION_H
 #define TEST_DEVICE_ATTENTION_H
 
-#include "kernels/device.cuh"
+#include "kernels/noise.cuh"
+// reference_attention_noise
+#include "test/reference.h"
 // new_doubles, fill_normal; cmocka
 #include "test/numeric.h"
 
@@ -31,10 +33,10 @@ typedef struct {
     int kv_of_q[MAX_HEADS];
 } HeadMap;
 
-static const HeadMap ONE = {1, 1, {0}}, MHA = {2, 2, {0, 1}}, GQA = {4, 2, {0, 0, 1, 1}},
-                     MQA = {3, 1, {0, 0, 0}}, UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}},
-                     FIRST_EMPTY = {3, 3, {1, 1, 2}}, MIDDLE_EMPTY = {3, 4, {0, 0, 3}},
-                     LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
+static const HeadMap ONE = {1, 1, {0}}, TWO = {2, 1, {0, 0}}, MHA = {2, 2, {0, 1}},
+                     GQA = {4, 2, {0, 0, 1, 1}}, MQA = {3, 1, {0, 0, 0}},
+                     UNEVEN = {8, 4, {0, 1, 2, 2, 2, 3, 3, 3}}, FIRST_EMPTY = {3, 3, {1, 1, 2}},
+                     MIDDLE_EMPTY = {3, 4, {0, 0, 3}}, LAST_EMPTY = {4, 3, {0, 1, 1, 1}};
 static const HeadMap* const ALL_MAPS[8] = {&ONE,    &MHA,         &GQA,          &MQA,
                                            &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY};
 
@@ -111,6 +113,24 @@ static void assert_lse_error(const char* which, const Error* error, size_t count
     if (!(difference <= LSE_BOUND * norm))
         print_error("lse: error %.3g of %.3g: %s\n", difference, norm, which);
     assert_true(difference <= LSE_BOUND * norm);
+}
+
+// The rows of noised (B, T, H, D) from `start` on: the device's own output with the noise of the reference. No other row is
+// touched.
+static void check_noised(const char* which, const floatX* out, const AttentionNoise* noise, int B, int T,
+                         int start, int H, int D) {
+    const size_t count = (size_t)B * T * H * D;
+    double *exact = download(out, count), *noised = download(noise->noised, count),
+           *want = new_doubles(count);
+    reference_attention_noise(want, exact, B, T, H, D, noise->alpha, noise->seed, noise->draws,
+                              (long)noise->first_sequence);
+    Error error = {};
+    for (size_t i = 0; i < count; i++) {
+        if ((int)(i / D / H % T) >= start) add_error(&error, noised[i], want[i]);
+        else assert_true(isnan(noised[i]));
+    }
+    assert_error("noised", which, &error, 0, 1);
+    free(exact), free(noised), free(want);
 }
 
 // The gradients of queries, keys and values, (rows, H + 2G, D) against the reference's. Those of a KV head that no query head reads

@@ -69,19 +69,21 @@ void reference_fused_classifier(double* logits, double* losses, const int* targe
 
 void reference_global_norm(double* norm, const double* grads, size_t count) {
     double* partials = (double*)malloc_or_fail(global_norm_partials(count) * sizeof(double), "partial sums");
-    global_norm(norm, partials, grads, count, 0);
+    double sum;
+    sum_of_squares(&sum, partials, grads, count, 0);
+    global_norm(norm, &sum, 1, 0);
     free(partials);
 }
 
 void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq, const double* grads,
-                            const double* norm, size_t count, AdamW settings) {
-    adamw_update(params, NULL, exp_avg, exp_avg_sq, grads, norm, count, settings, 0);
+                            const double* norm, const double* decays, size_t count, AdamW settings) {
+    adamw_update(params, NULL, exp_avg, exp_avg_sq, grads, norm, decays, count, settings, 0);
 }
 
 void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,
                                  int T, int start, int H, int G, int D, int window) {
     void* workspace = malloc_or_fail(attention_forward_workspace(B, T, H, G, D), "attention");
-    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, start, H, G, D, window, 0);
+    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, start, H, G, D, window, NULL, 0);
     free(workspace);
 }
 
@@ -140,5 +142,6 @@ void reference_keys_backward(double* dqkv, double* dweight, const double* raw, c
 
 void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,
                                uint64_t seed, uint64_t draws, long first_sequence) {
-    attention_noise(noised, out, B, T, H, D, alpha, seed, draws, first_sequence, 0);
+    const AttentionNoise noise = {noised, alpha, seed, draws, (uint64_t)first_sequence};
+    attention_noise(&noise, out, B, T, 0, H, D);
 }

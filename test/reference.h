@@ -45,7 +45,7 @@ void reference_fused_classifier(double* logits, double* losses, const int* targe
 
 void reference_global_norm(double* norm, const double* grads, size_t count);
 void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq, const double* grads,
-                            const double* norm, size_t count, AdamW settings);
+                            const double* norm, const double* decays, size_t count, AdamW settings);
 
 void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,
                                  int T, int start, int H, int G, int D, int window);

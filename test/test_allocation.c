@@ -279,7 +279,7 @@ static void must_have(const HeadAllocation* a, int n0, int n1, int n2, int n3) {
 static void test_kdgqa_follows_every_step(void** state) {
     (void)state;
     HeadAllocation a = start(0, DGQA_EMA, 3);
-    const double up[4] = {1, 2, 3, 4}, down[4] = {4, 3, 2, 1}, bad[4] = {1, NAN, 3, 4};
+    static const double up[4] = {1, 2, 3, 4}, down[4] = {4, 3, 2, 1}, bad[4] = {1, NAN, 3, 4};
     must_have(&a, 2, 2, 2, 2);
     step_with(&a, 0, up);
     must_have(&a, 0, 1, 3, 4);
@@ -289,7 +289,8 @@ static void test_kdgqa_follows_every_step(void** state) {
     must_have(&a, 4, 3, 1, 0);
     step_with(&a, 2, bad);
     must_have(&a, 4, 3, 1, 0);
-    assert_int_equal(a.warned, 1);
+    assert_int_equal(a.not_finite[1], 3);
+    assert_int_equal(a.not_finite[0], 0);
     allocation_free(&a);
 }
 
@@ -319,7 +320,7 @@ static void test_random_numbers_as_the_source(void** state) {
 static void test_dgqa_ema(void** state) {
     (void)state;
     HeadAllocation a = start(1, DGQA_EMA, 2);
-    const double up[4] = {1, 2, 3, 4}, down[4] = {401, 301, 201, 101}, bad[4] = {1, 2, INFINITY, 4};
+    static const double up[4] = {1, 2, 3, 4}, down[4] = {401, 301, 201, 101}, bad[4] = {1, 2, INFINITY, 4};
     step_with(&a, 0, up);
     must_have(&a, 1, 2, 2, 3);
     step_with(&a, 1, down);
@@ -337,7 +338,7 @@ static void test_dgqa_ema(void** state) {
 static void test_dgqa_diff(void** state) {
     (void)state;
     HeadAllocation a = start(1, DGQA_DIFF, 5);
-    const double first[4] = {1, 2, 3, 4}, second[4] = {2, 4, 6, 8}, third[4] = {2, 4, 6, 15};
+    static const double first[4] = {1, 2, 3, 4}, second[4] = {2, 4, 6, 8}, third[4] = {2, 4, 6, 15};
     step_with(&a, 0, first);
     must_have(&a, 2, 2, 2, 2); // nothing to differ from yet
     step_with(&a, 5, second);  // 1, 2, 3, 4
@@ -349,31 +350,66 @@ static void test_dgqa_diff(void** state) {
     allocation_free(&a);
 }
 
-static void test_statistic_of_a_step(void** state) {
+// Before the first step nothing is known of the keys, and the map stays; then it is that of the step before.
+static void test_lagged_maps(void** state) {
     (void)state;
     HeadAllocation a = start(0, DGQA_EMA, 1);
-    const double sums[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    static const float_acc sums[4] = {5, 6, 7, 8};
+    allocation_begin_step(&a, 1, 0);
+    must_have(&a, 2, 2, 2, 2);
+    assert_int_equal(a.measured[1], 0);
+    allocation_measure(&a, 1, sums, 4, 0);
     assert_int_equal(a.measured[0], 0);
-    allocation_end_step(&a, sums, 4);
     assert_int_equal(a.measured[1], 1);
-    for (int i = 0; i < 8; i++) assert_true(a.statistic[i] == sums[i] / 4);
+    for (int g = 0; g < 4; g++) assert_true(a.statistic[4 + g] == (double)sums[g] / 4 && a.statistic[g] == 0);
+    must_have(&a, 2, 2, 2, 2);
+    allocation_begin_step(&a, 1, 1);
+    must_have(&a, 0, 1, 3, 4);
+    allocation_free(&a);
+}
+
+// The map of a batch is made from its mean, and history from the step's: only once, and at its end.
+static void test_maps_of_a_batch(void** state) {
+    (void)state;
+    HeadAllocation a = start(1, DGQA_EMA, 2);
+    static const float_acc norms[8] = {1, 2, 4, 8, 3, 6, 8, 8}, sums[4] = {40, 30, 20, 10};
+    a.settings.source = SOURCE_FORWARD;
+    allocation_begin_step(&a, 1, 0);
+    allocation_of_batch(&a, 1, norms, 2, 2, 0); // 2, 4, 6, 8
+    must_have(&a, 1, 2, 2, 3);
+    assert_int_equal(a.windows[1], 0);
+    allocation_of_batch(&a, 1, norms, 1, 1, 0);
+    must_have(&a, 1, 1, 2, 4);
+    allocation_measure(&a, 1, sums, 10, 0);
+    assert_int_equal(a.windows[1], 1);
+    for (int g = 0; g < 4; g++) assert_true(a.history[4 + g] == 4 - g);
+    allocation_of_batch(&a, 1, norms, 2, 2, 1); // between two windows
+    allocation_measure(&a, 1, sums, 10, 1);
+    must_have(&a, 1, 1, 2, 4);
+    assert_int_equal(a.windows[1], 1);
+    // At the next window: 0.9 of 4, 3, 2, 1 and 0.1 of what two ranks have measured, 2, 4, 6, 8.
+    static const float_acc of_two_ranks[4] = {4, 8, 12, 16};
+    allocation_of_batch(&a, 1, of_two_ranks, 1, 2, 2); // 3.8, 3.1, 2.4, 1.7 of 11
+    must_have(&a, 3, 2, 2, 1);
+    assert_int_equal(a.windows[1], 1);
     allocation_free(&a);
 }
 
 // One warning in a run, of which step and layer, however often it happens.
 static void warn_twice(void* nothing) {
     (void)nothing;
-    HeadAllocation a = start(0, DGQA_EMA, 1);
-    const double bad[4] = {1, NAN, 3, 4};
-    for (int step = 6; step < 9; step++) step_with(&a, step, bad);
-    allocation_free(&a);
+    const int fine[3] = {0, 0, 0}, bad[3] = {0, 8, 7}, worse[3] = {9, 8, 7};
+    int warned = 0;
+    allocation_warn(&warned, fine, 3);
+    allocation_warn(&warned, bad, 3);
+    allocation_warn(&warned, worse, 3);
 }
 
 static void test_one_warning(void** state) {
     (void)state;
     struct Captured captured = capture(warn_twice, NULL);
     assert_int_equal(captured.exit_code, 0);
-    assert_non_null(strstr(captured.text, "step 7, layer 1"));
+    assert_non_null(strstr(captured.text, "step 7, layer 2"));
     assert_ptr_equal(strchr(captured.text, '\n'), captured.text + strlen(captured.text) - 1);
 }
 
@@ -391,7 +427,8 @@ int main(void) {
         cmocka_unit_test(test_random_numbers_as_the_source),
         cmocka_unit_test(test_dgqa_ema),
         cmocka_unit_test(test_dgqa_diff),
-        cmocka_unit_test(test_statistic_of_a_step),
+        cmocka_unit_test(test_lagged_maps),
+        cmocka_unit_test(test_maps_of_a_batch),
         cmocka_unit_test(test_one_warning),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

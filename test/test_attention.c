@@ -37,7 +37,7 @@ typedef struct {
 static uint64_t random_state = 1;
 
 // Uniform in -1..1.
-static double random_uniform(void) {
+static double draw(void) {
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;
     return (double)(random_state >> 33) / (double)(1u << 30) - 1.0;
 }
@@ -67,8 +67,8 @@ static attention_case_t new_case(const head_map_t* map, int B, int T, int D, int
     c.ref_out = new_doubles(c.out_count);
     c.ref_lse = new_doubles(c.lse_count);
     c.ref_dqkv = new_doubles(c.qkv_count);
-    for (size_t i = 0; i < c.qkv_count; i++) c.qkv[i] = (floatX)(2 * random_uniform());
-    for (size_t i = 0; i < c.out_count; i++) c.dout[i] = (floatX)random_uniform();
+    for (size_t i = 0; i < c.qkv_count; i++) c.qkv[i] = (floatX)(2 * draw());
+    for (size_t i = 0; i < c.out_count; i++) c.dout[i] = (floatX)draw();
     fill_nan(c.out, c.out_count);
     fill_nan(c.lse, c.lse_count);
     fill_nan(c.dqkv, c.qkv_count);
@@ -83,7 +83,7 @@ static void free_case(attention_case_t* c) {
 
 static void run_forward(attention_case_t* c) {
     attention_forward(c->out, c->lse, c->qkv, c->kv_of_q, c->forward_workspace, c->B, c->T, 0, c->H, c->G,
-                      c->D, c->window, 0);
+                      c->D, c->window, NULL, 0);
 }
 
 static void run_backward(attention_case_t* c) {
@@ -285,7 +285,7 @@ static void test_start(void** state) {
         attention_case_t c = new_case(&head_maps[4 + i % 4], 1 + i % 2, T, 16, windows[i / 6]);
         run_reference(&c);
         attention_forward(c.out, c.lse, c.qkv, c.kv_of_q, c.forward_workspace, c.B, T, start, c.H, c.G, c.D,
-                          c.window, 0);
+                          c.window, NULL, 0);
         for (int b = 0; b < c.B; b++) {
             const size_t rows = (size_t)b * T * c.H * c.D, done = (size_t)start * c.H * c.D;
             for (size_t j = 0; j < done; j++) assert_true(isnan((double)c.out[rows + j]));
@@ -353,7 +353,7 @@ static void test_no_token_reaches_back(void** state) {
         run_forward(&c);
         memcpy(before, c.out, c.out_count * sizeof(floatX));
         for (int i = 0; i < 6; i++) {
-            for (size_t j = 0; j < qkv_row; j++) c.qkv[changed[i] * qkv_row + j] += (floatX)random_uniform();
+            for (size_t j = 0; j < qkv_row; j++) c.qkv[changed[i] * qkv_row + j] += (floatX)draw();
             run_forward(&c);
             for (int t = 0; t < T; t++) {
                 const int sees = t >= changed[i] && (c.window == 0 || t < changed[i] + c.window);

@@ -295,8 +295,9 @@ static void run_fill(Run* run, int step) {
         heads->history[i] = i == step ? NAN : i == step + 1 ? 5e-324 : 1.0 / (step + i);
     }
     for (int l = 0; l < heads->L; l++) {
-        const int given[2] = {(step + l) % 5, 4 - (step + l) % 5};
-        allocation_set(heads, l, given);
+        heads->heads[2 * l] = (step + l) % 5;
+        heads->heads[2 * l + 1] = 4 - (step + l) % 5;
+        allocation_apply(heads, l);
         heads->measured[l] = (step + l) % 2;
         heads->windows[l] = step;
         heads->moved[l] = (1L << 52) + step;
@@ -343,10 +344,22 @@ static Weights weights_of(const Run* run) {
     return weights;
 }
 
+static StateRange whole_state(const Run* run) {
+    const StateRange whole = {0, run->layout.table.elements, 0};
+    return whole;
+}
+
 static void run_save(void* argument) {
     Run* run = (Run*)argument;
+    const StateRange whole = whole_state(run);
     checkpoint_save(run->output, &run->config, &run->layout.table, &run->state, &run->heads, weights_of(run),
-                    run->exp_avg, run->exp_avg_sq, run->tokenizer, run->keep, 0);
+                    run->exp_avg, run->exp_avg_sq, &whole, 1, run->tokenizer, run->keep, 0);
+}
+
+static void load_optimizer_only(void* argument) {
+    Run* run = (Run*)argument;
+    const StateRange whole = whole_state(run);
+    checkpoint_load_optimizer(run->output, &run->layout.table, run->exp_avg, run->exp_avg_sq, &whole, 1, 0);
 }
 
 // Loads the checkpoint `run->output` itself.
@@ -356,7 +369,7 @@ static void run_load(void* argument) {
     run->state = checkpoint_load_state(run->output);
     checkpoint_load_heads(run->output, &run->heads);
     checkpoint_load_model(run->output, &run->layout.table, weights_of(run), 0);
-    checkpoint_load_optimizer(run->output, &run->layout.table, run->exp_avg, run->exp_avg_sq, 0);
+    load_optimizer_only(run);
 }
 
 static void run_fill_and_save(Run* run, int step) {
@@ -1019,17 +1032,12 @@ static void test_other_tensors(void** unused) {
     run_free(&other);
 }
 
-static void load_optimizer_only(void* argument) {
-    Run* run = (Run*)argument;
-    checkpoint_load_optimizer(run->output, &run->layout.table, run->exp_avg, run->exp_avg_sq, 0);
-}
-
 static void write_slice(const Run* run, int rank, int total, size_t first, size_t end) {
     char path[PATH_MAX];
     path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", run->output, rank, total);
-    const OptimizerVector vectors[2] = {{"exp_avg", run->exp_avg + first},
-                                        {"exp_avg_sq", run->exp_avg_sq + first}};
-    checkpoint_write_optimizer(path, &run->layout.table, vectors, 2, first, end - first, 0);
+    const OptimizerVector vectors[2] = {{"exp_avg", run->exp_avg}, {"exp_avg_sq", run->exp_avg_sq}};
+    const StateRange range = {first, end - first, first};
+    checkpoint_write_optimizer(path, &run->layout.table, vectors, 2, &range, 1, 0);
 }
 
 static void test_slices(void** unused) {
@@ -1052,7 +1060,8 @@ static void test_slices(void** unused) {
 
     float_acc part[700]; // elements 900..1599, of three slices
     const OptimizerVector vectors[2] = {{"exp_avg_sq", part}, {"exp_avg", run.exp_avg}};
-    checkpoint_read_optimizer(run.output, &run.layout.table, vectors, 2, 900, 700, 0);
+    const StateRange middle = {900, 700, 0}, whole = whole_state(&run), shifted = {1, n, 0};
+    checkpoint_read_optimizer(run.output, &run.layout.table, vectors, 2, &middle, 1, 0);
     assert_memory_equal(part, want.exp_avg_sq + 900, sizeof(part));
     assert_memory_equal(run.exp_avg, want.exp_avg + 900, sizeof(part));
 
@@ -1078,11 +1087,11 @@ static void test_slices(void** unused) {
     path_format(path, "%s/optimizer-00000-of-00001.safetensors", run.output);
     const OptimizerVector three[3] = {
         {"exp_avg", want.exp_avg}, {"exp_avg_sq", want.exp_avg_sq}, {"master", want.exp_avg}};
-    checkpoint_write_optimizer(path, &run.layout.table, three, 3, 0, n, 0);
+    checkpoint_write_optimizer(path, &run.layout.table, three, 3, &whole, 1, 0);
     expect_failure(load_optimizer_only, &run, "3 tensors, but this run's optimizer has 2");
-    checkpoint_write_optimizer(path, &run.layout.table, three, 1, 0, n, 0);
+    checkpoint_write_optimizer(path, &run.layout.table, three, 1, &whole, 1, 0);
     expect_failure(load_optimizer_only, &run, "tensor exp_avg_sq is missing");
-    checkpoint_write_optimizer(path, &run.layout.table, three, 2, 1, n, 0);
+    checkpoint_write_optimizer(path, &run.layout.table, three, 2, &shifted, 1, 0);
     expect_failure(load_optimizer_only, &run, "of a state of");
     run_free(&run);
     run_free(&want);

@@ -32,6 +32,7 @@ typedef struct {
     float* lse;
     int* kv_of_q;
     void* workspace;
+    const AttentionNoise* noise; // NULL but where it is tested
 } Case;
 
 static void upload(Case* c) {
@@ -70,7 +71,7 @@ static void free_case(Case* c) {
 
 static void run_forward(Case* c, int start) {
     attention_forward(c->out, c->lse, c->qkv, c->kv_of_q, c->workspace, c->B, c->T, start, c->H, c->G, c->D,
-                      c->window, 0);
+                      c->window, c->noise, 0);
 }
 
 static void run_backward(Case* c) {
@@ -211,6 +212,39 @@ static void test_decoding(void** state) {
     }
 }
 
+// Output and log-sum-exp with noise are the bits of those without; what is noised is that output; from any row on.
+static void test_noise(void** state) {
+    (void)state;
+    static const struct {
+        const HeadMap* map;
+        int B, T, D, window, start;
+    } shapes[] = {
+        {&ONE, 1, 1, 64, 0, 0},    {&UNEVEN, 2, 65, 32, 0, 0}, {&MQA, 1, 150, 64, 40, 130},
+        {&GQA, 2, 140, 128, 0, 3}, {&MHA, 1, 17, 128, 5, 16},
+    };
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        Case c = new_case(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].window);
+        floatX* noised = (floatX*)forgotten(c.out_count * sizeof(floatX));
+        const AttentionNoise noise = {noised, 0.75f, 5, noise_stream(3, 2), 7};
+        run_forward(&c, 0);
+        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        c.noise = &noise;
+        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        run_forward(&c, 0);
+        double *same_out = download(c.out, c.out_count), *same_lse = download(c.lse, c.lse_count);
+        assert_memory_equal(same_out, out, c.out_count * sizeof(double));
+        assert_memory_equal(same_lse, lse, c.lse_count * sizeof(double));
+        check_noised(c.words, c.out, &noise, c.B, c.T, 0, c.H, c.D);
+        forget(noised, c.out_count * sizeof(floatX));
+        run_forward(&c, shapes[i].start);
+        check_noised(c.words, c.out, &noise, c.B, c.T, shapes[i].start, c.H, c.D);
+        free(same_out), free(same_lse);
+        free(out), free(lse);
+        device_free(noised);
+        free_case(&c);
+    }
+}
+
 static void test_repeatable(void** state) {
     (void)state;
     const int Ds[] = {32, 64, 128};
@@ -237,12 +271,15 @@ static void test_head_dimensions(void** state) {
         assert_int_equal(attention_supports_head_dim(D), D == 32 || D == 64 || D == 128);
 }
 
-int main(void) {
+// The argument: a pattern that the names of tests must match.
+int main(int argc, char** argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shapes),     cmocka_unit_test(test_large_scores),
-        cmocka_unit_test(test_start),      cmocka_unit_test(test_decoding),
-        cmocka_unit_test(test_repeatable), cmocka_unit_test(test_head_dimensions),
+        cmocka_unit_test(test_shapes),          cmocka_unit_test(test_large_scores),
+        cmocka_unit_test(test_start),           cmocka_unit_test(test_decoding),
+        cmocka_unit_test(test_noise),           cmocka_unit_test(test_repeatable),
+        cmocka_unit_test(test_head_dimensions),
     };
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
     reference_start();
     return cmocka_run_group_tests_name("attention on the device, " PRECISION_NAME, tests, NULL, NULL);
 }

@@ -18,7 +18,6 @@ outside of the outputs; NaN and Inf where the reference has them.
 #include "kernels/adamw.cuh"
 #include "kernels/keynorm.cuh"
 #include "kernels/keys.cuh"
-#include "kernels/noise.cuh"
 
 // ----------------------------------------------------------------------------
 // Arrays of an operation
@@ -263,15 +262,20 @@ static int classifier_of_large_logits_arrays(Array* arrays, const int* shape) {
     return count;
 }
 
-// Norm of the gradient: count
+// Norm of the gradient, in two parts: count
 static int global_norm_arrays(Array* arrays, const int* shape) {
     arrays[0] = sum_of(OUTPUT, 1);
     arrays[1] = sum_of(INPUT, (size_t)shape[0]);
     arrays[2] = workspace_of(global_norm_partials((size_t)shape[0]) * sizeof(float_acc));
-    return 3;
+    arrays[3] = workspace_of(2 * sizeof(float_acc));
+    return 4;
 }
 static void global_norm_device(void* const* arrays, const int* shape) {
-    global_norm(S(0), S(2), S(1), (size_t)shape[0], 0);
+    const size_t count = (size_t)shape[0], half = (count + 1) / 2;
+    const int parts = count > half ? 2 : 1;
+    sum_of_squares(S(3), S(2), S(1), half, 0);
+    if (parts == 2) sum_of_squares(S(3) + 1, S(2), S(1) + half, count - half, 0);
+    global_norm(S(0), S(3), parts, 0);
 }
 static void global_norm_reference(void* const* arrays, const int* shape) {
     reference_global_norm(D(0), D(1), (size_t)shape[0]);
@@ -289,13 +293,14 @@ static int adamw_arrays(Array* arrays, const int* shape) {
     arrays[2] = positive(UPDATED, count);
     arrays[3] = sum_of(INPUT, count);
     arrays[4] = positive(INPUT, 1);
-    return 5;
+    arrays[5] = positive(INPUT, decay_blocks(count)); // not only 0 and 1
+    return 6;
 }
 static void adamw_device(void* const* arrays, const int* shape) {
-    adamw_update(X(0), NULL, S(1), S(2), S(3), S(4), (size_t)shape[0], adamw_settings(shape), 0);
+    adamw_update(X(0), NULL, S(1), S(2), S(3), S(4), S(5), (size_t)shape[0], adamw_settings(shape), 0);
 }
 static void adamw_reference(void* const* arrays, const int* shape) {
-    reference_adamw_update(D(0), D(1), D(2), D(3), D(4), (size_t)shape[0], adamw_settings(shape));
+    reference_adamw_update(D(0), D(1), D(2), D(3), D(4), D(5), (size_t)shape[0], adamw_settings(shape));
 }
 static int adamw_masters_arrays(Array* arrays, const int* shape) {
     const int count = adamw_arrays(arrays, shape);
@@ -304,11 +309,11 @@ static int adamw_masters_arrays(Array* arrays, const int* shape) {
     return count + 1;
 }
 static void adamw_masters_device(void* const* arrays, const int* shape) {
-    adamw_update(X(0), S(5), S(1), S(2), S(3), S(4), (size_t)shape[0], adamw_settings(shape), 0);
+    adamw_update(X(0), S(6), S(1), S(2), S(3), S(4), S(5), (size_t)shape[0], adamw_settings(shape), 0);
 }
 static void adamw_masters_reference(void* const* arrays, const int* shape) {
-    reference_adamw_update(D(5), D(1), D(2), D(3), D(4), (size_t)shape[0], adamw_settings(shape));
-    memcpy(D(0), D(5), (size_t)shape[0] * sizeof(double));
+    reference_adamw_update(D(6), D(1), D(2), D(3), D(4), D(5), (size_t)shape[0], adamw_settings(shape));
+    memcpy(D(0), D(6), (size_t)shape[0] * sizeof(double));
 }
 
 // Norms of the keys: B, T, H, G, D, C
@@ -377,21 +382,6 @@ static void keys_backward_device(void* const* arrays, const int* shape) {
 static void keys_backward_reference(void* const* arrays, const int* shape) {
     reference_keys_backward(D(0), D(1), D(2), shape[5] ? D(3) : NULL, shape[6] ? D(4) : NULL, shape[0],
                             shape[1], shape[2], shape[3], shape[4], shape[5]);
-}
-
-// Noise: B, T, H, D
-static int noise_arrays(Array* arrays, const int* shape) {
-    const size_t count = (size_t)shape[0] * shape[1] * shape[2] * shape[3];
-    arrays[0] = activation(OUTPUT, count);
-    arrays[1] = activation(INPUT, count);
-    return 2;
-}
-static void noise_device(void* const* arrays, const int* shape) {
-    attention_noise(X(0), X(1), shape[0], shape[1], shape[2], shape[3], 0.75f, 5, noise_stream(3, 2), 7, 0);
-}
-static void noise_reference(void* const* arrays, const int* shape) {
-    reference_attention_noise(D(0), D(1), shape[0], shape[1], shape[2], shape[3], 0.75f, 5,
-                              noise_stream(3, 2), 7);
 }
 
 #undef X
@@ -491,11 +481,6 @@ static const Operation operations[] = {
      {{1, 1, 1, 2, 8, 24}, {1, 1, 1, 3, 5, 7}, {1, 1, 1, 1, 1, 1}, {1, 1, 1, 2, 64, 96}}},
     {"keys_forward", keys_forward_arrays, keys_forward_device, keys_forward_reference, KEYS_SHAPES},
     {"keys_backward", keys_backward_arrays, keys_backward_device, keys_backward_reference, KEYS_SHAPES},
-    {"attention_noise",
-     noise_arrays,
-     noise_device,
-     noise_reference,
-     {{1, 3, 2, 16}, {2, 2, 3, 7}, {1, 1, 1, 2}, {2, 70, 2, 64}, {1, 2, 1, 130}}},
 };
 enum { OPERATIONS = sizeof(operations) / sizeof(operations[0]) };
 
@@ -752,11 +737,109 @@ static void test_memory(void** state) {
     device_free(device);
 }
 
+// ----------------------------------------------------------------------------
+// Graphs
+
+__global__ void add_kernel(float* to, const float* from, float number) {
+    to[threadIdx.x] = from[threadIdx.x] + number;
+}
+
+enum { ROWS = 16, CHANNELS = 32 };
+
+// What is recorded below: host to device, `adds` kernels one after the other, back to the host; and a matrix product.
+typedef struct {
+    float *host, *device;           // (CHANNELS) pinned, in
+    float *sum, *host_sum;          // (CHANNELS) out, pinned
+    floatX *inp, *weight, *product; // (ROWS, CHANNELS), (CHANNELS, CHANNELS), (ROWS, CHANNELS)
+    floatX* host_product;           // (ROWS, CHANNELS) pinned
+    Mark begun, done;
+    stream_t stream;
+} GraphWork;
+
+static void queue_graph_work(GraphWork* work, int adds, float number) {
+    mark(&work->begun, work->stream);
+    copy_to_device(work->device, work->host, CHANNELS * sizeof(float), work->stream);
+    device_zero(work->sum, CHANNELS * sizeof(float), work->stream);
+    for (int i = 0; i < adds; i++)
+        launch(add_kernel, 1, CHANNELS, 0, work->stream, work->sum, i ? work->sum : work->device, number);
+    copy_to_host(work->host_sum, work->sum, CHANNELS * sizeof(float), work->stream);
+    matmul_forward(work->product, work->inp, work->weight, ROWS, CHANNELS, CHANNELS, work->stream);
+    copy_to_host(work->host_product, work->product, ROWS * CHANNELS * sizeof(floatX), work->stream);
+    mark(&work->done, work->stream);
+}
+
+static void must_have_added(GraphWork* work, float want) {
+    stream_synchronize(work->stream);
+    for (int i = 0; i < CHANNELS; i++) assert_true(work->host_sum[i] == (float)i + want);
+    for (int i = 0; i < ROWS * CHANNELS; i++) assert_true((float)work->host_product[i] == CHANNELS * 0.5f);
+    assert_true(seconds_between(work->begun, work->done) >= 0);
+    memset(work->host_sum, 0, CHANNELS * sizeof(float));
+    memset(work->host_product, 0, ROWS * CHANNELS * sizeof(floatX));
+}
+
+// Recorded work is done when the graph is launched, with the arguments of the last recording and the inputs of that moment.
+// A recording of other work takes the place of the one before.
+static void test_graph(void** state) {
+    (void)state;
+    matmul_start();
+    GraphWork work;
+    const size_t product = ROWS * CHANNELS * sizeof(floatX), row = CHANNELS * sizeof(float);
+    work.stream = stream_make();
+    work.host = (float*)host_malloc_pinned(row, "a test");
+    work.host_sum = (float*)host_malloc_pinned(row, "a test");
+    work.host_product = (floatX*)host_malloc_pinned(product, "a test");
+    work.device = (float*)device_malloc(row, "a test");
+    work.sum = (float*)device_malloc(row, "a test");
+    work.inp = (floatX*)device_malloc(product, "a test");
+    work.product = (floatX*)device_malloc(product, "a test");
+    work.weight = (floatX*)device_malloc(CHANNELS * CHANNELS * sizeof(floatX), "a test");
+    work.begun = mark_make();
+    work.done = mark_make();
+    for (int i = 0; i < ROWS * CHANNELS; i++) work.host_product[i] = (floatX)1.0f;
+    copy_to_device(work.inp, work.host_product, product, work.stream);
+    stream_synchronize(work.stream);
+    for (int i = 0; i < ROWS * CHANNELS; i++) work.host_product[i] = (floatX)0.5f;
+    for (int part = 0; part < CHANNELS / ROWS; part++)
+        copy_to_device(work.weight + part * ROWS * CHANNELS, work.host_product, product, work.stream);
+    for (int i = 0; i < CHANNELS; i++) work.host[i] = (float)i;
+    queue_graph_work(&work, 2, 1); // as it is, and so that everything is loaded
+    must_have_added(&work, 2);
+
+    Graph graph = {NULL};
+    for (int i = 0; i < CHANNELS; i++) work.host[i] = -1;
+    for (int round = 0; round < 4; round++) {
+        const int adds = round < 2 ? 2 : 3;
+        graph_record_begin(work.stream);
+        queue_graph_work(&work, adds, (float)round);
+        graph_record_end(&graph, work.stream);
+        stream_synchronize(work.stream);
+        assert_true(work.host_sum[1] == 0);
+        for (int repeat = 0; repeat < 2; repeat++) {
+            for (int i = 0; i < CHANNELS; i++) work.host[i] = (float)(i + repeat);
+            graph_launch(&graph, work.stream);
+            must_have_added(&work, (float)(adds * round + repeat));
+        }
+    }
+    graph_free(&graph);
+    mark_free(work.begun);
+    mark_free(work.done);
+    device_free(work.device);
+    device_free(work.sum);
+    device_free(work.inp);
+    device_free(work.product);
+    device_free(work.weight);
+    host_free_pinned(work.host);
+    host_free_pinned(work.host_sum);
+    host_free_pinned(work.host_product);
+    stream_free(work.stream);
+}
+
 // With an argument: the operations whose names match it, such as 'rmsnorm*'.
 int main(int argc, char** argv) {
     const struct CMUnitTest memory_tests[] = {
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_graph),
     };
     struct CMUnitTest tests[2 * OPERATIONS + 1];
     char names[OPERATIONS][64];

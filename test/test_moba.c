@@ -20,7 +20,7 @@ must then be the reference's, ties included.
 typedef struct {
     const char* name;
     void (*forward)(floatX*, float_acc*, int*, const float_acc*, const floatX*, const int*, void*, int, int,
-                    int, int, int, int, int, int, stream_t);
+                    int, int, int, int, int, int, const AttentionNoise*, stream_t);
     void (*backward)(floatX*, const floatX*, const floatX*, const float_acc*, const int*, const floatX*,
                      const int*, void*, int, int, int, int, int, int, int, stream_t);
     size_t (*forward_workspace)(int, int, int, int, int, int, int);
@@ -105,7 +105,7 @@ static void run_forward_from(moba_case_t* c, const algorithm_t* algorithm, int T
     void* workspace = new_workspace(algorithm->forward_workspace(c->B, T, c->H, c->G, c->D, c->S, c->K));
     keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, c->B, T, start, c->H, c->G, c->D, c->S, 0, 0);
     algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, T,
-                       start, c->H, c->G, c->D, c->S, c->K, 0);
+                       start, c->H, c->G, c->D, c->S, c->K, NULL, 0);
     free(workspace);
 }
 
@@ -421,7 +421,8 @@ static void run_dense(moba_case_t* c, int length) {
             floatX *out = new_floats((size_t)T * H * D), *dqkv = new_floats(T * row);
             float_acc* lse = new_floats((size_t)H * T);
             void* workspace = new_workspace(attention_forward_workspace(1, T, H, G, D));
-            attention_forward(out, lse, c->qkv + at * row, c->kv_of_q, workspace, 1, T, 0, H, G, D, 0, 0);
+            attention_forward(out, lse, c->qkv + at * row, c->kv_of_q, workspace, 1, T, 0, H, G, D, 0, NULL,
+                              0);
             free(workspace);
             workspace = new_workspace(attention_backward_workspace(1, T, H, G, D));
             attention_backward(dqkv, c->dout + at * H * D, out, lse, c->qkv + at * row, c->kv_of_q, workspace,

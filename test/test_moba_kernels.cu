@@ -22,7 +22,7 @@ TEST_LONG=1 runs the full matrix.
 
 typedef struct {
     void (*forward)(floatX*, float*, int*, const float*, const floatX*, const int*, void*, int, int, int, int,
-                    int, int, int, int, stream_t);
+                    int, int, int, int, const AttentionNoise*, stream_t);
     void (*backward)(floatX*, const floatX*, const floatX*, const float*, const int*, const floatX*,
                      const int*, void*, int, int, int, int, int, int, int, stream_t);
     size_t (*forward_workspace)(int, int, int, int, int, int, int);
@@ -58,6 +58,7 @@ typedef struct {
     floatX *qkv, *dout, *out, *dqkv;
     float *lse, *centroids;
     int *selected, *kv_of_q;
+    const AttentionNoise* noise; // NULL but where it is tested
 } Case;
 
 static void upload(Case* c) {
@@ -101,7 +102,7 @@ static void run_forward(Case* c, int start) {
     void* workspace = forgotten(algorithm->forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
     keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, c->B, c->T, start, c->H, c->G, c->D, c->S, 0, 0);
     algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
-                       start, c->H, c->G, c->D, c->S, c->K, 0);
+                       start, c->H, c->G, c->D, c->S, c->K, c->noise, 0);
     stream_synchronize(0);
     device_free(workspace);
 }
@@ -252,27 +253,39 @@ static void test_shapes(void** state) {
     if (LONG_MATRIX) check_full_matrix();
 }
 
-// The first component of every query is 2; `favoured` keys have 6 there.
+// The first component of every query is 4; keys first..end-1 have 3 there, all others 0. (The larger what all keys of a block have
+// in common, the larger the error of the queries' gradients: there the gradients of the scores, which are rounded to floatX,
+// should cancel.)
 static void favour(Case* c, int first, int end) {
     const int row = (c->H + 2 * c->G) * c->D;
     for (int t = 0; t < c->T; t++)
         for (int head = 0; head < c->H + c->G; head++)
-            c->exact_qkv[(size_t)t * row + (size_t)head * c->D] = head < c->H             ? 2
-                                                                  : t >= first && t < end ? 6
+            c->exact_qkv[(size_t)t * row + (size_t)head * c->D] = head < c->H             ? 4
+                                                                  : t >= first && t < end ? 3
                                                                                           : 0;
     upload(c);
 }
 
-// A block that all later queries choose is more than one item.
+// A block that all later queries choose is more than one item; the gradients of its keys are the sums of all, of one head or of
+// three, and of the pieces of a head when it goes in pieces.
 static void test_hot_block(void** state) {
     (void)state;
-    Case c = new_case(&ONE, 1, MOBA_ITEM + 120, 32, 32, 2);
-    favour(&c, 32, 64);
-    check_all(&c);
-    int* selected = download_selected(&c);
-    for (int t = 64; t < c.T; t++) assert_int_equal(selected[t], 1);
-    free(selected);
-    free_case(&c);
+    const HeadMap* maps[] = {&ONE, &MQA, &TWO};
+    const size_t kept = moba_workspace_bound;
+    for (int i = 0; i < 3; i++) {
+        const int T = i < 2 ? MOBA_ITEM + 120 : 2 * MOBA_ITEM + 700;
+        Case c = new_case(maps[i], 1, T, 32, 32, 2);
+        const moba_shape_t shape = {1, T, 0, c.H, c.G, 32, 32, 2};
+        if (i == 2) moba_workspace_bound = moba_bytes(&shape, 1, MOBA_ITEM + 512, 1);
+        assert_int_equal(moba_turn(&shape, 1).queries, i < 2 ? T : MOBA_ITEM + 512);
+        favour(&c, 32, 64);
+        check_all(&c);
+        int* selected = download_selected(&c);
+        for (int t = 64; t < c.T; t++) assert_int_equal(selected[t], 1);
+        free(selected);
+        free_case(&c);
+    }
+    moba_workspace_bound = kept;
 }
 
 // Groups of one head and of two, through KV heads that begin in one group and end in another.
@@ -282,14 +295,61 @@ static void test_groups_of_heads(void** state) {
     const size_t kept = moba_workspace_bound;
     for (int i = 0; i < 7; i++) {
         const moba_shape_t shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
-        moba_group_t group;
-        int sequences, heads;
-        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_lay_out(&group, NULL, &shape, 1, 1);
-        moba_group_size(&sequences, &heads, &shape, 1);
-        assert_true(sequences == 1 && heads == 1 + i % 2);
+        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_bytes(&shape, 1, 70, 1);
+        const moba_turn_t turn = moba_turn(&shape, 1);
+        assert_true(turn.sequences == 1 && turn.heads == 1 + i % 2);
         check(maps[i], 2, 70, 32, 16, 3);
     }
     moba_workspace_bound = kept;
+}
+
+// A head in pieces, the later ones of which have queries for blocks of the earlier ones: the same choices and outputs, bit by
+// bit, and gradients within the bounds.
+static void test_pieces(void** state) {
+    (void)state;
+    const HeadMap* maps[] = {&MHA, &GQA, &MIDDLE_EMPTY, &LAST_EMPTY};
+    const int sizes[][3] = {{32, 16, 3}, {64, 64, 2}, {32, 256, 2}, {128, 32, 1}};
+    const size_t kept = moba_workspace_bound;
+    for (int i = 0; i < 4; i++) {
+        const int D = sizes[i][0], S = sizes[i][1], K = sizes[i][2];
+        Case c = new_case(maps[i], 1 + i % 2, 600, D, S, K);
+        run_forward(&c, 0);
+        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        moba_workspace_bound = 1;
+        const moba_shape_t shape = {c.B, c.T, 0, c.H, c.G, D, S, K};
+        assert_int_equal(moba_turn(&shape, 0).queries, MOBA_LIST_QUERIES);
+        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        check_all(&c);
+        moba_workspace_bound = kept;
+        double *in_pieces = download(c.out, c.out_count), *lse_in_pieces = download(c.lse, c.lse_count);
+        assert_memory_equal(out, in_pieces, c.out_count * sizeof(double));
+        assert_memory_equal(lse, lse_in_pieces, c.lse_count * sizeof(double));
+        free(out), free(lse), free(in_pieces), free(lse_in_pieces);
+        free_case(&c);
+    }
+}
+
+// What is taken at a time stays within the bound where pieces of a head do, and is all heads where these fit.
+static void test_workspace(void** state) {
+    (void)state;
+    assert_int_equal(moba_workspace_bound, (size_t)1 << 30);
+    const int longest = sizeof(floatX) == 2 ? 1 << 19 : 1 << 17;
+    for (int T = 1 << 13; T <= longest; T *= 2)
+        for (int is_backward = 0; is_backward < 2; is_backward++) {
+            const moba_shape_t shape = {2, T, 0, 16, 16, 128, 128, 8};
+            const moba_turn_t turn = moba_turn(&shape, is_backward);
+            const size_t bytes = moba_turn_bytes(&shape, is_backward);
+            if (getenv("SHOW"))
+                print_message("T %d %s: %d x %d heads, %d queries, %.0f MB\n", T,
+                              is_backward ? "backward" : "forward", turn.sequences, turn.heads, turn.queries,
+                              (double)bytes / 1e6);
+            assert_true(bytes <= moba_workspace_bound);
+            assert_true(turn.queries == T || turn.sequences * turn.heads == 1);
+            assert_true(T > 1 << 15 || turn.queries == T);
+        }
+    const moba_shape_t small = {3, 200, 0, 4, 2, 64, 16, 3};
+    const moba_turn_t turn = moba_turn(&small, 1);
+    assert_true(turn.sequences == 3 && turn.heads == 4 && turn.queries == 200);
 }
 
 // Blocks with the same keys have the same scores, and the newest of them are chosen.
@@ -395,6 +455,41 @@ static void test_start(void** state) {
             assert_int_equal(row_selected[at],
                              (int)(at / (c.K - 1) % c.T) < starts[i] ? 0x7F7F7F7F : selected[at]);
         free(out), free(lse), free(selected), free(rows), free(row_lse), free(row_selected);
+        free_case(&c);
+    }
+}
+
+// Output and log-sum-exp with noise are the bits of those without; what is noised is that output; from any row on.
+static void test_noise(void** state) {
+    (void)state;
+    static const struct {
+        const HeadMap* map;
+        int B, T, D, S, K, start;
+    } shapes[] = {
+        {&ONE, 1, 1, 64, 16, 2, 0},
+        {&UNEVEN, 2, 65, 32, 16, 3, 0},
+        {&GQA, 1, 70, 64, 32, 1, 33},
+        {&MQA, 2, 37, 128, 16, 2, 36},
+    };
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        Case c = new_case(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].S, shapes[i].K);
+        floatX* noised = (floatX*)forgotten(c.out_count * sizeof(floatX));
+        const AttentionNoise noise = {noised, 0.75f, 5, noise_stream(3, 2), 7};
+        run_forward(&c, 0);
+        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        c.noise = &noise;
+        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        run_forward(&c, 0);
+        double *same_out = download(c.out, c.out_count), *same_lse = download(c.lse, c.lse_count);
+        assert_memory_equal(same_out, out, c.out_count * sizeof(double));
+        assert_memory_equal(same_lse, lse, c.lse_count * sizeof(double));
+        check_noised(c.words, c.out, &noise, c.B, c.T, 0, c.H, c.D);
+        forget(noised, c.out_count * sizeof(floatX));
+        run_forward(&c, shapes[i].start);
+        check_noised(c.words, c.out, &noise, c.B, c.T, shapes[i].start, c.H, c.D);
+        free(same_out), free(same_lse);
+        free(out), free(lse);
+        device_free(noised);
         free_case(&c);
     }
 }
@@ -524,11 +619,14 @@ int main(int argc, char** argv) {
         FLASHMOBA(shapes),
         FLASHMOBA(hot_block),
         FLASHMOBA(groups_of_heads),
+        FLASHMOBA(pieces),
+        FLASHMOBA(workspace),
         FLASHMOBA(ties),
         FLASHMOBA(nan),
         FLASHMOBA(all_blocks),
         FLASHMOBA(later_token),
         FLASHMOBA(start),
+        FLASHMOBA(noise),
         FLASHMOBA(repeatable),
         MOBA(shapes),
         MOBA(hot_block),
@@ -537,6 +635,7 @@ int main(int argc, char** argv) {
         MOBA(all_blocks),
         MOBA(later_token),
         MOBA(start),
+        MOBA(noise),
         MOBA(repeatable),
         cmocka_unit_test(test_moba_is_flashmoba),
         cmocka_unit_test(test_keys),

@@ -250,7 +250,7 @@ typedef struct {
     int step; // of the next training pass
 } Fixture;
 
-static void set_up(Fixture* fixture, const Case* c) {
+static void set_up_recomputing(Fixture* fixture, const Case* c, Recompute recompute) {
     ModelConfig config = model_config_from_descriptor("d1");
     config.layers = c->layers;
     config.channels = c->channels;
@@ -274,7 +274,7 @@ static void set_up(Fixture* fixture, const Case* c) {
     model_config_check(&config);
 
     Model* model = &fixture->model;
-    gpt_plan(model, &config, BATCH, c->T, 1);
+    gpt_plan(model, &config, BATCH, c->T, 1, recompute, 0);
     gpt_allocate(model);
     gpt_initialize(model, 42);
     // Weights larger than a fresh model's, and gains other than 1, so that every term of a gradient counts.
@@ -294,13 +294,11 @@ static void set_up(Fixture* fixture, const Case* c) {
     // Maps such as training comes to, KV heads that nobody reads among them.
     for (int l = 0; l < c->layers && heads_are_key_driven(&config); l++) {
         double weights[8];
-        int heads[8];
         for (int g = 0; g < c->kv_heads; g++)
             weights[g] = pow(random_uniform(7, (uint64_t)l, (uint64_t)g), 3);
-        assert_true(allocate_heads(heads, weights, c->kv_heads, c->heads, 0));
-        allocation_set(&model->heads, l, heads);
+        assert_true(allocate_heads(model->heads.heads + l * c->kv_heads, weights, c->kv_heads, c->heads, 0));
+        allocation_apply(&model->heads, l);
     }
-    gpt_upload_maps(model, 0, c->layers);
     size_t rows = (size_t)BATCH * c->T;
     fixture->tokens = (int*)malloc_or_fail(rows * sizeof(int), "tokens");
     fixture->targets = (int*)malloc_or_fail(rows * sizeof(int), "targets");
@@ -324,6 +322,8 @@ static void set_up(Fixture* fixture, const Case* c) {
     fixture->reference = reference;
     fixture->step = NOISE_STEP;
 }
+
+static void set_up(Fixture* fixture, const Case* c) { set_up_recomputing(fixture, c, RECOMPUTE_NONE); }
 
 static void tear_down(Fixture* fixture) {
     gpt_free(&fixture->model);
@@ -576,6 +576,106 @@ static void test_incremental_forward(void** state) {
 }
 
 // ----------------------------------------------------------------------------
+// What is computed again in backward
+
+// Bytes that an array of `count` elements takes in the block of activations.
+static size_t in_block(size_t count, size_t element) {
+    return (count * element + ARENA_ALIGNMENT - 1) / ARENA_ALIGNMENT * ARENA_ALIGNMENT;
+}
+
+// What --recompute saves: of every array that is not kept, all but one.
+static size_t saved_bytes(const Case* c, Recompute recompute) {
+    const size_t rows = (size_t)BATCH * c->T, x = sizeof(floatX), acc = sizeof(float_acc);
+    const size_t H = c->heads, G = c->kv_heads, D = c->head_dim, C = c->channels, F = c->ffn;
+    size_t global = 0, bytes = 0;
+    for (int l = 0; l < c->layers; l++) global += c->pattern[l % (int)strlen(c->pattern)] == 'G';
+    const size_t others = c->layers - 1, other_global = global - 1;
+    if (recompute >= RECOMPUTE_MLP) bytes += others * (in_block(rows * 2 * F, x) + in_block(rows * F, x));
+    if (recompute < RECOMPUTE_LAYER) return bytes;
+    bytes += others * (3 * in_block(rows * C, x) + 2 * in_block(rows, acc));
+    bytes += others * in_block(rows * (H + 2 * G) * D, x);
+    if (c->kconv) bytes += other_global * in_block(rows * G * D, x);
+    if (c->attention != ATTENTION_DENSE)
+        bytes +=
+            other_global * in_block(moba_centroids_count(BATCH, c->T, (int)G, (int)D, c->moba_block), acc);
+    return bytes;
+}
+
+// Two micro-batches at one level of --recompute against the same that keeps everything: the loss, the gradients, the maps and
+// their statistics, what a layer's queries and keys were, and what comes next in a generation.
+static void must_recompute_the_same(const Case* c, Recompute recompute) {
+    Fixture kept, again;
+    set_up(&kept, c);
+    set_up_recomputing(&again, c, recompute);
+    Model *want = &kept.model, *got = &again.model;
+    assert_int_equal(want->activations.bytes - got->activations.bytes, saved_bytes(c, recompute));
+    if (c->gqa == GQA_KEY) want->heads.settings.source = got->heads.settings.source = SOURCE_FORWARD;
+    const double total = (double)BATCH * c->T;
+    for (int b = 0; b < BATCH; b++) {
+        const double loss = loss_and_gradients(&kept, b, 1, total);
+        assert_true(loss == loss_and_gradients(&again, b, 1, total));
+    }
+    assert_memory_equal(want->grads, got->grads, want->layout.table.elements * sizeof(float_acc));
+    assert_memory_equal(want->acts.key_sums, got->acts.key_sums,
+                        (size_t)c->layers * c->kv_heads * sizeof(float_acc));
+    assert_memory_equal(want->heads.map, got->heads.map, (size_t)c->layers * c->heads * sizeof(int));
+
+    gpt_forward(want, kept.tokens, BATCH, c->T, 0, NULL);
+    gpt_forward(got, again.tokens, BATCH, c->T, 0, NULL);
+    for (int l = 0; l < c->layers; l++) {
+        layer_qkv_again(got, l, BATCH, c->T);
+        assert_memory_equal(want->acts.layers[l].qkv, got->acts.layers[l].qkv,
+                            (size_t)BATCH * c->T * qkv_heads(&want->config) * c->head_dim * sizeof(floatX));
+    }
+    float *next = (float*)malloc_or_fail((size_t)c->vocab_size * sizeof(float), "logits"),
+          *next_again = (float*)malloc_or_fail((size_t)c->vocab_size * sizeof(float), "logits");
+    floatX* scratch = new_floats((size_t)want->config.padded_vocab);
+    for (int T = 1; T <= c->T; T++) {
+        gpt_next_logits(want, next, kept.tokens, T, T - 1, scratch);
+        gpt_next_logits(got, next_again, again.tokens, T, T - 1, scratch);
+        for (int v = 0; v < c->vocab_size; v++) assert_true(fabsf(next[v] - next_again[v]) <= 1e-5f);
+    }
+    free(next);
+    free(next_again);
+    free(scratch);
+    tear_down(&kept);
+    tear_down(&again);
+}
+
+// Every kind of attention with every kind of heads and every convolution, and the stacks of all other cases.
+static void test_recompute_changes_no_bit(void** state) {
+    (void)state;
+    for (int i = 0; i < CASES; i++) {
+        must_recompute_the_same(&cases[i], RECOMPUTE_MLP);
+        must_recompute_the_same(&cases[i], RECOMPUTE_LAYER);
+    }
+    for (int i = 0; i < 3 * 4 * 3; i++) {
+        const int taps = i % 3 == 0 ? 0 : 1 + 2 * (i % 3);
+        const Case c = {"variant",
+                        4,
+                        16,
+                        6,
+                        3,
+                        4,
+                        11,
+                        17,
+                        21,
+                        "SGG",
+                        5,
+                        1,
+                        0,
+                        1,
+                        taps,
+                        (GqaKind)(i / 3 % 4),
+                        (AttentionKind)(i / 12),
+                        4,
+                        2};
+        must_recompute_the_same(&c, RECOMPUTE_MLP);
+        must_recompute_the_same(&c, RECOMPUTE_LAYER);
+    }
+}
+
+// ----------------------------------------------------------------------------
 // Query heads that follow the keys
 
 // The statistic of the reference's last pass, (L, G), over the sequences first .. first + count.
@@ -602,7 +702,7 @@ static void must_be_near(const char* what, const double* got, const double* want
     }
 }
 
-// All layers' maps, on the device too, are those of kdgqa from the statistic n (L, G).
+// All layers' maps are those of kdgqa from the statistic n (L, G).
 static void must_follow(const Model* model, const double* n, int least) {
     const int G = model->config.kv_heads, H = model->config.heads;
     for (int l = 0; l < model->config.layers; l++) {
@@ -612,7 +712,6 @@ static void must_follow(const Model* model, const double* n, int least) {
         allocate_heads(heads, weights, G, H, least);
         map_from_allocation(map, heads, G);
         assert_memory_equal(model->heads.map + l * H, map, (size_t)H * sizeof(int));
-        assert_memory_equal(model->acts.kv_of_q + l * H, map, (size_t)H * sizeof(int));
     }
 }
 
@@ -685,7 +784,6 @@ static void test_maps_follow_the_keys(void** state) {
             gpt_next_logits(model, logits, fixture.tokens, 1, 0, scratch);
             gpt_next_logits(model, logits, fixture.tokens, 4, 1, scratch);
             assert_memory_equal(model->heads.map, maps, sizeof(maps));
-            assert_memory_equal(model->acts.kv_of_q, maps, sizeof(maps));
             assert_memory_equal(model->heads.statistic, before, sizeof(before));
             assert_memory_equal(model->acts.key_sums, sums, sizeof(sums));
             for (int l = 0; l < L; l++) moved += (int)model->heads.moved[l];
@@ -833,7 +931,7 @@ static void test_initialization(void** state) {
     config.gqa = GQA_STATIC;
     model_config_complete(&config);
     static Model model;
-    gpt_plan(&model, &config, 1, 32, 1);
+    gpt_plan(&model, &config, 1, 32, 1, RECOMPUTE_NONE, 0);
     gpt_allocate(&model);
     gpt_initialize(&model, 1);
     const TensorTable* table = &model.layout.table;
@@ -942,7 +1040,7 @@ static void test_transformers(void** state) {
         logits_read(path, &expected, &tokens, &T, &V);
         assert_int_equal(V, config.vocab_size);
         static Model model;
-        gpt_plan(&model, &config, 1, T, 0);
+        gpt_plan(&model, &config, 1, T, 0, RECOMPUTE_NONE, 0);
         gpt_allocate(&model);
         gpt_initialize(&model, 1);
         for (int i = 0; i < 3 * config.kv_heads * config.head_dim && config.kconv; i++)
@@ -990,14 +1088,15 @@ static void test_conversion_to_fewer_heads(void** state) {
     assert_non_null(mkdtemp(output));
     TrainingState at_start;
     memset(&at_start, 0, sizeof(at_start));
+    const StateRange whole = {0, model->layout.table.elements, 0};
     checkpoint_save(output, &model->config, &model->layout.table, &at_start, NULL, gpt_weights(model),
-                    model->exp_avg, model->exp_avg_sq, NULL, 0, model->stream);
+                    model->exp_avg, model->exp_avg_sq, &whole, 1, NULL, 0, model->stream);
     assert_true(checkpoint_latest(output, directory));
 
     ModelConfig config = model->config;
     config.kv_heads = 2;
     static Model pooled;
-    gpt_plan(&pooled, &config, 1, c.T, 0);
+    gpt_plan(&pooled, &config, 1, c.T, 0, RECOMPUTE_NONE, 0);
     gpt_allocate(&pooled);
     checkpoint_load_pooled(directory, &config, &pooled.layout.table, gpt_weights(&pooled), pooled.stream);
     gpt_forward(model, fixture.tokens, 1, c.T, 0, NULL);
@@ -1021,6 +1120,7 @@ int main(void) {
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_gradients_of_variants),
         cmocka_unit_test(test_directional_derivative),
+        cmocka_unit_test(test_recompute_changes_no_bit),
         cmocka_unit_test(test_maps_follow_the_keys),
         cmocka_unit_test(test_dgqa_takes_windows),
         cmocka_unit_test(test_noise_is_for_training_only),

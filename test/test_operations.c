@@ -602,6 +602,12 @@ static void test_key_weight_norm(void** state) {
 // ----------------------------------------------------------------------------
 // Noise on the output of attention
 
+static void add_noise(floatX* noised, const floatX* out, int B, int T, int H, int D, float alpha,
+                      uint64_t seed, uint64_t draws, uint64_t first_sequence) {
+    const AttentionNoise noise = {noised, alpha, seed, draws, first_sequence};
+    attention_noise(&noise, out, B, T, 0, H, D);
+}
+
 static void test_attention_noise(void** state) {
     (void)state;
     enum { B = 4, T = 16, H = 3, D = 64, COUNT = B * T * H * D };
@@ -609,9 +615,9 @@ static void test_attention_noise(void** state) {
     static double z[COUNT];
     fill_normal(NULL, out, COUNT, 3, 1);
     const uint64_t draws = noise_stream(5, 2);
-    attention_noise(noised, out, B, T, H, D, 0, 42, draws, 0, 0);
+    add_noise(noised, out, B, T, H, D, 0, 42, draws, 0);
     assert_memory_equal(noised, out, sizeof(out)); // alpha 0
-    attention_noise(noised, out, B, T, H, D, 0.5f, 42, draws, 0, 0);
+    add_noise(noised, out, B, T, H, D, 0.5f, 42, draws, 0);
     double mean = 0, square = 0, fourth = 0, neighbours = 0;
     for (int row = 0; row < COUNT / D; row++) {
         double average = 0, variance = 0;
@@ -632,11 +638,11 @@ static void test_attention_noise(void** state) {
     assert_true(fabs(square - 1) < 4 * sqrt(2.0 / COUNT) && fabs(fourth - 3) < 4 * sqrt(96.0 / COUNT));
 
     // A sequence has its noise wherever it stands in a micro-batch; another step, layer or seed has another.
-    attention_noise(again, out + COUNT / B, 1, T, H, D, 0.5f, 42, draws, 1, 0);
+    add_noise(again, out + COUNT / B, 1, T, H, D, 0.5f, 42, draws, 1);
     assert_memory_equal(again, noised + COUNT / B, sizeof(out) / B);
     const uint64_t others[3] = {noise_stream(6, 2), noise_stream(5, 3), draws};
     for (int k = 0; k < 3; k++) {
-        attention_noise(again, out, B, T, H, D, 0.5f, k == 2 ? 43 : 42, others[k], 0, 0);
+        add_noise(again, out, B, T, H, D, 0.5f, k == 2 ? 43 : 42, others[k], 0);
         double correlation = 0;
         for (int i = 0; i < COUNT; i++) correlation += z[i] * ((double)out[i] - (double)again[i]) / COUNT;
         assert_true(fabs(correlation) < 4 * 1.6 / sqrt(COUNT)); // 0.5 std(out) is about 1.5
@@ -645,7 +651,7 @@ static void test_attention_noise(void** state) {
         for (int layer = 0; layer < 50; layer++)
             assert_int_equal(noise_stream(step, layer) == draws, step == 5 && layer == 2);
     for (int i = 0; i < D; i++) out[i] = 2; // a row without spread has no noise
-    attention_noise(noised, out, 1, 1, 1, D, 1, 42, draws, 0, 0);
+    add_noise(noised, out, 1, 1, 1, D, 1, 42, draws, 0);
     assert_memory_equal(noised, out, D * sizeof(floatX));
 }
 
@@ -692,7 +698,11 @@ static void test_global_norm(void** state) {
         float_acc* partials = new_floats(global_norm_partials(counts[i]));
         fill_normal(exact, grads, counts[i], 1, 7);
         float_acc norm;
-        global_norm(&norm, partials, grads, counts[i], 0);
+        const size_t half = counts[i] / 2; // an empty part where there is one element
+        float_acc sums[2];
+        sum_of_squares(&sums[0], partials, grads, half, 0);
+        sum_of_squares(&sums[1], partials, grads + half, counts[i] - half, 0);
+        global_norm(&norm, sums, 2, 0);
         double want = sqrt(dot(exact, exact, counts[i]));
         assert_true(fabs((double)norm - want) <= 1e-6 * want);
         free(exact);
@@ -703,7 +713,8 @@ static void test_global_norm(void** state) {
 
 static void test_adamw(void** state) {
     (void)state;
-    enum { COUNT = 37 };
+    enum { COUNT = 2 * DECAY_BLOCK + 37 };
+    const float_acc decays[3] = {1, 0, 1};
     const float clips[] = {0, 1, 1e6f};
     for (int k = 0; k < 3; k++) {
         floatX params[COUNT], copy[COUNT];
@@ -718,9 +729,9 @@ static void test_adamw(void** state) {
             double scale = clips[k] > 0 && length > clips[k] ? clips[k] / length : 1;
             norm = (float_acc)length;
             AdamW settings = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, clips[k], step};
-            adamw_update(params, NULL, m, v, grads, &norm, COUNT, settings, 0);
+            adamw_update(params, NULL, m, v, grads, &norm, decays, COUNT, settings, 0);
             memset(copy, 0xFF, sizeof(copy)); // what the copy of the masters held before has no part in it
-            adamw_update(copy, masters, master_m, master_v, grads, &norm, COUNT, settings, 0);
+            adamw_update(copy, masters, master_m, master_v, grads, &norm, decays, COUNT, settings, 0);
             assert_memory_equal(copy, params, sizeof(params));
             assert_memory_equal(masters, params, sizeof(params));
             for (int i = 0; i < COUNT; i++) {
@@ -729,7 +740,8 @@ static void test_adamw(void** state) {
                 v_exact[i] = beta2 * v_exact[i] + (1 - beta2) * g * g;
                 double m_hat = m_exact[i] / (1 - pow(beta1, step)),
                        v_hat = v_exact[i] / (1 - pow(beta2, step));
-                double rate = settings.learning_rate, decay = settings.weight_decay;
+                double rate = settings.learning_rate,
+                       decay = settings.weight_decay * (double)decays[i / DECAY_BLOCK];
                 p_exact[i] -= rate * (m_hat / (sqrt(v_hat) + settings.eps) + decay * p_exact[i]);
             }
         }

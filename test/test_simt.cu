@@ -3,7 +3,9 @@ dev/simt, the emulator of CUDA's execution model: its errors and their words, th
 unwritten memory holds, and the host's functions. What it shares with a GPU is in test_layout.cu, and what it has to find in kernels
 in broken.cu.
 */
+#define PRECISION_FP32 // of floatX, which nothing here depends on
 #include "kernels/ptx.cuh"
+#include "kernels/vector.cuh"
 #include "test/capture.h"
 #include "test/device_array.h"
 
@@ -373,6 +375,233 @@ static void copies_of_the_host(void** state) {
     assert_int_equal(cudaGetLastError(), cudaSuccess);
 }
 
+// ----------------------------------------------------------------------------
+// Recording. What graphs do where all is well, test_kernels.cu tests of the emulator and of a GPU; here is what is refused.
+
+typedef struct {
+    cudaStream_t stream, other, blocking;
+    cudaEvent_t event;  // recorded before the recording
+    int *device, *more; // (8)
+    int* pinned;        // (8)
+} Recorded;
+
+__global__ void store_number(int* to, int number) { *to = number; }
+
+static void wait_for_stream(Recorded* r) { (void)cudaStreamSynchronize(r->stream); }
+static void wait_for_device(Recorded*) { (void)cudaDeviceSynchronize(); }
+static void take_memory(Recorded*) {
+    int* memory = (int*)&memory;
+    assert_int_equal(cudaMalloc(&memory, 4), cudaErrorStreamCaptureUnsupported);
+    assert_null(memory);
+}
+static void free_memory(Recorded* r) { (void)cudaFree(r->more); }
+static void take_pinned_memory(Recorded*) {
+    int* memory = (int*)&memory;
+    assert_int_equal(cudaMallocHost(&memory, 4), cudaErrorStreamCaptureUnsupported);
+    assert_null(memory);
+}
+static void free_pinned_memory(Recorded* r) { (void)cudaFreeHost(r->pinned); }
+static void copy_and_wait(Recorded* r) { (void)cudaMemcpy(r->device, r->more, 4, cudaMemcpyDeviceToDevice); }
+static void set_and_wait(Recorded* r) { (void)cudaMemset(r->device, 0, 4); }
+static void copy_from_pageable(Recorded* r) {
+    static int pageable;
+    (void)cudaMemcpyAsync(r->device, &pageable, 4, cudaMemcpyHostToDevice, r->stream);
+}
+static void copy_beyond_pinned(Recorded* r) {
+    (void)cudaMemcpyAsync(r->device, r->pinned + 1, 8 * sizeof(int), cudaMemcpyHostToDevice, r->stream);
+}
+static void wait_for_earlier_event(Recorded* r) { (void)cudaStreamWaitEvent(r->stream, r->event); }
+static void launch_a_graph(Recorded* r) {
+    simt_graph_exec nothing;
+    (void)cudaGraphLaunch(&nothing, r->stream);
+}
+static void fork_stream(Recorded* r) {
+    cudaEvent_t event;
+    cudaEventCreate(&event);
+    assert_int_equal(cudaEventRecord(event, r->stream), cudaSuccess);
+    assert_int_equal(cudaStreamWaitEvent(r->other, event), cudaSuccess);
+    launch(store_number, 1, 1, 0, r->other, r->device + 1, 7);
+    cudaEventDestroy(event);
+}
+static void join_stream(Recorded* r) {
+    cudaEvent_t event;
+    cudaEventCreate(&event);
+    assert_int_equal(cudaEventRecord(event, r->other), cudaSuccess);
+    assert_int_equal(cudaStreamWaitEvent(r->stream, event), cudaSuccess);
+    cudaEventDestroy(event);
+}
+static void fork_without_end(Recorded* r) { fork_stream(r); }
+static void fork_and_go_on(Recorded* r) {
+    fork_stream(r);
+    join_stream(r);
+    launch(store_number, 1, 1, 0, r->other, r->device + 1, 7);
+}
+
+static const struct {
+    void (*use)(Recorded*);
+    const char* says;
+} broken_recordings[] = {
+    {wait_for_stream, "cudaStreamSynchronize while a stream is recorded for a graph"},
+    {wait_for_device, "cudaDeviceSynchronize while"},
+    {take_memory, "cudaMalloc while"},
+    {free_memory, "cudaFree while"},
+    {take_pinned_memory, "cudaMallocHost while"},
+    {free_pinned_memory, "cudaFreeHost while"},
+    {copy_and_wait, "cudaMemcpy while"},
+    {set_and_wait, "cudaMemset while"},
+    {copy_from_pageable, "cudaMemcpyAsync while a stream is recorded for a graph: the host's side"},
+    {copy_beyond_pinned, "the host's side of the copy is not pinned"},
+    {wait_for_earlier_event, "the event is not of the recording"},
+    {launch_a_graph, "cudaGraphLaunch while"},
+    {fork_without_end,
+     "cudaStreamEndCapture while a stream is recorded for a graph: nobody waits for all of"},
+    {fork_and_go_on, "nobody waits for all of a stream that joined it"},
+};
+
+// Records store_number() around `use`; the graph, or null where the recording was lost.
+static cudaGraph_t record(Recorded* r, cudaStreamCaptureMode mode, void (*use)(Recorded*)) {
+    assert_int_equal(cudaStreamBeginCapture(r->stream, mode), cudaSuccess);
+    launch(store_number, 1, 1, 0, r->stream, r->device, 5);
+    use(r);
+    (void)try_launch(store_number, 1, 1, 0, r->stream, r->device + 2, 6);
+    cudaGraph_t graph;
+    const cudaError_t error = cudaStreamEndCapture(r->stream, &graph);
+    assert_int_equal(error == cudaSuccess, graph != nullptr);
+    return graph;
+}
+
+static void nothing(Recorded*) {}
+static void fork_and_join(Recorded* r) {
+    fork_stream(r);
+    join_stream(r);
+}
+
+static Recorded new_recorded() {
+    Recorded r;
+    cudaStreamCreateWithFlags(&r.stream, cudaStreamNonBlocking);
+    cudaStreamCreateWithFlags(&r.other, cudaStreamNonBlocking);
+    cudaStreamCreate(&r.blocking);
+    cudaEventCreate(&r.event);
+    cudaEventRecord(r.event, r.stream);
+    cudaMalloc(&r.device, 8 * sizeof(int));
+    cudaMalloc(&r.more, 8 * sizeof(int));
+    cudaMallocHost(&r.pinned, 8 * sizeof(int));
+    return r;
+}
+
+static void free_recorded(Recorded* r) {
+    cudaStreamDestroy(r->stream);
+    cudaStreamDestroy(r->other);
+    cudaStreamDestroy(r->blocking);
+    cudaEventDestroy(r->event);
+    assert_int_equal(cudaFree(r->device), cudaSuccess);
+    assert_int_equal(cudaFree(r->more), cudaSuccess);
+    assert_int_equal(cudaFreeHost(r->pinned), cudaSuccess);
+}
+
+// The graph does what was recorded, and only when it is launched.
+static void must_store(Recorded* r, cudaGraph_t graph, const int* want) {
+    cudaGraphExec_t executable;
+    int after[3];
+    assert_non_null(graph);
+    assert_int_equal(cudaGraphInstantiate(&executable, graph), cudaSuccess);
+    assert_int_equal(cudaMemset(r->device, 0, sizeof(after)), cudaSuccess);
+    assert_int_equal(cudaGraphLaunch(executable, r->stream), cudaSuccess);
+    assert_int_equal(cudaMemcpy(after, r->device, sizeof(after), cudaMemcpyDeviceToHost), cudaSuccess);
+    assert_memory_equal(after, want, sizeof(after));
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+}
+
+static void broken_uses_of_recordings(void** state) {
+    (void)state;
+    Recorded r = new_recorded();
+    const int plain[3] = {5, 0, 6}, forked[3] = {5, 7, 6};
+    for (size_t i = 0; i < sizeof(broken_recordings) / sizeof(broken_recordings[0]); i++) {
+        assert_null(record(&r, cudaStreamCaptureModeThreadLocal, broken_recordings[i].use));
+        assert_message(broken_recordings[i].says);
+        must_store(&r, record(&r, cudaStreamCaptureModeThreadLocal, nothing), plain);
+    }
+    must_store(&r, record(&r, cudaStreamCaptureModeThreadLocal, fork_and_join), forked);
+    // A relaxed recording lets the host take memory.
+    must_store(&r,
+               record(&r, cudaStreamCaptureModeRelaxed,
+                      [](Recorded* of) {
+                          int* memory = nullptr;
+                          assert_int_equal(cudaMalloc(&memory, 4), cudaSuccess);
+                          assert_int_equal(cudaFree(memory), cudaSuccess);
+                          assert_int_equal(cudaStreamSynchronize(of->other), cudaSuccess);
+                      }),
+               plain);
+    free_recorded(&r);
+}
+
+static void moments_of_recordings(void** state) {
+    (void)state;
+    Recorded r = new_recorded();
+    cudaGraph_t graph;
+    cudaStreamCaptureStatus status;
+    float milliseconds;
+    assert_int_equal(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal),
+                     cudaErrorStreamCaptureUnsupported);
+    assert_int_equal(cudaStreamEndCapture(r.stream, &graph), cudaErrorStreamCaptureUnmatched);
+    assert_int_equal(cudaEventRecordWithFlags(r.event, r.stream, cudaEventRecordExternal),
+                     cudaErrorInvalidValue);
+
+    assert_int_equal(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+    assert_int_equal(cudaStreamBeginCapture(r.other, cudaStreamCaptureModeGlobal), cudaErrorIllegalState);
+    cudaStreamIsCapturing(r.stream, &status);
+    assert_int_equal(status, cudaStreamCaptureStatusActive);
+    cudaStreamIsCapturing(r.other, &status);
+    assert_int_equal(status, cudaStreamCaptureStatusNone);
+    // Other streams go on, and so does the default stream, for which this one does not wait.
+    launch(store_number, 1, 1, 0, nullptr, r.device, 8);
+    launch(store_number, 1, 1, 0, r.other, r.device + 1, 9);
+    assert_int_equal(cudaEventRecord(r.event, r.stream), cudaSuccess);
+    assert_int_equal(cudaEventSynchronize(r.event), cudaErrorCapturedEvent);
+    assert_int_equal(cudaEventElapsedTime(&milliseconds, r.event, r.event), cudaErrorCapturedEvent);
+    assert_message("the event is a place in a recording and has no time");
+    assert_int_equal(cudaStreamEndCapture(r.other, &graph), cudaErrorStreamCaptureUnmatched);
+    assert_int_equal(cudaStreamEndCapture(r.stream, &graph), cudaSuccess);
+    assert_int_equal(cudaEventRecord(r.event, r.stream), cudaSuccess);
+    assert_int_equal(cudaEventSynchronize(r.event), cudaSuccess);
+    cudaGraphDestroy(graph);
+    int stored[2];
+    assert_int_equal(cudaMemcpy(stored, r.device, sizeof(stored), cudaMemcpyDeviceToHost), cudaSuccess);
+    assert_true(stored[0] == 8 && stored[1] == 9);
+
+    // A stream that waits for the default stream, and it for that one, cannot be recorded beside it.
+    assert_int_equal(cudaStreamBeginCapture(r.blocking, cudaStreamCaptureModeGlobal), cudaSuccess);
+    assert_int_equal(try_launch(store_number, 1, 1, 0, nullptr, r.device, 8), cudaErrorStreamCaptureImplicit);
+    assert_message("work on the default stream while a stream is recorded for a graph");
+    cudaStreamIsCapturing(r.blocking, &status);
+    assert_int_equal(status, cudaStreamCaptureStatusInvalidated);
+    assert_int_equal(cudaStreamEndCapture(r.blocking, &graph), cudaErrorStreamCaptureInvalidated);
+
+    // Only the same work can be updated.
+    cudaGraph_t longer = record(&r, cudaStreamCaptureModeGlobal, fork_and_join);
+    graph = record(&r, cudaStreamCaptureModeGlobal, nothing);
+    cudaGraphExec_t executable;
+    cudaGraphExecUpdateResultInfo info;
+    assert_int_equal(cudaGraphInstantiate(&executable, graph), cudaSuccess);
+    assert_int_equal(cudaGraphExecUpdate(executable, longer, &info), cudaErrorGraphExecUpdateFailure);
+    assert_int_equal(info.result, cudaGraphExecUpdateErrorTopologyChanged);
+    longer->nodes.pop_back();
+    longer->nodes[1].kind = simt::NODE_SET;
+    assert_int_equal(cudaGraphExecUpdate(executable, longer, &info), cudaErrorGraphExecUpdateFailure);
+    assert_int_equal(info.result, cudaGraphExecUpdateErrorNodeTypeChanged);
+    assert_int_equal(cudaGraphExecUpdate(executable, graph, &info), cudaSuccess);
+    // What has been freed since it was recorded is found when the graph runs.
+    assert_int_equal(cudaFree(r.device), cudaSuccess);
+    assert_int_equal(cudaGraphLaunch(executable, r.stream), cudaErrorInvalidValue);
+    assert_message("a pointer argument of the kernel is not device memory");
+    assert_int_equal(cudaMalloc(&r.device, 4), cudaSuccess);
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaGraphDestroy(longer);
+    free_recorded(&r);
+}
+
 static void many_allocations(void** state) {
     (void)state;
     enum { N = 300 };
@@ -414,6 +643,75 @@ static void options_of_the_environment(void** state) {
     assert_string_equal(captured.text, "SIMT_TEST=rev: must be one of forward|reverse\n");
 }
 
+// ----------------------------------------------------------------------------
+// What kernels have done, and what they are called
+
+enum { COUNTED_BLOCKS = 3, COUNTED_THREADS = 64, COUNTED_COPIES = 48 };
+
+// Two products and one load of matrices for a warp; copies, some of them of nothing; an atomic in every thread.
+__global__ void counted_work(const char* from, int* sum) {
+    SHARED_MEMORY(char, bytes);
+    cp_async16(bytes + threadIdx.x * 16, from + threadIdx.x * 16, threadIdx.x < COUNTED_COPIES);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    unsigned a[4];
+    float d[4] = {0, 0, 0, 0};
+    ldmatrix_x4(a, bytes + threadIdx.x * 16);
+    mma_m16n8k16_bf16(d, a, a[0], a[1]);
+    mma_m16n8k16_bf16(d, a, a[2], a[3]);
+    atomicAdd(sum, 1);
+    Values<4> values = load<4>((const float*)from);
+    values.at[0] = d[0];
+    if (threadIdx.x == 0) store((float*)sum + 4 + 4 * blockIdx.x, values);
+}
+
+static void counters(void** state) {
+    (void)state;
+    DeviceArray<char> from(COUNTED_THREADS * 16);
+    DeviceArray<int> sum(4 + 4 * COUNTED_BLOCKS);
+    from.to_device(), sum.to_device();
+    const simt::Counters before = simt::counters;
+    launch(counted_work, COUNTED_BLOCKS, COUNTED_THREADS, COUNTED_THREADS * 16, nullptr, from.device,
+           sum.device);
+    const int warps = COUNTED_BLOCKS * COUNTED_THREADS / 32;
+    assert_int_equal(simt::counters.launches - before.launches, 1);
+    assert_int_equal(simt::counters.products - before.products, 2 * warps);
+    assert_int_equal(simt::counters.matrices - before.matrices, warps);
+    assert_int_equal(simt::counters.copied - before.copied, COUNTED_BLOCKS * COUNTED_COPIES * 16);
+    assert_int_equal(simt::counters.atomics - before.atomics, COUNTED_BLOCKS * COUNTED_THREADS);
+    assert_int_equal(simt::counters.loaded - before.loaded, COUNTED_BLOCKS * COUNTED_THREADS * 16);
+    assert_int_equal(simt::counters.stored - before.stored, COUNTED_BLOCKS * 16);
+}
+
+struct NamesOfLaunches {
+    LaunchObserver observer;
+    const char* before;
+    const char* after;
+};
+
+static void observed_launches(void** state) {
+    (void)state;
+    NamesOfLaunches names = {{[](LaunchObserver* self, const void* kernel, cudaStream_t) {
+                                  cudaFuncGetName(&((NamesOfLaunches*)self)->before, kernel);
+                              },
+                              [](LaunchObserver* self, const void* kernel, cudaStream_t) {
+                                  cudaFuncGetName(&((NamesOfLaunches*)self)->after, kernel);
+                              }},
+                             nullptr,
+                             nullptr};
+    DeviceArray<int> out(256);
+    launch_observer = &names.observer;
+    launch(write_indices, 2, 128, 0, nullptr, out.device);
+    launch_observer = nullptr;
+    assert_string_equal(names.before, "_Z13write_indicesPi");
+    assert_string_equal(names.after, names.before);
+    names.before = nullptr;
+    launch(write_indices, 2, 128, 0, nullptr, out.device);
+    assert_null(names.before);
+    assert_string_equal(simt::function_name(&out), "?");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(divergent_barriers),
@@ -430,8 +728,12 @@ int main(void) {
         cmocka_unit_test(unwritten_memory),
         cmocka_unit_test(moments_of_copies),
         cmocka_unit_test(copies_of_the_host),
+        cmocka_unit_test(broken_uses_of_recordings),
+        cmocka_unit_test(moments_of_recordings),
         cmocka_unit_test(many_allocations),
         cmocka_unit_test(options_of_the_environment),
+        cmocka_unit_test(counters),
+        cmocka_unit_test(observed_launches),
     };
     program_name = "test_simt";
     simt::options = {simt::ORDER_FORWARD, simt::ASYNC_LAZY, 1}; // whatever the environment says

@@ -113,7 +113,8 @@ static result_t measure(const shape_t* shape, int rounds, floatX* peak_out, cons
         const int r = round < 0 ? 0 : round;
         peak[r] = measure_peak(peak_out, a, b);
         const double start = omp_get_wtime();
-        attention_forward(out, lse, qkv, kv_of_q, forward_workspace, 1, T, 0, H, G, D, shape->window, 0);
+        attention_forward(out, lse, qkv, kv_of_q, forward_workspace, 1, T, 0, H, G, D, shape->window, NULL,
+                          0);
         const double middle = omp_get_wtime();
         attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, 1, T, H, G, D, shape->window, 0);
         forward[r] = middle - start;

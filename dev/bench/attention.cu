@@ -9,11 +9,10 @@ pair of query and visible key in the forward, five in the backward. Calls go rou
 the cache. The twin for CPUs is attention.c.
 */
 #include <argp.h>
-#include <omp.h>
 #include "kernels/device.cuh"
-#include "kernels/matmul.cuh"  // defines matmul_forward
-#include "gqa.cuh"             // defines attention_forward, attention_backward
-#include "dev/bench/measure.h" // defines parse_number, new_random, Mark, median
+#include "gqa.cuh"              // defines attention_forward, attention_backward
+#include "dev/bench/ceilings.h" // defines product_rate
+#include "dev/bench/measure.h"  // defines parse_number, new_random, time_passes
 
 typedef struct {
     int B, T, H, G, D, window;
@@ -79,92 +78,84 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
 // ----------------------------------------------------------------------------
 // Measuring
 
-// Operations a second of a large matrix product.
-static double matmul_peak(int size) {
-    const size_t count = (size_t)size * (size_t)size;
-    floatX *a = new_random(count), *b = new_random(count), *c = new_random(count);
-    enum { ROUNDS = 10 };
-    double times[ROUNDS];
-    Mark begun = mark_make(), done = mark_make();
-    for (int round = -2; round < ROUNDS; round++) {
-        mark(&begun, 0);
-        matmul_forward(c, a, b, size, size, size, 0);
-        mark(&done, 0);
-        const double seconds = seconds_between(begun, done);
-        if (round >= 0) times[round] = seconds;
-    }
-    mark_free(begun), mark_free(done);
-    device_free(a), device_free(b), device_free(c);
-    return 2.0 * size * size * size / median(times, ROUNDS);
-}
-
 static double visible_pairs(const Shape* shape) {
     const double T = shape->T, W = shape->window > 0 && shape->window < shape->T ? shape->window : T;
     return W * (W + 1) / 2 + (T - W) * W;
 }
 
-// What one call reads and writes.
+// What a call reads and writes.
 typedef struct {
     floatX *qkv, *dqkv, *out, *dout;
     float_acc* lse;
 } Buffers;
 
 typedef struct {
-    double forward_seconds, backward_seconds; // medians
+    const Shape* shape;
+    Buffers sets[MOST_INPUT_SETS];
+    int count;
+    void* workspace;
+    int* kv_of_q;
+} Inputs;
+
+static Inputs new_inputs(const Shape* s) {
+    const size_t rows = (size_t)s->B * (size_t)s->T, qkv = rows * (size_t)(s->H + 2 * s->G) * (size_t)s->D,
+                 out = rows * (size_t)s->H * (size_t)s->D;
+    Inputs inputs;
+    inputs.shape = s;
+    inputs.count = input_sets((qkv + out) * sizeof(floatX));
+    for (int i = 0; i < inputs.count; i++) {
+        Buffers* x = &inputs.sets[i];
+        x->qkv = new_random(qkv), x->dqkv = new_random(qkv), x->out = new_random(out),
+        x->dout = new_random(out);
+        x->lse = (float_acc*)device_malloc(rows * (size_t)s->H * sizeof(float_acc), "log-sum-exps");
+    }
+    const size_t forward_bytes = attention_forward_workspace(s->B, s->T, s->H, s->G, s->D),
+                 backward_bytes = attention_backward_workspace(s->B, s->T, s->H, s->G, s->D);
+    inputs.workspace =
+        device_malloc(forward_bytes > backward_bytes ? forward_bytes : backward_bytes, "a workspace");
+    inputs.kv_of_q = new_head_map(s->H, s->G);
+    return inputs;
+}
+
+static void free_inputs(Inputs* inputs) {
+    for (int i = 0; i < inputs->count; i++) {
+        Buffers* x = &inputs->sets[i];
+        device_free(x->qkv), device_free(x->dqkv), device_free(x->out), device_free(x->dout),
+            device_free(x->lse);
+    }
+    device_free(inputs->workspace), device_free(inputs->kv_of_q);
+}
+
+static void forward_pass(void* context, int set) {
+    const Inputs* inputs = (const Inputs*)context;
+    const Shape* s = inputs->shape;
+    const Buffers* x = &inputs->sets[set];
+    attention_forward(x->out, x->lse, x->qkv, inputs->kv_of_q, inputs->workspace, s->B, s->T, 0, s->H, s->G,
+                      s->D, s->window, NULL, 0);
+}
+
+static void backward_pass(void* context, int set) {
+    const Inputs* inputs = (const Inputs*)context;
+    const Shape* s = inputs->shape;
+    const Buffers* x = &inputs->sets[set];
+    attention_backward(x->dqkv, x->dout, x->out, x->lse, x->qkv, inputs->kv_of_q, inputs->workspace, s->B,
+                       s->T, s->H, s->G, s->D, s->window, 0);
+}
+
+typedef struct {
+    PassSeconds seconds;
     double rate, forward_rate, backward_rate; // useful operations a second
 } Timing;
 
 static Timing measure(const Shape* shape, int rounds) {
-    const int B = shape->B, T = shape->T, H = shape->H, G = shape->G, D = shape->D, W = shape->window;
-    const size_t rows = (size_t)B * (size_t)T, qkv = rows * (size_t)(H + 2 * G) * (size_t)D,
-                 out = rows * (size_t)H * (size_t)D;
-    const size_t cache = device_cache_bytes(), bytes = (qkv + out) * sizeof(floatX);
-    enum { MOST_SETS = 16 };
-    Buffers sets[MOST_SETS];
-    const int wanted = 1 + (int)(2 * cache / bytes), count = wanted < MOST_SETS ? wanted : MOST_SETS;
-    for (int i = 0; i < count; i++) {
-        sets[i].qkv = new_random(qkv), sets[i].dqkv = new_random(qkv), sets[i].out = new_random(out),
-        sets[i].dout = new_random(out);
-        sets[i].lse = (float_acc*)device_malloc(rows * (size_t)H * sizeof(float_acc), "log-sum-exps");
-    }
-    const size_t forward_bytes = attention_forward_workspace(B, T, H, G, D),
-                 backward_bytes = attention_backward_workspace(B, T, H, G, D);
-    void* workspace =
-        device_malloc(forward_bytes > backward_bytes ? forward_bytes : backward_bytes, "a workspace");
-    int* map = (int*)malloc_or_fail(sizeof(int) * (size_t)H, "the head map");
-    for (int h = 0; h < H; h++) map[h] = (int)((long)h * G / H);
-    int* kv_of_q = (int*)device_malloc(sizeof(int) * (size_t)H, "the head map");
-    copy_to_device(kv_of_q, map, sizeof(int) * (size_t)H, 0);
-
-    double* times = (double*)malloc_or_fail(sizeof(double) * 2 * (size_t)rounds, "the times");
-    double *forward = times, *backward = times + rounds;
-    Mark begun = mark_make(), middle = mark_make(), done = mark_make();
-    for (int round = -3; round < rounds; round++) { // the first ones warm up
-        const Buffers* x = &sets[(round + 3) % count];
-        mark(&begun, 0);
-        attention_forward(x->out, x->lse, x->qkv, kv_of_q, workspace, B, T, 0, H, G, D, W, 0);
-        mark(&middle, 0);
-        attention_backward(x->dqkv, x->dout, x->out, x->lse, x->qkv, kv_of_q, workspace, B, T, H, G, D, W, 0);
-        mark(&done, 0);
-        const double seconds = seconds_between(middle, done);
-        if (round < 0) continue;
-        forward[round] = seconds_between(begun, middle);
-        backward[round] = seconds;
-    }
-    mark_free(begun), mark_free(middle), mark_free(done);
-    const double operations = 4 * visible_pairs(shape) * D * H * B;
+    Inputs inputs = new_inputs(shape);
+    const double operations = 4 * visible_pairs(shape) * shape->D * shape->H * shape->B;
     Timing timing;
-    timing.forward_seconds = median(forward, rounds);
-    timing.backward_seconds = median(backward, rounds);
-    timing.forward_rate = operations / timing.forward_seconds;
-    timing.backward_rate = 2.5 * operations / timing.backward_seconds;
-    timing.rate = 3.5 * operations / (timing.forward_seconds + timing.backward_seconds);
-    for (int i = 0; i < count; i++) {
-        device_free(sets[i].qkv), device_free(sets[i].dqkv), device_free(sets[i].out),
-            device_free(sets[i].dout);
-        device_free(sets[i].lse);
-    }
-    device_free(workspace), device_free(kv_of_q), free(map), free(times);
+    timing.seconds = time_passes(forward_pass, backward_pass, &inputs, inputs.count, rounds);
+    timing.forward_rate = operations / timing.seconds.forward;
+    timing.backward_rate = 2.5 * operations / timing.seconds.backward;
+    timing.rate = 3.5 * operations / (timing.seconds.forward + timing.seconds.backward);
+    free_inputs(&inputs);
     return timing;
 }
 
@@ -173,7 +164,7 @@ static Timing measure(const Shape* shape, int rounds) {
 
 static void print_timing(const Shape* s, const Timing* t, double peak) {
     printf("%4d %6d %4d %4d %4d %7d %11.3f %11.3f %9.1f %9.1f %9.1f %7.1f\n", s->B, s->T, s->H, s->G, s->D,
-           s->window, 1e3 * t->forward_seconds, 1e3 * t->backward_seconds, 1e-12 * t->forward_rate,
+           s->window, 1e3 * t->seconds.forward, 1e3 * t->seconds.backward, 1e-12 * t->forward_rate,
            1e-12 * t->backward_rate, 1e-12 * t->rate, 100 * t->rate / peak);
     fflush(stdout);
 }
@@ -183,8 +174,8 @@ static void write_timing(FILE* json, const Shape* s, const Timing* t, int is_fir
             "%s\n    {\"B\": %d, \"T\": %d, \"H\": %d, \"G\": %d, \"D\": %d, \"window\": %d, \"forward_ms\": "
             "%.5f, "
             "\"backward_ms\": %.5f, \"forward_tflops\": %.3f, \"backward_tflops\": %.3f, \"tflops\": %.3f}",
-            is_first ? "" : ",", s->B, s->T, s->H, s->G, s->D, s->window, 1e3 * t->forward_seconds,
-            1e3 * t->backward_seconds, 1e-12 * t->forward_rate, 1e-12 * t->backward_rate, 1e-12 * t->rate);
+            is_first ? "" : ",", s->B, s->T, s->H, s->G, s->D, s->window, 1e3 * t->seconds.forward,
+            1e3 * t->seconds.backward, 1e-12 * t->forward_rate, 1e-12 * t->backward_rate, 1e-12 * t->rate);
 }
 
 int main(int argc, char** argv) {
@@ -201,7 +192,7 @@ int main(int argc, char** argv) {
     const Shape* shapes = settings.shape.T ? &settings.shape : default_shapes;
     const int count = settings.shape.T ? 1 : (int)(sizeof(default_shapes) / sizeof(default_shapes[0]));
     FILE* json = settings.json ? open_or_fail(settings.json, "w") : NULL;
-    const double peak = matmul_peak(LARGE_PRODUCT);
+    const double peak = product_rate(LARGE_PRODUCT);
     printf("%s %s, %s; medians of %d rounds; a matrix product of %d reaches %.1f TFLOP/s\n", DEVICE_NAME,
            device_name(), PRECISION_NAME, settings.rounds, LARGE_PRODUCT, 1e-12 * peak);
     printf("                                                                useful TFLOP/s            %% of "

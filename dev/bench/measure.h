@@ -1,6 +1,6 @@
 /*
-What the benchmarks share: numbers of their command lines, random inputs (never zeros: those are faster), and the median of what
-the device's marks in time measure.
+What the benchmarks share: numbers of their command lines, random inputs (never zeros: those are faster), as many sets of them as
+leave none in the cache, and the median of what the device's marks in time measure.
 
     int T = parse_number(argument, "tokens", 1);
     floatX* qkv = new_random(count);
@@ -10,6 +10,9 @@ the device's marks in time measure.
     mark(&done, stream);
     times[round] = seconds_between(begun, done);         // waits for the device
     double milliseconds = 1e3 * median(times, rounds);
+
+    for (int i = 0; i < input_sets(bytes); i++) ...      // sets of inputs, of so many bytes each
+    PassSeconds seconds = time_passes(forward, backward, &inputs, input_sets(bytes), rounds);
 */
 #ifndef DEV_BENCH_MEASURE_H
 #define DEV_BENCH_MEASURE_H
@@ -19,7 +22,6 @@ the device's marks in time measure.
 #else
 #include "kernels/device.cuh"
 #endif
-#include "runtime/safetensors.h" // defines convert_values
 
 // Rows and columns of a product that is large for the device; on the emulator, which only shows that a benchmark works, small.
 #if defined(DEVICE_CPU)
@@ -43,27 +45,40 @@ static inline int parse_number(const char* text, const char* name, int minimum) 
     return (int)value;
 }
 
-// Uniform in (-1, 1), the same million over and over, in the device's memory; device_free() frees.
+// Uniform in (-1, 1), in the device's memory; device_free() frees. No pattern repeats: blocks of equal keys would all be the
+// router's choice.
+#if defined(DEVICE_CPU)
 static inline floatX* new_random(size_t count) {
-    const size_t million = (size_t)1 << 20;
-    const size_t period = count < million ? count : million;
     floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
-    float_acc* wide = (float_acc*)malloc_or_fail(period * sizeof(float_acc), "the inputs");
-    floatX* narrow = (floatX*)malloc_or_fail(period * sizeof(floatX), "the inputs");
     uint32_t state = 12345;
-    for (size_t i = 0; i < period; i++) {
+    for (size_t i = 0; i < count; i++) {
         state = state * 1664525u + 1013904223u;
-        wide[i] = (float_acc)(state >> 8) / (float_acc)(1 << 23) - 1;
+        values[i] = (floatX)(state >> 8) / (floatX)(1 << 23) - 1;
     }
-    convert_values(narrow, dtype_of_size(sizeof(floatX)), wide, dtype_of_size(sizeof(float_acc)), period);
-    for (size_t first = 0; first < count; first += period)
-        copy_to_device(values + first, narrow,
-                       (count - first < period ? count - first : period) * sizeof(floatX), 0);
-    stream_synchronize(0);
-    free(wide);
-    free(narrow);
     return values;
 }
+#else
+// Element i is a hash of i and of the number of the call (the finalizer of MurmurHash3).
+static __global__ void random_values_kernel(floatX* values, size_t count, unsigned seed) {
+    const size_t step = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        unsigned bits = (unsigned)i ^ (unsigned)(i >> 32) * 0x9E3779B9u ^ seed * 0x85EBCA6Bu;
+        bits = (bits ^ bits >> 16) * 0x85EBCA6Bu;
+        bits = (bits ^ bits >> 13) * 0xC2B2AE35u;
+        values[i] = (floatX)((float)((bits ^ bits >> 16) >> 8) / (float)(1 << 23) - 1);
+    }
+}
+
+static inline floatX* new_random(size_t count) {
+    static unsigned calls;
+    floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
+    const size_t blocks = (count + 255) / 256, most = 4096;
+    if (count > 0)
+        launch(random_values_kernel, (unsigned)(blocks < most ? blocks : most), 256, 0, 0, values, count,
+               ++calls);
+    return values;
+}
+#endif
 
 #if defined(DEVICE_CUDA)
 // Bytes that may still be in the device's cache from the call before.
@@ -78,6 +93,24 @@ static inline size_t device_cache_bytes(void) {
 static inline size_t device_cache_bytes(void) { return 0; }
 #endif
 
+// How many sets of inputs, of so many bytes each, calls go round through, so that the cache has nothing of the set that is next.
+enum { MOST_INPUT_SETS = 16 };
+static inline int input_sets(size_t bytes) {
+    const size_t wanted = 1 + 2 * device_cache_bytes() / bytes;
+    return wanted < MOST_INPUT_SETS ? (int)wanted : MOST_INPUT_SETS;
+}
+
+// The map of H query heads to G key/value heads in groups of one size, in the device's memory.
+static inline int* new_head_map(int H, int G) {
+    int* map = (int*)malloc_or_fail(sizeof(int) * (size_t)H, "the head map");
+    int* on_device = (int*)device_malloc(sizeof(int) * (size_t)H, "the head map");
+    for (int h = 0; h < H; h++) map[h] = (int)((long)h * G / H);
+    copy_to_device(on_device, map, sizeof(int) * (size_t)H, 0);
+    stream_synchronize(0);
+    free(map);
+    return on_device;
+}
+
 static inline int compare_doubles(const void* a, const void* b) {
     const double x = *(const double*)a, y = *(const double*)b;
     return (x > y) - (x < y);
@@ -87,6 +120,44 @@ static inline int compare_doubles(const void* a, const void* b) {
 static inline double median(double* values, int count) {
     qsort(values, (size_t)count, sizeof(double), compare_doubles);
     return values[count / 2];
+}
+
+// ----------------------------------------------------------------------------
+// Forward and backward
+
+// Queues one pass with this set of inputs.
+typedef void (*Pass)(void* inputs, int set);
+
+typedef struct {
+    double forward, backward; // seconds
+} PassSeconds;
+
+// Medians of `rounds`, or of as many as fit in MOST_SECONDS, after as many to warm up as there is reason for.
+enum { MOST_SECONDS = 10, LEAST_ROUNDS = 3 };
+static inline PassSeconds time_passes(Pass forward, Pass backward, void* inputs, int sets, int rounds) {
+    double* times = (double*)malloc_or_fail(sizeof(double) * 2 * (size_t)rounds, "the times");
+    Mark begun = mark_make(), middle = mark_make(), done = mark_make();
+    double spent = 0;
+    int measured = 0;
+    for (int call = 0; measured < rounds && (spent < MOST_SECONDS || measured < LEAST_ROUNDS); call++) {
+        mark(&begun, 0);
+        forward(inputs, call % sets);
+        mark(&middle, 0);
+        backward(inputs, call % sets);
+        mark(&done, 0);
+        const double seconds = seconds_between(begun, done);
+        spent += seconds;
+        // Three calls warm up, or one where calls are long.
+        if (call < (seconds < 1 ? 3 : 1)) continue;
+        times[measured] = seconds_between(begun, middle);
+        times[rounds + measured++] = seconds_between(middle, done);
+    }
+    PassSeconds result;
+    result.forward = median(times, measured);
+    result.backward = median(times + rounds, measured);
+    mark_free(begun), mark_free(middle), mark_free(done);
+    free(times);
+    return result;
 }
 
 #endif

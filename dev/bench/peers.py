@@ -3,11 +3,14 @@
 
     build/bench/attention_cuda_bf16 --json attention.json
     build/bench/step_cuda_bf16 --batch 32 --json step.json
-    dev/bench/peers.py --attention attention.json --step step.json --json peers.json
+    build/bench/moba_cuda_bf16 --json moba.json
+    dev/bench/peers.py --attention attention.json --step step.json --moba moba.json --json peers.json
 
 Attention is scaled_dot_product_attention by each of its backends: flash (FlashAttention-2), cudnn, and math where its T x T scores
 fit. The step is that of a Llama of the same shape: bf16 autocast over fp32 weights, torch.compile, fused AdamW, clipping. Times are
-medians by CUDA events; useful operations are counted as in the benchmarks. Exit code 0: measured; 77: torch or a GPU is missing.
+medians by CUDA events; useful operations are counted as in the benchmarks. Block-sparse attention stands beside dense attention by flash
+and cudnn, up to --most-dense tokens, and beside FlashMoBA where its package flash_moba is installed (it too counts a query's own block
+among the chosen). Exit code 0: measured; 77: torch or a GPU is missing.
 """
 import argparse
 import json
@@ -29,6 +32,11 @@ except ImportError as error:
     fail_without(f"torch is missing ({error})")
 if not torch.cuda.is_available():
     fail_without("torch sees no GPU")
+
+try:
+    from flash_moba import flash_moba_varlen_func
+except ImportError:
+    flash_moba_varlen_func = None
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -115,6 +123,76 @@ def compare_attention(path, rounds):
         if "flash" in row:
             row["of_flash"] = shape["tflops"] / row["flash"]["tflops"]
             line += f"{row['of_flash']:>13.2f}"
+        print(line, flush=True)
+        results.append(row)
+    return results
+
+
+# ----------------------------------------------------------------------------
+# Block-sparse attention
+
+
+def time_flash_moba(shape, rounds):
+    """Median seconds of forward (with its routing) and of backward; None where it does not take the shape."""
+    B, T, H, G, D = (shape[key] for key in "BTHGD")
+    q, k, v = (torch.randn(B * T, heads, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (H, G, G))
+    dout = torch.randn_like(q)
+    begins = torch.arange(B + 1, device="cuda", dtype=torch.int32) * T
+
+    def forward():
+        return flash_moba_varlen_func(q, k, v, begins, begins, T, T, shape["S"], shape["K"], causal=True)
+
+    try:
+        with torch.no_grad():
+            forward_seconds = median_seconds(forward, rounds)
+        out = forward()
+
+        def backward():
+            torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+        return forward_seconds, median_seconds(backward, rounds)
+    except RuntimeError as error:
+        print(f"  flash_moba: not for T {T} S {shape['S']} K {shape['K']}: {str(error).splitlines()[0][:90]}")
+        return None
+
+
+def compare_moba(path, rounds, most_dense):
+    with open(path, encoding="utf-8") as file:
+        ours = json.load(file)
+    peers = {}
+    for name in ("flash", "cudnn"):
+        peers[name] = lambda shape, name=name: (
+            time_attention({**shape, "window": 0}, name, rounds) if shape["T"] <= most_dense else None
+        )
+    if flash_moba_varlen_func:
+        peers["flash_moba"] = lambda shape: time_flash_moba(shape, rounds)
+    else:
+        print("flash_moba is not installed: FlashMoBA is not among the peers")
+    print("milliseconds of forward + backward, and the peers' over those here; -: not run, or not possible")
+    print("   B      T    H    D    S   K         here" + "".join(f"{name:>24}" for name in peers))
+    results = []
+    for shape in ours["results"]:
+        if shape["input"] != "random":
+            continue
+        here = shape["flashmoba"]["forward_ms"] + shape["flashmoba"]["backward_ms"]
+        row = {key: shape[key] for key in "BTHGDSK"}
+        row["here"] = shape["flashmoba"]
+        line = "".join(f"{shape[key]:>{width}}" for key, width in (("B", 4), ("T", 7), ("H", 5), ("D", 5), ("S", 5), ("K", 4)))
+        line += f"{here:>13.3f}"
+        for name, peer in peers.items():
+            torch.cuda.reset_peak_memory_stats()
+            seconds = peer(shape)
+            if seconds:
+                row[name] = {
+                    "forward_ms": 1e3 * seconds[0],
+                    "backward_ms": 1e3 * seconds[1],
+                    "peak_bytes": torch.cuda.max_memory_allocated(),
+                    "times_here": 1e3 * sum(seconds) / here,
+                }
+                line += f"{1e3 * sum(seconds):>14.3f} ({row[name]['times_here']:6.2f})"
+            else:
+                line += f"{'-':>24}"
+            torch.cuda.empty_cache()
         print(line, flush=True)
         results.append(row)
     return results
@@ -224,6 +302,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", help="JSON of build/bench/attention_cuda_bf16")
     parser.add_argument("--step", action="append", default=[], help="JSON of build/bench/step_cuda_bf16; may be repeated")
+    parser.add_argument("--moba", help="JSON of build/bench/moba_cuda_bf16")
+    parser.add_argument("--most-dense", type=int, default=131072, help="tokens up to which dense peers of --moba run (131072)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", help="write the results there too")
     arguments = parser.parse_args()
@@ -231,6 +311,8 @@ def main():
     print(f"torch {record['torch']}, cuDNN {record['cudnn']}, {record['gpu']}")
     if arguments.attention:
         record["attention"] = compare_attention(arguments.attention, arguments.rounds)
+    if arguments.moba:
+        record["moba"] = compare_moba(arguments.moba, arguments.rounds, arguments.most_dense)
     record["steps"] = compare_steps(arguments.step, arguments.rounds)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ measured in the same run, before and after, and against the GPU's data sheet whe
 
     build/bench/step                              a 124M model: 12 layers, 768 channels, V 50304, T 1024, B 4
     build/bench/step --model d6 --batch 8 --sequence-length 512 --steps 5 --json step.json
+    build/bench/step --recompute layer            what a smaller memory costs in time
     build/bench/step_cuda_bf16 --batch 32         the same on a GPU
 
 The useful operations of a token are counted by flops_per_token() of runtime/model.h; recomputation and padding do not count.
@@ -17,6 +18,7 @@ The stages are marked in the stream while it runs, so on a GPU they overlap with
 typedef struct {
     const char *model, *json;
     int batch, sequence_length, vocab_size, kv_heads, steps;
+    Recompute recompute;
 } Settings;
 
 static const struct argp_option settings_table[] = {
@@ -26,6 +28,7 @@ static const struct argp_option settings_table[] = {
     {"vocab", 'V', "V", 0, "vocabulary (default 50304)", 0},
     {"kv-heads", 'G', "G", 0, "key/value heads (default: as many as heads)", 0},
     {"steps", 'x', "N", 0, "timed steps; the median counts (default 3)", 0},
+    {"recompute", 'r', "LEVEL", 0, "none, mlp or layer (default none)", 0},
     {"json", 'J', "FILE", 0, "write the result there too", 0},
     {0, 0, 0, 0, 0, 0},
 };
@@ -50,6 +53,12 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
         break;
     case 'x':
         settings->steps = parse_number(text, "steps", 1);
+        break;
+    case 'r':
+        for (int level = 0; level < RECOMPUTE_LEVELS; level++)
+            if (!strcmp(text, recompute_names[level])) settings->recompute = (Recompute)level;
+        if (strcmp(text, recompute_names[settings->recompute]) != 0)
+            fail_usage("--recompute %s: want none, mlp or layer", text);
         break;
     case 'J':
         settings->json = text;
@@ -90,7 +99,7 @@ static double matmul_peak(void) {
 }
 
 int main(int argc, char** argv) {
-    Settings settings = {"d12", NULL, 4, 1024, 50304, 0, 3};
+    Settings settings = {"d12", NULL, 4, 1024, 50304, 0, 3, RECOMPUTE_NONE};
     const struct argp parser = {settings_table, settings_parse, 0, "Times a training step.", 0, 0, 0};
     argp_err_exit_status = 2;
     argp_parse(&parser, argc, argv, 0, 0, &settings);
@@ -104,7 +113,7 @@ int main(int argc, char** argv) {
 
     double peak = matmul_peak();
     static Model model;
-    gpt_plan(&model, &config, B, T, 1);
+    gpt_plan(&model, &config, B, T, 1, settings.recompute, 0);
     gpt_allocate(&model);
     gpt_initialize(&model, 1);
     int* tokens = (int*)host_malloc_pinned((size_t)B * (T + 1) * sizeof(int), "tokens");
@@ -156,9 +165,9 @@ int main(int argc, char** argv) {
     double seconds[STAGES];
     for (int i = 0; i < STAGES; i++) seconds[i] = median(times[i], settings.steps);
     const double rate = flops / seconds[STEP];
-    printf("%s, %.1f M parameters, B %d, T %d, V %d, %d threads, %s\n", settings.model,
+    printf("%s, %.1f M parameters, B %d, T %d, V %d, recompute %s, %d threads, %s\n", settings.model,
            (double)table_parameter_count(&model.layout.table) / 1e6, B, T, config.vocab_size,
-           omp_get_max_threads(), PRECISION_NAME);
+           recompute_names[settings.recompute], omp_get_max_threads(), PRECISION_NAME);
     for (int i = 0; i < STAGES; i++)
         printf("  %-14s %8.3f s  %5.1f %%\n", names[i], seconds[i], 100 * seconds[i] / seconds[STEP]);
     const double data_sheet = gpu_peak_flops(device_name(), PRECISION_NAME),
@@ -178,11 +187,13 @@ int main(int argc, char** argv) {
         fprintf(
             file,
             "{\"device\": \"%s\", \"gpu\": \"%s\", \"precision\": \"%s\", \"model\": \"%s\", \"batch\": %d, "
-            "\"sequence_length\": %d, \"vocab\": %d, \"threads\": %d, \"step_seconds\": %.6f, "
+            "\"sequence_length\": %d, \"vocab\": %d, \"recompute\": \"%s\", \"threads\": %d, "
+            "\"step_seconds\": %.6f, "
             "\"tokens_per_second\": %.1f, \"gflops\": %.2f, \"peak_gflops\": %.2f, \"fraction_of_peak\": "
             "%.4f, \"mfu\": ",
             DEVICE_NAME, device_name(), PRECISION_NAME, settings.model, B, T, config.vocab_size,
-            omp_get_max_threads(), seconds[STEP], B * T / seconds[STEP], rate / 1e9, peak / 1e9, rate / peak);
+            recompute_names[settings.recompute], omp_get_max_threads(), seconds[STEP], B * T / seconds[STEP],
+            rate / 1e9, peak / 1e9, rate / peak);
         fprintf(file, data_sheet > 0 ? "%.4f}\n" : "null}\n", rate / data_sheet);
         close_written_or_fail(file, settings.json);
     }

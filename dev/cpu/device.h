@@ -20,6 +20,9 @@ typedef int stream_t;
 // What the maker calls it; "" where nobody asks.
 static inline const char* device_name(void) { return ""; }
 
+// Makes this the process of number `index` of the `count` on this machine: they share its cores.
+static inline void device_choose(int index, int count) { (void)index, (void)count; }
+
 // Bytes that are free in a memory of the device's own.
 static inline size_t device_memory_free(void) { return 0; }
 
@@ -61,6 +64,13 @@ static inline void copy_to_host(void* host, const void* device, size_t bytes, st
     memcpy(host, device, bytes);
 }
 
+static inline void copy_on_device(void* to, const void* from, size_t bytes, stream_t stream) {
+    (void)stream;
+    memcpy(to, from, bytes);
+}
+
+static inline stream_t stream_make(void) { return 0; }
+static inline void stream_free(stream_t done) { (void)done; }
 static inline void stream_synchronize(stream_t stream) { (void)stream; }
 
 // A moment in the order of the stream's work, and the seconds between two.
@@ -72,6 +82,14 @@ static inline void mark(Mark* at, stream_t stream) {
     *at = omp_get_wtime();
 }
 static inline double seconds_between(Mark begun, Mark done) { return done - begun; }
+
+// Nothing is ever queued here, so nothing can be recorded: a program asks before it calls these.
+#define DEVICE_HAS_GRAPHS 0
+typedef int Graph;
+static inline void graph_record_begin(stream_t stream) { (void)stream; }
+static inline void graph_record_end(Graph* graph, stream_t stream) { (void)graph, (void)stream; }
+static inline void graph_launch(const Graph* graph, stream_t stream) { (void)graph, (void)stream; }
+static inline void graph_free(Graph* graph) { (void)graph; }
 
 // Names what is queued between the two, for a profiler that looks on.
 static inline void range_begin(const char* name) { (void)name; }

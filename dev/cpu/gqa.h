@@ -3,7 +3,7 @@ Causal attention, dense or in a sliding window, of H query heads over G key/valu
 (docs/math.md sections 1 and 3).
 
     void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
-    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, stream);
+    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, NULL, stream);
     workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
     attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
 
@@ -21,6 +21,8 @@ who computes it.
 #include <assert.h>
 // gemm
 #include "dev/cpu/matmul.h"
+// attention_noise
+#include "dev/cpu/noise.h"
 // exp_fast
 #include "dev/cpu/math.h"
 
@@ -225,13 +227,14 @@ static inline size_t attention_forward_workspace(int B, int T, int H, int G, int
 }
 
 // Rows start..T-1 of out and lse, given queries of these rows and keys and values of all; start > 0 continues a
-// sequence whose earlier keys and values are in qkv already. The workspace needs no initial value.
+// sequence whose earlier keys and values are in qkv already. With noise (or NULL) also these rows of noise->noised. The workspace
+// needs no initial value.
 static inline void attention_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      const floatX* qkv,  // (B, T, H + 2G, D)
                                      const int* kv_of_q, // (H) non-decreasing
                                      void* workspace, int B, int T, int start, int H, int G, int D,
-                                     int window, stream_t stream) {
+                                     int window, const AttentionNoise* noise, stream_t stream) {
     (void)stream;
     const int row_stride = (H + 2 * G) * D;
     const int tasks = (T - start + ATTENTION_TASK - 1) / ATTENTION_TASK;
@@ -252,6 +255,7 @@ static inline void attention_forward(floatX* out,    // (B, T, H, D)
             }
         }
     }
+    attention_noise(noise, out, B, T, start, H, D);
 }
 
 // ----------------------------------------------------------------------------

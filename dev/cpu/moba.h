@@ -11,7 +11,7 @@ highest with it; one softmax over all of them. The same function by two algorith
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
     keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // dev/cpu/keys.h
-    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
@@ -247,7 +247,8 @@ static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected,
 }
 
 // Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already. The centroids
-// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids.
+// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids. With
+// noise (or NULL) also these rows of noise->noised.
 static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                 int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
@@ -255,7 +256,7 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 const floatX* qkv,          // (B, T, H + 2G, D)
                                 const int* kv_of_q,         // (H) non-decreasing
                                 void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
-                                stream_t stream) {
+                                const AttentionNoise* noise, stream_t stream) {
     (void)stream;
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     const size_t scratch = moba_forward_scratch(T, D, S, K);
@@ -265,6 +266,7 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
             moba_head_forward(out, lse, selected, centroids, qkv,
                               (float_acc*)workspace + scratch * omp_get_thread_num(), b, h, kv_of_q[h],
                               &shape);
+    attention_noise(noise, out, B, T, start, H, D);
 }
 
 static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
@@ -685,14 +687,16 @@ static inline void flashmoba_forward(floatX* out,                // (B, T, H, D)
                                      const floatX* qkv,          // (B, T, H + 2G, D)
                                      const int* kv_of_q,         // (H)
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
-                                     int K, stream_t stream) {
+                                     int K, const AttentionNoise* noise, stream_t stream) {
     (void)stream;
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     char* memory = (char*)workspace;
     flashmoba_local_forward(out, lse, qkv, kv_of_q, memory, &shape);
-    if (K == 1) return;
-    flashmoba_route(selected, centroids, qkv, kv_of_q, memory, &shape);
-    flashmoba_routed_forward(out, lse, selected, qkv, kv_of_q, memory, &shape);
+    if (K > 1) {
+        flashmoba_route(selected, centroids, qkv, kv_of_q, memory, &shape);
+        flashmoba_routed_forward(out, lse, selected, qkv, kv_of_q, memory, &shape);
+    }
+    attention_noise(noise, out, B, T, start, H, D);
 }
 
 // ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ The copies themselves are instrumented, so that the sanitizers see them as this 
 #ifndef DEV_SIMT_COPY_H
 #define DEV_SIMT_COPY_H
 
+#include "dev/simt/counters.h"
 #include "dev/simt/fibers.h"
 
 namespace simt {
@@ -43,6 +44,7 @@ SIMT_INTERNAL inline void copy_async(void* to, const void* from, bool valid, con
     PendingCopy* copy = &thread->pending[thread->pending_end++ % MAX_PENDING];
     *copy = {to, from, thread->open_group, valid, false};
     overwrite(to, from, valid);
+    if (valid) count(&Counters::copied, 16);
     copy->done = options.async == ASYNC_EAGER || (options.async == ASYNC_MIXED && random_bits() % 2);
     if (copy->done) do_copy(to, from, valid);
 }

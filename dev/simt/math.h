@@ -8,12 +8,16 @@ the same name (expf, exp2f, sqrtf, fmaxf, fmaf, sincosf, ...) kernels use from t
 #include <math.h>
 #include <string.h>
 #include <type_traits>
+#include "dev/simt/counters.h"
 #include "dev/simt/types.h"
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+#if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 41)
+inline float cospif(float x) { return (float)cos(3.141592653589793 * (double)x); }
+#endif
 
 inline unsigned __float_as_uint(float value) {
     unsigned bits;
@@ -47,17 +51,23 @@ template <class A, class B> inline simt_arithmetic<A, B> max(A a, B b) {
 template <class T> inline T __ldg(const T* pointer) { return *pointer; }
 
 // Atomics order nothing but themselves, as on the GPU.
+SIMT_INTERNAL inline void simt_count_atomic() { simt::count(&simt::Counters::atomics, 1); }
 template <class T, class Change> inline T simt_atomic(T* address, Change change) {
     T old, changed;
+    simt_count_atomic();
     __atomic_load(address, &old, __ATOMIC_RELAXED);
     do changed = change(old);
     while (!__atomic_compare_exchange(address, &old, &changed, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return old;
 }
-inline int atomicAdd(int* a, int v) { return __atomic_fetch_add(a, v, __ATOMIC_RELAXED); }
-inline unsigned atomicAdd(unsigned* a, unsigned v) { return __atomic_fetch_add(a, v, __ATOMIC_RELAXED); }
+template <class T> inline T simt_atomic_add(T* address, T by) {
+    simt_count_atomic();
+    return __atomic_fetch_add(address, by, __ATOMIC_RELAXED);
+}
+inline int atomicAdd(int* a, int v) { return simt_atomic_add(a, v); }
+inline unsigned atomicAdd(unsigned* a, unsigned v) { return simt_atomic_add(a, v); }
 inline unsigned long long atomicAdd(unsigned long long* a, unsigned long long v) {
-    return __atomic_fetch_add(a, v, __ATOMIC_RELAXED);
+    return simt_atomic_add(a, v);
 }
 inline float atomicAdd(float* a, float v) {
     return simt_atomic(a, [v](float old) { return old + v; });

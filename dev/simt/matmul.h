@@ -36,10 +36,8 @@ static inline void multiply_tile(void* C, const floatX* A, const float* B, int t
     }
 }
 
-// C (M,N) = op(A) op(B), or C += op(A) op(B) in fp32; row-major, transA means that A is stored (K,M).
-static inline void multiply(void* C, const floatX* A, const floatX* B, int transA, int transB, int M, int N,
-                            int K, int accumulate, stream_t stream) {
-    (void)stream;
+static inline void multiply_now(void* C, const floatX* A, const floatX* B, int transA, int transB, int M,
+                                int N, int K, int accumulate) {
     const simt::DeviceMemoryOpen open;
     const int stride = (N + SIMT_TILE_COLUMNS - 1) / SIMT_TILE_COLUMNS * SIMT_TILE_COLUMNS;
     const int tile_rows = (M + SIMT_TILE_ROWS - 1) / SIMT_TILE_ROWS;
@@ -62,6 +60,17 @@ static inline void multiply(void* C, const floatX* A, const floatX* B, int trans
                 multiply_tile(C, A, widened, transA, tile * SIMT_TILE_ROWS, n, M, N, K, stride, accumulate);
     }
     free(widened);
+}
+
+// C (M,N) = op(A) op(B), or C += op(A) op(B) in fp32; row-major, transA means that A is stored (K,M).
+static inline void multiply(void* C, const floatX* A, const floatX* B, int transA, int transB, int M, int N,
+                            int K, int accumulate, stream_t stream) {
+    device_check(simt::enqueue(stream, simt::NODE_KERNEL,
+                               [=] {
+                                   multiply_now(C, A, B, transA, transB, M, N, K, accumulate);
+                                   return cudaSuccess;
+                               }),
+                 "multiply");
 }
 
 #endif

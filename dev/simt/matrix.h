@@ -8,6 +8,7 @@ otherwise; tests allow for that.
 #ifndef DEV_SIMT_MATRIX_H
 #define DEV_SIMT_MATRIX_H
 
+#include "dev/simt/counters.h"
 #include "dev/simt/warp.h"
 
 namespace simt {
@@ -22,6 +23,10 @@ struct MatrixRow {
 // In instrumented code, so that the sanitizers see the row as read by the lane that names it.
 inline MatrixRow read_row(const void* row) { return *(const MatrixRow*)row; }
 
+struct CountMatrices {
+    SIMT_INTERNAL void operator()(Payload*) const { count(&Counters::matrices, 1); }
+};
+
 SIMT_INTERNAL inline void load_matrices(unsigned (&r)[4], const void* address, bool transposed,
                                         const Place& place) {
     if ((uintptr_t)address % 16)
@@ -29,7 +34,7 @@ SIMT_INTERNAL inline void load_matrices(unsigned (&r)[4], const void* address, b
                      place.line, address);
     if (!may_be_shared(address, sizeof(MatrixRow)))
         kernel_error("%s (%s:%d): %p is not shared memory", place.operation, place.file, place.line, address);
-    const Payload* rows = meet(0xffffffffu, read_row(address), Nothing(), false, place);
+    const Payload* rows = meet(0xffffffffu, read_row(address), CountMatrices(), false, place);
     const int across = lane() / 4, along = lane() % 4 * 2;
     for (int m = 0; m < 4; m++) {
         const MatrixRow* matrix[8];
@@ -59,6 +64,7 @@ struct MultiplyTiles {
 
     // Every lane's operands become its four elements of the result.
     SIMT_INTERNAL void operator()(Payload* payload) const {
+        count(&Counters::products, 1);
         alignas(64) float A[16][16], B[16][8], D[16][8];
         for (int l = 0; l < WARP; l++) {
             const MmaOperands* own = (const MmaOperands*)payload[l].bytes;

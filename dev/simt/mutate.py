@@ -6,7 +6,7 @@
     dev/simt/mutate.py --file gqa.cuh --list    what there is to break, without running it
     dev/simt/mutate.py --sample 40 --seed 7     some of everything; the 95 % are then not asked for
 
-A mutant is one change of gqa.cuh or kernels/*.cuh: a barrier or cp.async wait deleted, a wait that lets one more group be
+A mutant is one change of gqa.cuh, moba.cuh or kernels/*.cuh: a barrier or cp.async wait deleted, a wait that lets one more group be
 under way, a bound one too far, an offset or stride shifted by one, a grid or workspace too small, / for %, min for max, a
 condition always or never true. All of them are compiled into one program: every change is an expression that asks
 MUTANT(n), and the environment's MUTANT=n chooses one. So a mutant costs a run of the tests of its file, not a build. The
@@ -38,23 +38,25 @@ SURVIVORS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mutate_sur
 WANTED = 0.95
 PRECISIONS = ("bf16", "fp32")
 
-# The tests of each file: a program and its filters, None for all of it. A kernel may have its own.
+# The tests of each file: programs, each with its filters, None for all of it. A kernel may have its own.
 FILES = {
-    "gqa.cuh": ("test_gqa", [None]),
-    "kernels/tile.cuh": ("test_gqa", [None]),
-    "kernels/vector.cuh": ("test_kernels", ["rmsnorm_*", "attention_noise*", None]),
-    "kernels/embedding.cuh": ("test_kernels", ["embedding_*"]),
-    "kernels/rmsnorm.cuh": ("test_kernels", ["*rmsnorm_*"]),
-    "kernels/rope.cuh": ("test_kernels", ["rope_*", "keys_*"]),
-    "kernels/swiglu.cuh": ("test_kernels", ["swiglu_*"]),
-    "kernels/matmul.cuh": ("test_kernels", ["matmul_*"]),
-    "kernels/classifier.cuh": ("test_kernels", ["fused_classifier_*"]),
-    "kernels/adamw.cuh": ("test_kernels", ["global_norm*", "adamw_*"]),
-    "kernels/keynorm.cuh": ("test_kernels", ["key_*"]),
-    "kernels/keyconv.cuh": ("test_kernels", ["keys_*"]),
-    "kernels/keys.cuh": ("test_kernels", ["keys_*"]),
-    "kernels/moba_plain.cuh": ("test_moba_kernels", ["test_moba_*"]),
-    "kernels/noise.cuh": ("test_kernels", ["attention_noise*"]),
+    "gqa.cuh": [("test_gqa", [None])],
+    "moba.cuh": [("test_moba_kernels", [None])],
+    "kernels/tile.cuh": [("test_gqa", [None]), ("test_moba_kernels", [None])],
+    "kernels/vector.cuh": [("test_kernels", ["rmsnorm_*", None])],
+    "kernels/embedding.cuh": [("test_kernels", ["embedding_*"])],
+    "kernels/rmsnorm.cuh": [("test_kernels", ["*rmsnorm_*"])],
+    "kernels/rope.cuh": [("test_kernels", ["rope_*", "keys_*"])],
+    "kernels/swiglu.cuh": [("test_kernels", ["swiglu_*"])],
+    "kernels/matmul.cuh": [("test_kernels", ["matmul_*"])],
+    "kernels/classifier.cuh": [("test_kernels", ["fused_classifier_*"])],
+    "kernels/adamw.cuh": [("test_kernels", ["global_norm*", "adamw_*"])],
+    "kernels/keynorm.cuh": [("test_kernels", ["key_*"])],
+    "kernels/keyconv.cuh": [("test_kernels", ["keys_*"])],
+    "kernels/keys.cuh": [("test_kernels", ["keys_*"])],
+    "kernels/moba_plain.cuh": [("test_moba_kernels", ["test_moba_*"])],
+    "kernels/noise.cuh": [("test_gqa", ["test_noise"])],
+    "kernels/heads.cuh": [("test_heads", [None])],
 }
 
 # ----------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def mutants_of_file(name):
                 conditions[-1][1] = False
             elif directive.startswith("#endif"):
                 conditions.pop()
-            named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=attention_\w+_kernel))\b(\w+)\(", code)
+            named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=(?:attention|moba)_\w+_kernel))\b(\w+)\(", code)
             if named and not code.startswith("     ") and named.group(1) not in ("__launch_bounds__", "launch"):
                 function = named.group(1)
                 host = "__device__" not in code and "__global__" not in code and not function.endswith("_kernel")
@@ -314,7 +316,8 @@ def write_headers(directory, mutants):
     os.makedirs(os.path.join(directory, "kernels"), exist_ok=True)
     for name in os.listdir(os.path.join(ROOT, "kernels")):
         shutil.copy(os.path.join(ROOT, "kernels", name), os.path.join(directory, "kernels"))
-    shutil.copy(os.path.join(ROOT, "gqa.cuh"), directory)
+    for name in ("gqa.cuh", "moba.cuh"):
+        shutil.copy(os.path.join(ROOT, name), directory)
     with open(os.path.join(directory, "mutant.h"), "w", encoding="utf-8") as header:
         header.write(MUTANT_HEADER)
     by_file = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -459,7 +462,7 @@ def run(path, arguments, mutant, build, environment):
 
 def judge(mutant, programs, options, is_known):
     """Fills in verdict (caught, survived or timeout) and what caught it. What is known to be harmless is tried in one mode."""
-    test, filters = FILES[mutant.file]
+    tests = [(test, pattern) for test, filters in FILES[mutant.file] for pattern in filters]
     first = mutant.precisions[0]
     plan = [("forward", precision) for precision in mutant.precisions]
     if not is_known:
@@ -471,8 +474,8 @@ def judge(mutant, programs, options, is_known):
         build, environment = MODES[mode]
         if mutant.verdict == "timeout" and mode != "address":
             continue
-        path = programs.path(test, precision, build)
-        for pattern in filters:
+        for test, pattern in tests:
+            path = programs.path(test, precision, build)
             programs.assert_sound(path, pattern, mode)
             ended, where = run(path, [pattern] if pattern else [], mutant.number, build, environment)
             if ended == "failed":
@@ -592,7 +595,7 @@ def main():
                    cwd=ROOT, check=True)
     programs = Programs(directory, options.compiler, mutants)
 
-    for test in sorted({FILES[m.file][0] for m in mutants}):
+    for test in sorted({test for m in mutants for test, _ in FILES[m.file]}):
         for precision in PRECISIONS:
             programs.path(test, precision, "plain")
     mutants = [m for m in mutants if m.verdict != "no build"]

@@ -1,30 +1,25 @@
 /*
-The CUDA runtime's host functions that the program uses, with CUDA's names and values, and cudaLaunchKernelEx().
+The CUDA runtime's host functions that the program uses, with CUDA's names and values, and cudaLaunchKernelEx(). Streams, events
+and graphs are in stream.h.
 
-Everything happens at once: streams and events are only names, and "asynchronous" calls have finished when they return. What
-is checked: that copies go between the memories they name, that a kernel's pointer arguments are device memory, and the limits of
-grid, block and shared memory.
+"Asynchronous" calls have finished when they return, or are noted where their stream is recorded for a graph. What is checked: that
+copies go between the memories they name, that a kernel's pointer arguments are device memory, and the limits of grid, block and
+shared memory; and of what is recorded, that the host's side of a copy is pinned.
 */
 #ifndef DEV_SIMT_RUNTIME_H
 #define DEV_SIMT_RUNTIME_H
 
-#include <time.h>
+#include <map>
 #include <tuple>
 #include <type_traits>
 #include <utility>
-#include "dev/simt/fibers.h"
+#include "dev/simt/counters.h"
+#include "dev/simt/names.h"
+#include "dev/simt/stream.h"
 
 // ----------------------------------------------------------------------------
 // Types
 
-enum cudaError_t {
-    cudaSuccess = 0,
-    cudaErrorInvalidValue = 1,
-    cudaErrorMemoryAllocation = 2,
-    cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidDevice = 101,
-    cudaErrorLaunchFailure = 719
-};
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost = 0,
     cudaMemcpyHostToDevice = 1,
@@ -42,16 +37,7 @@ enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
-enum { cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 enum { cudaHostAllocDefault = 0 };
-
-struct simt_stream {};
-struct simt_event {
-    double milliseconds;
-};
-typedef simt_stream* cudaStream_t;
-typedef simt_event* cudaEvent_t;
 
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
@@ -70,47 +56,6 @@ struct cudaDeviceProp {
 };
 
 // ----------------------------------------------------------------------------
-// Errors
-
-namespace simt {
-inline cudaError_t last_error = cudaSuccess;
-inline cudaError_t result(cudaError_t error) {
-    if (error != cudaSuccess) last_error = error;
-    return error;
-}
-
-// An error that carries a message of its own.
-__attribute__((format(printf, 2, 3))) inline cudaError_t result(cudaError_t error, const char* format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(error_message, sizeof(error_message), format, arguments);
-    va_end(arguments);
-    return result(error);
-}
-} // namespace simt
-
-inline cudaError_t cudaPeekAtLastError() { return simt::last_error; }
-inline cudaError_t cudaGetLastError() {
-    cudaError_t error = simt::last_error;
-    simt::last_error = cudaSuccess;
-    return error;
-}
-
-// For a failed launch or copy: what was wrong, of the last that failed.
-inline const char* cudaGetErrorString(cudaError_t error) {
-    switch (error) {
-    case cudaSuccess:
-        return "no error";
-    case cudaErrorMemoryAllocation:
-        return "out of memory";
-    case cudaErrorInvalidDevice:
-        return "invalid device ordinal";
-    default:
-        return simt::error_message;
-    }
-}
-
-// ----------------------------------------------------------------------------
 // Memory
 
 inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
@@ -120,6 +65,8 @@ inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
 }
 
 inline cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+    *pointer = nullptr;
+    if (simt::loses_recording("cudaMalloc")) return cudaErrorStreamCaptureUnsupported;
     size_t free_bytes, total_bytes;
     cudaMemGetInfo(&free_bytes, &total_bytes);
     *pointer = bytes && bytes <= total_bytes ? simt::device_allocate(bytes) : nullptr;
@@ -130,15 +77,31 @@ template <class T> inline cudaError_t cudaMalloc(T** pointer, size_t bytes) {
 }
 
 inline cudaError_t cudaFree(void* pointer) {
+    if (simt::loses_recording("cudaFree")) return cudaErrorStreamCaptureUnsupported;
     if (!pointer || simt::device_release(pointer)) return cudaSuccess;
     return simt::result(cudaErrorInvalidValue, "cudaFree(%p): not a pointer that cudaMalloc() gave", pointer);
 }
 
+namespace simt {
+inline std::map<const char*, size_t> pinned; // bytes of main memory, by their address
+
+inline bool is_pinned(const void* memory, size_t bytes) {
+    auto after = pinned.upper_bound((const char*)memory);
+    if (after == pinned.begin()) return false;
+    --after;
+    return (const char*)memory + bytes <= after->first + after->second;
+}
+} // namespace simt
+
 inline cudaError_t cudaMallocHost(void** pointer, size_t bytes, unsigned flags = cudaHostAllocDefault) {
     (void)flags;
+    *pointer = nullptr;
+    if (simt::loses_recording("cudaMallocHost")) return cudaErrorStreamCaptureUnsupported;
     *pointer = malloc(bytes ? bytes : 1);
-    if (*pointer) memset(*pointer, 0xFF, bytes);
-    return simt::result(*pointer ? cudaSuccess : cudaErrorMemoryAllocation);
+    if (!*pointer) return simt::result(cudaErrorMemoryAllocation);
+    memset(*pointer, 0xFF, bytes);
+    simt::pinned[(const char*)*pointer] = bytes;
+    return cudaSuccess;
 }
 template <class T>
 inline cudaError_t cudaMallocHost(T** pointer, size_t bytes, unsigned flags = cudaHostAllocDefault) {
@@ -148,82 +111,64 @@ inline cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags) {
     return cudaMallocHost(pointer, bytes, flags);
 }
 inline cudaError_t cudaFreeHost(void* pointer) {
+    if (simt::loses_recording("cudaFreeHost")) return cudaErrorStreamCaptureUnsupported;
+    simt::pinned.erase((const char*)pointer);
     free(pointer);
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-    const bool to_device = simt::is_device_memory((uintptr_t)to, bytes),
-               from_device = simt::is_device_memory((uintptr_t)from, bytes);
+namespace simt {
+
+inline cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    const bool to_device = is_device_memory((uintptr_t)to, bytes),
+               from_device = is_device_memory((uintptr_t)from, bytes);
     const cudaMemcpyKind actual = (cudaMemcpyKind)(to_device + 2 * from_device);
     static const char* const names[] = {"host to host", "host to device", "device to host",
                                         "device to device"};
     if (bytes == 0) return cudaSuccess;
     if (kind != cudaMemcpyDefault && kind != (from_device && to_device ? cudaMemcpyDeviceToDevice : actual))
-        return simt::result(cudaErrorInvalidValue, "cudaMemcpy of %zu bytes, %s: these addresses are %s",
-                            bytes, names[kind], names[actual]);
-    simt::DeviceMemoryOpen open;
+        return result(cudaErrorInvalidValue, "cudaMemcpy of %zu bytes, %s: these addresses are %s", bytes,
+                      names[kind], names[actual]);
+    DeviceMemoryOpen open;
     memmove(to, from, bytes);
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                                   cudaStream_t stream = nullptr) {
-    (void)stream;
-    return cudaMemcpy(to, from, bytes, kind);
-}
 
-inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+inline cudaError_t set(void* memory, int value, size_t bytes) {
     if (bytes == 0) return cudaSuccess;
-    if (!simt::is_device_memory((uintptr_t)memory, bytes))
-        return simt::result(cudaErrorInvalidValue, "cudaMemset of %zu bytes at %p: not device memory", bytes,
-                            memory);
-    simt::DeviceMemoryOpen open;
+    if (!is_device_memory((uintptr_t)memory, bytes))
+        return result(cudaErrorInvalidValue, "cudaMemset of %zu bytes at %p: not device memory", bytes,
+                      memory);
+    DeviceMemoryOpen open;
     memset(memory, value, bytes);
     return cudaSuccess;
 }
+
+// Memory that a copy can be recorded with.
+inline bool stays_in_place(const void* memory, size_t bytes) {
+    return is_device_memory((uintptr_t)memory, bytes) || is_pinned(memory, bytes);
+}
+
+} // namespace simt
+
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    if (simt::loses_recording("cudaMemcpy")) return cudaErrorStreamCaptureUnsupported;
+    return simt::copy(to, from, bytes, kind);
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream = nullptr) {
+    if (simt::records(stream) && !(simt::stays_in_place(to, bytes) && simt::stays_in_place(from, bytes)))
+        return simt::lose_recording(cudaErrorStreamCaptureUnsupported, "cudaMemcpyAsync",
+                                    "the host's side of the copy is not pinned");
+    return simt::enqueue(stream, simt::NODE_COPY, [=] { return simt::copy(to, from, bytes, kind); });
+}
+
+inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+    if (simt::loses_recording("cudaMemset")) return cudaErrorStreamCaptureUnsupported;
+    return simt::set(memory, value, bytes);
+}
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr) {
-    (void)stream;
-    return cudaMemset(memory, value, bytes);
-}
-
-// ----------------------------------------------------------------------------
-// Streams and events
-
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-    *stream = new simt_stream;
-    return cudaSuccess;
-}
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-    return cudaStreamCreate(stream);
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    delete stream;
-    return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-
-inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
-    *event = new simt_event();
-    return cudaSuccess;
-}
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    delete event;
-    return cudaSuccess;
-}
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    event->milliseconds = (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
-    return cudaSuccess;
-}
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
-    *milliseconds = (float)(end->milliseconds - begin->milliseconds);
-    return cudaSuccess;
+    return simt::enqueue(stream, simt::NODE_SET, [=] { return simt::set(memory, value, bytes); });
 }
 
 // ----------------------------------------------------------------------------
@@ -277,6 +222,11 @@ template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*)(P...), cu
     return cudaSuccess;
 }
 
+inline cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
+    *name = simt::function_name(kernel);
+    return cudaSuccess;
+}
+
 // ----------------------------------------------------------------------------
 // Launch
 
@@ -287,9 +237,34 @@ template <class T> inline bool is_valid_argument(const T& value) {
     else return true;
 }
 
-template <class... P, size_t... i>
-inline void call(void (*kernel)(P...), const std::tuple<P...>& arguments, std::index_sequence<i...>) {
-    kernel(std::get<i>(arguments)...);
+// A kernel with its arguments, as a launch leaves them.
+template <class... P> struct Call {
+    void (*kernel)(P...);
+    std::tuple<P...> arguments;
+};
+
+template <class... P> inline void call(void* launched) {
+    const Call<P...>* c = (Call<P...>*)launched;
+    std::apply(c->kernel, c->arguments);
+}
+
+// SIMT_LAUNCHES=FILE: of every launch the kernel, the threads of a block and their bytes of dynamic shared memory, a line each.
+inline void log_launch(const void* kernel, dim3 threads_of_block, size_t shared_bytes) {
+    static FILE* const log = getenv("SIMT_LAUNCHES") ? fopen(getenv("SIMT_LAUNCHES"), "a") : nullptr;
+    if (log)
+        fprintf(log, "%s %u %zu\n", function_name(kernel),
+                threads_of_block.x * threads_of_block.y * threads_of_block.z, shared_bytes);
+}
+
+template <class... P>
+inline cudaError_t run(Call<P...> launched, dim3 grid, dim3 threads_of_block, size_t shared_bytes) {
+    const bool valid =
+        std::apply([](const P&... value) { return (is_valid_argument(value) && ...); }, launched.arguments);
+    if (!valid) return result(cudaErrorInvalidValue, "a pointer argument of the kernel is not device memory");
+    count(&Counters::launches, 1);
+    log_launch((const void*)launched.kernel, threads_of_block, shared_bytes);
+    const bool good = run_grid(grid, threads_of_block, shared_bytes, call<P...>, &launched);
+    return result(good ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
 inline cudaError_t check_configuration(const cudaLaunchConfig_t* c) {
@@ -315,22 +290,11 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
                                       A&&... arguments) {
     cudaError_t error = simt::check_configuration(config);
     if (error != cudaSuccess) return error;
-    struct Call {
-        void (*kernel)(P...);
-        std::tuple<P...> arguments;
-    } launched = {kernel, std::tuple<P...>(static_cast<P>(arguments)...)};
-    const bool valid = std::apply([](const P&... value) { return (simt::is_valid_argument(value) && ...); },
-                                  launched.arguments);
-    if (!valid)
-        return simt::result(cudaErrorInvalidValue, "a pointer argument of the kernel is not device memory");
-    const bool good = simt::run_grid(
-        config->gridDim, config->blockDim, config->dynamicSmemBytes,
-        [](void* pointer) {
-            simt::call(((Call*)pointer)->kernel, ((Call*)pointer)->arguments,
-                       std::index_sequence_for<P...>());
-        },
-        &launched);
-    return simt::result(good ? cudaSuccess : cudaErrorLaunchFailure);
+    const simt::Call<P...> launched = {kernel, std::tuple<P...>(static_cast<P>(arguments)...)};
+    const dim3 grid = config->gridDim, block = config->blockDim;
+    const size_t shared_bytes = config->dynamicSmemBytes;
+    return simt::enqueue(config->stream, simt::NODE_KERNEL,
+                         [=] { return simt::run(launched, grid, block, shared_bytes); });
 }
 
 #endif

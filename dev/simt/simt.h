@@ -15,6 +15,8 @@ What it finds, beyond wrong results
     -fsanitize=thread   missing barriers even where the result is right, and races between blocks
 Each is one error: the launch returns it, and cudaGetErrorString() tells place, block, thread and counts.
 
+Of streams that are recorded for a graph it finds what no recording may do (stream.h).
+
 What it does not show: speed, bank conflicts, overlapping streams, the weak order of memory, and the inline PTX itself (the
 functions of kernels/ptx.cuh have bodies of their own here; test/test_layout.cu compares both with the same formulas).
 
@@ -23,7 +25,8 @@ functions of kernels/ptx.cuh have bodies of their own here; test/test_layout.cu 
     memory.h       device and shared memory                   math.h   device functions, atomics
     fibers.h       threads, their order, __syncthreads        warp.h   shuffles, votes, __syncwarp
     matrix.h       mma, ldmatrix                              copy.h   cp.async
-    runtime.h      the host's functions, launch
+    errors.h, stream.h, runtime.h      the host's functions: streams, events and graphs; memory, launch
+    counters.h, names.h                what kernels have done, and what they are called
 
 A program launches from one thread. Kernels declare shared memory by SHARED_MEMORY() or static __shared__ arrays, and nothing
 else in the program is thread_local (types.h says why).

@@ -1,0 +1,32 @@
+/*
+What kernels have done since the program began. Counting costs an addition beside a switch of fibers, so it is always on; who wants
+to know about one launch subtracts what was there before it (launch_observer in kernels/launch.cuh).
+
+    const simt::Counters before = simt::counters;
+    launch(kernel, ...);
+    printf("%llu products\n", (unsigned long long)(simt::counters.products - before.products));
+*/
+#ifndef DEV_SIMT_COUNTERS_H
+#define DEV_SIMT_COUNTERS_H
+
+#include <stdint.h>
+#include "dev/simt/sanitizers.h"
+
+namespace simt {
+
+struct Counters {
+    uint64_t launches;
+    uint64_t products; // mma.m16n8k16, one for a warp
+    uint64_t matrices; // ldmatrix.x4, one for a warp
+    uint64_t copied;   // bytes that cp.async read
+    uint64_t loaded;   // bytes read by load() of kernels/vector.cuh
+    uint64_t stored;   // bytes written by its store(), and by store_rows() of kernels/tile.cuh
+    uint64_t atomics;  // of threads
+};
+inline Counters counters;
+
+SIMT_INTERNAL inline void count(uint64_t Counters::*what, uint64_t by) { counters.*what += by; }
+
+} // namespace simt
+
+#endif

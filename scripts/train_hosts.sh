@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Trains on several machines that ssh reaches without a password, and goes on from the last checkpoint after a failure. The
+# tree, the data and the run's directory must have the same path on all of them: a shared file system.
+#
+#   cat hosts.txt
+#       node1 slots=8
+#       node2 slots=8
+#   scripts/train_hosts.sh --hosts hosts.txt --interface eth0 -- -i '/shared/mine_train_*.bin' -b 32 -d 1048576 --zero 1 -n 500 -o /shared/run
+#
+# --hosts FILE      one machine a line, and how many processes it gets; where slots= is missing, one
+# --interface NAME  the network that all of them share, for what is sent by TCP (default: what MPI and NCCL find)
+# --program FILE    (default: build/train_gpt)
+# --tries N, --pause N   as in scripts/restart.sh, which does the restarting
+#
+# What stands after -- are options of train_gpt; --output is needed, and --resume is added. Run it on the first machine of the
+# list. Variables of the environment that begin with NCCL_ or OMP_ go to all machines.
+set -euo pipefail
+scripts=$(cd "$(dirname "$0")" && pwd)
+
+usage() { awk 'NR > 1 && !sub(/^# ?/, "") && !/^#/ { exit } NR > 1' "$0"; }
+fail_usage() {
+    echo "train_hosts.sh: $*" >&2
+    exit 2
+}
+
+hosts="" interface="" program=build/train_gpt restart=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    -h | --help) usage; exit 0 ;;
+    --) shift; break ;;
+    --hosts | --interface | --program | --tries | --pause)
+        [ $# -gt 1 ] || fail_usage "$1: needs a value"
+        case $1 in
+        --hosts) hosts=$2 ;;
+        --interface) interface=$2 ;;
+        --program) program=$2 ;;
+        *) restart+=("$1" "$2") ;;
+        esac
+        shift 2
+        ;;
+    *) fail_usage "$1: unknown option (see --help; options of train_gpt come after --)" ;;
+    esac
+done
+[ $# -gt 0 ] || fail_usage "no options of train_gpt after --"
+[ -n "$hosts" ] || fail_usage "--hosts: needed, a file with a machine a line"
+[ -r "$hosts" ] || fail_usage "--hosts $hosts: no such file"
+[ -x "$program" ] || fail_usage "--program $program: no such program; run make"
+command -v mpirun >/dev/null || fail_usage "no mpirun here: scripts/install.sh installs Open MPI, on every machine"
+
+processes=$(awk '{ sub(/#.*/, "") } NF { slots = 1; if (match($0, /slots *= *[0-9]+/)) { slots = substr($0, RSTART, RLENGTH); sub(/.*= */, "", slots) } sum += slots } END { print sum + 0 }' "$hosts")
+[ "$processes" -gt 0 ] || fail_usage "--hosts $hosts: names no machine"
+
+# MPI starts the processes and exchanges NCCL's identifiers; on CPUs it also sends the gradients.
+environment=()
+if [ -n "$interface" ]; then
+    export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+fi
+for name in $(compgen -e | grep -E '^(NCCL|OMP)_'); do environment+=(-x "$name"); done
+
+# Processes are not bound to single cores, since each has several threads.
+exec "$scripts/restart.sh" "${restart[@]}" mpirun -np "$processes" --hostfile "$hosts" --map-by slot --bind-to none \
+    "${environment[@]}" "$(realpath "$program")" "$@"

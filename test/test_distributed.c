@@ -1,0 +1,448 @@
+/*
+The trainer as several processes, by mpirun on this machine: the same curves whatever their number, the optimizer's state in
+shards, checkpoints that move between numbers of processes, and processes that are killed.
+
+    BUILD=build build/test/test_distributed                  from the top of the tree; TEST_LONG=1 for more kills, more variants
+
+Curves of different numbers of ranks differ in the order of their sums alone, and must agree to 1e-5; what has the same number
+must agree to the last bit. Skipped, loudly, where there is no mpirun.
+*/
+#define _GNU_SOURCE
+#include "dev/cpu/device.h" // defines stream_t, for comm.h
+#include "runtime/comm.h"   // defines comm_start
+#include "runtime/random.h" // defines random_uniform
+#include "test/capture.h"   // defines capture
+#include "test/programs.h"  // defines run, must_end_well, must_equal, write_shard
+
+// Twelve sequences a step: in 1, 2, 3 or 4 ranks, of one or more micro-batches each.
+#define MODEL                                                                                                \
+    "--layers 2 --channels 64 --heads 2 --kv-heads 1 --ffn 128 --vocab 97 -t 64 --pattern GS --window 24"
+#define RUN "-i train.bin -j val.bin -d 768 -l 1e-2 -u 3 -v 6 -m 2 --log-every 1 -n 4 --keep 0"
+enum { STEPS = 12, RANKS = 4 };
+
+static char build[PATH_MAX]; // where programs are
+static char dense[PATH_MAX]; // the trainer of most tests
+
+static void find_trainer(char path[PATH_MAX], const char* name) {
+    char wanted[PATH_MAX];
+    print_to(wanted, sizeof(wanted), "%s/train_gpt_%s", build, name);
+    if (!realpath(wanted, path)) print_error("%s: %s (make test builds it)\n", wanted, strerror(errno));
+    assert_int_equal(access(path, X_OK), 0);
+}
+
+static const char* mpirun(int ranks) {
+    static char command[64];
+    print_to(command, sizeof(command), "mpirun --oversubscribe -np %d", ranks);
+    return command;
+}
+
+// Trains by so many ranks; 0: without mpirun.
+static const Result* train(const char* trainer, int ranks, const char* output, const char* more) {
+    const Result* result = run("%s %s " MODEL " " RUN " -x %d -o %s %s", ranks ? mpirun(ranks) : "", trainer,
+                               STEPS, output, more);
+    if (result->exit_code != 0) print_error("%s, %d ranks: %s\n", output, ranks, result->err);
+    assert_int_equal(result->exit_code, 0);
+    return result;
+}
+
+// The values of a metric, all of them, must be near those of another run.
+static void must_follow(const char* output, const char* yardstick, const char* key, double bound) {
+    double got[64], want[64], worst = 0;
+    const int count = read_metric(got, 64, output, key);
+    assert_int_equal(count, read_metric(want, 64, yardstick, key));
+    assert_true(count > 0);
+    for (int i = 0; i < count; i++) {
+        const double off = fabs(got[i] / want[i] - 1);
+        if (!(off <= bound))
+            fail_msg("%s: %s %d is %.9g, %s has %.9g", output, key, i, got[i], yardstick, want[i]);
+        worst = fmax(worst, off);
+    }
+    print_message("%s: %s within %.2g of %s\n", output, key, worst, yardstick);
+}
+
+// The gradient's norm moves with every weight that the rounding of former steps has moved, and more than the losses do.
+static void must_follow_in_all(const char* output, const char* yardstick, double bound) {
+    must_follow(output, yardstick, "loss", bound);
+    must_follow(output, yardstick, "val_loss", bound);
+    must_follow(output, yardstick, "grad_norm", 10 * bound);
+}
+
+// Weights, metrics and the optimizer's slices of `ranks` ranks, to the last bit.
+static void must_be_equal(const char* a, const char* b, int ranks) {
+    char left[256], right[256];
+    print_to(left, sizeof(left), "%s/metrics.jsonl", a);
+    print_to(right, sizeof(right), "%s/metrics.jsonl", b);
+    must_equal(left, right);
+    for (int rank = -1; rank < ranks; rank++) {
+        char name[64] = "model.safetensors";
+        if (rank >= 0) print_to(name, sizeof(name), "optimizer-%05d-of-%05d.safetensors", rank, ranks);
+        print_to(left, sizeof(left), "%s/step_%08d/%s", a, STEPS, name);
+        print_to(right, sizeof(right), "%s/step_%08d/%s", b, STEPS, name);
+        must_equal(left, right);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// The same curves
+
+static void test_any_number_of_ranks_trains_the_same(void** state) {
+    (void)state;
+    train(dense, 1, "one", "-b 3");
+    must_be_equal("one", "single", 1);
+    for (int ranks = 2; ranks <= RANKS; ranks++) {
+        char output[32], again[32], sharded[32];
+        print_to(output, sizeof(output), "ranks_%d", ranks);
+        print_to(again, sizeof(again), "ranks_%d_again", ranks);
+        print_to(sharded, sizeof(sharded), "ranks_%d_sharded", ranks);
+        train(dense, ranks, output, "-b 1");
+        must_follow_in_all(output, "single", 1e-5);
+        train(dense, ranks, again, "-b 1");
+        must_be_equal(again, output, ranks);
+        train(dense, ranks, sharded, "-b 1 --zero 1");
+        must_be_equal(sharded, output, ranks);
+    }
+}
+
+// A default total batch is one micro-batch of every rank.
+static void test_the_default_batch_is_of_all_ranks(void** state) {
+    (void)state;
+    const Result* result = run("%s %s " MODEL " -i train.bin -b 2 -x 1 --dry-run", mpirun(3), dense);
+    must_end_well(result);
+    assert_non_null(strstr(result->out, "1 of 384 tokens: 3 x (2, 64)"));
+    assert_non_null(strstr(result->out, "ranks    3, 3 of them on this host"));
+    assert_null(strstr(strstr(result->out, "ranks    3") + 1, "ranks    3")); // one rank speaks
+}
+
+typedef struct {
+    const char *trainer, *more;
+} Variant;
+
+static const Variant variants[] = {
+    {"cpu_flashmoba_kdgqa_kconv3_fp32", "--moba-block 16 --moba-topk 2 --kd-source lagged"},
+    {"cpu_flashmoba_kdgqa_kconv3_fp32", "--moba-block 16 --moba-topk 2 --kd-source forward"},
+    {"cpu_dense_dgqa_kconv5_fp32", "--kd-window 3 --dgqa-kind diff"},
+    {"cpu_flashmoba_pgqa_kconv5_fp32", "--moba-block 16 --moba-topk 2"},
+};
+
+// Maps of query heads come from the keys of all ranks, and noise from a sequence's place in the step.
+static void test_variants_train_the_same(void** state) {
+    (void)state;
+    for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++) {
+        const Variant* v = &variants[i];
+        char path[PATH_MAX], more[256], yardstick[32], output[32], sharded[32];
+        find_trainer(path, v->trainer);
+        print_to(yardstick, sizeof(yardstick), "variant_%zu", i);
+        print_to(output, sizeof(output), "variant_%zu_ranks", i);
+        print_to(sharded, sizeof(sharded), "variant_%zu_sharded", i);
+        // With the batch's own keys as the source, a map is of the micro-batches of all ranks together.
+        print_to(more, sizeof(more), "--channels 128 --heads 4 --kv-heads 2 %s -b 6", v->more);
+        train(path, 0, yardstick, more);
+        more[strlen(more) - 1] = '3';
+        train(path, 2, output, more);
+        must_follow_in_all(output, yardstick, 1e-5);
+        print_to(more + strlen(more), sizeof(more) - strlen(more), " --zero 1");
+        train(path, 2, sharded, more);
+        must_be_equal(sharded, output, 2);
+    }
+}
+
+// The CUDA program on the emulator: in bf16, with masters, which are in shards as well.
+static void test_the_cuda_program_by_two(void** state) {
+    (void)state;
+    char path[PATH_MAX];
+    static const char* const precisions[] = {"fp32", "bf16"};
+    static const double bounds[] = {1e-5, 1e-3};
+    for (int i = 0; i < 2; i++) {
+        char name[64], single[32], two[32], sharded[32];
+        print_to(name, sizeof(name), "simt_dense_gqa_kconv0_%s", precisions[i]);
+        print_to(single, sizeof(single), "simt_%s", precisions[i]);
+        print_to(two, sizeof(two), "simt_%s_two", precisions[i]);
+        print_to(sharded, sizeof(sharded), "simt_%s_sharded", precisions[i]);
+        find_trainer(path, name);
+        train(path, 0, single, "-d 128 -b 2");
+        train(path, 2, two, "-d 128 -b 1");
+        must_follow_in_all(two, single, bounds[i]);
+        train(path, 2, sharded, "-d 128 -b 1 --zero 1");
+        must_be_equal(sharded, two, 2);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Checkpoints and memory
+
+// A run that has come to `step` of another one, whose checkpoint it has.
+static void fork_run(const char* output, const char* of, int step) {
+    shell("rm -rf %s; mkdir %s; cp -r %s/step_%08d %s; cp %s/metrics.jsonl %s/timings.jsonl %s", output,
+          output, of, step, output, of, of, output);
+}
+
+// 4 ranks in shards, then 2 with whole copies, then 3 in shards: the curve of one that was never interrupted.
+static void test_a_run_goes_on_by_other_ranks(void** state) {
+    (void)state;
+    fork_run("by_2", "ranks_4_sharded", 4);
+    train(dense, 2, "by_2", "-b 2 --resume");
+    fork_run("by_3", "by_2", 8);
+    train(dense, 3, "by_3", "-b 4 --resume --zero 1");
+    must_follow_in_all("by_3", "single", 1e-5);
+    fork_run("by_1", "by_2", 8);
+    train(dense, 0, "by_1", "-b 12 --resume");
+    must_follow_in_all("by_1", "single", 1e-5);
+    // By as many as before it is the run itself, whichever way they hold the state.
+    fork_run("by_4", "ranks_4_sharded", 4);
+    train(dense, 4, "by_4", "-b 1 --resume");
+    must_be_equal("by_4", "ranks_4", 4);
+    // Masters too: in bf16 they are more than what the parameters are read from.
+    char path[PATH_MAX];
+    find_trainer(path, "simt_dense_gqa_kconv0_bf16");
+    fork_run("simt_by_2", "simt_bf16_two", 8);
+    train(path, 2, "simt_by_2", "-d 128 -b 1 --resume --zero 1");
+    must_be_equal("simt_by_2", "simt_bf16_two", 2);
+    fork_run("simt_by_1", "simt_bf16_sharded", 8);
+    train(path, 0, "simt_by_1", "-d 128 -b 2 --resume");
+    must_follow_in_all("simt_by_1", "simt_bf16_sharded", 1e-3);
+}
+
+// The number that follows `name` in what a program printed, in MB.
+static double printed(const char* text, const char* name) {
+    const char* at = strstr(text, name);
+    assert_non_null(at);
+    return strtod(at + strlen(name), NULL);
+}
+
+// As the plan says, so it is: with 4 ranks, a quarter of the moments.
+static void test_shards_take_less_memory(void** state) {
+    (void)state;
+    double planned[2], peak[2], optimizer[2];
+    for (int zero = 0; zero < 2; zero++) {
+        const Result* result =
+            run("%s %s --layers 4 --channels 512 --vocab 97 -t 32 -i train.bin -b 1 -x 3 --zero %d",
+                mpirun(4), dense, zero);
+        must_end_well(result);
+        planned[zero] = printed(result->out, "planned peak");
+        optimizer[zero] = printed(result->out, "  optimizer");
+        peak[zero] = printed(result->out, "peak memory");
+    }
+    print_message(
+        "planned %.1f and %.1f MB, of these for the optimizer %.1f and %.1f; measured %.1f and %.1f\n",
+        planned[0], planned[1], optimizer[0], optimizer[1], peak[0], peak[1]);
+    assert_true(optimizer[1] < optimizer[0] * 0.27 && optimizer[0] > 50);
+    assert_true(fabs((planned[0] - planned[1]) - (optimizer[0] - optimizer[1])) < 1);
+    assert_true(peak[0] - peak[1] > 0.9 * (optimizer[0] - optimizer[1]));
+}
+
+// ----------------------------------------------------------------------------
+// Ends
+
+static double now(void) {
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
+}
+
+static pid_t start(const char* line) {
+    char command[8192];
+    print_to(command, sizeof(command), "exec %s >stdout.txt 2>stderr.txt", line);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        execl("/bin/sh", "sh", "-c", command, (char*)NULL);
+        _exit(126);
+    }
+    return child;
+}
+
+// The rank-th process that `parent` has started; 0 where there is none yet.
+static pid_t child_of(pid_t parent, int rank) {
+    char path[64], text[1024];
+    print_to(path, sizeof(path), "/proc/%d/task/%d/children", (int)parent, (int)parent);
+    read_text(text, sizeof(text), path);
+    char* at = text;
+    long child = 0;
+    for (int i = 0; i <= rank; i++) {
+        char* end;
+        child = strtol(at, &end, 10);
+        if (end == at) return 0;
+        at = end;
+    }
+    return (pid_t)child;
+}
+
+// Kills a rank of a run that goes on from where it is, at a moment that `number` draws, and waits for the job to end. 0: the run
+// came to its end before.
+static int kill_one(int number) {
+    enum { KILLED_RANKS = 3 };
+    char line[4096], err[8192];
+    const int rank = (int)(random_uniform(7, 1, (uint64_t)number) * KILLED_RANKS);
+    const long wait = (long)(random_uniform(7, 2, (uint64_t)number) * 1200);
+    print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -n 1 -x %d -o killed -b 1 --zero 1 --resume",
+             mpirun(KILLED_RANKS), dense, STEPS);
+    const pid_t job = start(line);
+    pid_t victim = 0;
+    int status, done = 0;
+    for (int i = 0; i < 400 && !victim; i++, sleep_ms(5)) victim = child_of(job, rank);
+    assert_true(victim > 0);
+    for (long i = 0; i < wait / 10 && !done; i++, sleep_ms(10)) done = waitpid(job, &status, WNOHANG) == job;
+    if (done) return 0;
+    const double killed = now();
+    if (kill(victim, SIGKILL) != 0) return waitpid(job, &status, 0) != job;
+    while (!done && now() - killed < 10) {
+        done = waitpid(job, &status, WNOHANG) == job;
+        sleep_ms(10);
+    }
+    if (!done) kill(job, SIGKILL);
+    assert_true(done);
+    read_text(err, sizeof(err), "stderr.txt");
+    if (WEXITSTATUS(status) == 0) return 0; // the rank was done with everything
+    assert_int_equal(WEXITSTATUS(status), 128 + SIGKILL);
+    char wanted[64];
+    print_to(wanted, sizeof(wanted), "process rank %d with PID", rank);
+    if (!strstr(err, wanted)) print_error("%s\n", err);
+    assert_non_null(strstr(err, wanted));
+    return 1;
+}
+
+// What is there after all of it is what a run has left that nobody touched.
+static void test_a_killed_rank_ends_the_job(void** state) {
+    (void)state;
+    const int rounds = getenv("TEST_LONG") ? 50 : 5;
+    int killed = 0;
+    for (int i = 0; i < rounds; i++) {
+        killed += kill_one(i);
+        if (exists("killed/step_00000012") || i % 10 == 9 || i + 1 == rounds) {
+            train(dense, 3, "killed", "-b 1 --zero 1 --resume");
+            must_be_equal("killed", "ranks_3", 3);
+            shell("rm -rf killed");
+        }
+    }
+    print_message("%d of %d runs were killed before their end\n", killed, rounds);
+    assert_true(killed > rounds / 2);
+}
+
+// mpirun passes SIGUSR1 on: the step ends, a checkpoint is written, and the run can go on from it.
+static void test_a_signal_stops_all(void** state) {
+    (void)state;
+    char line[4096], out[65536];
+    print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1", mpirun(2), dense);
+    const pid_t job = start(line);
+    int status;
+    for (int i = 0; i < 2000 && count_lines("stopped/metrics.jsonl") < 6; i++) sleep_ms(5);
+    kill(job, SIGUSR1);
+    assert_int_equal(waitpid(job, &status, 0), job);
+    assert_int_equal(WEXITSTATUS(status), 128 + SIGUSR1);
+    read_text(out, sizeof(out), "stdout.txt");
+    assert_non_null(strstr(out, "stopped after step"));
+    assert_true(exists("stopped/latest"));
+    must_end_well(run("%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1 --resume --max-seconds 0.2",
+                      mpirun(3), dense));
+}
+
+// ----------------------------------------------------------------------------
+// What must not start
+
+// The job fails with this code, and says so once, in a line that has all of this in it.
+static void job_must_fail(const Result* result, int exit_code, const char* says) {
+    const char* at = strstr(result->err, says);
+    if (result->exit_code != exit_code || !at) print_error("%s", result->err);
+    assert_int_equal(result->exit_code, exit_code);
+    assert_non_null(at);
+    assert_null(strstr(at + 1, says));
+}
+
+static void test_bad_calls_are_told_once(void** state) {
+    (void)state;
+    char host[64];
+    assert_int_equal(gethostname(host, sizeof(host)), 0);
+    job_must_fail(run("%s %s -b 0", mpirun(3), dense), 2, "rank 0 on");
+    job_must_fail(run("%s %s -b 0", mpirun(3), dense), 2, host);
+    job_must_fail(run("%s %s " MODEL " -i train.bin -b 2 -d 128", mpirun(2), dense), 2,
+                  "--total-batch 128: must be a multiple of 2 processes x --batch 2 x --sequence-length 64 = "
+                  "256 tokens");
+    job_must_fail(run("%s %s --generate --init-from single", mpirun(2), dense), 2,
+                  "--generate: runs in one process, not in 2");
+    job_must_fail(run("%s %s " MODEL " -i train.bin -b 1 -x 1 --zero 2", mpirun(2), dense), 2, "--zero 2");
+    assert_int_equal(run("%s %s " MODEL " -i train.bin -b 1 -x 1 -o single", mpirun(2), dense)->exit_code, 2);
+}
+
+static void test_ranks_that_differ_are_found(void** state) {
+    (void)state;
+    char other[PATH_MAX];
+    find_trainer(other, "cpu_dense_dgqa_kconv5_fp32");
+    const char* line = MODEL " -i train.bin -b 1 -d 384 -x 1 -o never";
+    job_must_fail(run("%s %s %s : -np 1 %s %s --seed 5", mpirun(2), dense, line, dense, line), 1,
+                  "the number of arguments is");
+    job_must_fail(run("%s %s %s -u 0 : -np 1 %s %s -u 1", mpirun(2), dense, line, dense, line), 1,
+                  ", after -u, is 1, but on rank 0 it is 0");
+    job_must_fail(run("%s %s %s : -np 1 %s %s", mpirun(2), dense, line, other, line), 1, "rank 2 on");
+    shell("mkdir -p here there; cp train.bin here");
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
+                  1, "train.bin: no file matches");
+    shell("cp short.bin there/train.bin");
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
+                  1, "the training data is train.bin of 5000 tokens");
+    assert_false(exists("never") || exists("here/never") || exists("there/never"));
+}
+
+static void start_as_one_of_two(void* name) {
+    setenv((const char*)name, "2", 1);
+    comm_start();
+}
+
+// This test is built without MPI: as a part of several it would train alone, as all the others would.
+static void test_a_build_for_one_process_says_so(void** state) {
+    (void)state;
+    static const char* const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    for (int i = 0; i < 3; i++) {
+        const struct Captured captured = capture(start_as_one_of_two, (void*)names[i]);
+        assert_int_equal(captured.exit_code, 1);
+        assert_non_null(
+            strstr(captured.text, "started as one of 2 processes, but this build is for one: install MPI"));
+    }
+    assert_int_equal(comm_size(), 1);
+}
+
+// With MPI, but started by something that MPI does not know.
+static void test_a_launcher_without_mpi_is_refused(void** state) {
+    (void)state;
+    must_fail_with(run("env SLURM_STEP_NUM_TASKS=2 %s -b 1", dense), 1, "but MPI knows of 1");
+}
+
+// ----------------------------------------------------------------------------
+
+static int set_up(void** state) {
+    (void)state;
+    if (!realpath(getenv("BUILD") ? getenv("BUILD") : "build", build)) return -1;
+    setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
+    setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
+    if (enter_directory() != 0) return -1;
+    write_shard("train.bin", good_shard(20000));
+    write_shard("short.bin", good_shard(5000));
+    write_shard("val.bin", good_shard(3000));
+    find_trainer(dense, "cpu_dense_gqa_kconv0_fp32");
+    train(dense, 0, "single", "-b 3");
+    return 0;
+}
+
+int main(void) {
+    const struct CMUnitTest alone[] = {
+        cmocka_unit_test(test_a_build_for_one_process_says_so),
+    };
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_any_number_of_ranks_trains_the_same),
+        cmocka_unit_test(test_the_default_batch_is_of_all_ranks),
+        cmocka_unit_test(test_variants_train_the_same),
+        cmocka_unit_test(test_the_cuda_program_by_two),
+        cmocka_unit_test(test_a_run_goes_on_by_other_ranks),
+        cmocka_unit_test(test_shards_take_less_memory),
+        cmocka_unit_test(test_a_killed_rank_ends_the_job),
+        cmocka_unit_test(test_a_signal_stops_all),
+        cmocka_unit_test(test_bad_calls_are_told_once),
+        cmocka_unit_test(test_ranks_that_differ_are_found),
+        cmocka_unit_test(test_a_launcher_without_mpi_is_refused),
+    };
+    const int failed = cmocka_run_group_tests(alone, NULL, NULL);
+    if (system("mpirun --version >/dev/null 2>&1") != 0) {
+        printf("SKIPPED: nothing was run as several processes: no mpirun here (scripts/install.sh)\n");
+        return failed;
+    }
+    return failed + cmocka_run_group_tests(tests, set_up, leave_directory);
+}

@@ -1,0 +1,345 @@
+#!/usr/bin/env bash
+# The scripts that train with many processes, as a user calls them: the restart loop; one machine; two machines, which are two
+# network namespaces with addresses and host names of their own, joined by a cable; Slurm, whose commands are stood in for by
+# scripts of this test. In cmocka's words, so that scripts/run_tests.sh counts them. BUILD names the directory of the programs;
+# TEST_LONG=1 runs all of it.
+# shellcheck disable=SC2317 # the functions are called by way of check()
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+top=$PWD
+build=$(realpath "${BUILD:-build}")
+program=$build/train_gpt_cpu_dense_gqa_kconv0_fp32
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} # what a program holds when it is ended is no leak
+
+# Making network namespaces takes root, which a user may be within a namespace of users.
+if [ "$(id -u)" -ne 0 ] && unshare --user --map-root-user --net --uts true 2>/dev/null; then
+    exec unshare --user --map-root-user "$0" "$@"
+fi
+
+scratch=$(mktemp -d)
+export TMPDIR=$scratch # of mpirun, too
+hosts=() # processes that hold the namespaces
+trap 'kill "${hosts[@]}" 2>/dev/null; rm -rf "$scratch"' EXIT
+cd "$scratch" || exit 1
+failed=0
+
+check() { # name, command...
+    local name=$1
+    shift
+    echo "[ RUN      ] $name"
+    if "$@" >"$scratch/output" 2>&1; then
+        echo "[       OK ] $name"
+    else
+        tail -n 30 "$scratch/output"
+        echo "[  FAILED  ] $name"
+        failed=1
+    fi
+}
+
+# The command must fail with this exit code and one line that holds the text.
+refuses() { # exit code, text, command...
+    local wanted=$1 text=$2 status=0
+    shift 2
+    "$@" >"$scratch/refused" 2>"$scratch/errors" || status=$?
+    echo "$* : exit code $status"
+    cat "$scratch/errors"
+    [ "$status" -eq "$wanted" ] && [ "$(wc -l <"$scratch/errors")" -eq 1 ] && grep -qF -- "$text" "$scratch/errors"
+}
+ends_with() { # exit code, command...
+    local wanted=$1 status=0
+    shift
+    "$@" || status=$?
+    echo "$* : exit code $status"
+    [ "$status" -eq "$wanted" ]
+}
+
+# ----------------------------------------------------------------------------
+# The restart loop, around a stand-in for a training: plan.txt has a line for each of its starts, "how far, and how it ends".
+
+cat >trainer <<'END'
+#!/usr/bin/env bash
+echo "$*" >>arguments.txt
+read -r step end <plan.txt
+sed -i 1d plan.txt
+mkdir -p out
+if [ "$step" -gt 0 ]; then mkdir -p "out/step_$(printf %08d "$step")"; fi
+stop() {
+    mkdir -p out/step_00000099
+    exit 138
+}
+case $end in
+wait)
+    trap stop USR1
+    touch waiting
+    for _ in $(seq 1 400); do sleep 0.05; done
+    ;;
+kill) kill -KILL $$ ;;
+*) exit "$end" ;;
+esac
+END
+chmod +x trainer
+plan() {
+    rm -rf out arguments.txt waiting
+    printf '%s\n' "$@" >plan.txt
+}
+restart() { exec "$top/scripts/restart.sh" --pause 0 "$@"; }
+in_a_shell() { ("$@"); }
+starts() { wc -l <arguments.txt; }
+
+restart_usage() {
+    refuses 2 "--tries 0" "$top/scripts/restart.sh" --tries 0 ./trainer -o out &&
+        refuses 2 "--pause soon" "$top/scripts/restart.sh" --pause soon ./trainer -o out &&
+        refuses 2 "no command" "$top/scripts/restart.sh" && refuses 2 "no --output" "$top/scripts/restart.sh" ./trainer -i x &&
+        refuses 2 "--fast: unknown option" "$top/scripts/restart.sh" --fast ./trainer &&
+        "$top/scripts/restart.sh" --help | grep -q -- "--tries N"
+}
+check restart_refuses_bad_usage restart_usage
+
+goes_on() {
+    # With a new checkpoint before every failure, there are as many tries as it takes.
+    plan "10 1" "20 kill" "30 1" "40 134" "50 0"
+    ends_with 0 in_a_shell restart --tries 2 ./trainer -i x --output out && [ "$(starts)" -eq 5 ] &&
+        [ "$(sort -u arguments.txt)" = "-i x --output out --resume" ]
+}
+check a_run_that_fails_goes_on goes_on
+
+gives_up() {
+    plan "10 1" "10 1" "20 1" "20 1" "20 7" "30 0"
+    ends_with 7 in_a_shell restart --tries 3 ./trainer --output=out && [ "$(starts)" -eq 5 ] || return 1
+    plan "0 1" "0 1" "0 1"
+    refuses 1 "gave up: exit code 1, 2 times in a row without a new checkpoint in out (step 0)" \
+        bash -c "\"$top/scripts/restart.sh\" --pause 0 --tries 2 ./trainer -oout 2>&1 | tail -n 1 >&2; exit \"\${PIPESTATUS[0]}\"" &&
+        [ "$(starts)" -eq 2 ]
+}
+check a_run_that_makes_no_progress_is_given_up gives_up
+
+wrong_line() {
+    plan "0 2" "10 0"
+    ends_with 2 in_a_shell restart ./trainer -o out && [ "$(starts)" -eq 1 ]
+}
+check a_wrong_command_line_is_not_tried_again wrong_line
+
+# A signal ends it, after the command has written its checkpoint; and while it waits for the next try.
+signalled() {
+    local script signal
+    set -m # else SIGINT is ignored in the background
+    for signal in TERM:143 INT:130; do
+        plan "10 wait" "20 0"
+        restart ./trainer -o out &
+        script=$!
+        until [ -e waiting ]; do sleep 0.05; done
+        kill -"${signal%:*}" "$script"
+        ends_with "${signal#*:}" wait "$script" && [ "$(starts)" -eq 1 ] && [ -d out/step_00000099 ] || return 1
+    done
+    plan "10 1" "20 0"
+    "$top/scripts/restart.sh" --pause 60 ./trainer -o out &
+    script=$!
+    until [ -d out/step_00000010 ]; do sleep 0.05; done
+    sleep 0.3
+    kill -TERM "$script"
+    set +m
+    ends_with 143 wait "$script" && [ "$(starts)" -eq 1 ]
+}
+check a_signal_ends_the_loop_with_a_checkpoint signalled
+
+# ----------------------------------------------------------------------------
+# One machine. What is killed and goes on must end as what ran through: the number of processes being the same, bit by bit.
+
+if ! command -v mpirun >/dev/null || ! "$program" --help | grep -q -- --zero; then
+    echo "SKIPPED: nothing was trained by many processes: mpirun is missing, or the program was built without it"
+    exit $failed
+fi
+seq -f "The number %g comes before the number that follows it." 1 3000 >text.txt
+"$build/tokenizer" train -q --vocab-size 300 -o tokenizer.json text.txt &&
+    "$build/tokenizer" prepare -q -t tokenizer.json --output-prefix text text.txt || exit 1
+training=(-i "$scratch/text_train_*.bin" -j "$scratch/text_val_*.bin" --tokenizer "$scratch/tokenizer.json" --layers 1 --channels 32
+    --heads 2 --kv-heads 1 -t 32 -b 2 -d 256 -l 1e-3 -x 60 -v 30 -m 2 -n 10)
+
+same_run() { # directory, directory
+    cmp "$1/metrics.jsonl" "$2/metrics.jsonl" && cmp "$1/step_00000060/model.safetensors" "$2/step_00000060/model.safetensors"
+}
+wait_for_steps() { # directory, steps
+    for _ in $(seq 1 1500); do
+        if [ "$(grep -c '"loss"' "$1/metrics.jsonl" 2>/dev/null)" -ge "$2" ]; then return 0; fi
+        sleep 0.02
+    done
+    return 1
+}
+# Kills one of the processes that a command prints, once the run has so many steps.
+kill_one() { # directory, steps, command...
+    local victim
+    wait_for_steps "$1" "$2" && victim=$("${@:3}" | shuf -n 1) && echo "killing $victim" && kill -KILL "$victim"
+}
+ranks() { pgrep -f "^$program .*$1"; }
+
+node_usage() {
+    refuses 2 "--processes none" "$top/scripts/train_node.sh" --processes none -- -o out &&
+        refuses 2 "no such program" "$top/scripts/train_node.sh" --program nowhere -- -o out &&
+        refuses 2 "options of train_gpt" "$top/scripts/train_node.sh" --program "$program" &&
+        refuses 2 "come after --" "$top/scripts/train_node.sh" -o out &&
+        refuses 2 "--tries: needs a value" "$top/scripts/train_node.sh" --tries &&
+        refuses 2 "no --output" "$top/scripts/train_node.sh" --program "$program" -- -i x
+}
+check train_node_refuses_bad_usage node_usage
+
+node() { exec "$top/scripts/train_node.sh" --program "$program" --processes 2 --pause 0 -- "${training[@]}" "$@"; }
+one_machine() {
+    in_a_shell node -o "$scratch/whole" >whole.txt || return 1
+    # In a file, progress is plain lines.
+    grep -q '^step 60/60 ' whole.txt && ! grep -q $'\r.*\r' whole.txt || return 1
+    node -o "$scratch/killed" &
+    kill_one "$scratch/killed" 25 ranks "$scratch/killed" && wait $! && same_run whole killed
+}
+check one_machine_goes_on_after_a_kill one_machine
+
+one_machine_stopped() {
+    node -o "$scratch/stopped" &
+    local script=$!
+    wait_for_steps "$scratch/stopped" 15 || return 1
+    kill -TERM "$script"
+    ends_with 143 wait "$script" || return 1
+    compgen -G "stopped/step_*" && in_a_shell node -o "$scratch/stopped" && same_run whole stopped
+}
+[ -z "${TEST_LONG:-}" ] || check one_machine_stopped_by_a_signal_goes_on one_machine_stopped
+
+# ----------------------------------------------------------------------------
+# Two machines
+
+if ! unshare --net --uts true 2>/dev/null || ! command -v ip >/dev/null; then
+    echo "SKIPPED: nothing was trained across two machines: network namespaces are not permitted here, or ip (iproute2) is missing"
+    exit $failed
+fi
+
+on() { nsenter --target "$1" --net --uts "${@:2}"; } # host's process, command...
+for name in first second; do
+    unshare --net --uts sleep infinity &
+    hosts+=($!)
+done
+sleep 0.2
+on "${hosts[0]}" hostname moba-first
+on "${hosts[1]}" hostname moba-second
+on "${hosts[0]}" ip link add cable0 type veth peer name cable0 netns "${hosts[1]}"
+on "${hosts[0]}" ip address add 10.77.0.1/24 dev cable0
+on "${hosts[1]}" ip address add 10.77.0.2/24 dev cable0
+for host in "${hosts[@]}"; do
+    on "$host" ip link set lo up
+    on "$host" ip link set cable0 up
+done
+printf '# the two machines\n10.77.0.1 slots=1\n10.77.0.2\n' >hosts.txt
+
+# In the place of ssh: a host, and a line of sh to run there.
+cat >remote <<END
+#!/bin/sh
+host=\$1
+shift
+case \$host in 10.77.0.1) target=${hosts[0]} ;; 10.77.0.2) target=${hosts[1]} ;; *) exit 255 ;; esac
+exec nsenter --target \$target --net --uts sh -c "\$*"
+END
+chmod +x remote
+
+across() {
+    export OMPI_MCA_plm_rsh_agent=$scratch/remote
+    exec nsenter --target "${hosts[0]}" --net --uts "$top/scripts/train_hosts.sh" --hosts hosts.txt --interface cable0 --program "$program" \
+        --pause 0 -- "${training[@]}" "$@"
+}
+# shellcheck disable=SC2016 # awk's own
+sent() { on "${hosts[0]}" awk '/cable0:/ { print $10 }' /proc/net/dev; }
+ranks_on() { # host's process, what their command line holds
+    local process
+    for process in $(ranks "$2"); do
+        if [ "/proc/$process/ns/net" -ef "/proc/$1/ns/net" ]; then echo "$process"; fi
+    done
+}
+
+hosts_usage() {
+    refuses 2 "--hosts: needed" "$top/scripts/train_hosts.sh" -- -o out &&
+        refuses 2 "no such file" "$top/scripts/train_hosts.sh" --hosts nowhere -- -o out &&
+        refuses 2 "names no machine" "$top/scripts/train_hosts.sh" --hosts <(echo '# none') --program "$program" -- -o out
+}
+check train_hosts_refuses_bad_usage hosts_usage
+
+two_machines() {
+    local before after
+    before=$(sent)
+    in_a_shell across --zero 1 -o "$scratch/across" || return 1
+    after=$(sent)
+    # In every step a process sends half of the gradients to the other machine, and half of the parameters.
+    local parameters=$((300 * 32 + 4 * 32 * 32 + 3 * 32 * 128))
+    echo "bytes over the cable: $((after - before))"
+    [ $((after - before)) -gt $((60 * parameters * (4 + 4) / 2)) ] && same_run whole across
+}
+check two_machines_train_over_the_cable two_machines
+
+two_machines_killed() {
+    local host
+    for host in ${TEST_LONG:+"${hosts[0]}"} "${hosts[1]}"; do
+        rm -rf "$scratch/broken"
+        across --zero 1 -o "$scratch/broken" 2>errors.txt &
+        kill_one "$scratch/broken" 25 ranks_on "$host" "$scratch/broken" && wait $! && same_run whole broken && cat errors.txt &&
+            grep -q "^restart.sh: exit code" errors.txt || return 1
+    done
+}
+check a_process_killed_on_the_other_machine two_machines_killed
+
+# ----------------------------------------------------------------------------
+# Slurm on the same two machines. Its commands are stand-ins that do as much as the script and mpirun ask of them: sbatch gives
+# the job its environment, srun starts a process on each of the machines named, scontrol notes what it is asked for.
+
+mkdir slurm
+cat >slurm/sbatch <<END
+#!/usr/bin/env bash
+export SLURM_JOB_ID=7 SLURM_JOBID=7 SLURM_SUBMIT_DIR=\$PWD SLURM_NNODES=2 SLURM_JOB_NUM_NODES=2 SLURM_TASKS_PER_NODE='1(x2)'
+export SLURM_NODELIST=moba-first,moba-second SLURM_JOB_NODELIST=moba-first,moba-second
+cp "\$1" "$scratch/slurm_script" # a copy is what Slurm runs
+exec nsenter --target ${hosts[0]} --net --uts "$scratch/slurm_script" "\${@:2}"
+END
+cat >slurm/srun <<END
+#!/usr/bin/env bash
+while [[ \$1 == --* ]]; do
+    if [[ \$1 == --nodelist=* ]]; then nodes=\${1#*=}; fi
+    shift
+done
+export SLURM_NODEID=0 SLURM_PROCID=0
+for node in \${nodes//,/ }; do
+    case \$node in moba-first) target=${hosts[0]} ;; moba-second) target=${hosts[1]} ;; *) exit 1 ;; esac
+    nsenter --target \$target --net --uts "\$@" &
+    SLURM_NODEID=\$((SLURM_NODEID + 1)) SLURM_PROCID=\$((SLURM_PROCID + 1))
+done
+wait
+END
+cat >slurm/scontrol <<END
+#!/bin/sh
+echo "\$*" >>"$scratch/scontrol.txt"
+END
+chmod +x slurm/*
+
+submit() {
+    cd "$top" || exit 1
+    export PATH=$scratch/slurm:$PATH PROGRAM=$program OMPI_MCA_btl_tcp_if_include=cable0 OMPI_MCA_oob_tcp_if_include=cable0
+    exec sbatch scripts/train_slurm.sbatch "${training[@]}" "$@"
+}
+slurm_job() {
+    local before after
+    before=$(sent)
+    in_a_shell submit -o "$scratch/job" || return 1
+    after=$(sent)
+    [ $((after - before)) -gt 1000000 ] && same_run whole job
+}
+check slurm_trains_on_the_machines_of_the_job slurm_job
+
+# Slurm's signal before the end of the job's time: a checkpoint, and back into the queue. scancel's: the end.
+slurm_time_is_over() {
+    local moment signal steps code script
+    refuses 2 "not a job of Slurm" "$top/scripts/train_slurm.sbatch" -o out || return 1
+    for moment in "TERM 5 143" "USR1 25 0"; do
+        read -r signal steps code <<<"$moment"
+        submit -o "$scratch/queued" &
+        script=$!
+        wait_for_steps "$scratch/queued" "$steps" && kill -"$signal" "$script" && ends_with "$code" wait "$script" || return 1
+        if [ "$signal" = TERM ] && [ -e scontrol.txt ]; then return 1; fi
+    done
+    [ "$(cat scontrol.txt)" = "requeue 7" ] && [ ! -e queued/step_00000060 ] && in_a_shell submit -o "$scratch/queued" && same_run whole queued
+}
+[ -z "${TEST_LONG:-}" ] || check slurm_job_whose_time_is_over_is_queued_again slurm_time_is_over
+exit $failed
