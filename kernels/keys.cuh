@@ -147,7 +147,7 @@ __global__ void keys_ahead_kernel(floatX* ahead,      // (B, tiles, taps - 1, G,
     const size_t width = (size_t)G * D, i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     const int row = (int)(i / width), c = (int)(i % width);
     const int t = row / (taps - 1) * KEYS_TILE + row % (taps - 1);
-    if (row >= tiles * (taps - 1) || t >= T) return;
+    if (t >= T) return;
     const size_t b = blockIdx.y;
     store(ahead + b * tiles * (taps - 1) * width + i,
           load<WIDTH>(dqkv + ((b * T + t) * (H + 2 * G) + H) * D + c));
