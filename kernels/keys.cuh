@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(KEYS_THREADS)
     const bool is_key = head >= H, has_taps = is_key && taps > 0;
     const bool has_mean = is_key && centroids && first + tile <= T;
     const size_t width = (size_t)G * D, stride = (size_t)(H + 2 * G) * D;
+    if (!has_taps && !table && !has_mean) return;
     floatX* x = qkv + (size_t)blockIdx.z * T * stride + (size_t)head * D + c;
     const size_t of_key = (size_t)(head - H) * D + c;
     floatX* kept = has_taps ? raw + (size_t)blockIdx.z * T * width + of_key : NULL;
@@ -119,7 +120,8 @@ static inline void keys_forward(floatX* qkv,            // (B, T, H + 2G, D) in 
                                 const float_acc* table, // (T, D/2, 2) or NULL
                                 int B, int T, int start, int H, int G, int D, int S, int taps,
                                 stream_t stream) {
-    if (!weight && !table && !centroids) return;
+    const int completes_blocks = centroids && T / S > start / S;
+    if (!weight && !table && !completes_blocks) return;
     const int packs = whole_packs(D / 2, qkv, raw, weight, table), lanes = D / 2 / (packs ? (int)PACK : 1);
     const int tile = centroids ? S : (int)KEYS_TILE, tiles = ceil_div(T, tile) - start / tile;
     const int most = KEYS_THREADS / lanes, first_head = table ? 0 : H;
@@ -145,7 +147,7 @@ __global__ void keys_ahead_kernel(floatX* ahead,      // (B, tiles, taps - 1, G,
     const size_t width = (size_t)G * D, i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     const int row = (int)(i / width), c = (int)(i % width);
     const int t = row / (taps - 1) * KEYS_TILE + row % (taps - 1);
-    if (row >= tiles * (taps - 1) || t >= T) return;
+    if (t >= T) return;
     const size_t b = blockIdx.y;
     store(ahead + b * tiles * (taps - 1) * width + i,
           load<WIDTH>(dqkv + ((b * T + t) * (H + 2 * G) + H) * D + c));

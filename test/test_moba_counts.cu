@@ -5,6 +5,8 @@ that reach every branch. And what they say of lengths that the emulator cannot r
 // count_work, count_floors
 #include "kernels/keys.cuh"
 #include "dev/bench/moba_counts.h"
+// keys_forward
+#include "kernels/keys.cuh"
 // fill_normal; cmocka
 #include "test/numeric.h"
 
