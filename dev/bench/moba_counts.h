@@ -41,7 +41,7 @@ static inline int stage_of_kernel(const char* name) {
     static const struct {
         const char* part;
         int stage;
-    } kernels[] = {{"moba_centroids_kernel", CENTROIDS},
+    } kernels[] = {{"keys_forward_kernel", CENTROIDS},
                    {"moba_split_kernel", CENTROIDS},
                    {"moba_route_kernel", ROUTER},
                    {"moba_count_kernel", LISTS},
@@ -150,15 +150,14 @@ static inline void count_pairs(double* pairs, double* scores, const moba_shape_t
     }
 }
 
-// moba_centroids_kernel: every key of a complete block, once. moba_split_kernel: a word becomes MOBA_TERMS of floatX.
+// keys_forward_kernel: every key once. moba_split_kernel: a word becomes MOBA_TERMS of floatX.
 static inline Work centroids_work(const moba_shape_t* s) {
     const int blocks = s->T / s->S;
     const double centroids = (double)s->B * s->G * blocks;
-    const int has_terms = MOBA_TERMS > 1 && s->K > 1;
+    const int has_terms = MOBA_TERMS > 1 && s->K > 1 && blocks > 0;
     Work w = {};
-    if (centroids == 0) return w;
     w.launches = 1 + has_terms;
-    w.loaded = centroids * s->S * row_bytes(s);
+    w.loaded = (double)s->B * s->G * s->T * row_bytes(s);
     w.words_read = has_terms * centroids * sum_bytes(s);
     w.words_written = centroids * (sum_bytes(s) + has_terms * MOBA_TERMS * row_bytes(s));
     return w;
