@@ -92,7 +92,7 @@ restart_usage() {
         refuses 2 "--pause soon" "$top/scripts/restart.sh" --pause soon ./trainer -o out &&
         refuses 2 "no command" "$top/scripts/restart.sh" && refuses 2 "no --output" "$top/scripts/restart.sh" ./trainer -i x &&
         refuses 2 "--fast: unknown option" "$top/scripts/restart.sh" --fast ./trainer &&
-        "$top/scripts/restart.sh" --help | grep -q -- "--tries N"
+        "$top/scripts/restart.sh" --help | grep -- "--tries N"
 }
 check restart_refuses_bad_usage restart_usage
 
@@ -146,7 +146,7 @@ check a_signal_ends_the_loop_with_a_checkpoint signalled
 # ----------------------------------------------------------------------------
 # One machine. What is killed and goes on must end as what ran through: the number of processes being the same, bit by bit.
 
-if ! command -v mpirun >/dev/null || ! "$program" --help | grep -q -- --zero; then
+if ! command -v mpirun >/dev/null || ! "$program" --help | grep -- --zero >/dev/null; then
     echo "SKIPPED: nothing was trained by many processes: mpirun is missing, or the program was built without it"
     exit $failed
 fi
@@ -226,7 +226,7 @@ for host in "${hosts[@]}"; do
     on "$host" ip link set lo up
     on "$host" ip link set cable0 up
 done
-printf '# the two machines\n10.77.0.1 slots=1\n10.77.0.2\n' >hosts.txt
+printf '# the two machines\n10.77.0.1\n10.77.0.2 max_slots=4 slots=1\n' >hosts.txt
 
 # In the place of ssh: a host, and a line of sh to run there.
 cat >remote <<END
@@ -281,6 +281,20 @@ two_machines_killed() {
     done
 }
 check a_process_killed_on_the_other_machine two_machines_killed
+
+# The machine that is left notices within half a minute, and goes on when the other is there again.
+cable_pulled() {
+    across --zero 1 -o "$scratch/pulled" 2>errors.txt &
+    wait_for_steps "$scratch/pulled" 12 && on "${hosts[1]}" ip link set cable0 down || return 1
+    for _ in $(seq 1 90); do
+        if grep -q "^restart.sh: exit code" errors.txt; then break; fi
+        sleep 0.5
+    done
+    on "${hosts[1]}" ip link set cable0 up
+    cat errors.txt
+    grep -q "lost communication" errors.txt && wait $! && same_run whole pulled
+}
+[ -z "${TEST_LONG:-}" ] || check a_machine_that_is_cut_off cable_pulled
 
 # ----------------------------------------------------------------------------
 # Slurm on the same two machines. Its commands are stand-ins that do as much as the script and mpirun ask of them: sbatch gives
