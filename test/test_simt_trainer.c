@@ -298,7 +298,8 @@ static int read_heads(int heads[16], const char* output, int step) {
     return count;
 }
 
-// Whatever maps are made from: the same on both, while they change; and a run that goes on from a checkpoint has the same bits.
+// Whatever maps are made from: the same on both, while they change; and a run that goes on from a checkpoint, by graphs of whole steps,
+// has the same bits.
 static void test_heads_of_every_source(void** state) {
     (void)state;
     static const char* const sources[] = {"lagged", "forward", "weights", "random", "shuffled"};
@@ -325,7 +326,7 @@ static void test_heads_of_every_source(void** state) {
         if (!moved) print_error("%s: no query head has moved\n", sources[i]);
         assert_true(moved > 0);
         fork_run("heads_again", "heads_device", KEPT);
-        must_end_well(run("%s %s -o heads_again --resume", program[1], line));
+        must_end_well(run("%s %s -o heads_again --resume --cuda-graph", program[1], line));
         must_be_same_run("heads_device", "heads_again", SOME_STEPS);
         must_equal("heads_device/step_00000006/heads.json", "heads_again/step_00000006/heads.json");
         shell("rm -rf heads_cpu heads_device heads_again");
