@@ -21,26 +21,49 @@ A chain of kernels without a word from the host:
 A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
 the future from them. So the causal part needs no kernel of its own, and costs the same bytes as one that would be
 fused with the merge: a row of queries read and a row of output written and read again, instead of a query read, and
-keys and values by every tile. The backward goes over the same lists twice, once for the gradients of keys and values
-(an item leaves its sums in fp32, and they are added up in the order of heads and items) and once for those of queries
-(a row for each choice, merged as in the forward). Nothing is added by atomics but integers: every run has the same bits.
+keys and values by every tile.
+
+The backward goes over the same lists once. An item gathers each of its queries and their gradients one time and makes 5
+products: S = K Q^T, dP = V dO^T, dV += P dO and dK += dS Q in registers, and dQ = dS^T K, for which dS goes through shared
+memory from the warps that own keys to those that own columns of dQ: a row for each choice, merged as in the forward.
+Items of blocks with more than MOBA_ITEM queries leave their sums of dK and dV in fp32, and they are added up in the
+order of heads and items; where one item has the whole list and the KV head one query head, it writes both gradients itself.
+Nothing is added by atomics but integers: every run has the same bits. What rounds dQ: dS, the row of each choice, and
+the sum, to 8 bits each; a component that all keys of a block have in common makes the first of these large (the sum of a
+query's dS is 0, but not that of the rounded ones).
 
 A block of more than MOBA_KEYS keys is so many parts of MOBA_KEYS keys, each with rows of its own.
 
 Partial rows cost K times the output. So heads go in groups whose share of the workspace stays below
-moba_workspace_bound, one head at least. With a map that no host knows, a KV head may have queries in two groups:
-its sums are carried from one to the next.
+moba_workspace_bound (--moba-workspace), and where one head is too much, a piece of its queries goes at a time. With a map that
+no host knows, a KV head may have queries in two groups: its sums stay in memory, and the items of the next group go on
+from them. Workspace for B 2, H 16, D 128, S 128, K 8 and a bound of 1074 MB, beside 8BHT bytes of statistics:
+
+    T                       8K      16K     32K     64K     128K    256K    512K
+    forward, heads a group  32      16      15      7       3       1       half a head
+    MB                      554     554     1040    973     837     562     571
+    backward                16      15      7       3       1       half    a quarter
+    MB                      541     1015    948     813     543     680     952
+
+Queries, keys, values, output and their gradients are 16BTHD bytes there (8.6 GB at 128K). The larger workspace, choices and
+centroids come on top of that: 11 % at 128K, 6 % at 256K, 4.5 % at 512K, and more where T is so small that a bound of
+1 GB is a large one.
 
 Bytes (bf16), a query head: router 2TD + (T/128)(n/2) 4D + 4T(K-1), n = T/S; partials TK(4D + 4)
-+ items * 4SD; merge TK(2D + 4) + 2TD; backward TK(8D + 16) for rows gathered twice, TK 4D for partial
-rows, and for every item 8SD of keys and values and 16SD of sums in fp32, written and read again.
++ items * 4SD; merge TK(2D + 4) + 2TD; backward TK(4D + 8) for gathered rows, TK 4D for partial rows, 4SD for every
+item's keys and values, and 4SD for gradients that an item writes itself, or else 16SD of sums written and read again and
+4SD / (heads of the group). With T 64K, S 128, K 8, D 128 and choices at random a block has 1.5 items; partials are then 322 MB
+a head, 1.12 times T(K-1)(4D + 4) + items * 4SD, which is without the own block; the backward is 747 MB where every query head
+has its own KV head and 807 MB where 4 share one, before the merge. (Two passes and sums of every item took 1156 MB.)
 
 The router's scores are of bf16 queries and of centroids in two terms of bf16, 16 bits: near enough to fp32 for the same
 choice, with twice the products of a router that rounds its centroids.
 
-Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 217 at D 128 and 248 at D 64, keys 242
-and 180, queries 247 and 250, router at most 181. Shared memory of a block is at most 97 KB, within the 99 KB of sm_86 and
-sm_89. No GPU has run this: nothing is measured.
+Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 216 at D 128 and 250 at D 64, backward 255
+at both, router at most 181. Shared memory of a block is at most 97 KB, within the 99 KB of sm_86 and sm_89.
+By the clocks of gqa.cuh's head, a tile of 32 queries with 128 keys takes the backward at D 128 (8 warps of 16 keys) 2048
+of products and 3328 of ldmatrix, where two passes took 2867 and 4096; at D 64 (4 warps of 32 keys, 2 blocks) 1024 and 1152,
+where two passes took 1434 and 1664. 64 keys an item would gather all rows twice. No GPU has run this: nothing is measured.
 */
 #ifndef MOBA_CUH
 #define MOBA_CUH
@@ -63,8 +86,11 @@ enum { MOBA_LIST_QUERIES = 256 };
 // An entry of a list: the token of a query, and above it the number of the choice.
 enum { MOBA_TOKEN_BITS = 25 };
 
-// What the partial rows and lists of a group of heads may take, unless one head alone takes more.
+// What lists, partial rows and sums of the heads that are computed at a time may take, unless an eighth of one head takes more.
 static size_t moba_workspace_bound = (size_t)1 << 30;
+
+// Before a workspace is measured.
+static inline void moba_set_workspace_bound(size_t bytes) { moba_workspace_bound = bytes; }
 
 // Sizes of one call; the rows computed are start..T-1.
 typedef struct {
@@ -594,7 +620,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     for (int c = 0; c < CHUNK; c++) sum.at[c] /= total;
     const size_t row = ((size_t)moba_sequence(x, head) * x.T + t) * x.H + moba_head(x, head);
     if (query < x.end) store(out + row * D + column, sum);
-    if (query < x.T && column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
+    if (query < x.end && column == 0) lse[moba_rows(x, head) + t] = (maximum + log2f(total)) * LN2;
     if constexpr (NOISY) {
         for (int c = 0; c < CHUNK; c++) sum.at[c] = rounded(sum.at[c]);
         const Values<CHUNK> noised = noise_row<D>(sum, row, column, noise);
@@ -683,9 +709,9 @@ __device__ __forceinline__ void store_sums(float* to, int first_row, int rows, c
 
 template <int D> struct moba_backward_shape {
 #if defined(PRECISION_BF16)
-    enum { QUERIES = 32 };
+    enum { M = D <= 64 ? 2 : 1, QUERIES = 32 }; // M at most: there may be 16 keys
 #else
-    enum { QUERIES = D <= 64 ? 32 : 16 };
+    enum { M = 1, QUERIES = D <= 64 ? 32 : 16 };
 #endif
     enum { TILE = QUERIES * D };
     enum { COLUMNS = 32 }; // of the gradients of 16 queries that a warp computes at a time
@@ -1145,8 +1171,9 @@ static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, c
     for (moba_group_t group = moba_first_group(workspace + used, s, &turn, selected, qkv, kv_of_q, 1);
          group.heads > 0; moba_next_group(&group, s, &turn)) {
         const moba_lists_t* x = &group.lists;
-        const int M = D <= 64 && MOBA_KEYS > 32 && x->keys >= 32 ? 2 : 1;
-        const auto kernel = M == 2 ? moba_backward_kernel < D, D <= 64 ? 2 : 1 > : moba_backward_kernel<D, 1>;
+        constexpr int MOST = moba_backward_shape<D>::M;
+        const int M = x->keys < 16 * MOST ? 1 : MOST;
+        const auto kernel = M == MOST ? moba_backward_kernel<D, MOST> : moba_backward_kernel<D, 1>;
         moba_build_lists(&group, stream);
         launch(kernel, moba_item_grid(&group), 2 * x->keys / M, moba_backward_shared_bytes<D>(x->keys),
                stream, dqkv, group.partial_rows, group.sums, dout, statistics, *x, padded, scale);

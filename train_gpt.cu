@@ -855,7 +855,8 @@ static void gpt_backward(Model* model, int B, int T) {
     embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
                        C, stream);
     gpt_reduce(model, config->layers + 1);
-    comm_wait(stream);
+    // Where nothing was sent there is nothing to wait for, and a graph may not wait for what came before it.
+    if (model->reduces) comm_wait(stream);
     range_end();
 }
 
@@ -1749,6 +1750,7 @@ int main(int argc, char** argv) {
     signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);
+    if (run.options.moba_workspace) moba_set_workspace_bound(run.options.moba_workspace);
     const Options* options = &run.options;
     check_graph(options);
     find_checkpoints(&run);

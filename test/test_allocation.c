@@ -289,6 +289,7 @@ static void test_kdgqa_follows_every_step(void** state) {
     must_have(&a, 4, 3, 1, 0);
     step_with(&a, 2, bad);
     must_have(&a, 4, 3, 1, 0);
+    step_with(&a, 3, bad); // what is kept is the first time
     assert_int_equal(a.not_finite[1], 3);
     assert_int_equal(a.not_finite[0], 0);
     allocation_free(&a);

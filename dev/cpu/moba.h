@@ -40,6 +40,9 @@ typedef struct {
     int B, T, start, H, G, D, S, K;
 } moba_shape_t;
 
+// Of GPUs; here workspaces depend on the number of threads.
+static inline void moba_set_workspace_bound(size_t bytes) { (void)bytes; }
+
 // Blocks with all S keys: the ones that can be chosen, once the query is past them.
 static inline int moba_blocks(const moba_shape_t* s) { return s->T / s->S; }
 
