@@ -3,7 +3,6 @@ The formulas of dev/bench/moba_counts.h against what the emulator counts while t
 that reach every branch. And what they say of lengths that the emulator cannot run.
 */
 // count_work, count_floors
-#include "kernels/keys.cuh"
 #include "dev/bench/moba_counts.h"
 // keys_forward
 #include "kernels/keys.cuh"

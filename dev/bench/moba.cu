@@ -13,9 +13,9 @@ pairs of query and visible key, two in the forward and five in the backward, and
 their own, by an observer of launches, so their sum is not quite the time of a call.
 */
 #include <argp.h>
-#include "kernels/keys.cuh"        // defines keys_forward
 #include "moba.cuh"                // defines flashmoba_forward, flashmoba_backward
 #include "kernels/moba_plain.cuh"  // defines moba_forward, moba_backward
+#include "kernels/keys.cuh"        // defines keys_forward
 #include "dev/bench/ceilings.h"    // defines product_rate, copy_rate
 #include "dev/bench/measure.h"     // defines parse_number, new_random, time_passes
 #include "dev/bench/moba_counts.h" // defines count_work, count_floors
