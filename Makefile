@@ -135,7 +135,7 @@ all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr scaling test test-long mutate gpu-check bench lint format clean"
+	@echo "targets: all train tokenizer retrieval snr scaling test test-long mutate gpu-check bench kernel-table lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -393,7 +393,9 @@ kernel-table: $(TABLED:%=$(BUILD)/cuda/%.o) $(TABLED:%=$(BUILD)/test/%) $(BUILD)
 	@for draw in uniform recent sink oldest; do \
 	  $(BUILD)/bench/moba_simt_bf16 --count --select $$draw --json $(BUILD)/counts_$$draw.json >/dev/null || exit 1; done
 	dev/bench/kernel_table.py --nvcc "$(NVCC)" --ptxas $(TABLED:%=$(BUILD)/cuda/%.o.ptxas) --launches $(BUILD)/launches.txt \
-	  --counts $(foreach draw,uniform recent sink oldest,$(BUILD)/counts_$(draw).json) >docs/results/kernels.md
+	  --counts $(foreach draw,uniform recent sink oldest,$(BUILD)/counts_$(draw).json) \
+	  --ladder docs/results/kernels.md >$(BUILD)/kernels.md
+	mv $(BUILD)/kernels.md docs/results/kernels.md
 
 # ----------------------------------------------------------------------------
 # make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.

@@ -5,13 +5,13 @@ Every query attends to its own block of S keys, causally, and to the K-1 complet
 highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571):
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // kernels/keys.cuh
     flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
 A chain of kernels without a word from the host:
 
-    centroids    means of the blocks' keys
     router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers
     lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
     partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
@@ -21,26 +21,49 @@ A chain of kernels without a word from the host:
 A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
 the future from them. So the causal part needs no kernel of its own, and costs the same bytes as one that would be
 fused with the merge: a row of queries read and a row of output written and read again, instead of a query read, and
-keys and values by every tile. The backward goes over the same lists twice, once for the gradients of keys and values
-(an item leaves its sums in fp32, and they are added up in the order of heads and items) and once for those of queries
-(a row for each choice, merged as in the forward). Nothing is added by atomics but integers: every run has the same bits.
+keys and values by every tile.
+
+The backward goes over the same lists once. An item gathers each of its queries and their gradients one time and makes 5
+products: S = K Q^T, dP = V dO^T, dV += P dO and dK += dS Q in registers, and dQ = dS^T K, for which dS goes through shared
+memory from the warps that own keys to those that own columns of dQ: a row for each choice, merged as in the forward.
+Items of blocks with more than MOBA_ITEM queries leave their sums of dK and dV in fp32, and they are added up in the
+order of heads and items; where one item has the whole list and the KV head one query head, it writes both gradients itself.
+Nothing is added by atomics but integers: every run has the same bits. What rounds dQ: dS, the row of each choice, and
+the sum, to 8 bits each; a component that all keys of a block have in common makes the first of these large (the sum of a
+query's dS is 0, but not that of the rounded ones).
 
 A block of more than MOBA_KEYS keys is so many parts of MOBA_KEYS keys, each with rows of its own.
 
 Partial rows cost K times the output. So heads go in groups whose share of the workspace stays below
-moba_workspace_bound, one head at least. With a map that no host knows, a KV head may have queries in two groups:
-its sums are carried from one to the next.
+moba_workspace_bound (--moba-workspace), and where one head is too much, a piece of its queries goes at a time. With a map that
+no host knows, a KV head may have queries in two groups: its sums stay in memory, and the items of the next group go on
+from them. Workspace for B 2, H 16, D 128, S 128, K 8 and a bound of 1074 MB, beside 8BHT bytes of statistics:
 
-Bytes (bf16), a query head: centroids 2TD; router 2TD + (T/128)(n/2) 4D + 4T(K-1), n = T/S; partials TK(4D + 4)
-+ items * 4SD; merge TK(2D + 4) + 2TD; backward TK(8D + 16) for rows gathered twice, TK 4D for partial
-rows, and for every item 8SD of keys and values and 16SD of sums in fp32, written and read again.
+    T                       8K      16K     32K     64K     128K    256K    512K
+    forward, heads a group  32      16      15      7       3       1       half a head
+    MB                      554     554     1040    973     837     562     571
+    backward                16      15      7       3       1       half    a quarter
+    MB                      541     1015    948     813     543     680     952
+
+Queries, keys, values, output and their gradients are 16BTHD bytes there (8.6 GB at 128K). The larger workspace, choices and
+centroids come on top of that: 11 % at 128K, 6 % at 256K, 4.5 % at 512K, and more where T is so small that a bound of
+1 GB is a large one.
+
+Bytes (bf16), a query head: router 2TD + (T/128)(n/2) 4D + 4T(K-1), n = T/S; partials TK(4D + 4)
++ items * 4SD; merge TK(2D + 4) + 2TD; backward TK(4D + 8) for gathered rows, TK 4D for partial rows, 4SD for every
+item's keys and values, and 4SD for gradients that an item writes itself, or else 16SD of sums written and read again and
+4SD / (heads of the group). With T 64K, S 128, K 8, D 128 and choices at random a block has 1.5 items; partials are then 322 MB
+a head, 1.12 times T(K-1)(4D + 4) + items * 4SD, which is without the own block; the backward is 747 MB where every query head
+has its own KV head and 807 MB where 4 share one, before the merge. (Two passes and sums of every item took 1156 MB.)
 
 The router's scores are of bf16 queries and of centroids in two terms of bf16, 16 bits: near enough to fp32 for the same
 choice, with twice the products of a router that rounds its centroids.
 
-Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 217 at D 128 and 248 at D 64, keys 242
-and 180, queries 247 and 250, router at most 181. Shared memory of a block is at most 97 KB, within the 99 KB of sm_86 and
-sm_89. No GPU has run this: nothing is measured.
+Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 216 at D 128 and 250 at D 64, backward 255
+at both, router at most 181. Shared memory of a block is at most 97 KB, within the 99 KB of sm_86 and sm_89.
+By the clocks of gqa.cuh's head, a tile of 32 queries with 128 keys takes the backward at D 128 (8 warps of 16 keys) 2048
+of products and 3328 of ldmatrix, where two passes took 2867 and 4096; at D 64 (4 warps of 32 keys, 2 blocks) 1024 and 1152,
+where two passes took 1434 and 1664. 64 keys an item would gather all rows twice. No GPU has run this: nothing is measured.
 */
 #ifndef MOBA_CUH
 #define MOBA_CUH
@@ -63,8 +86,11 @@ enum { MOBA_LIST_QUERIES = 256 };
 // An entry of a list: the token of a query, and above it the number of the choice.
 enum { MOBA_TOKEN_BITS = 25 };
 
-// What the partial rows and lists of a group of heads may take, unless one head alone takes more.
+// What lists, partial rows and sums of the heads that are computed at a time may take, unless an eighth of one head takes more.
 static size_t moba_workspace_bound = (size_t)1 << 30;
+
+// Before a workspace is measured.
+static inline void moba_set_workspace_bound(size_t bytes) { moba_workspace_bound = bytes; }
 
 // Sizes of one call; the rows computed are start..T-1.
 typedef struct {
@@ -88,31 +114,7 @@ __device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int co
 }
 
 // ----------------------------------------------------------------------------
-// Centroids
-
-enum { MOBA_CENTROID_THREADS = 128 };
-template <int D>
-__global__ void moba_centroids_kernel(float* centroids,  // (B, T/S, G, D)
-                                      const floatX* qkv, // (B, T, H + 2G, D)
-                                      int T, int H, int G, int S, int first_block) {
-    constexpr int LANES = D / CHUNK, ROWS = MOBA_CENTROID_THREADS / LANES;
-    __shared__ float sums[ROWS][D];
-    const int block = first_block + blockIdx.x, g = blockIdx.y, b = blockIdx.z;
-    const int column = threadIdx.x % LANES * CHUNK, first = threadIdx.x / LANES;
-    const size_t stride = (size_t)(H + 2 * G) * D;
-    const floatX* k = qkv + ((size_t)b * T + (size_t)block * S) * stride + (size_t)(H + g) * D + column;
-    Values<CHUNK> sum = {};
-    for (int t = first; t < S; t += ROWS) {
-        const Values<CHUNK> key = load<CHUNK>(k + t * stride);
-        for (int i = 0; i < CHUNK; i++) sum.at[i] += key.at[i];
-    }
-    for (int i = 0; i < CHUNK; i++) sums[first][column + i] = sum.at[i];
-    __syncthreads();
-    if (threadIdx.x >= D) return;
-    float total = 0;
-    for (int row = 0; row < ROWS; row++) total += sums[row][threadIdx.x];
-    centroids[(((size_t)b * (T / S) + block) * G + g) * D + threadIdx.x] = total / (float)S;
-}
+// Router
 
 // The router multiplies floatX: what bf16 leaves of a centroid, and what it leaves of the rest.
 #if defined(PRECISION_BF16)
@@ -130,9 +132,6 @@ static __global__ void moba_split_kernel(floatX* terms, // (MOBA_TERMS, count)
 #else
 enum { MOBA_TERMS = 1 };
 #endif
-
-// ----------------------------------------------------------------------------
-// Router
 
 // Scores and blocks in one order: the higher score, of equal ones the later block. A score that is not a number is 0,
 // and so is what cannot be chosen.
@@ -710,9 +709,9 @@ __device__ __forceinline__ void store_sums(float* to, int first_row, int rows, c
 
 template <int D> struct moba_backward_shape {
 #if defined(PRECISION_BF16)
-    enum { QUERIES = 32 };
+    enum { M = D <= 64 ? 2 : 1, QUERIES = 32 }; // M at most: there may be 16 keys
 #else
-    enum { QUERIES = D <= 64 ? 32 : 16 };
+    enum { M = 1, QUERIES = D <= 64 ? 32 : 16 };
 #endif
     enum { TILE = QUERIES * D };
     enum { COLUMNS = 32 }; // of the gradients of 16 queries that a warp computes at a time
@@ -1121,23 +1120,18 @@ static inline void moba_route_launch(int* selected, const floatX* terms, const f
 }
 
 template <int D>
-static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, float* centroids,
+static inline void flashmoba_forward_launch(floatX* out, float* lse, int* selected, const float* centroids,
                                             const floatX* qkv, const int* kv_of_q, char* workspace,
                                             const moba_shape_t* s, const AttentionNoise* noise,
                                             stream_t stream) {
     typedef moba_forward_shape<D> shape;
     static_assert(shape::shared_bytes(MOBA_KEYS) <= MOST_SHARED_BYTES, "more than sm_86 has");
-    const int blocks = s->T / s->S, first_block = s->start / s->S;
     const floatX* terms = (const floatX*)centroids;
     size_t used = 0;
-    if (blocks > first_block)
-        launch(moba_centroids_kernel<D>,
-               dim3((unsigned)(blocks - first_block), (unsigned)s->G, (unsigned)s->B), MOBA_CENTROID_THREADS,
-               0, stream, centroids, qkv, s->T, s->H, s->G, s->S, first_block);
 #if defined(PRECISION_BF16)
     const size_t count = moba_centroids_count(s->B, s->T, s->G, D, s->S);
     floatX* split = (floatX*)moba_take(workspace, &used, count * MOBA_TERMS, sizeof(floatX));
-    if (blocks > 0 && s->K > 1)
+    if (count > 0 && s->K > 1)
         launch(moba_split_kernel, flat_grid(count, 1), FLAT_BLOCK, 0, stream, split, centroids, count);
     terms = split;
 #endif
@@ -1177,8 +1171,9 @@ static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, c
     for (moba_group_t group = moba_first_group(workspace + used, s, &turn, selected, qkv, kv_of_q, 1);
          group.heads > 0; moba_next_group(&group, s, &turn)) {
         const moba_lists_t* x = &group.lists;
-        const int M = D <= 64 && MOBA_KEYS > 32 && x->keys >= 32 ? 2 : 1;
-        const auto kernel = M == 2 ? moba_backward_kernel < D, D <= 64 ? 2 : 1 > : moba_backward_kernel<D, 1>;
+        constexpr int MOST = moba_backward_shape<D>::M;
+        const int M = x->keys < 16 * MOST ? 1 : MOST;
+        const auto kernel = M == MOST ? moba_backward_kernel<D, MOST> : moba_backward_kernel<D, 1>;
         moba_build_lists(&group, stream);
         launch(kernel, moba_item_grid(&group), 2 * x->keys / M, moba_backward_shared_bytes<D>(x->keys),
                stream, dqkv, group.partial_rows, group.sums, dout, statistics, *x, padded, scale);
@@ -1205,15 +1200,15 @@ static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, in
     return used + moba_turn_bytes(&shape, 1);
 }
 
-// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already, and the
-// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected. With noise (or
-// NULL) also these rows of noise->noised.
+// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already. The centroids
+// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids. With
+// noise (or NULL) also these rows of noise->noised.
 static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      int* selected, // (B, H, T, K-1) blocks chosen, the newest first, then -1
-                                     float_acc* centroids, // (B, T/S, G, D)
-                                     const floatX* qkv,    // (B, T, H + 2G, D)
-                                     const int* kv_of_q,   // (H) non-decreasing
+                                     const float_acc* centroids, // (B, T/S, G, D)
+                                     const floatX* qkv,          // (B, T, H + 2G, D)
+                                     const int* kv_of_q,         // (H) non-decreasing
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
                                      int K, const AttentionNoise* noise, stream_t stream) {
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};

@@ -26,8 +26,8 @@ kernels of CUDA on an emulator (dev/simt).
 #include "dev/cpu/matmul.h"     // defines matmul_start, matmul_forward, matmul_backward
 #include "dev/cpu/keynorm.h"    // defines key_rms, key_weight_norm
 #include "dev/cpu/heads.h"      // defines heads_begin_step, heads_of_batch, heads_measure
-#include "dev/cpu/keyconv.h"    // defines keyconv_forward, keyconv_backward
-#include "dev/cpu/rope.h"       // defines rope_table, rope_forward, rope_backward
+#include "dev/cpu/rope.h"       // defines rope_table
+#include "dev/cpu/keys.h"       // defines keys_forward, keys_backward
 #include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
 #include "dev/cpu/moba.h"       // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
@@ -40,8 +40,8 @@ kernels of CUDA on an emulator (dev/simt).
 #include "kernels/matmul.cuh"
 #include "kernels/keynorm.cuh"
 #include "kernels/heads.cuh"
-#include "kernels/keyconv.cuh"
 #include "kernels/rope.cuh"
+#include "kernels/keys.cuh"
 #include "gqa.cuh"
 #include "moba.cuh"
 #include "kernels/moba_plain.cuh"
@@ -339,9 +339,8 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
         const size_t norm = rmsnorm_backward_workspace((int)rows, (int)C);
         const size_t embedding = embedding_backward_workspace((int)rows, (int)C);
         for (int l = 0; l < (int)L; l++) {
-            const int taps = layer_taps(config, l);
-            const size_t filter = taps ? keyconv_backward_workspace(B, T, (int)G, (int)D, taps) : 0;
-            if (filter > workspace) workspace = filter;
+            const size_t keys = keys_backward_workspace(B, T, (int)G, (int)D, layer_taps(config, l));
+            if (keys > workspace) workspace = keys;
         }
         if (norm > workspace) workspace = norm;
         if (embedding > workspace) workspace = embedding;
@@ -648,12 +647,10 @@ static void layer_qkv_forward(Model* model, int l, int B, int T, int start, int 
     matmul_forward(layer->qkv + first * QKV, layer->norm1 + first * C, params + weights->qkv_proj, rows, C,
                    QKV, model->stream);
     if (step >= 0) gpt_measure_keys(model, l, B, T, step);
-    if (layer_taps(config, l))
-        keyconv_forward(layer->qkv, layer->raw_keys, params + weights->k_conv, B, T, start, H, G, D,
-                        layer_taps(config, l), model->stream);
-    if (layer_has_rope(config, l))
-        rope_forward(layer->qkv + first * QKV, model->acts.rope + first * D, B, T - start, H, G, D,
-                     model->stream);
+    const int taps = layer_taps(config, l);
+    keys_forward(layer->qkv, layer->raw_keys, layer->centroids, taps ? params + weights->k_conv : NULL,
+                 layer_has_rope(config, l) ? model->acts.rope : NULL, B, T, start, H, G, D,
+                 config->moba_block, taps, model->stream);
 }
 
 // residual_mid and norm2 from what attention made, noised or not.
@@ -845,10 +842,10 @@ static void gpt_backward(Model* model, int B, int T) {
         matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, layer_heads(model, l),
                         params + weights->o_proj, rows, H * D, C, stream);
         layer_attention_backward(model, l, B, T);
-        if (layer_has_rope(config, l)) rope_backward(acts->dqkv, acts->rope, B, T, H, G, D, stream);
-        if (layer_taps(config, l))
-            keyconv_backward(acts->dqkv, grads + weights->k_conv, layer->raw_keys, params + weights->k_conv,
-                             acts->workspace, B, T, H, G, D, layer_taps(config, l), stream);
+        const int taps = layer_taps(config, l);
+        keys_backward(acts->dqkv, taps ? grads + weights->k_conv : NULL, layer->raw_keys,
+                      taps ? params + weights->k_conv : NULL, layer_has_rope(config, l) ? acts->rope : NULL,
+                      acts->workspace, B, T, H, G, D, taps, stream);
         matmul_backward(acts->dnorm, grads + weights->qkv_proj, acts->dqkv, layer->norm1,
                         params + weights->qkv_proj, rows, C, QKV, stream);
         rmsnorm_backward(acts->dresidual, grads + weights->input_norm, acts->dnorm, layer->residual,
@@ -858,7 +855,8 @@ static void gpt_backward(Model* model, int B, int T) {
     embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
                        C, stream);
     gpt_reduce(model, config->layers + 1);
-    comm_wait(stream);
+    // Where nothing was sent there is nothing to wait for, and a graph may not wait for what came before it.
+    if (model->reduces) comm_wait(stream);
     range_end();
 }
 
@@ -1752,6 +1750,7 @@ int main(int argc, char** argv) {
     signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);
+    if (run.options.moba_workspace) moba_set_workspace_bound(run.options.moba_workspace);
     const Options* options = &run.options;
     check_graph(options);
     find_checkpoints(&run);

@@ -5,6 +5,7 @@ flashmoba_backward of moba.cuh with the same arguments, by other means (docs/mat
 nobody needs it to understand the other.
 
     void* workspace = device_malloc(moba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // kernels/keys.cuh
     moba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
     workspace = device_malloc(moba_backward_workspace(B, T, H, G, D, S, K), "attention");
     moba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
@@ -21,14 +22,14 @@ The backward makes the pairs again from the selection, and gathers the gradients
 values are sums over the block's own tokens and its pairs, head by head; those of queries are one row for the own block and one
 for each pair, added up at the end. All sums have a fixed order: every run has the same bits.
 
-Bytes of memory (bf16), a query head, n = T/S: scores 4Tn, matrix Tn, pairs T(K-1)(2D + 2D + 4) forward and T(K-1) 6D backward.
+Bytes of memory (bf16), a query head, n = T/S: scores 4Tn, matrix Tn, pairs T(K-1)(4D + 12) forward and T(K-1)(6D + 8) backward.
 The scores and the matrix are read and written whole, so time and memory are quadratic in T, as they were; a block that all
 queries choose is one block of threads in the backward, as flashmoba's are not. Nothing here is pipelined.
 */
 #ifndef KERNELS_MOBA_PLAIN_CUH
 #define KERNELS_MOBA_PLAIN_CUH
 
-// centroids, the order of scores, load_rows, moba_supports, moba_take
+// the order of scores, load_rows, moba_supports, moba_take
 #include "moba.cuh"
 
 // Keys that are in shared memory at one time, and rows of queries beside them.
@@ -567,7 +568,7 @@ template <int D> static inline void plain_pair_up(const plain_pairs_t* x, stream
 }
 
 template <int D>
-static inline void moba_forward_launch(floatX* out, float* lse, int* selected, float* centroids,
+static inline void moba_forward_launch(floatX* out, float* lse, int* selected, const float* centroids,
                                        const plain_workspace_t* w, const AttentionNoise* noise,
                                        stream_t stream) {
     const plain_pairs_t* x = &w->pairs;
@@ -575,10 +576,6 @@ static inline void moba_forward_launch(floatX* out, float* lse, int* selected, f
     const int own_shares = ceil_div(x->S, PLAIN_QUERIES);
     const size_t shared = sizeof(floatX) * D * (PLAIN_QUERIES + 2 * x->keys);
     const float scale_log2 = attention_scale(D) * LOG2_E;
-    if (x->blocks > first_block)
-        launch(moba_centroids_kernel<D>,
-               dim3((unsigned)(x->blocks - first_block), (unsigned)x->G, (unsigned)x->B),
-               MOBA_CENTROID_THREADS, 0, stream, centroids, x->qkv, x->T, x->H, x->G, x->S, first_block);
     if (plain_has_pairs(x))
         launch(plain_scores_kernel<D>,
                dim3((unsigned)ceil_div(x->blocks, PLAIN_TILE), (unsigned)ceil_div(rows, PLAIN_TILE),
@@ -638,9 +635,9 @@ static inline void moba_backward_launch(floatX* dqkv, const floatX* dout, const 
 static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                 int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
-                                float_acc* centroids, // (B, T/S, G, D)
-                                const floatX* qkv,    // (B, T, H + 2G, D)
-                                const int* kv_of_q,   // (H) non-decreasing
+                                const float_acc* centroids, // (B, T/S, G, D)
+                                const floatX* qkv,          // (B, T, H + 2G, D)
+                                const int* kv_of_q,         // (H) non-decreasing
                                 void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
                                 const AttentionNoise* noise, // NULL: none
                                 stream_t stream) {

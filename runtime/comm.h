@@ -309,6 +309,7 @@ typedef struct {
     ncclComm_t ranks;
     cudaStream_t stream;
     cudaEvent_t before, after;
+    int pending; // 1: something is queued that nobody waits for yet
 } CommNccl;
 
 static CommNccl comm_nccl;
@@ -339,6 +340,7 @@ static inline void comm_stop_device(void) {
 static inline void comm_follow(stream_t stream) {
     device_check(cudaEventRecord(comm_nccl.before, stream), "record an event");
     device_check(cudaStreamWaitEvent(comm_nccl.stream, comm_nccl.before, 0), "wait for an event");
+    comm_nccl.pending = 1;
 }
 
 // The type of what is summed: fp32 on a GPU, whatever the parameters' type is.
@@ -377,7 +379,9 @@ static inline void comm_all_reduce(float_acc* values, size_t count, stream_t str
 
 // What is queued on the stream after this comes after all that the functions above have queued.
 static inline void comm_wait(stream_t stream) {
-    if (!comm.size) return;
+    if (!comm_nccl.pending)
+        return; // while a graph is recorded, what is not part of it must not be waited for
+    comm_nccl.pending = 0;
     device_check(cudaEventRecord(comm_nccl.after, comm_nccl.stream), "record an event");
     device_check(cudaStreamWaitEvent(stream, comm_nccl.after, 0), "wait for an event");
 }

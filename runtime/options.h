@@ -30,6 +30,7 @@ typedef struct {
     // Model. 0 or NULL: not given.
     const char* model;
     int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window, moba_block, moba_topk;
+    size_t moba_workspace; // bytes
     const char* pattern;
     const char* position;
     float rope_theta, norm_eps;
@@ -88,6 +89,7 @@ enum {
     KEY_WINDOW,
     KEY_MOBA_BLOCK,
     KEY_MOBA_TOPK,
+    KEY_MOBA_WORKSPACE,
     KEY_POSITION,
     KEY_ROPE_THETA,
     KEY_NORM_EPS,
@@ -143,6 +145,10 @@ static const struct argp_option option_table[] = {
     {"moba-block", KEY_MOBA_BLOCK, "S", 0,
      "keys of a block, in builds of ATTN=moba and flashmoba (default 128)", 1},
     {"moba-topk", KEY_MOBA_TOPK, "K", 0, "blocks that a query attends to, its own among them (default 8)", 1},
+    {"moba-workspace", KEY_MOBA_WORKSPACE, "MB", 0,
+     "MB (1048576 bytes) for lists and partial rows of the heads that a GPU computes at a time (default "
+     "1024)",
+     1},
     {"position", KEY_POSITION, "KINDS", 0, "rope, none, or by letter: S=rope,G=none (default rope)", 1},
     {"rope-theta", KEY_ROPE_THETA, "X", 0, "base of the rotary angles (default 10000)", 1},
     {"norm-eps", KEY_NORM_EPS, "X", 0, "epsilon of RMSNorm (default 1e-5)", 1},
@@ -333,10 +339,12 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case KEY_MOBA_BLOCK:
     case KEY_MOBA_TOPK:
+    case KEY_MOBA_WORKSPACE:
         if (attention_of_build() == ATTENTION_DENSE)
             fail_usage("%s: of builds with ATTN=moba or flashmoba; this one is ATTN=dense", option_name(key));
         if (key == KEY_MOBA_BLOCK) options->moba_block = (int)option_integer(key, text, 1, 1 << 16);
-        else options->moba_topk = (int)option_integer(key, text, 1, 1 << 10);
+        else if (key == KEY_MOBA_TOPK) options->moba_topk = (int)option_integer(key, text, 1, 1 << 10);
+        else options->moba_workspace = (size_t)option_integer(key, text, 1, 1 << 20) << 20;
         break;
     case KEY_POSITION:
         options->position = text;

@@ -31,17 +31,9 @@ fi
 command=(build/train_gpt -i "$data/stories_train_*.bin" -j "$data/stories_val_*.bin" --tokenizer "$data/tokenizer.json"
     --layers 6 --channels 384 --heads 6 --kv-heads 2 -t 512 -b 8 -d 32768
     -l 1e-3 -u 200 -k cosine -v 250 -m 10 -s 500 -n 250 --keep 2 --prompt "Once upon a time"
-    --temperature 0.8 --output "$run" --resume)
+    --temperature 0.8 --output "$run")
 
-# A run that is killed (by the system, or by its time being over) goes on from its last checkpoint; one that fails by itself,
-# or is interrupted from the keyboard, does not.
-until "${command[@]}" "$@"; do
-    status=$?
-    case $status in
-    137 | 143) echo "ended by a signal; going on from the last checkpoint" ;;
-    *) exit "$status" ;;
-    esac
-    sleep 5
-done
+# A run that fails, or is killed by the system, goes on from its last checkpoint.
+scripts/restart.sh "${command[@]}" "$@"
 
 build/train_gpt --generate --init-from "$run" --prompt "Once upon a time" --sample-length 200 --temperature 0.8 --top-k 50

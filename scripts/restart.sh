@@ -76,7 +76,7 @@ run() {
     "$@" </dev/null &
     child=$!
     while :; do
-        wait "$child"
+        wait "$child" 2>/dev/null # where bash would say how it ended
         status=$?
         kill -0 "$child" 2>/dev/null || break
     done

@@ -5,7 +5,7 @@
 #   cat hosts.txt
 #       node1 slots=8
 #       node2 slots=8
-#   scripts/train_hosts.sh --hosts hosts.txt --interface eth0 -- -i '/shared/mine_train_*.bin' -b 32 -d 1048576 --zero 1 -n 500 -o /shared/run
+#   scripts/train_hosts.sh --hosts hosts.txt --interface eth0 -- -i '/data/mine_train_*.bin' -b 32 -d 1048576 --zero 1 -n 500 -o /data/run
 #
 # --hosts FILE      one machine a line, and how many processes it gets; where slots= is missing, one
 # --interface NAME  the network that all of them share, for what is sent by TCP (default: what MPI and NCCL find)
@@ -47,8 +47,16 @@ done
 [ -x "$program" ] || fail_usage "--program $program: no such program; run make"
 command -v mpirun >/dev/null || fail_usage "no mpirun here: scripts/install.sh installs Open MPI, on every machine"
 
-processes=$(awk '{ sub(/#.*/, "") } NF { slots = 1; if (match($0, /slots *= *[0-9]+/)) { slots = substr($0, RSTART, RLENGTH); sub(/.*= */, "", slots) } sum += slots } END { print sum + 0 }' "$hosts")
-[ "$processes" -gt 0 ] || fail_usage "--hosts $hosts: names no machine"
+# node1:8,node2:8: with a file, mpirun would take a machine without slots= for one with as many as it has cores.
+machines=$(awk '
+    { sub(/#.*/, "") }
+    NF {
+        slots = 1
+        if (match($0, /[ \t]slots *= *[0-9]+/)) { slots = substr($0, RSTART, RLENGTH); sub(/.*= */, "", slots) }
+        printf "%s%s:%d", comma, $1, slots
+        comma = ","
+    }' "$hosts")
+[ -n "$machines" ] || fail_usage "--hosts $hosts: names no machine"
 
 # MPI starts the processes and exchanges NCCL's identifiers; on CPUs it also sends the gradients.
 environment=()
@@ -56,8 +64,10 @@ if [ -n "$interface" ]; then
     export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
 fi
+# A machine that is gone without a word is missed after half a minute, not after eight.
+export OMPI_MCA_oob_tcp_keepalive_time=10 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=4
 for name in $(compgen -e | grep -E '^(NCCL|OMP)_'); do environment+=(-x "$name"); done
 
 # Processes are not bound to single cores, since each has several threads.
-exec "$scripts/restart.sh" "${restart[@]}" mpirun -np "$processes" --hostfile "$hosts" --map-by slot --bind-to none \
-    "${environment[@]}" "$(realpath "$program")" "$@"
+exec "$scripts/restart.sh" "${restart[@]}" mpirun --host "$machines" --map-by slot --bind-to none "${environment[@]}" \
+    "$(realpath "$program")" "$@"

@@ -14,7 +14,7 @@ The object behind test/reference.h: dev/cpu in fp64, whatever the precision of t
 #include "dev/cpu/gqa.h"
 #include "dev/cpu/moba.h"
 #include "dev/cpu/keynorm.h"
-#include "dev/cpu/keyconv.h"
+#include "dev/cpu/keys.h"
 #include "dev/cpu/noise.h"
 #include "test/reference.h"
 
@@ -43,14 +43,6 @@ void reference_rmsnorm_backward(double* dinp, double* dweight, const double* dou
 }
 
 void reference_rope_table(double* table, int T, int D, float theta) { rope_table(table, T, D, theta); }
-
-void reference_rope_forward(double* qkv, const double* table, int B, int T, int H, int G, int D) {
-    rope_forward(qkv, table, B, T, H, G, D, 0);
-}
-
-void reference_rope_backward(double* dqkv, const double* table, int B, int T, int H, int G, int D) {
-    rope_backward(dqkv, table, B, T, H, G, D, 0);
-}
 
 void reference_swiglu_forward(double* out, const double* gate_up, int rows, int F) {
     swiglu_forward(out, gate_up, rows, F, 0);
@@ -137,14 +129,15 @@ void reference_key_weight_norm(double* norm, const double* wk, const double* gai
     key_weight_norm(norm, wk, gain, G, D, C, 0);
 }
 
-void reference_keyconv_forward(double* qkv, double* raw, const double* weight, int B, int T, int start, int H,
-                               int G, int D, int taps) {
-    keyconv_forward(qkv, raw, weight, B, T, start, H, G, D, taps, 0);
+void reference_keys_forward(double* qkv, double* raw, double* centroids, const double* weight,
+                            const double* table, int B, int T, int start, int H, int G, int D, int S,
+                            int taps) {
+    keys_forward(qkv, raw, centroids, weight, table, B, T, start, H, G, D, S, taps, 0);
 }
 
-void reference_keyconv_backward(double* dqkv, double* dweight, const double* raw, const double* weight, int B,
-                                int T, int H, int G, int D, int taps) {
-    keyconv_backward(dqkv, dweight, raw, weight, NULL, B, T, H, G, D, taps, 0);
+void reference_keys_backward(double* dqkv, double* dweight, const double* raw, const double* weight,
+                             const double* table, int B, int T, int H, int G, int D, int taps) {
+    keys_backward(dqkv, dweight, raw, weight, table, NULL, B, T, H, G, D, taps, 0);
 }
 
 void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,

@@ -31,8 +31,6 @@ void reference_rmsnorm_backward(double* dinp, double* dweight, const double* dou
                                 const double* weight, const double* rstd, int rows, int C);
 
 void reference_rope_table(double* table, int T, int D, float theta);
-void reference_rope_forward(double* qkv, const double* table, int B, int T, int H, int G, int D);
-void reference_rope_backward(double* dqkv, const double* table, int B, int T, int H, int G, int D);
 
 void reference_swiglu_forward(double* out, const double* gate_up, int rows, int F);
 void reference_swiglu_backward(double* dgate_up, const double* dout, const double* gate_up, int rows, int F);
@@ -67,10 +65,12 @@ void reference_flashmoba_backward(double* dqkv, const double* dout, const double
 void reference_key_rms(double* rms, double* sums, const double* qkv, int B, int T, int H, int G, int D);
 void reference_key_weight_norm(double* norm, const double* wk, const double* gain, int G, int D, int C);
 
-void reference_keyconv_forward(double* qkv, double* raw, const double* weight, int B, int T, int start, int H,
-                               int G, int D, int taps);
-void reference_keyconv_backward(double* dqkv, double* dweight, const double* raw, const double* weight, int B,
-                                int T, int H, int G, int D, int taps);
+void reference_keys_forward(double* qkv, double* raw, double* centroids, const double* weight,
+                            const double* table, int B, int T, int start, int H, int G, int D, int S,
+                            int taps);
+
+void reference_keys_backward(double* dqkv, double* dweight, const double* raw, const double* weight,
+                             const double* table, int B, int T, int H, int G, int D, int taps);
 
 void reference_attention_noise(double* noised, const double* out, int B, int T, int H, int D, float alpha,
                                uint64_t seed, uint64_t draws, long first_sequence);

@@ -267,34 +267,39 @@ static pid_t child_of(pid_t parent, int rank) {
     return (pid_t)child;
 }
 
-// Kills a rank of a run that goes on from where it is, at a moment that `number` draws, and waits for the job to end. 0: the run
-// came to its end before.
+// Waits for the job, no longer than this. 1: it has ended.
+static int ends_within(pid_t job, int* status, double seconds) {
+    for (const double since = now(); now() - since < seconds; sleep_ms(5))
+        if (waitpid(job, status, WNOHANG) == job) return 1;
+    return 0;
+}
+
+// Lets a run go on from where it is, kills a rank at a moment that `number` draws, and waits for the job to end: while it starts, or
+// some milliseconds after it has written another line of metrics, which is in a step, a validation or a checkpoint. 0: it came to
+// its end before.
 static int kill_one(int number) {
     enum { KILLED_RANKS = 3 };
-    char line[4096], err[8192];
-    const int rank = (int)(random_uniform(7, 1, (uint64_t)number) * KILLED_RANKS);
-    const long wait = (long)(random_uniform(7, 2, (uint64_t)number) * 1200);
+    char line[4096], err[8192], wanted[64];
+    const int rank = (int)(random_uniform(7, 1, (uint64_t)number) * KILLED_RANKS), new_lines = number % 4;
+    const double wait = random_uniform(7, 2, (uint64_t)number) * (new_lines ? 0.15 : 0.6);
+    const int until = count_lines("killed/metrics.jsonl") + new_lines;
     print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -n 1 -x %d -o killed -b 1 --zero 1 --resume",
              mpirun(KILLED_RANKS), dense, STEPS);
     const pid_t job = start(line);
     pid_t victim = 0;
-    int status, done = 0;
-    for (int i = 0; i < 400 && !victim; i++, sleep_ms(5)) victim = child_of(job, rank);
+    int status;
+    for (int i = 0; i < 4000 && !victim; i++, sleep_ms(5)) victim = child_of(job, rank);
     assert_true(victim > 0);
-    for (long i = 0; i < wait / 10 && !done; i++, sleep_ms(10)) done = waitpid(job, &status, WNOHANG) == job;
-    if (done) return 0;
-    const double killed = now();
-    if (kill(victim, SIGKILL) != 0) return waitpid(job, &status, 0) != job;
-    while (!done && now() - killed < 10) {
-        done = waitpid(job, &status, WNOHANG) == job;
-        sleep_ms(10);
-    }
-    if (!done) kill(job, SIGKILL);
-    assert_true(done);
-    read_text(err, sizeof(err), "stderr.txt");
+    while (new_lines && count_lines("killed/metrics.jsonl") < until)
+        if (ends_within(job, &status, 0.01)) return 0;
+    if (ends_within(job, &status, wait)) return 0;
+    (void)kill(victim, SIGKILL);
+    const int ended = ends_within(job, &status, 10);
+    if (!ended) kill(job, SIGKILL);
+    assert_true(ended);
     if (WEXITSTATUS(status) == 0) return 0; // the rank was done with everything
     assert_int_equal(WEXITSTATUS(status), 128 + SIGKILL);
-    char wanted[64];
+    read_text(err, sizeof(err), "stderr.txt");
     print_to(wanted, sizeof(wanted), "process rank %d with PID", rank);
     if (!strstr(err, wanted)) print_error("%s\n", err);
     assert_non_null(strstr(err, wanted));

@@ -7,6 +7,8 @@ must then be the reference's, ties included.
 */
 // moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
 #include "dev/cpu/moba.h"
+// keys_forward
+#include "dev/cpu/keys.h"
 // assert_close, fill_normal, central_difference
 #include "test/numeric.h"
 // head_maps
@@ -17,8 +19,8 @@ must then be the reference's, ties included.
 
 typedef struct {
     const char* name;
-    void (*forward)(floatX*, float_acc*, int*, float_acc*, const floatX*, const int*, void*, int, int, int,
-                    int, int, int, int, int, const AttentionNoise*, stream_t);
+    void (*forward)(floatX*, float_acc*, int*, const float_acc*, const floatX*, const int*, void*, int, int,
+                    int, int, int, int, int, int, const AttentionNoise*, stream_t);
     void (*backward)(floatX*, const floatX*, const floatX*, const float_acc*, const int*, const floatX*,
                      const int*, void*, int, int, int, int, int, int, int, stream_t);
     size_t (*forward_workspace)(int, int, int, int, int, int, int);
@@ -101,6 +103,7 @@ static void* new_workspace(size_t bytes) {
 
 static void run_forward_from(moba_case_t* c, const algorithm_t* algorithm, int T, int start) {
     void* workspace = new_workspace(algorithm->forward_workspace(c->B, T, c->H, c->G, c->D, c->S, c->K));
+    keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, c->B, T, start, c->H, c->G, c->D, c->S, 0, 0);
     algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, T,
                        start, c->H, c->G, c->D, c->S, c->K, NULL, 0);
     free(workspace);

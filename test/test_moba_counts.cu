@@ -4,6 +4,8 @@ that reach every branch. And what they say of lengths that the emulator cannot r
 */
 // count_work, count_floors
 #include "dev/bench/moba_counts.h"
+// keys_forward
+#include "kernels/keys.cuh"
 // fill_normal; cmocka
 #include "test/numeric.h"
 
@@ -75,6 +77,7 @@ static int* run_counted(StageCounters* counters, const Case* c) {
     memset(counters, 0, sizeof(*counters));
     counters->observer.before = before_launch, counters->observer.after = after_launch;
     launch_observer = &counters->observer;
+    keys_forward(qkv, NULL, centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
     flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, s->B, s->T, 0, s->H, s->G, s->D,
                       s->S, s->K, NULL, 0);
     device_free(workspace);

@@ -8,6 +8,8 @@ TEST_LONG=1 runs the full matrix.
 */
 // flashmoba_forward, flashmoba_backward
 #include "moba.cuh"
+// keys_forward
+#include "kernels/keys.cuh"
 // moba_forward, moba_backward
 #include "kernels/moba_plain.cuh"
 // reference_flashmoba_forward, reference_flashmoba_backward
@@ -19,8 +21,8 @@ TEST_LONG=1 runs the full matrix.
 // Cases
 
 typedef struct {
-    void (*forward)(floatX*, float*, int*, float*, const floatX*, const int*, void*, int, int, int, int, int,
-                    int, int, int, const AttentionNoise*, stream_t);
+    void (*forward)(floatX*, float*, int*, const float*, const floatX*, const int*, void*, int, int, int, int,
+                    int, int, int, int, const AttentionNoise*, stream_t);
     void (*backward)(floatX*, const floatX*, const floatX*, const float*, const int*, const floatX*,
                      const int*, void*, int, int, int, int, int, int, int, stream_t);
     size_t (*forward_workspace)(int, int, int, int, int, int, int);
@@ -98,6 +100,7 @@ static void free_case(Case* c) {
 
 static void run_forward(Case* c, int start) {
     void* workspace = forgotten(algorithm->forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
+    keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, c->B, c->T, start, c->H, c->G, c->D, c->S, 0, 0);
     algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
                        start, c->H, c->G, c->D, c->S, c->K, c->noise, 0);
     stream_synchronize(0);
@@ -540,13 +543,78 @@ static void test_moba_is_flashmoba(void** state) {
     }
 }
 
+// What keys_forward leaves, of sequences that grow to T tokens by way of `ends`: (qkv), (raw), (centroids).
+static void run_keys(double* results[3], Case* c, int taps, const float* angles, const floatX* weight,
+                     const int* ends, int calls) {
+    const size_t keys = (size_t)c->B * c->T * c->G * c->D;
+    floatX* raw = (floatX*)forgotten(keys * sizeof(floatX));
+    upload(c);
+    forget(c->centroids, c->centroids_count * sizeof(float));
+    for (int i = 0; i < calls; i++)
+        keys_forward(c->qkv, raw, c->centroids, taps ? weight : NULL, angles, c->B, ends[i],
+                     i > 0 ? ends[i - 1] : 0, c->H, c->G, c->D, c->S, taps, 0);
+    results[0] = download(c->qkv, c->qkv_count), results[1] = download(raw, keys);
+    results[2] = download(c->centroids, c->centroids_count);
+    device_free(raw);
+}
+
+// Centroids are the means of the keys as they are stored, after convolution and positions.
+static void check_centroids(const Case* c, const double* qkv, const double* centroids) {
+    const int blocks = c->T / c->S, width = c->G * c->D, stride = (c->H + 2 * c->G) * c->D;
+    for (size_t i = 0; i < c->centroids_count; i++) {
+        const size_t block = i / width % blocks, b = i / width / blocks, channel = i % width;
+        double mean = 0;
+        for (size_t t = 0; t < (size_t)c->S; t++)
+            mean += qkv[(b * c->T + block * c->S + t) * stride + (size_t)c->H * c->D + channel] / c->S;
+        assert_true(fabs(centroids[i] - mean) <= 1e-6);
+    }
+}
+
+// A sequence that grows has the bits of one that is there at once.
+static void test_keys(void** state) {
+    (void)state;
+    static const int shapes[][5] = {{1, 100, 64, 32, 3},
+                                    {2, 90, 32, 16, 5},
+                                    {1, 300, 128, 128, 0},
+                                    {1, 40, 64, 64, 3},
+                                    {1, 66, 32, 16, 5}};
+    for (int i = 0; i < 5; i++) {
+        const int B = shapes[i][0], T = shapes[i][1], D = shapes[i][2], S = shapes[i][3], taps = shapes[i][4];
+        const int grown[] = {T / 3, T / 3 + 1, T / 3 + 4, T - 1, T}, whole[] = {T};
+        Case c = new_case(&UNEVEN, B, T, D, S, 2);
+        const size_t counts[] = {c.qkv_count, taps ? (size_t)B * T * c.G * D : 0, c.centroids_count};
+        float* table = (float*)calloc_or_fail((size_t)T * D, sizeof(float), "a test");
+        float* angles = (float*)forgotten((size_t)T * D * sizeof(float));
+        floatX* weight = (floatX*)forgotten((size_t)5 * c.G * D * sizeof(floatX));
+        rope_table(table, T, D, 100);
+        copy_to_device(angles, table, (size_t)T * D * sizeof(float), 0);
+        copy_to_device(weight, c.host_dout, (size_t)taps * c.G * D * sizeof(floatX), 0);
+        for (int positions = 0; positions < 2; positions++) {
+            double *at_once[3], *in_turn[3];
+            run_keys(at_once, &c, taps, positions ? angles : NULL, weight, whole, 1);
+            check_centroids(&c, at_once[0], at_once[2]);
+            // Rows of several sequences change places when they grow.
+            run_keys(in_turn, &c, taps, positions ? angles : NULL, weight, B == 1 ? grown : whole,
+                     B == 1 ? 5 : 1);
+            for (int which = 0; which < 3; which++) {
+                assert_memory_equal(at_once[which], in_turn[which], counts[which] * sizeof(double));
+                free(at_once[which]), free(in_turn[which]);
+            }
+        }
+        free(table);
+        device_free(angles), device_free(weight);
+        free_case(&c);
+    }
+}
+
 // A test of each algorithm, and its name.
 #define FLASHMOBA(test)                                                                                      \
     { "test_" #test, test_##test, use_flashmoba, NULL, NULL }
 #define MOBA(test)                                                                                           \
     { "test_moba_" #test, test_##test, use_moba, NULL, NULL }
 
-int main(void) {
+// With an argument: the tests whose names match it.
+int main(int argc, char** argv) {
     const struct CMUnitTest tests[] = {
         FLASHMOBA(shapes),
         FLASHMOBA(hot_block),
@@ -570,8 +638,10 @@ int main(void) {
         MOBA(noise),
         MOBA(repeatable),
         cmocka_unit_test(test_moba_is_flashmoba),
+        cmocka_unit_test(test_keys),
     };
     reference_start();
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests_name("mixture of block attention on the device, " PRECISION_NAME, tests,
                                        NULL, NULL);
 }

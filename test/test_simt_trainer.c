@@ -333,6 +333,35 @@ static void test_heads_of_every_source(void** state) {
     }
 }
 
+// MB planned for workspaces of 4096 tokens with such a --moba-workspace.
+static double planned_workspace(const char* trainer, int bound) {
+    const Result* result = run(
+        "%s --layers 1 --channels 64 --heads 2 --vocab 97 -i train.bin -b 1 -d 4096 -t 4096 --moba-block 16 "
+        "--moba-topk 8 --dry-run --moba-workspace %d",
+        trainer, bound);
+    must_end_well(result);
+    const char* line = strstr(result->out, "workspace ");
+    assert_non_null(line);
+    return atof(line + strlen("workspace "));
+}
+
+// Lists and partial rows of all heads, of one head, or of some of its queries.
+static void test_the_workspace_of_moba_is_bounded(void** state) {
+    (void)state;
+    char path[PATH_MAX];
+    const Variant variant = {"flashmoba", "kdgqa", 3};
+    find_variant(path, device, &variant, "bf16");
+    const double all = planned_workspace(path, 1024), some = planned_workspace(path, 4),
+                 least = planned_workspace(path, 1);
+    print_message("%.1f, %.1f and %.1f MB\n", all, some, least);
+    assert_true(least < some && some < all);
+    assert_true(all < 16 && some < 5 && least < 2);
+    must_fail_with(run("%s -i train.bin --moba-workspace 0", path), 2,
+                   "--moba-workspace 0: must be from 1 to");
+    must_fail_with(run("%s -i train.bin --moba-workspace 64", cpu), 2,
+                   "--moba-workspace: of builds with ATTN=moba");
+}
+
 // ----------------------------------------------------------------------------
 
 static int find_program(char path[PATH_MAX], const char* on_device, const char* precision) {
@@ -370,6 +399,7 @@ int main(void) {
         cmocka_unit_test(test_other_head_dimensions_are_refused),
         cmocka_unit_test(test_variants_follow_the_cpu),
         cmocka_unit_test(test_heads_of_every_source),
+        cmocka_unit_test(test_the_workspace_of_moba_is_bounded),
     };
     return cmocka_run_group_tests(tests, set_up, leave_directory);
 }

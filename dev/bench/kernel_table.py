@@ -5,6 +5,7 @@ least that it could do, and what that predicts. Called by make kernel-table, whi
     --ptxas      what nvcc -Xptxas -v said of each object
     --launches   "kernel threads dynamic-bytes", a line for every launch of the tests on the emulator (SIMT_LAUNCHES)
     --counts     JSON of build/bench/moba_simt_bf16 --count, one for each kind of selection
+    --ladder     the page as it was: its notes on what was measured are kept
 """
 import argparse
 import json
@@ -169,6 +170,24 @@ def print_selections(counts):
 
 # ----------------------------------------------------------------------------
 
+LADDER = """## The ladder
+
+One line for each version that was measured, newest last, with the prediction that was written down before it ran. Written by hand.
+
+| version | shape | predicted ms | measured ms | outcome, and what it asks for next | GPU | date | commit |
+|---|---|--:|--:|---|---|---|---|
+| none yet | | | | nothing has run on hardware | | | |"""
+
+
+def ladder(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            page = file.read()
+    except FileNotFoundError:
+        return LADDER
+    begin = page.find("## The ladder")
+    return page[begin:].rstrip() if begin >= 0 else LADDER
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -176,6 +195,7 @@ def main():
     parser.add_argument("--ptxas", nargs="+", required=True)
     parser.add_argument("--launches", required=True)
     parser.add_argument("--counts", nargs="+", required=True)
+    parser.add_argument("--ladder", required=True)
     arguments = parser.parse_args()
     version = subprocess.run([arguments.nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+), V([\d.]+)", version)
@@ -191,7 +211,7 @@ def main():
     print(
         f"""# The kernels: what they take, what they do, what that predicts
 
-Written by `make kernel-table` (dev/bench/kernel_table.py); do not edit. **No GPU has run any of this.** Registers and shared memory
+Written by `make kernel-table` (dev/bench/kernel_table.py), but for the ladder at the end. **No GPU has run any of this.** Registers and shared memory
 are the compiler's, counts are formulas that `test_moba_counts` compares with the emulator's counters, and times are predictions.
 
 ## What each kernel takes of a multiprocessor
@@ -234,16 +254,9 @@ dense attention and this were never timed on one GPU.
 """
     )
     print_lengths(uniform)
-    print(
-        """
-## The ladder
+    print()
+    print(ladder(arguments.ladder))
 
-One line for each version that was measured, newest last, with the prediction that was written down before it ran.
-
-| version | shape | predicted ms | measured ms | outcome, and what it asks for next | GPU | date | commit |
-|---|---|--:|--:|---|---|---|---|
-| none yet | | | | nothing has run on hardware | | | |"""
-    )
 
 
 if __name__ == "__main__":

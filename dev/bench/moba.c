@@ -143,6 +143,7 @@ static double time_dense(buffers_t* x, const moba_shape_t* s) {
 
 static double time_plain(buffers_t* x, const moba_shape_t* s) {
     const double start = omp_get_wtime();
+    moba_centroids(x->centroids, x->qkv, s);
     moba_forward(x->out, x->lse, x->selected, x->centroids, x->qkv, x->kv_of_q, x->workspace, 1, s->T, 0,
                  s->H, s->G, s->D, s->S, s->K, NULL, 0);
     moba_backward(x->dqkv, x->dout, x->out, x->lse, x->selected, x->qkv, x->kv_of_q, x->workspace, 1, s->T,

@@ -15,6 +15,7 @@ their own, by an observer of launches, so their sum is not quite the time of a c
 #include <argp.h>
 #include "moba.cuh"                // defines flashmoba_forward, flashmoba_backward
 #include "kernels/moba_plain.cuh"  // defines moba_forward, moba_backward
+#include "kernels/keys.cuh"        // defines keys_forward
 #include "dev/bench/ceilings.h"    // defines product_rate, copy_rate
 #include "dev/bench/measure.h"     // defines parse_number, new_random, time_passes
 #include "dev/bench/moba_counts.h" // defines count_work, count_floors
@@ -143,6 +144,7 @@ static void flashmoba_forward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
     const moba_shape_t* s = &x->shape;
     const Buffers* of = &x->sets[set];
+    keys_forward(of->qkv, NULL, x->centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
     flashmoba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B,
                       s->T, 0, s->H, s->G, s->D, s->S, s->K, NULL, 0);
 }
@@ -187,6 +189,7 @@ static void plain_forward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
     const moba_shape_t* s = &x->shape;
     const Buffers* of = &x->sets[set];
+    keys_forward(of->qkv, NULL, x->centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
     moba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0,
                  s->H, s->G, s->D, s->S, s->K, NULL, 0);
 }

@@ -41,7 +41,7 @@ static inline int stage_of_kernel(const char* name) {
     static const struct {
         const char* part;
         int stage;
-    } kernels[] = {{"moba_centroids_kernel", CENTROIDS},
+    } kernels[] = {{"keys_forward_kernel", CENTROIDS},
                    {"moba_split_kernel", CENTROIDS},
                    {"moba_route_kernel", ROUTER},
                    {"moba_count_kernel", LISTS},
@@ -150,7 +150,7 @@ static inline void count_pairs(double* pairs, double* scores, const moba_shape_t
     }
 }
 
-// moba_centroids_kernel: every key of a complete block, once. moba_split_kernel: a word becomes MOBA_TERMS of floatX.
+// keys_forward_kernel, for centroids alone: every key of a complete block, once. moba_split_kernel: a word becomes MOBA_TERMS of floatX.
 static inline Work centroids_work(const moba_shape_t* s) {
     const int blocks = s->T / s->S;
     const double centroids = (double)s->B * s->G * blocks;

@@ -10,14 +10,14 @@ highest with it; one softmax over all of them. The same function by two algorith
                   list of the queries that chose it, gathered into tiles for dense matrix products.
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // dev/cpu/keys.h
     flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
 qkv is laid out as in gqa.h; its keys are final (after key convolution and RoPE). The forward writes the selection and
 the backward reads it: nothing is chosen twice, and no gradient flows through the choice. With start > 0 the forward
-continues a sequence: it computes the rows start..T-1 and the centroids of the blocks that these rows complete, so one
-more token costs K*S keys and T/S centroids a head.
+continues a sequence: it computes the rows start..T-1, so one more token costs K*S keys and T/S centroids a head.
 
 Results are the same bits for any number of threads.
 */
@@ -39,6 +39,9 @@ enum { MOBA_LIST = 256 };
 typedef struct {
     int B, T, start, H, G, D, S, K;
 } moba_shape_t;
+
+// Of GPUs; here workspaces depend on the number of threads.
+static inline void moba_set_workspace_bound(size_t bytes) { (void)bytes; }
 
 // Blocks with all S keys: the ones that can be chosen, once the query is past them.
 static inline int moba_blocks(const moba_shape_t* s) { return s->T / s->S; }
@@ -246,21 +249,20 @@ static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected,
     }
 }
 
-// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already, and the
-// centroids of the blocks before start / S in centroids. The workspace needs no initial value. K = 1 has no selected. With noise (or
-// NULL) also these rows of noise->noised.
+// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already. The centroids
+// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids. With
+// noise (or NULL) also these rows of noise->noised.
 static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                 int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
-                                float_acc* centroids, // (B, T/S, G, D)
-                                const floatX* qkv,    // (B, T, H + 2G, D)
-                                const int* kv_of_q,   // (H) non-decreasing
+                                const float_acc* centroids, // (B, T/S, G, D)
+                                const floatX* qkv,          // (B, T, H + 2G, D)
+                                const int* kv_of_q,         // (H) non-decreasing
                                 void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
                                 const AttentionNoise* noise, stream_t stream) {
     (void)stream;
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     const size_t scratch = moba_forward_scratch(T, D, S, K);
-    moba_centroids(centroids, qkv, &shape);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
@@ -681,18 +683,17 @@ static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int
 }
 
 // As moba_forward.
-static inline void flashmoba_forward(floatX* out,          // (B, T, H, D)
-                                     float_acc* lse,       // (B, H, T)
-                                     int* selected,        // (B, H, T, K-1)
-                                     float_acc* centroids, // (B, T/S, G, D)
-                                     const floatX* qkv,    // (B, T, H + 2G, D)
-                                     const int* kv_of_q,   // (H)
+static inline void flashmoba_forward(floatX* out,                // (B, T, H, D)
+                                     float_acc* lse,             // (B, H, T)
+                                     int* selected,              // (B, H, T, K-1)
+                                     const float_acc* centroids, // (B, T/S, G, D)
+                                     const floatX* qkv,          // (B, T, H + 2G, D)
+                                     const int* kv_of_q,         // (H)
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
                                      int K, const AttentionNoise* noise, stream_t stream) {
     (void)stream;
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     char* memory = (char*)workspace;
-    moba_centroids(centroids, qkv, &shape);
     flashmoba_local_forward(out, lse, qkv, kv_of_q, memory, &shape);
     if (K > 1) {
         flashmoba_route(selected, centroids, qkv, kv_of_q, memory, &shape);

@@ -3,7 +3,7 @@ CUDA's execution model on a CPU: kernels compiled by g++, one fiber per CUDA thr
 cuda_bf16.h stand under nvcc (kernels/launch.cuh chooses), and needs nothing of the CUDA toolkit.
 
     g++ -std=c++17 -DDEVICE_SIMT -fno-strict-aliasing -Wno-unknown-pragmas -x c++ program.cu
-    SIMT_ORDER=forward|reverse|random  SIMT_SEED=7  SIMT_ASYNC=lazy|eager|mixed  ./program
+    SIMT_ORDER=forward|reverse|random  SIMT_SEED=7  SIMT_ASYNC=lazy|eager|mixed  SIMT_LAUNCHES=launches.txt  ./program
 
 What it finds, beyond wrong results
     always              barriers that not all threads reach, lanes missing from a warp operation, wrong masks, invalid
