@@ -249,7 +249,9 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
         cp_async_commit();
     };
 
-    load_rows<D>(q_tile, neighbours(qkv + (size_t)b * T * stride + h * D, stride, first_query, T), QUERIES);
+    if (tiles > 0)
+        load_rows<D>(q_tile, neighbours(qkv + (size_t)b * T * stride + h * D, stride, first_query, T),
+                     QUERIES);
     load(0);
     const int lane = lane_of_warp(), warp_row = warp_of_block() * 16;
     const int query = first_query + warp_row + lane / 4; // and the 8th after it
@@ -281,7 +283,6 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
             best[half].take(candidates);
         }
     }
-    cp_async_wait<0>();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int t = query + 8 * half;
