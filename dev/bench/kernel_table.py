@@ -5,6 +5,7 @@ least that it could do, and what that predicts. Called by make kernel-table, whi
     --ptxas      what nvcc -Xptxas -v said of each object
     --launches   "kernel threads dynamic-bytes", a line for every launch of the tests on the emulator (SIMT_LAUNCHES)
     --counts     JSON of build/bench/moba_simt_bf16 --count, one for each kind of selection
+    --roomy      the same with more workspace
     --ladder     the page as it was: its notes on what was measured are kept
 """
 import argparse
@@ -195,6 +196,7 @@ def main():
     parser.add_argument("--ptxas", nargs="+", required=True)
     parser.add_argument("--launches", required=True)
     parser.add_argument("--counts", nargs="+", required=True)
+    parser.add_argument("--roomy", required=True)
     parser.add_argument("--ladder", required=True)
     arguments = parser.parse_args()
     version = subprocess.run([arguments.nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -254,6 +256,16 @@ dense attention and this were never timed on one GPU.
 """
     )
     print_lengths(uniform)
+    with open(arguments.roomy, encoding="utf-8") as file:
+        roomy = json.load(file)["counts"]
+    megabytes = [counts[0]["workspace"] >> 20 for counts in (uniform, roomy)]
+    print(
+        f"""
+That is with {megabytes[0]} MB of workspace (`--moba-workspace`, the default). Long sequences then go in pieces of a head, which read keys and
+values again for each piece and carry sums of their gradients from one to the next. With {megabytes[1]} MB:
+"""
+    )
+    print_lengths([count for count in roomy if count["T"] >= 131072])
     print()
     print(ladder(arguments.ladder))
 

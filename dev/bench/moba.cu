@@ -44,6 +44,7 @@ static const struct argp_option settings_table[] = {
     {"head-dimension", 'd', "D", 0, "head dimension (default 128)", 0},
     {"block-size", 's', "S", 0, "keys of a block (default 128)", 0},
     {"blocks", 'k', "K", 0, "attended blocks of a query, its own among them (default 8)", 0},
+    {"workspace", 'w', "MB", 0, "flashmoba's lists, partial rows and sums (default 1024)", 0},
     {"input", 'i', "random|sink|oldest", 0,
      "sink: all queries choose the first block; oldest: all choose the oldest blocks (default random)", 0},
     {"dense", 'e', "T", 0, "Time dense attention up to T tokens (default 131072)", 0},
@@ -94,6 +95,9 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
         return 0;
     case 'k':
         shape->K = parse_number(text, "blocks", 1);
+        return 0;
+    case 'w':
+        moba_set_workspace_bound((size_t)parse_number(text, "workspace", 1) << 20);
         return 0;
     case 'i':
         settings->input = (Input)parse_name(text, "input", input_names, NUM_INPUTS);
@@ -626,8 +630,9 @@ static void report_count(const moba_shape_t* s, Draw draw, FILE* json) {
     free(selected);
     double of_stages[NUM_STAGES] = {};
     of_stages[ROUTER] = floors.router, of_stages[FORWARD] = floors.forward, of_stages[MERGE] = floors.merge;
-    printf("\n%s, B %d, T %d, H %d, G %d, D %d, S %d, K %d, %s selection\n", PRECISION_NAME, s->B, s->T, s->H,
-           s->G, s->D, s->S, s->K, draw_names[draw]);
+    printf("\n%s, B %d, T %d, H %d, G %d, D %d, S %d, K %d, %s selection, at most %.0f MB of workspace\n",
+           PRECISION_NAME, s->B, s->T, s->H, s->G, s->D, s->S, s->K, draw_names[draw],
+           (double)moba_workspace_bound / (1 << 20));
     printf("               launches   products  TFLOP:                  MB:                               "
            "atomics    least\n");
     printf("                         (million)     done   useful      read   written     floor    is  "
@@ -635,7 +640,8 @@ static void report_count(const moba_shape_t* s, Draw draw, FILE* json) {
     if (json) {
         fprintf(json, "\n    {");
         write_shape(json, s);
-        fprintf(json, ", \"selection\": \"%s\", \"stages\": [", draw_names[draw]);
+        fprintf(json, ", \"workspace\": %zu, \"selection\": \"%s\", \"stages\": [", moba_workspace_bound,
+                draw_names[draw]);
     }
     for (int i = 0; i < NUM_STAGES; i++) {
         print_work(stage_names[i], &works[i], of_stages[i], least_seconds(&works[i]));
