@@ -160,7 +160,7 @@ ALL_TRAINERS := $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdg
                   $(BUILD)/train_gpt_$(device)_$(attention)_$(heads)_kconv$(taps)_fp32))))
 
 # Those that make gpu-check runs, with DEVICE=cuda.
-GPU_TRAINERS := $(foreach p,bf16 fp32,$(BUILD)/train_gpt_$(DEVICE)_dense_gqa_kconv0_$(p))
+GPU_TRAINERS := $(patsubst $(BUILD)/train_gpt_simt_%,$(BUILD)/train_gpt_$(DEVICE)_%,$(filter $(BUILD)/train_gpt_simt_%,$(TESTED_TRAINERS)))
 
 # A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))
@@ -407,7 +407,7 @@ DEVICE_TESTS := $(if $(filter simt,$(DEVICE)),$(KERNEL_TESTS),$(GPU_TESTS))
 gpu-check:
 	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
 
-gpu-check-programs: $(BUILD)/tokenizer $(BUILD)/train_gpt_cpu_dense_gqa_kconv0_fp32 $(GPU_TRAINERS) $(DEVICE_TESTS) \
+gpu-check-programs: $(BUILD)/tokenizer $(filter $(BUILD)/train_gpt_cpu_%,$(TESTED_TRAINERS)) $(GPU_TRAINERS) $(DEVICE_TESTS) \
                     $(BUILD)/test/test_simt_trainer $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_bf16)
 
 gpu-check-tests:

@@ -1127,6 +1127,13 @@ static void choose_model(Run* run) {
     if (!attention_supports_head_dim(run->config.head_dim))
         fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
                    run->config.heads, run->config.head_dim, DEVICE_NAME);
+    if (run->config.attention != ATTENTION_DENSE &&
+        !moba_supports(run->config.sequence_length, run->config.head_dim, run->config.moba_block,
+                       run->config.moba_topk))
+        fail_usage("--moba-block %d --moba-topk %d: on device %s blocks have 16, 32, 64, 128, 256 or 512 "
+                   "keys, and a "
+                   "query attends to at most 64 of them",
+                   run->config.moba_block, run->config.moba_topk, DEVICE_NAME);
     const int least = options->heads_by_keys.least, G = run->config.kv_heads, H = run->config.heads;
     if (heads_are_key_driven(&run->config) && least * G > H)
         fail_usage("--kd-min-heads %d: %d KV heads would need %d query heads, --heads is %d", least, G,

@@ -54,8 +54,8 @@ __global__ void heads_measure_kernel(HeadAllocation heads, const float* sums, lo
 
 // The statistics of all layers, the means of these sums.
 static inline void heads_measure(const HeadAllocation* heads,
-                                  const float_acc* sums, // (L, G) over the sequences
-                                  long sequences, int step, stream_t stream) {
+                                 const float_acc* sums, // (L, G) over the sequences
+                                 long sequences, int step, stream_t stream) {
     launch(heads_measure_kernel, heads_grid(heads), HEADS_BLOCK, 0, stream, *heads, sums, sequences, step);
 }
 

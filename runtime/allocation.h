@@ -306,8 +306,8 @@ HOST_AND_DEVICE static inline void allocation_of_batch(const HeadAllocation* a, 
 
 // At the end of a step: its statistic, the mean over its sequences. Maps that were made within the step have not been remembered.
 HOST_AND_DEVICE static inline void allocation_measure(const HeadAllocation* a, int l,
-                                                       const float_acc* sums, // (G) over the sequences
-                                                       long sequences, int step) {
+                                                      const float_acc* sums, // (G) over the sequences
+                                                      long sequences, int step) {
     double* n = a->statistic + (size_t)l * a->G;
     for (int g = 0; g < a->G; g++) n[g] = (double)sums[g] / (double)sequences;
     a->measured[l] = 1;

@@ -333,6 +333,17 @@ static void test_heads_of_every_source(void** state) {
     }
 }
 
+// What kernels have not been made for is an error of usage.
+static void test_other_blocks_are_refused(void** state) {
+    (void)state;
+    char path[PATH_MAX];
+    find_variant(path, device, &some_variants[0], "bf16");
+    must_fail_with(run("%s " MODEL " -i train.bin -x 1 --moba-block 24", path), 2,
+                   "--moba-block 24 --moba-topk 8: on device");
+    must_fail_with(run("%s " MODEL " -i train.bin -x 1 --moba-topk 65", path), 2,
+                   "--moba-topk 65: on device");
+}
+
 // MB planned for workspaces of 4096 tokens with such a --moba-workspace.
 static double planned_workspace(const char* trainer, int bound) {
     const Result* result = run(
@@ -400,6 +411,7 @@ int main(void) {
         cmocka_unit_test(test_variants_follow_the_cpu),
         cmocka_unit_test(test_heads_of_every_source),
         cmocka_unit_test(test_the_workspace_of_moba_is_bounded),
+        cmocka_unit_test(test_other_blocks_are_refused),
     };
     return cmocka_run_group_tests(tests, set_up, leave_directory);
 }

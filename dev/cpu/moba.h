@@ -46,6 +46,9 @@ static inline void moba_set_workspace_bound(size_t bytes) { (void)bytes; }
 // Blocks with all S keys: the ones that can be chosen, once the query is past them.
 static inline int moba_blocks(const moba_shape_t* s) { return s->T / s->S; }
 
+// Whether MoBA can be called with these sizes.
+static inline int moba_supports(int T, int D, int S, int K) { return T > 0 && D > 0 && S > 0 && K > 0; }
+
 // Numbers of elements of what the caller keeps between forward and backward, or between two tokens.
 static inline size_t moba_selected_count(int B, int T, int H, int K) { return (size_t)B * H * T * (K - 1); }
 static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
