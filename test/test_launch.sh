@@ -83,7 +83,8 @@ plan() {
     rm -rf out arguments.txt waiting
     printf '%s\n' "$@" >plan.txt
 }
-restart() { exec "$top/scripts/restart.sh" --pause 0 "$@"; }
+# A test that was started in the background ignores SIGINT, and so would all that it starts.
+restart() { exec env --default-signal=INT "$top/scripts/restart.sh" --pause 0 "$@"; }
 in_a_shell() { ("$@"); }
 starts() { wc -l <arguments.txt; }
 
