@@ -165,7 +165,8 @@ static inline Work centroids_work(const moba_shape_t* s) {
 }
 
 // moba_route_kernel: a block of threads reads its queries once and the centroids before the last of them, in all their terms and
-// rounded up to tiles of COLUMNS; the tile that begins beyond the last complete block ends there.
+// rounded up to tiles of COLUMNS; the tile that begins beyond the last complete block ends there. Without blocks before its last
+// query it reads nothing.
 template <int D> static inline Work router_work(const moba_shape_t* s) {
     typedef moba_route_shape<D> shape;
     const double heads = (double)s->B * s->H;
@@ -175,6 +176,7 @@ template <int D> static inline Work router_work(const moba_shape_t* s) {
     for (int first = 0; first < s->T; first += shape::QUERIES) {
         const int queries = least(s->T - first, shape::QUERIES), end_block = (first + queries - 1) / s->S;
         const int columns = ceil_div(end_block, shape::COLUMNS) * shape::COLUMNS;
+        if (columns == 0) continue;
         w.copied += heads * (queries + MOBA_TERMS * least(columns, s->T / s->S)) * row_bytes(s);
         w.products += heads * MOBA_TERMS * products(shape::QUERIES, columns, D);
     }
