@@ -45,6 +45,7 @@ from them. Workspace for B 2, H 16, D 128, S 128, K 8 and a bound of 1074 MB, be
     backward                16      15      7       3       1       half    a quarter
     MB                      541     1015    948     813     543     680     952
 
+The plan has the whole bound where not all heads fit, as more heads may of shorter sequences.
 Queries, keys, values, output and their gradients are 16BTHD bytes there (8.6 GB at 128K). The larger workspace, choices and
 centroids come on top of that: 11 % at 128K, 6 % at 256K, 4.5 % at 512K, and more where T is so small that a bound of
 1 GB is a large one.
@@ -518,7 +519,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
 
     moba_item_t item;
     const int head = blockIdx.y, part = blockIdx.x % x.parts;
-    if (!moba_item(&item, x, head)) return;
+    if (!moba_item(&item, x, head) || item.count == 0) return;
     const int h = moba_head(x, head), stride = (x.H + 2 * x.G) * D, lane = lane_of_warp();
     const floatX* sequence = x.qkv + (size_t)moba_sequence(x, head) * x.T * stride;
     const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
@@ -1030,9 +1031,14 @@ static inline moba_turn_t moba_turn(const moba_shape_t* s, int is_backward) {
     return turn;
 }
 
+// Enough for these sequences, and for fewer and shorter ones: where not all heads go at once, more of them may when they are
+// shorter, up to the bound.
 static inline size_t moba_turn_bytes(const moba_shape_t* s, int is_backward) {
     const moba_turn_t turn = moba_turn(s, is_backward);
-    return moba_bytes(s, turn.sequences * turn.heads, turn.queries, is_backward);
+    const size_t bytes = moba_bytes(s, turn.sequences * turn.heads, turn.queries, is_backward);
+    const size_t all = moba_bytes(s, s->B * s->H, s->T, is_backward);
+    const size_t least = all < moba_workspace_bound ? all : moba_workspace_bound;
+    return bytes > least ? bytes : least;
 }
 
 // The group that begins with this head of this sequence, and with this query; without heads where there is none.

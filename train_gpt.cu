@@ -398,6 +398,7 @@ static inline void gpt_load_heads(Model* model, const char* directory) {
     HeadAllocation heads = gpt_read_heads(model);
     checkpoint_load_heads(directory, &heads);
     gpt_write_heads(model, &heads);
+    stream_synchronize(model->stream);
     allocation_free(&heads);
 }
 
@@ -419,6 +420,7 @@ static void gpt_allocate(Model* model) {
     float_acc* table = (float_acc*)malloc_or_fail(angles * sizeof(float_acc), "rotary angles");
     rope_table(table, model->T, model->config.head_dim, model->config.rope_theta);
     copy_to_device(model->acts.rope, table, angles * sizeof(float_acc), model->stream);
+    stream_synchronize(model->stream);
     free(table);
     const int L = model->config.layers, H = model->config.heads, G = model->config.kv_heads;
     HeadAllocation heads;
@@ -426,6 +428,7 @@ static void gpt_allocate(Model* model) {
     model->heads = allocation_at(model->heads.block, heads.settings, L, H, G);
     model->host_not_finite = (int*)host_malloc_pinned((size_t)L * sizeof(int), "statistics of the keys");
     gpt_write_heads(model, &heads);
+    stream_synchronize(model->stream);
     allocation_free(&heads);
 }
 
@@ -806,7 +809,7 @@ static void gpt_reduce(const Model* model, int i) {
         comm_all_gather(model->grads + bucket.first, bucket.count * sizeof(float_acc), model->stream);
 }
 
-// From dnorm, which gpt_loss() left, to the gradients of all parameters, which accumulate. The forward pass in reverse, of a
+// From dnorm, which gpt_classify() left, to the gradients of all parameters, which accumulate. The forward pass in reverse, of a
 // TrainingPass.
 static void gpt_backward(Model* model, int B, int T) {
     const ModelConfig* config = &model->config;
@@ -1157,6 +1160,9 @@ static void open_data(Run* run) {
     const int T = run->config.sequence_length, B = options->batch;
     if (!options->train_data) fail_usage("--train-data: needed to train (a glob of token shards)");
     const long N = comm_size(), least = N * B * T;
+    // What goes on, goes on with the same step, by however many processes.
+    if (!options->total_batch && run->resume_from[0])
+        options->total_batch = checkpoint_load_state(run->resume_from).total_batch;
     if (!options->total_batch) options->total_batch = least;
     if (options->total_batch % least != 0 && N == 1)
         fail_usage("--total-batch %ld: must be a multiple of --batch %d x --sequence-length %d = %ld tokens",
@@ -1350,9 +1356,10 @@ static void print_plan(const Run* run, const Model* model) {
 static void check_plan_fits(const Run* run, const Model* model) {
     const Options* options = &run->options;
     const size_t planned = planned_bytes(run, model);
-    const size_t main_memory = memory_available() / (size_t)comm_local_size() + run->resident;
-    const size_t available = DEVICE_HAS_OWN_MEMORY ? device_memory_free() : main_memory;
-    if (!available || planned <= available) return;
+    const size_t unused = DEVICE_HAS_OWN_MEMORY ? device_memory_free() : memory_available();
+    const size_t available =
+        DEVICE_HAS_OWN_MEMORY ? unused : unused / (size_t)comm_local_size() + run->resident;
+    if (!unused || planned <= available) return;
     for (int level = options->recompute; level < RECOMPUTE_LEVELS; level++) {
         const int same = level == (int)options->recompute;
         for (int B = options->batch - same; B >= 1; B--) {
@@ -1717,7 +1724,10 @@ static void train(Model* model, Run* run) {
             printf("stopped after step %d of %d%s\n", step, run->steps,
                    out_of_time ? ": --max-seconds is over" : "");
             if (options->output) printf("---> HINT: the same command with --resume goes on from here\n");
-            if (stop_signal) exit(128 + stop_signal);
+            if (stop_signal) {
+                free_staging(run); // NCCL waits for ever for the graph that uses it
+                exit(128 + stop_signal);
+            }
             break;
         }
         fresh = 1;
@@ -1765,6 +1775,7 @@ int main(int argc, char** argv) {
     const int T = run.config.sequence_length;
     static Model model;
 
+    matmul_start();
     if (options->generate || options->write_logits || options->eval_retrieval) {
         const char* mode = options->generate       ? "--generate"
                            : options->write_logits ? "--write-logits"
@@ -1790,12 +1801,12 @@ int main(int argc, char** argv) {
 
     open_data(&run);
     agree_on_run(&run, argc, argv);
-    matmul_start();
     run.resident = memory_resident();
     gpt_plan(&model, &run.config, options->batch, T, 1, options->recompute, options->zero);
     print_plan(&run, &model);
     check_plan_fits(&run, &model);
     if (options->dry_run) return 0;
+    comm_barrier(); // what one rank takes, another one on this host would not find free
     gpt_allocate(&model);
     model.heads.settings = options->heads_by_keys;
     model.heads.settings.seed = options->seed;
@@ -1817,6 +1828,7 @@ int main(int argc, char** argv) {
         else gpt_initialize(&model, options->seed);
     }
     describe_state(&run);
+    comm_barrier(); // all have read the checkpoints that --overwrite deletes
     if (comm_rank() == 0) prepare_output(&run);
     comm_barrier();
 

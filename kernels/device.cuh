@@ -47,14 +47,16 @@ static inline const char* device_name(void) {
     return properties.name;
 }
 
-// Makes this the process of number `index` of the `count` on this machine: each has a GPU of its own. Every one can be emulated.
+// Makes this the process of number `index` of the `count` on this machine: each has a GPU of its own, which the launcher may have
+// made the only one that it sees. Every one can be emulated.
 static inline void device_choose(int index, int count) {
     int devices = 0;
     device_check(cudaGetDeviceCount(&devices), "count the GPUs");
     if (DEVICE_IS_EMULATED) return;
-    if (count > devices)
+    const int is_only_one = devices == 1 && getenv("CUDA_VISIBLE_DEVICES");
+    if (count > devices && !is_only_one)
         fail("%d processes on this machine, which has %d GPUs: each needs one", count, devices);
-    device_check(cudaSetDevice(index), "choose a GPU");
+    device_check(cudaSetDevice(is_only_one ? 0 : index), "choose a GPU");
 }
 
 // Bytes that are free in the device's memory.

@@ -77,9 +77,9 @@ struct LaunchGrid {
         : size((unsigned)blocks), file(file_), line(line_) {}
 };
 
-// Shared memory that a block gets without asking for it, and the most that it can have on every GPU from sm_80 on: sm_86 and sm_89
+// Dynamic shared memory that a block gets without asking for it (48 KB, less what kernels have as static arrays), and the most that it can have on every GPU from sm_80 on: sm_86 and sm_89
 // have the least. Kernels assert what they ask for where it is computed.
-constexpr size_t UNASKED_SHARED_BYTES = 48 * 1024, MOST_SHARED_BYTES = 99 * 1024;
+constexpr size_t UNASKED_SHARED_BYTES = 40 * 1024, MOST_SHARED_BYTES = 99 * 1024;
 
 // The launch, with its error returned.
 template <class... P, class... A>

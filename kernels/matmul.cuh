@@ -92,7 +92,7 @@ static inline void matmul_choose(MatmulPlan* plan) {
     cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(matmul_library.handle, plan->product, plan->a, plan->b, plan->c,
                                        plan->c, preference, 1, &choice, &found);
-    if (status != CUBLAS_STATUS_SUCCESS || found == 0)
+    if (status != CUBLAS_STATUS_SUCCESS || found == 0 || choice.state != CUBLAS_STATUS_SUCCESS)
         fail("cuBLASLt has no algorithm for a product of (%d,%d) and (%d,%d): %s", plan->shape.M,
              plan->shape.K, plan->shape.K, plan->shape.N, cublasLtGetStatusString(status));
     plan->algorithm = choice.algo;

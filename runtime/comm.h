@@ -69,7 +69,8 @@ static inline int comm_launched(void) {
         const int count = text ? atoi(text) : 0;
         if (count > most) most = count;
     }
-    return most;
+    // srun gives a lone shell one task, too: nobody has started many processes then.
+    return most > 1 || getenv(counts[0]) ? most : 0;
 }
 
 #if !defined(COMM_MPI)
@@ -413,8 +414,8 @@ static inline int comm_can_be_recorded(void) { return 1; }
 // All ranks often fail alike: then the first of them speaks, and has ended the others before it is their turn.
 static inline void comm_failure_begin(void) {
     const int turn = comm_rank() < 20 ? comm_rank() : 20;
-    struct timespec wait = {turn / 4, turn % 4 * 250000000L};
-    nanosleep(&wait, NULL);
+    struct timespec wait = {1 + turn / 4, turn % 4 * 250000000L};
+    if (turn > 0) nanosleep(&wait, NULL);
 }
 
 static inline void comm_failure_end(int exit_code) {
@@ -431,14 +432,16 @@ static inline void comm_stop(void) {
     MPI_Finalize();
 }
 
-// mpirun binds a rank to one core, or to its memory's. Where that is less than its part of the host, the binding is taken off.
+// mpirun binds a rank to one core, or to its memory's. Where that is less than its part of what this host lends the job, the
+// binding is taken off.
 static inline void comm_choose_threads(void) {
-    cpu_set_t processors;
-    const int fair = (int)sysconf(_SC_NPROCESSORS_ONLN) / comm_local_size(), threads = fair > 1 ? fair : 1;
-    if (sched_getaffinity(0, sizeof(processors), &processors) == 0 && CPU_COUNT(&processors) < threads) {
-        memset(&processors, 0xFF, sizeof(processors));
-        (void)sched_setaffinity(0, sizeof(processors), &processors);
-    }
+    cpu_set_t bound, lent;
+    if (sched_getaffinity(0, sizeof(bound), &bound) != 0) return;
+    memset(&lent, 0xFF, sizeof(lent));
+    (void)sched_setaffinity(0, sizeof(lent), &lent); // the system leaves out what is not lent
+    if (sched_getaffinity(0, sizeof(lent), &lent) != 0) return;
+    const int fair = CPU_COUNT(&lent) / comm_local_size(), threads = fair > 1 ? fair : 1;
+    if (CPU_COUNT(&bound) >= threads) (void)sched_setaffinity(0, sizeof(bound), &bound);
     if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(threads);
 }
 

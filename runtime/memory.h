@@ -3,8 +3,9 @@ Memory is planned before it is taken: an arena collects what a program wants to 
 in one piece.
 
     Arena arena = {"activations"};
-    arena_reserve(&arena, (void**)&out, rows * C * sizeof(floatX), "residual stream");   // nothing is
-allocated yet printf("%zu bytes\n", arena.bytes); arena_allocate(&arena); // now out points into the block
+    arena_reserve(&arena, (void**)&out, rows * C * sizeof(floatX), "residual stream");   // nothing is taken yet
+    printf("%zu bytes\n", arena.bytes);
+    arena_allocate(&arena);                                                              // now out points into the block
 
 Reservations with the same label are shown as one line of the plan.
 */

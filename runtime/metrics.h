@@ -3,7 +3,7 @@ Where a run is watched: three files in its output directory, and the terminal.
 
     MetricsOptions options = {0};  options.directory = "out";  options.total_steps = 2000;  ...
     metrics_describe_text(&options, "model", "d12");  metrics_start(&metrics, &options);
-    metrics_step(&metrics, step + 1, loss, grad_norm, lr, seconds);  ...  metrics_finish(&metrics);
+    metrics_step(&metrics, step + 1, loss, grad_norm, lr, seconds, attention_seconds);  ...  metrics_finish(&metrics);
 
 metrics.jsonl   the run's description, {"event":"start", ...}, then a line a step (step, tokens, loss,
                 grad_norm, lr) and a validation (step, tokens, val_loss), and what the variant has to tell at

@@ -179,7 +179,9 @@ static const struct argp_option option_table[] = {
     {"batch", 'b', "B", 0, "sequences of a micro-batch (default 4)", 2},
     {"sequence-length", 't', "T", 0, "tokens of a sequence (default 1024)", 2},
     {"total-batch", 'd', "TOKENS", 0,
-     "tokens of an optimizer step (default B T); gradients accumulate over micro-batches", 2},
+     "tokens of an optimizer step (default B T of every process, or what the resumed run has); gradients "
+     "accumulate over micro-batches",
+     2},
 
     {0, 0, 0, 0, "Optimizer (AdamW)", 3},
     {"steps", 'x', "N", 0, "optimizer steps; -1: one pass over the data (default)", 3},
@@ -342,6 +344,8 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
     case KEY_MOBA_WORKSPACE:
         if (attention_of_build() == ATTENTION_DENSE)
             fail_usage("%s: of builds with ATTN=moba or flashmoba; this one is ATTN=dense", option_name(key));
+        if (key == KEY_MOBA_WORKSPACE && attention_of_build() == ATTENTION_MOBA)
+            fail_usage("%s: of builds with ATTN=flashmoba; this one is ATTN=moba", option_name(key));
         if (key == KEY_MOBA_BLOCK) options->moba_block = (int)option_integer(key, text, 1, 1 << 16);
         else if (key == KEY_MOBA_TOPK) options->moba_topk = (int)option_integer(key, text, 1, 1 << 10);
         else options->moba_workspace = (size_t)option_integer(key, text, 1, 1 << 20) << 20;

@@ -68,6 +68,7 @@ pass_on() {
 }
 trap 'pass_on 2' INT
 trap 'pass_on 15' TERM
+trap 'pass_on 1' HUP
 # The command is a process group of its own, so that Ctrl-C reaches this script alone.
 set -m
 

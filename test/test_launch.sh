@@ -83,8 +83,8 @@ plan() {
     rm -rf out arguments.txt waiting
     printf '%s\n' "$@" >plan.txt
 }
-# A test that was started in the background ignores SIGINT, and so would all that it starts.
-restart() { exec env --default-signal=INT "$top/scripts/restart.sh" --pause 0 "$@"; }
+# A test that was started in the background, or by nohup, ignores signals, and so would all that it starts.
+restart() { exec env --default-signal=INT,HUP "$top/scripts/restart.sh" --pause 0 "$@"; }
 in_a_shell() { ("$@"); }
 starts() { wc -l <arguments.txt; }
 
@@ -125,7 +125,7 @@ check a_wrong_command_line_is_not_tried_again wrong_line
 signalled() {
     local script signal
     set -m # else SIGINT is ignored in the background
-    for signal in TERM:143 INT:130; do
+    for signal in TERM:143 INT:130 HUP:129; do
         plan "10 wait" "20 0"
         restart ./trainer -o out &
         script=$!

@@ -352,6 +352,28 @@ static void test_workspace(void** state) {
     assert_true(turn.sequences == 3 && turn.heads == 4 && turn.queries == 200);
 }
 
+// Who has planned for a batch may run fewer and shorter sequences in its workspace.
+static void test_workspace_of_shorter_sequences(void** state) {
+    (void)state;
+    moba_workspace_bound = (size_t)1 << 20;
+    int more_heads = 0;
+    for (int is_backward = 0; is_backward < 2; is_backward++) {
+        const moba_shape_t planned = {3, 1100, 0, 4, 4, 64, 16, 3};
+        const size_t bytes = moba_turn_bytes(&planned, is_backward);
+        for (int B = 1; B <= planned.B; B++)
+            for (int T = 1; T <= planned.T; T++) {
+                moba_shape_t shape = planned;
+                shape.B = B, shape.T = T;
+                const moba_turn_t turn = moba_turn(&shape, is_backward);
+                more_heads += turn.heads > moba_turn(&planned, is_backward).heads;
+                assert_true(moba_bytes(&shape, turn.sequences * turn.heads, turn.queries, is_backward) <=
+                            bytes);
+            }
+    }
+    assert_true(more_heads > 0);
+    moba_workspace_bound = (size_t)1 << 30;
+}
+
 // Blocks with the same keys have the same scores, and the newest of them are chosen.
 static void test_ties(void** state) {
     (void)state;
@@ -621,6 +643,7 @@ int main(int argc, char** argv) {
         FLASHMOBA(groups_of_heads),
         FLASHMOBA(pieces),
         FLASHMOBA(workspace),
+        FLASHMOBA(workspace_of_shorter_sequences),
         FLASHMOBA(ties),
         FLASHMOBA(nan),
         FLASHMOBA(all_blocks),

@@ -214,8 +214,8 @@ static inline void add_lists(Work* w, const GroupHead* head) {
     w->words_written += 2 * counts + counts + 2 * entries; // cleared and counted; scanned; filled
 }
 
-// moba_forward_kernel: every part of an item reads its keys and values once and a row for every entry, and writes one. A warp
-// multiplies 16M rows by all keys, twice.
+// moba_forward_kernel: every part of an item reads its keys and values once and a row for every entry, and writes one; nothing
+// where there is no entry. A warp multiplies 16M rows by all keys, twice.
 template <int D> static inline void add_forward(Work* w, const GroupHead* head) {
     enum { ROWS = 16 * moba_forward_shape<D>::M };
     const moba_lists_t* x = head->lists;
@@ -224,7 +224,8 @@ template <int D> static inline void add_forward(Work* w, const GroupHead* head) 
     for (int block = 0; block < x->blocks; block++)
         for (int item = 0; item < count_items(head->lengths[block]); item++) {
             const int entries = least(head->lengths[block] - item * MOBA_ITEM, MOBA_ITEM);
-            w->copied += (2.0 * keys_there(block * x->S, x->S, x->T) + x->parts * entries) * row;
+            const int loaded = entries > 0 ? 2 * keys_there(block * x->S, x->S, x->T) : 0;
+            w->copied += (loaded + (double)x->parts * entries) * row;
             w->stored += x->parts * entries * row;
             w->products += 2 * products(ceil_div(entries, ROWS) * ROWS, x->S, D);
             w->words_read += x->parts * (entries * sizeof(int) + sizeof(int2));

@@ -7,7 +7,9 @@ in the order of the inner dimension, whatever the number of threads.
 
 #include "kernels/device.cuh"
 
-static inline void matmul_start(void) {}
+// The GPU's library has no products before.
+static int matmul_started = 0;
+static inline void matmul_start(void) { matmul_started = 1; }
 static inline size_t matmul_scratch_bytes(void) { return 0; }
 
 // The part of C that is summed at once. Loops over its columns are SIMD instructions, whatever else the compiler optimises.
@@ -65,6 +67,7 @@ static inline void multiply_now(void* C, const floatX* A, const floatX* B, int t
 // C (M,N) = op(A) op(B), or C += op(A) op(B) in fp32; row-major, transA means that A is stored (K,M).
 static inline void multiply(void* C, const floatX* A, const floatX* B, int transA, int transB, int M, int N,
                             int K, int accumulate, stream_t stream) {
+    if (!matmul_started) fail("a matrix product before matmul_start()");
     device_check(simt::enqueue(stream, simt::NODE_KERNEL,
                                [=] {
                                    multiply_now(C, A, B, transA, transB, M, N, K, accumulate);
