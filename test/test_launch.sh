@@ -154,16 +154,18 @@ fi
 seq -f "The number %g comes before the number that follows it." 1 3000 >text.txt
 "$build/tokenizer" train -q --vocab-size 300 -o tokenizer.json text.txt &&
     "$build/tokenizer" prepare -q -t tokenizer.json --output-prefix text text.txt || exit 1
+# A step takes some hundredths of a second, so that the tests below can end a run in the middle of it.
 training=(-i "$scratch/text_train_*.bin" -j "$scratch/text_val_*.bin" --tokenizer "$scratch/tokenizer.json" --layers 1 --channels 32
-    --heads 2 --kv-heads 1 -t 32 -b 2 -d 256 -l 1e-3 -x 30 -v 15 -m 2 -n 5)
+    --heads 2 --kv-heads 1 -t 32 -b 8 -d 16384 -l 1e-3 -x 30 -v 15 -m 2 -n 5)
 
 same_run() { # directory, directory
     cmp "$1/metrics.jsonl" "$2/metrics.jsonl" && cmp "$1/step_00000030/model.safetensors" "$2/step_00000030/model.safetensors"
 }
+steps_of() { grep -s '"loss"' "$1/metrics.jsonl" | wc -l; }
 wait_for_steps() { # directory, steps
-    for _ in $(seq 1 1500); do
-        if [ "$(grep -c '"loss"' "$1/metrics.jsonl" 2>/dev/null)" -ge "$2" ]; then return 0; fi
-        sleep 0.02
+    for _ in $(seq 1 3000); do
+        if [ "$(steps_of "$1")" -ge "$2" ]; then return 0; fi
+        sleep 0.01
     done
     return 1
 }
@@ -242,7 +244,7 @@ chmod +x remote
 across() {
     export OMPI_MCA_plm_rsh_agent=$scratch/remote
     exec nsenter --target "${hosts[0]}" --net --uts "$top/scripts/train_hosts.sh" --hosts hosts.txt --interface cable0 --program "$program" \
-        --pause 0 -- "${training[@]}" "$@"
+        --pause "${pause:-0}" -- "${training[@]}" "$@"
 }
 # shellcheck disable=SC2016 # awk's own
 sent() { on "${hosts[0]}" awk '/cable0:/ { print $10 }' /proc/net/dev; }
@@ -285,6 +287,7 @@ check a_process_killed_on_the_other_machine two_machines_killed
 
 # The machine that is left notices within half a minute, and goes on when the other is there again.
 cable_pulled() {
+    local pause=5 # for the cable to be back
     across --zero 1 -o "$scratch/pulled" 2>errors.txt &
     wait_for_steps "$scratch/pulled" 12 && on "${hosts[1]}" ip link set cable0 down || return 1
     for _ in $(seq 1 90); do
@@ -345,10 +348,11 @@ check slurm_trains_on_the_machines_of_the_job slurm_job
 
 # Slurm's signal before the end of the job's time: a checkpoint, and back into the queue. scancel's: the end.
 slurm_time_is_over() {
-    local moment signal steps code script
+    local moment signal code script steps
     refuses 2 "not a job of Slurm" "$top/scripts/train_slurm.sbatch" -o out || return 1
-    for moment in "TERM 5 143" "USR1 14 0"; do
-        read -r signal steps code <<<"$moment"
+    for moment in "TERM 143" "USR1 0"; do
+        read -r signal code <<<"$moment"
+        steps=$(($(steps_of "$scratch/queued") + 4)) # more than there were
         submit -o "$scratch/queued" &
         script=$!
         wait_for_steps "$scratch/queued" "$steps" && kill -"$signal" "$script" && ends_with "$code" wait "$script" || return 1
