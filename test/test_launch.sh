@@ -161,7 +161,7 @@ training=(-i "$scratch/text_train_*.bin" -j "$scratch/text_val_*.bin" --tokenize
 same_run() { # directory, directory
     cmp "$1/metrics.jsonl" "$2/metrics.jsonl" && cmp "$1/step_00000030/model.safetensors" "$2/step_00000030/model.safetensors"
 }
-steps_of() { grep -s '"loss"' "$1/metrics.jsonl" | wc -l; }
+steps_of() { grep -hs '"loss"' "$1/metrics.jsonl" | awk 'END { print NR }'; }
 wait_for_steps() { # directory, steps
     for _ in $(seq 1 3000); do
         if [ "$(steps_of "$1")" -ge "$2" ]; then return 0; fi
