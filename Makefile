@@ -69,8 +69,8 @@ CPU_PRECISION := $(if $(filter cpu,$(DEVICE)),$(PRECISION),fp32)
 
 WARNINGS := -Wall -Wextra -Werror -Wshadow
 CFLAGS ?= -O3 -march=native -g
-SHARED_FLAGS := $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
-COMMON := -std=gnu11 -Wstrict-prototypes $(SHARED_FLAGS)
+SHARED_FLAGS = $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
+COMMON = -std=gnu11 -Wstrict-prototypes $(SHARED_FLAGS)
 names = -DATTN_NAME='"$(1)"' -DGQA_NAME='"$(2)"' -DKCONV=$(3)
 VARIANT := -DDEVICE_CPU $(call names,$(ATTN),$(GQA),$(KCONV))
 precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
@@ -94,12 +94,13 @@ else
 endif
 
 # The emulator of CUDA (dev/simt), plain or with sanitizers, which then replace CFLAGS. It lays every type over the same bytes, as
-# CUDA allows, and its pragmas are not g++'s. It switches between threads most of the time, which -O3 does not make faster.
+# CUDA allows, and its pragmas are not g++'s. It switches between threads most of the time, which -O3 does not make faster; all of
+# -g would make a third of the compiler's work.
 simt = $(CXX) -std=gnu++17 $(1) -fno-math-errno -fno-trapping-math -fno-strict-aliasing -fopenmp -pthread $(WARNINGS) \
        -Wno-unknown-pragmas -DDEVICE_SIMT -I. -MMD -MP
-SIMT := $(call simt,$(subst -O3,-O1,$(CFLAGS)))
-ADDRESS_FLAGS := -O1 -march=native -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
-THREAD_FLAGS := -O1 -march=native -g -fsanitize=thread
+SIMT = $(call simt,$(patsubst -g,-g1,$(subst -O3,-O1,$(CFLAGS))))
+ADDRESS_FLAGS := -O1 -march=native -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+THREAD_FLAGS := -O1 -march=native -g1 -fsanitize=thread
 
 # The GPU of this machine, or real code for what CUDA_ARCHS lists and PTX of the newest, which later GPUs compile for themselves.
 CUDA_ARCHS ?= 80 90
@@ -155,9 +156,11 @@ TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(K
                      cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 cpu_moba_gqa_kconv3_fp32 \
                      $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5 moba_gqa_kconv3, \
                        simt_$(variant)_fp32 simt_$(variant)_bf16))
-# All combinations, which test-long runs.
+# All combinations, which test-long runs for a few steps each: nearly all of their time is the compiler's.
+QUICK := $(BUILD)/quick
+QUICK_FLAGS := -O1 -march=native
 ALL_TRAINERS := $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
-                  $(BUILD)/train_gpt_$(device)_$(attention)_$(heads)_kconv$(taps)_fp32))))
+                  $(QUICK)/train_gpt_$(device)_$(attention)_$(heads)_kconv$(taps)_fp32))))
 
 # Those that make gpu-check runs, with DEVICE=cuda.
 GPU_TRAINERS := $(patsubst $(BUILD)/train_gpt_simt_%,$(BUILD)/train_gpt_$(DEVICE)_%,$(filter $(BUILD)/train_gpt_simt_%,$(TESTED_TRAINERS)))
@@ -168,7 +171,13 @@ flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call fl
 compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) $(MPI_FLAGS) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
 compile_simt = $(SIMT) $(flags) $(MPI_FLAGS) -x c++ $< -o $@ $(TRAIN_LIBS) $(MPI_LIBS)
 compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $(CUDA_COMM) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS) $(CUDA_COMM_LIBS)
-$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(ALL_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
+$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
+	@mkdir -p $(@D)
+	@echo "  build $@"
+	$(Q)$(compile_$(call flag,1))
+
+$(ALL_TRAINERS): CFLAGS := $(QUICK_FLAGS)
+$(ALL_TRAINERS): $(QUICK)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(compile_$(call flag,1))
@@ -222,13 +231,14 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
-KERNEL_TEST_SOURCES := test_kernels test_heads test_gqa test_moba_kernels
+KERNEL_TEST_SOURCES := test_moba_kernels test_gqa test_kernels test_heads
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
 # The formulas of benchmarks against the emulator's counters: there is nothing to compare with on a GPU.
 COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_counts_fp32
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
-CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,test_layout $(KERNEL_TEST_NAMES) train_gpt_bf16 train_gpt_fp32)
+CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,train_gpt_bf16 test_layout $(KERNEL_TEST_NAMES))
+CUDA_OBJECTS_LONG := $(if $(NVCC),$(BUILD)/cuda/train_gpt_fp32.o) # the same kernels as its tests'
 
 # What ptxas says of registers and shared memory stays beside the object, for make kernel-table. In bf16 a register that does not
 # fit and goes to memory is an error: the fp32 kernels are there to check with.
@@ -282,10 +292,11 @@ else
 compile-cuda: $(CUDA_OBJECTS)
 endif
 
-TESTS := $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
-         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_programs \
-         $(BUILD)/test/test_snr $(BUILD)/test/test_scaling $(BUILD)/test/test_retrieval $(BUILD)/test/test_simt_trainer \
-         $(BUILD)/test/test_distributed test/test_launch.sh \
+# The longest first, so that the last ones end together.
+TESTS := $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed $(BUILD)/test/test_programs test/test_launch.sh \
+         $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
+         $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_snr $(BUILD)/test/test_scaling \
+         $(BUILD)/test/test_retrieval \
          $(KERNEL_TESTS) $(COUNT_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) $(EMULATOR_SANITIZED)) \
          $(foreach test,test_attention test_moba test_operations test_model,$(BUILD)/test/$(test)_fp64 $(BUILD)/test/$(test)_fp32)
 
@@ -310,8 +321,11 @@ $(BUILD)/test/%: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
+# Most tests have one thread: as many at a time as there are cores, but not more than 4, whose own threads would be in their way.
+RUN_TESTS := TEST_JOBS=$(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) scripts/run_tests.sh
+
 test: all compile-cuda $(TESTED_TRAINERS) $(TESTS)
-	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer scripts/run_tests.sh $(TESTS)
+	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer $(RUN_TESTS) $(TESTS)
 	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
@@ -321,16 +335,14 @@ THREADED := CFLAGS="$(THREAD_FLAGS)"
 # Kernels and emulator in other orders of the threads; and under the thread sanitizer, which sees every thread of the emulator but
 # not those of OpenMP, so that the yardstick must do with one.
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
-KERNELS_THREADED := test_layout test_simt test_kernels_bf16 test_gqa_bf16 test_moba_kernels_bf16
-test-long: all $(ORDERED) $(ALL_TRAINERS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
-	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
-	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 scripts/run_tests.sh $(ORDERED)
-	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed scripts/run_tests.sh $(ORDERED) || exit 1; done
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(patsubst %,$(BUILD)/thread/test/%,$(KERNELS_THREADED))
-	@OMP_NUM_THREADS=1 scripts/run_tests.sh $(patsubst %,$(BUILD)/thread/test/%,$(KERNELS_THREADED))
+THREAD_TESTS := $(addprefix $(BUILD)/thread/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
+test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_TRAINERS) $(TESTED_TRAINERS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
+	@BUILD=$(BUILD) TEST_VARIANTS=$(QUICK) TEST_LONG=1 $(RUN_TESTS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
+	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 $(RUN_TESTS) $(ORDERED)
+	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed $(RUN_TESTS) $(ORDERED) || exit 1; done
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(THREAD_TESTS)
+	@OMP_NUM_THREADS=1 $(RUN_TESTS) $(THREAD_TESTS)
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= EMULATOR_SANITIZED= test
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(BUILD)/thread/test/test_dataloader
-	@scripts/run_tests.sh $(BUILD)/thread/test/test_dataloader
 	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh test/test_launch.sh
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 	@$(MUTATE) --sample 30
