@@ -245,8 +245,9 @@ static void test_shapes(void** state) {
         {&FIRST_EMPTY, 2, 150, 64, 64, 2}, {&MIDDLE_EMPTY, 1, 90, 128, 16, 4},
         {&LAST_EMPTY, 1, 270, 32, 128, 2}, {&ONE, 1, 520, 64, 256, 2},
         {&ONE, 1, 300, 128, 128, 2},       {&ONE, 1, 1060, 32, 512, 2},
-        {&ONE, 1, 600, 32, 16, 12},        {&ONE, 1, 520, 32, 16, 30},
-        {&MHA, 1, 64, 64, 64, 4},
+        {&ONE, 1, 600, 32, 16, 10},        {&ONE, 1, 520, 32, 16, 18},
+        {&ONE, 1, 520, 32, 16, 30},        {&MHA, 1, 64, 64, 64, 4},
+        {&ONE, 1, 257, 32, 16, 1},
     };
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
         check(shapes[i].map, shapes[i].B, shapes[i].T, shapes[i].D, shapes[i].S, shapes[i].K);
@@ -288,17 +289,32 @@ static void test_hot_block(void** state) {
     moba_workspace_bound = kept;
 }
 
-// Groups of one head and of two, through KV heads that begin in one group and end in another.
+// Groups of one head, of two, of three, through KV heads that begin in one group and end in another, with fewer left for the last.
 static void test_groups_of_heads(void** state) {
     (void)state;
     const HeadMap* maps[] = {&MQA, &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY, &GQA, &ONE};
     const size_t kept = moba_workspace_bound;
     for (int i = 0; i < 7; i++) {
         const moba_shape_t shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
-        moba_workspace_bound = i % 2 == 0 ? 1 : 2 * moba_bytes(&shape, 1, 70, 1);
+        const int heads = 1 + i % 3;
+        moba_workspace_bound = heads == 1 ? 1 : (size_t)heads * moba_bytes(&shape, 1, 70, 1);
         const moba_turn_t turn = moba_turn(&shape, 1);
-        assert_true(turn.sequences == 1 && turn.heads == 1 + i % 2);
+        assert_int_equal(turn.heads, heads < shape.H ? heads : shape.H);
         check(maps[i], 2, 70, 32, 16, 3);
+    }
+    moba_workspace_bound = kept;
+}
+
+// All heads of one sequence, then of two, and one sequence is left for the last group.
+static void test_groups_of_sequences(void** state) {
+    (void)state;
+    const size_t kept = moba_workspace_bound;
+    for (int sequences = 1; sequences <= 2; sequences++) {
+        const moba_shape_t shape = {3, 70, 0, GQA.H, GQA.G, 32, 16, 3};
+        moba_workspace_bound = (size_t)(sequences * GQA.H + 1) * moba_bytes(&shape, 1, 70, 1);
+        const moba_turn_t turn = moba_turn(&shape, 1);
+        assert_true(turn.sequences == sequences && turn.heads == GQA.H);
+        check(&GQA, 3, 70, 32, 16, 3);
     }
     moba_workspace_bound = kept;
 }
@@ -451,11 +467,12 @@ static void test_later_token(void** state) {
     }
 }
 
-// Rows start..T-1 alone have the bits of the whole; no other row is touched.
+// Rows start..T-1 alone have the bits of the whole, in pieces of a head too; no other row is touched.
 static void test_start(void** state) {
     (void)state;
-    const int starts[] = {1, 64, 263, 299};
-    for (int i = 0; i < 4; i++) {
+    const int starts[] = {1, 64, 263, 299, 1, 263};
+    const size_t kept_bound = moba_workspace_bound;
+    for (int i = 0; i < 6; i++) {
         Case c = new_case(&UNEVEN, 1, 300, 32, 32, 3);
         run_forward(&c, 0);
         double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
@@ -466,7 +483,9 @@ static void test_start(void** state) {
         const size_t kept = (size_t)(starts[i] / c.S) * c.G * c.D;
         device_check(cudaMemset(c.centroids + kept, 0xFF, (c.centroids_count - kept) * sizeof(float)),
                      "clear memory");
+        if (i >= 4) moba_workspace_bound = 1;
         run_forward(&c, starts[i]);
+        moba_workspace_bound = kept_bound;
         double *rows = download(c.out, c.out_count), *row_lse = download(c.lse, c.lse_count);
         int* row_selected = download_selected(&c);
         for (size_t at = 0; at < c.out_count; at++)
@@ -641,6 +660,7 @@ int main(int argc, char** argv) {
         FLASHMOBA(shapes),
         FLASHMOBA(hot_block),
         FLASHMOBA(groups_of_heads),
+        FLASHMOBA(groups_of_sequences),
         FLASHMOBA(pieces),
         FLASHMOBA(workspace),
         FLASHMOBA(workspace_of_shorter_sequences),
