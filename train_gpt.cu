@@ -1506,6 +1506,8 @@ static double train_step(Model* model, Run* run, int step, double* norm, double*
     else queue_step(model, run, step);
     if (run->options.cuda_graph && step + 1 < run->steps) record_step(model, run, step + 1);
     comm_synchronize(model->stream);
+    malloc_trim(
+        0); // libraries' freed blocks go back to the system, or holes between them add up to more than was planned
     gpt_check_heads(model);
     range_end();
     *norm = (double)*model->host_norm;
