@@ -30,7 +30,11 @@ Results are the same bits for any number of threads.
 // The router: queries of a task, and centroids whose scores exist at one time (a multiple of 16).
 enum { MOBA_ROUTE_QUERIES = 128, MOBA_CENTROIDS = 128 };
 // Tiles of gathered queries by keys of one block: as many rows as keep the tile in the cache, within limits.
-enum { MOBA_KEYS = 256, MOBA_ROWS = 256, MOBA_SCORES = 64 * MOBA_KEYS };
+enum { MOBA_KEYS = 256, MOBA_ROWS = 240, MOBA_SCORES = 72 * MOBA_KEYS };
+// Products are of a multiple of so many rows. Where AVX2 is the best that a machine has, oneDNN computes the rows that are left
+// over from its tiles of 6, and products of only one tile, in another order of the sums: a query's bits would depend on its place
+// in a list, which later tokens change. Of 12, 24, 36, ... rows all are alike.
+enum { MOBA_WHOLE_ROWS = 12 };
 // Queries a key block is chosen by, on average, in one task of the routed passes. Longer lists fill the tiles, shorter
 // ones make more tasks whose queries stay in the cache.
 enum { MOBA_LIST = 256 };
@@ -489,8 +493,10 @@ static inline void moba_build_lists(int* begin,          // (T/S + 2)
     }
 }
 
-// Keys of a tile of a block, and rows of a tile of that many keys.
-static inline int moba_tile_rows(int keys) { return max_int(1, min_int(MOBA_ROWS, MOBA_SCORES / keys)); }
+// Rows of a tile of so many keys: a multiple of MOBA_WHOLE_ROWS.
+static inline int moba_tile_rows(int keys) {
+    return min_int(MOBA_ROWS, MOBA_SCORES / keys / MOBA_WHOLE_ROWS * MOBA_WHOLE_ROWS);
+}
 
 // ----------------------------------------------------------------------------
 // ATTN=flashmoba, forward
@@ -606,16 +612,18 @@ static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnorm
                                      const moba_scratch_t* scratch, const moba_chunk_t* chunk, int rows,
                                      int keys, const moba_shape_t* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
+    const int whole_rows = (rows + MOBA_WHOLE_ROWS - 1) / MOBA_WHOLE_ROWS * MOBA_WHOLE_ROWS;
     floatX corrections[MOBA_ROWS];
     for (int r = 0; r < rows; r++)
         memcpy(scratch->q + (size_t)r * D, qkv + moba_query(chunk, rows_ids[r], s).q, sizeof(floatX) * D);
-    if (k_t) gemm(0, 0, rows, keys, D, scratch->q, D, k_t, MOBA_KEYS, 0, scratch->scores, keys);
-    if (!k_t) gemm(0, 1, rows, keys, D, scratch->q, D, k, stride, 0, scratch->scores, keys);
+    memset(scratch->q + (size_t)rows * D, 0, sizeof(floatX) * (size_t)(whole_rows - rows) * D);
+    if (k_t) gemm(0, 0, whole_rows, keys, D, scratch->q, D, k_t, MOBA_KEYS, 0, scratch->scores, keys);
+    if (!k_t) gemm(0, 1, whole_rows, keys, D, scratch->q, D, k, stride, 0, scratch->scores, keys);
     for (int r = 0; r < rows; r++)
         corrections[r] =
             softmax_row_update(scratch->scores + (size_t)r * keys, &scratch->row_max[rows_ids[r]],
                                &scratch->row_sum[rows_ids[r]], 0, keys, keys, attention_scale(D));
-    gemm(0, 0, rows, D, keys, scratch->scores, keys, v, stride, 0, scratch->result, D);
+    gemm(0, 0, whole_rows, D, keys, scratch->scores, keys, v, stride, 0, scratch->result, D);
     for (int r = 0; r < rows; r++) {
         floatX* row = out + moba_query(chunk, rows_ids[r], s).out;
         const floatX* more = scratch->result + (size_t)r * D;
