@@ -1351,14 +1351,18 @@ static void print_plan(const Run* run, const Model* model) {
     fflush(stdout);
 }
 
+// What CUDA's libraries and the code of kernels take of a GPU's memory when they are first used, which is after the plan: a guess.
+#define GPU_LIBRARY_BYTES ((size_t)512 << 20)
+
 // A plan that does not fit is refused before anything is taken, with the micro-batch that would fit, or with that and the level
 // of --recompute: the smaller batch costs less.
 static void check_plan_fits(const Run* run, const Model* model) {
     const Options* options = &run->options;
     const size_t planned = planned_bytes(run, model);
     const size_t unused = DEVICE_HAS_OWN_MEMORY ? device_memory_free() : memory_available();
+    const size_t libraries = unused < GPU_LIBRARY_BYTES ? unused : GPU_LIBRARY_BYTES;
     const size_t available =
-        DEVICE_HAS_OWN_MEMORY ? unused : unused / (size_t)comm_local_size() + run->resident;
+        DEVICE_HAS_OWN_MEMORY ? unused - libraries : unused / (size_t)comm_local_size() + run->resident;
     if (!unused || planned <= available) return;
     for (int level = options->recompute; level < RECOMPUTE_LEVELS; level++) {
         const int same = level == (int)options->recompute;

@@ -13,17 +13,25 @@ Cost: the keys, or the weights, read once.
 #include "kernels/device.cuh"
 #include "kernels/vector.cuh"
 
-enum { KEYNORM_BLOCK = 512 };
+enum { KEYNORM_BLOCK = 512, KEYNORM_LOADS = 8 };
 
-// A block for each sequence and head.
+// A block for each sequence and head, D / WIDTH neighbouring threads for a token. So that no load waits for the one before it, a
+// thread has KEYNORM_LOADS of them at a time; of a token beyond the last one it loads the last, and adds nothing.
 template <int WIDTH>
 __global__ void key_rms_kernel(float* rms, const floatX* qkv, int T, int H, int G, int D) {
     const int b = (int)blockIdx.x / G, g = (int)blockIdx.x % G;
-    const floatX* keys = qkv + ((size_t)b * T * (H + 2 * G) + H + g) * D;
+    const int lanes = D / WIDTH, step = KEYNORM_BLOCK / lanes;
+    const floatX* keys = qkv + ((size_t)b * T * (H + 2 * G) + H + g) * D + threadIdx.x % lanes * WIDTH;
+    const int first = (int)threadIdx.x < lanes * step ? (int)threadIdx.x / lanes : T;
     float square = 0;
-    for (size_t i = threadIdx.x * WIDTH; i < (size_t)T * D; i += KEYNORM_BLOCK * WIDTH) {
-        const Values<WIDTH> key = load<WIDTH>(keys + i / D * (H + 2 * G) * D + i % D);
-        for (int k = 0; k < WIDTH; k++) square += key.at[k] * key.at[k];
+    for (int t = first; t < T; t += KEYNORM_LOADS * step) {
+        Values<WIDTH> key[KEYNORM_LOADS];
+#pragma unroll
+        for (int i = 0; i < KEYNORM_LOADS; i++)
+            key[i] = load<WIDTH>(keys + (size_t)min(t + i * step, T - 1) * (H + 2 * G) * D);
+#pragma unroll
+        for (int i = 0; i < KEYNORM_LOADS; i++)
+            for (int k = 0; k < WIDTH && t + i * step < T; k++) square += key[i].at[k] * key[i].at[k];
     }
     square = row_sum(square);
     if (threadIdx.x == 0) rms[blockIdx.x] = sqrtf(square / ((float)T * D));
@@ -40,7 +48,7 @@ __global__ void key_sums_kernel(float* sums, const float* rms, int B, int G) {
 // rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of rms[b][g].
 static inline void key_rms(float_acc* rms,    // (B, G)
                            float_acc* sums,   // (G) accumulates
-                           const floatX* qkv, // (B, T, H + 2G, D)
+                           const floatX* qkv, // (B, T, H + 2G, D), D at most KEYNORM_BLOCK
                            int B, int T, int H, int G, int D, stream_t stream) {
     launch(whole_packs(D, qkv) ? key_rms_kernel<PACK> : key_rms_kernel<1>, B * G, KEYNORM_BLOCK, 0, stream,
            rms, qkv, T, H, G, D);

@@ -212,8 +212,9 @@ __global__ void __launch_bounds__(KEYS_THREADS)
             const float* dsum = dsums + (t - first + l) * D + c;
             const Values<WIDTH> w_a = load<WIDTH>(w + l * width + c),
                                 w_b = load<WIDTH>(w + l * width + c + half);
+            const Values<WIDTH> d_a = load<WIDTH>(dsum), d_b = load<WIDTH>(dsum + half);
             for (int i = 0; i < WIDTH; i++)
-                a.at[i] += w_a.at[i] * dsum[i], b.at[i] += w_b.at[i] * dsum[half + i];
+                a.at[i] += w_a.at[i] * d_a.at[i], b.at[i] += w_b.at[i] * d_b.at[i];
         }
         store(x + t * stride, a);
         store(x + t * stride + half, b);

@@ -297,9 +297,9 @@ HOST_AND_DEVICE static inline void allocation_of_batch(const HeadAllocation* a, 
                                                        int B, long sequences, int step) {
     double* n = a->statistic + (size_t)l * a->G;
     for (int g = 0; g < a->G; g++) {
-        n[g] = 0;
-        for (int b = 0; b < B; b++) n[g] += (double)norms[(size_t)b * a->G + g];
-        n[g] /= (double)sequences;
+        double sum = 0;
+        for (int b = 0; b < B; b++) sum += (double)norms[(size_t)b * a->G + g];
+        n[g] = sum / (double)sequences;
     }
     allocation_update(a, l, n, step);
 }

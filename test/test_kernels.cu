@@ -473,6 +473,7 @@ static const Operation operations[] = {
       {2, 7, 1, 2, 5, 1},
       {1, 1, 1, 1, 1, 1},
       {3, 300, 2, 1, 32, 1},
+      {1, 2500, 1, 2, 32, 1},
       {1, 9, 1, 40, 7, 1}}},
     {"key_weight_norm",
      key_weight_norm_arrays,
