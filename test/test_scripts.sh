@@ -71,9 +71,8 @@ check make_chooses_the_device devices
 gpu_check() {
     PATH=$scratch/none:$PATH refuses 2 "no GPU on this machine" scripts/gpu_check.sh &&
         refuses 2 "--now: unknown option" scripts/gpu_check.sh --now &&
-        scripts/gpu_check.sh --rehearse >"$scratch/rehearsal" || return 1
-    cat "$scratch/rehearsal"
-    grep -q '^bf16 learns as fp32 does *ok' "$scratch/rehearsal" && ! grep -q FAILED "$scratch/rehearsal"
+        { scripts/gpu_check.sh --rehearse >"$scratch/rehearsal" || { grep -A 12 FAILED "$scratch/rehearsal" && return 1; }; } &&
+        grep -q '^bf16 learns as fp32 does *ok' "$scratch/rehearsal" && ! grep -q FAILED "$scratch/rehearsal"
 }
 check gpu_check_says_what_is_missing_and_can_be_rehearsed gpu_check
 

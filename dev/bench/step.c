@@ -111,10 +111,10 @@ int main(int argc, char** argv) {
     model_config_complete(&config);
     model_config_check(&config);
 
+    matmul_start();
     double peak = matmul_peak();
     static Model model;
     gpt_plan(&model, &config, B, T, 1, settings.recompute, 0);
-    matmul_start();
     gpt_allocate(&model);
     gpt_initialize(&model, 1);
     int* tokens = (int*)host_malloc_pinned((size_t)B * (T + 1) * sizeof(int), "tokens");
