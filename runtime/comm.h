@@ -20,7 +20,8 @@ the same in comm_all_gather().
 
 Before anything is done together, comm_must_agree("--batch", "%d", batch) makes sure that all mean the same.
 A rank that fails says why, with its number and host, and ends the others; where one is killed, the launcher does. Ranks that
-do not hear of the others for COMM_PATIENCE seconds give up. Include the device's header (dev/cpu/device.h or its CUDA twin) first.
+do not hear of the others for COMM_PATIENCE seconds give up; while they start and end, for COMM_START_PATIENCE.
+Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 */
 #ifndef RUNTIME_COMM_H
 #define RUNTIME_COMM_H
@@ -28,6 +29,7 @@ do not hear of the others for COMM_PATIENCE seconds give up. Include the device'
 #include <assert.h>
 #include <omp.h>
 #include <sched.h>
+#include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, failure_begin, failure_end
 #include "runtime/precision.h" // defines float_acc
@@ -41,6 +43,7 @@ do not hear of the others for COMM_PATIENCE seconds give up. Include the device'
 // A shard holds a multiple of this many elements: whole packs of every type, and whole blocks of weight decay.
 enum { COMM_ALIGNMENT = 64 };
 enum { COMM_PATIENCE = 1800 };       // seconds; writing a checkpoint must take less
+enum { COMM_START_PATIENCE = 300 };  // seconds, where MOBA_START_SECONDS does not say otherwise
 #define COMM_PIECE ((size_t)8 << 20) // bytes of a buffer of the host
 
 typedef struct {
@@ -411,6 +414,45 @@ static inline int comm_can_be_recorded(void) { return 1; }
 // ----------------------------------------------------------------------------
 // Start and end
 
+// What MPI and NCCL do while they start and end may wait for ever, for a rank that is not there or by a network that leads
+// nowhere, and nothing can be asked meanwhile: so a clock ends the process, which ends the job. What it says is made before, as
+// little may be called in a signal's handler.
+static char comm_last_words[512];
+
+static inline void comm_time_is_over(int signal_number) {
+    (void)signal_number;
+    const ssize_t wrote = write(STDERR_FILENO, comm_last_words, strlen(comm_last_words));
+    (void)wrote; // there is nobody else to tell
+    _exit(1);
+}
+
+// The rank by the launcher's word, which is known before MPI has started; 0 where it has none.
+static inline int comm_launched_rank(void) {
+    static const char* const names[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"};
+    for (int i = 0; i < 4; i++)
+        if (getenv(names[i])) return atoi(getenv(names[i]));
+    return 0;
+}
+
+// The clock runs until comm_watch_end(). A second apart, so that one speaks for all.
+static inline void comm_watch(const char* doing) {
+    const char* wanted = getenv("MOBA_START_SECONDS");
+    const int given = wanted ? atoi(wanted) : 0, rank = comm_launched_rank();
+    const int seconds = (given > 0 ? given : COMM_START_PATIENCE) + (rank < 20 ? rank : 20);
+    char host[128] = "?", who[sizeof(comm.name)];
+    (void)gethostname(host, sizeof(host) - 1);
+    if (comm.size) snprintf(who, sizeof(who), "%s", program_name);
+    else snprintf(who, sizeof(who), "%.40s: rank %d on %.100s", program_name, rank, host);
+    snprintf(comm_last_words, sizeof(comm_last_words),
+             "%s: %s is not done after %d s: another rank is not there, or the network between them; see "
+             "docs/distributed.md, Networks\n",
+             who, doing, seconds);
+    signal(SIGALRM, comm_time_is_over);
+    alarm((unsigned)seconds);
+}
+
+static inline void comm_watch_end(void) { alarm(0); }
+
 // All ranks often fail alike: then the first of them speaks, and has ended the others before it is their turn.
 static inline void comm_failure_begin(void) {
     const int turn = comm_rank() < 20 ? comm_rank() : 20;
@@ -421,15 +463,19 @@ static inline void comm_failure_begin(void) {
 static inline void comm_failure_end(int exit_code) {
     fflush(stderr);
     scratch_path_remove();
+    comm_watch("ending the others");
     MPI_Abort(MPI_COMM_WORLD, exit_code);
 }
 
-// At every exit that is no failure: all ranks come to it together.
+// At every exit that is no failure: all ranks come to it, though the first may have old checkpoints to remove before.
 static inline void comm_stop(void) {
+    comm_barrier();
+    comm_watch("the end");
     failure_begin = NULL;
     failure_end = NULL;
     comm_stop_device();
     MPI_Finalize();
+    comm_watch_end();
 }
 
 // mpirun binds a rank to one core, or to its memory's. Where that is less than its part of what this host lends the job, the
@@ -456,6 +502,7 @@ static inline void comm_start(void) {
     MPI_Comm neighbours;
     const int launched = comm_launched();
     if (!launched) return;
+    comm_watch("the start");
     MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided);
     MPI_Comm_size(MPI_COMM_WORLD, &comm.size);
     MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
@@ -475,6 +522,7 @@ static inline void comm_start(void) {
     comm_choose_threads();
     device_choose(comm.local_rank, comm.local_size);
     comm_start_device();
+    comm_watch_end();
     atexit(comm_stop);
 }
 

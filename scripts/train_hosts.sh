@@ -13,7 +13,7 @@
 # --tries N, --pause N   as in scripts/restart.sh, which does the restarting
 #
 # What stands after -- are options of train_gpt; --output is needed, and --resume is added. Run it on the first machine of the
-# list. Variables of the environment that begin with NCCL_ or OMP_ go to all machines.
+# list. Variables of the environment that begin with NCCL_, OMP_ or MOBA_ go to all machines.
 set -euo pipefail
 scripts=$(cd "$(dirname "$0")" && pwd)
 
@@ -66,7 +66,7 @@ if [ -n "$interface" ]; then
 fi
 # A machine that is gone without a word is missed after half a minute, not after eight.
 export OMPI_MCA_oob_tcp_keepalive_time=10 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=4
-for name in $(compgen -e | grep -E '^(NCCL|OMP)_'); do environment+=(-x "$name"); done
+for name in $(compgen -e | grep -E '^(NCCL|OMP|MOBA)_'); do environment+=(-x "$name"); done
 
 # Processes are not bound to single cores, since each has several threads.
 exec "$scripts/restart.sh" "${restart[@]}" mpirun --host "$machines" --map-by slot --bind-to none "${environment[@]}" \

@@ -387,6 +387,15 @@ static void test_ranks_that_differ_are_found(void** state) {
     assert_false(exists("never") || exists("here/never") || exists("there/never"));
 }
 
+// The others wait for a rank that never comes to MPI: not for ever.
+static void test_a_start_that_hangs_is_given_up(void** state) {
+    (void)state;
+    const double since = now();
+    job_must_fail(run("env MOBA_START_SECONDS=2 %s %s -b 1 : -np 1 sleep 60", mpirun(1), dense), 1,
+                  ": the start is not done after 2 s: another rank is not there");
+    assert_true(now() - since < 30);
+}
+
 static void start_as_one_of_two(void* name) {
     setenv((const char*)name, "2", 1);
     comm_start();
@@ -442,6 +451,7 @@ int main(void) {
         cmocka_unit_test(test_a_signal_stops_all),
         cmocka_unit_test(test_bad_calls_are_told_once),
         cmocka_unit_test(test_ranks_that_differ_are_found),
+        cmocka_unit_test(test_a_start_that_hangs_is_given_up),
         cmocka_unit_test(test_a_launcher_without_mpi_is_refused),
     };
     const int failed = cmocka_run_group_tests(alone, NULL, NULL);
