@@ -63,13 +63,18 @@ echo "$*" >>arguments.txt
 read -r step end <plan.txt
 sed -i 1d plan.txt
 mkdir -p out
-if [ "$step" -gt 0 ]; then mkdir -p "out/step_$(printf %08d "$step")"; fi
+env | grep keepalive | sort >environment.txt
+if [ "$step" -gt 0 ]; then
+    mkdir -p "out/step_$(printf %08d "$step")"
+    if [ -n "${LATEST:-}" ]; then printf 'step_%08d\n' "$step" >out/latest; fi
+fi
 stop() {
-    mkdir -p out/step_00000099
+    if [ "$end" = break ]; then exit 1; fi
+    if [ "$end" = wait ]; then mkdir -p out/step_00000099; fi
     exit 138
 }
 case $end in
-wait)
+wait | break | idle)
     trap stop USR1
     touch waiting
     for _ in $(seq 1 400); do sleep 0.05; done
@@ -115,6 +120,24 @@ gives_up() {
 }
 check a_run_that_makes_no_progress_is_given_up gives_up
 
+# A run that was set back is below its highest step for a while: what counts is that `latest` changes.
+set_back() {
+    plan "10 1" "20 1" "30 1" "30 1" "30 3" "40 0"
+    mkdir -p out/step_00000090
+    LATEST=1 ends_with 3 in_a_shell restart --tries 3 ./trainer --output=out && [ "$(starts)" -eq 5 ]
+}
+check a_run_that_was_set_back_makes_progress set_back
+
+# Every launcher is to miss a silent machine soon; who has settings keeps them.
+keepalive() {
+    plan "0 0"
+    OMPI_MCA_oob_tcp_keepalive_time=99 in_a_shell restart ./trainer -o out || return 1
+    cat environment.txt
+    grep -qx OMPI_MCA_oob_tcp_keepalive_time=99 environment.txt && grep -qx OMPI_MCA_oob_tcp_keepalive_probes=4 environment.txt &&
+        grep -qx PRTE_MCA_oob_tcp_keepalive_intvl=5 environment.txt
+}
+check all_launchers_look_for_silent_machines keepalive
+
 wrong_line() {
     plan "0 2" "10 0"
     ends_with 2 in_a_shell restart ./trainer -o out && [ "$(starts)" -eq 1 ]
@@ -133,6 +156,13 @@ signalled() {
         kill -"${signal%:*}" -- "-$script" # all of its group, as a terminal does
         ends_with "${signal#*:}" wait "$script" && [ "$(starts)" -eq 1 ] && [ -d out/step_00000099 ] || return 1
     done
+    # Where the checkpoint fails, that is what is to be known.
+    plan "10 break" "20 0"
+    restart ./trainer -o out &
+    script=$!
+    until [ -e waiting ]; do sleep 0.05; done
+    kill -TERM "$script"
+    ends_with 1 wait "$script" && [ "$(starts)" -eq 1 ] || return 1
     plan "10 1" "20 0"
     "$top/scripts/restart.sh" --pause 60 ./trainer -o out &
     script=$!
