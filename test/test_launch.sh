@@ -174,6 +174,36 @@ signalled() {
 }
 check a_signal_ends_the_loop_with_a_checkpoint signalled
 
+# Slurm's script around the same stand-in, as the job's time runs out: it is queued again where there is a new checkpoint only.
+ln -s "$top/scripts" scripts
+mkdir stand_ins
+# shellcheck disable=SC2016 # the stand-ins' own
+printf '#!/bin/sh\nwhile [ "$1" != ./trainer ]; do shift; done\nexec "$@"\n' >stand_ins/mpirun
+# shellcheck disable=SC2016
+printf '#!/bin/sh\necho "$*" >>scontrol.txt\n' >stand_ins/scontrol
+printf '#!/bin/sh\n' >stand_ins/ompi_info
+printf '#!/bin/sh\necho "                 MCA plm: slurm (MCA v1.0.0, API v2.0.0, Component v3.0.1)"\n' >stand_ins/prte_info # Open MPI 5
+chmod +x stand_ins/*
+job() { exec env PATH="$scratch/stand_ins:$PATH" SLURM_JOB_ID=7 SLURM_SUBMIT_DIR="$scratch" PROGRAM=./trainer "$top/scripts/train_slurm.sbatch" "$@"; }
+time_runs_out() { # the plan's line, exit code, whether it is queued again
+    local script
+    plan "$1"
+    mkdir -p out/step_00000009
+    rm -f scontrol.txt
+    job -o out &
+    script=$!
+    until [ -e waiting ]; do sleep 0.05; done
+    kill -USR1 "$script"
+    ends_with "$2" wait "$script" && [ "$(cat scontrol.txt 2>/dev/null)" = "$3" ]
+}
+queued_again() {
+    time_runs_out "10 wait" 0 "requeue 7" && time_runs_out "0 idle" 1 "" && time_runs_out "10 break" 1 "" || return 1
+    refuses 2 "no --output" in_a_shell job -i x || return 1
+    printf '#!/bin/sh\n' >stand_ins/prte_info
+    refuses 2 "built without Slurm" in_a_shell job -o out
+}
+check a_job_without_a_new_checkpoint_is_not_queued_again queued_again
+
 # ----------------------------------------------------------------------------
 # One machine. What is killed and goes on must end as what ran through: the number of processes being the same, bit by bit.
 
