@@ -61,8 +61,13 @@ machines=$(awk '
 # MPI starts the processes and exchanges NCCL's identifiers; on CPUs it also sends the gradients.
 environment=()
 if [ -n "$interface" ]; then
-    export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface
+    export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface PRTE_MCA_oob_tcp_if_include=$interface
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+fi
+# An ssh that asks for a password would wait for ever, where nobody sees it ask. Another agent has options of its own.
+if [ -z "${OMPI_MCA_plm_rsh_agent:-}${PRTE_MCA_plm_ssh_agent:-}" ]; then
+    options="-o BatchMode=yes -o ConnectTimeout=15"
+    export OMPI_MCA_plm_rsh_args=${OMPI_MCA_plm_rsh_args:-$options} PRTE_MCA_plm_ssh_args=${PRTE_MCA_plm_ssh_args:-$options}
 fi
 for name in $(compgen -e | grep -E '^(NCCL|OMP|MOBA)_'); do environment+=(-x "$name"); done
 

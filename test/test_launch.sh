@@ -291,18 +291,26 @@ for host in "${hosts[@]}"; do
 done
 printf '# the two machines\n10.77.0.1\n10.77.0.2 max_slots=4 slots=1\n' >hosts.txt
 
-# In the place of ssh: a host, and a line of sh to run there.
-cat >remote <<END
+# In the place of ssh: options, a host, and a line of sh to run there.
+mkdir bin
+cat >bin/ssh <<END
 #!/bin/sh
+while :; do
+    case \$1 in
+    -o) echo "\$2" >>$scratch/ssh_options.txt; shift 2 ;;
+    -*) shift ;;
+    *) break ;;
+    esac
+done
 host=\$1
 shift
 case \$host in 10.77.0.1) target=${hosts[0]} ;; 10.77.0.2) target=${hosts[1]} ;; *) exit 255 ;; esac
 exec nsenter --target \$target --net --uts sh -c "\$*"
 END
-chmod +x remote
+chmod +x bin/ssh
 
 across() {
-    export OMPI_MCA_plm_rsh_agent=$scratch/remote
+    export PATH=$scratch/bin:$PATH
     exec nsenter --target "${hosts[0]}" --net --uts "$top/scripts/train_hosts.sh" --hosts hosts.txt --interface cable0 --program "$program" \
         --pause "${pause:-0}" -- "${training[@]}" "$@"
 }
@@ -330,7 +338,8 @@ two_machines() {
     # In every step a process sends half of the gradients to the other machine, and half of the parameters.
     local parameters=$((300 * 32 + 4 * 32 * 32 + 3 * 32 * 128))
     echo "bytes over the cable: $((after - before))"
-    [ $((after - before)) -gt $((30 * parameters * (4 + 4) / 2)) ] && same_run whole across
+    # An ssh that asks for a password would wait for ever, and nobody would see it ask.
+    grep -qx BatchMode=yes ssh_options.txt && [ $((after - before)) -gt $((30 * parameters * (4 + 4) / 2)) ] && same_run whole across
 }
 check two_machines_train_over_the_cable two_machines
 
