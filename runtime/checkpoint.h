@@ -1100,19 +1100,21 @@ static inline void checkpoint_write_latest(const char* output, int step) {
     scratch_path_commit(path);
 }
 
-// Keeps the checkpoint just saved and the keep - 1 before it; keep 0 keeps all. Steps beyond `step`, left by
-// a run that was resumed from an earlier one, are not older and stay. A directory loses its name before its
-// files, so that none is ever found without some of them.
-static inline void checkpoint_remove_older(const char* output, int step, int keep) {
+// A directory loses its name before its files, so that none is ever found without some of them.
+static inline void checkpoint_remove(const char* output, int step) {
     char path[PATH_MAX], doomed[PATH_MAX];
+    path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
+    path_format(doomed, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, step);
+    if (is_directory(path) && rename(path, doomed) == 0) remove_path(doomed);
+}
+
+// Keeps the checkpoint just saved and the keep - 1 before it; keep 0 keeps all. Steps beyond `step`, left by
+// a run that was resumed from an earlier one, are not older and stay.
+static inline void checkpoint_remove_older(const char* output, int step, int keep) {
     int* steps;
     int count = checkpoint_list_steps(output, "", &steps), older = 0;
     while (older < count && steps[older] < step) older++;
-    for (int i = 0; keep > 0 && i < older - (keep - 1); i++) {
-        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
-        path_format(doomed, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, steps[i]);
-        if (is_directory(path) && rename(path, doomed) == 0) remove_path(doomed);
-    }
+    for (int i = 0; keep > 0 && i < older - (keep - 1); i++) checkpoint_remove(output, steps[i]);
     free(steps);
 }
 
@@ -1125,8 +1127,9 @@ static inline void checkpoint_remove_all(const char* output) {
     path_format(path, "%s/latest", output);
     unlink(path);
     for (int i = 0; i < count; i++) {
+        checkpoint_remove(output, steps[i]);
         path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
-        remove_path(path);
+        if (path_exists(path)) fail("%s: cannot be removed", path);
     }
     free(steps);
 }
