@@ -50,6 +50,7 @@ typedef struct {
     int rank, size;             // size 0: not started, which is one process
     int local_rank, local_size; // among the ranks of this host
     char name[192];             // how this rank's messages begin
+    int of_others;              // 1: this rank fails because another one has
     char* received;             // (COMM_PIECE) of the host
     char* sent;                 // (COMM_PIECE) of the host, where the device's memory is its own
 } Comm;
@@ -116,11 +117,21 @@ static inline double comm_clock(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+// Fails for what is another rank's failure as it looks from here. Who knows more, that rank or the launcher, speaks first.
+__attribute__((format(printf, 1, 2), noreturn)) static inline void comm_fail_of_others(const char* format,
+                                                                                       ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    comm.of_others = 1;
+    fail_with(1, format, arguments);
+}
+
 // Called while something is waited for, with the clock of the wait's begin: leaves the core to others, and gives up in the end.
 static inline void comm_be_patient(double since) {
     sched_yield();
     if (comm_clock() - since > COMM_PATIENCE)
-        fail("no answer from the other ranks for %d seconds", COMM_PATIENCE);
+        comm_fail_of_others("no answer from the other ranks for %d seconds: one of them is gone, or hangs",
+                            COMM_PATIENCE);
 }
 
 static inline void comm_finish(MPI_Request* requests, int count) {
@@ -318,9 +329,14 @@ typedef struct {
 
 static CommNccl comm_nccl;
 
+// What reaches this rank by way of the others, or the network, is mostly that one of them is gone.
 static inline void comm_check(ncclResult_t result, const char* doing) {
-    if (result != ncclSuccess && result != ncclInProgress)
-        fail("NCCL: cannot %s: %s", doing, ncclGetErrorString(result));
+    if (result == ncclSuccess || result == ncclInProgress) return;
+    const char* more = ncclGetLastError(comm_nccl.ranks);
+    if (result == ncclRemoteError || result == ncclSystemError)
+        comm_fail_of_others("another rank is gone, or the way to it: NCCL cannot %s: %s (%s)", doing,
+                            ncclGetErrorString(result), more ? more : "");
+    fail("NCCL: cannot %s: %s (%s)", doing, ncclGetErrorString(result), more ? more : "");
 }
 
 static inline void comm_start_device(void) {
@@ -401,6 +417,7 @@ static inline void comm_synchronize(stream_t stream) {
         ncclResult_t result = ncclSuccess;
         if (status != cudaErrorNotReady) device_check(status, "finish what was queued");
         comm_check(ncclCommGetAsyncError(comm_nccl.ranks, &result), "ask for errors");
+        comm.of_others = result != ncclSuccess && result != ncclInProgress; // whatever it is called
         comm_check(result, "go on with the other ranks");
         comm_be_patient(since);
     }
@@ -453,10 +470,19 @@ static inline void comm_watch(const char* doing) {
 
 static inline void comm_watch_end(void) { alarm(0); }
 
-// All ranks often fail alike: then the first of them speaks, and has ended the others before it is their turn.
+// Quarters of a second that this rank waits before it tells of a failure. All ranks often fail alike: then the first of them
+// speaks, and has ended the others before it is their turn. Far ones have a turn on each host. Who fails for another's sake leaves
+// it the time to say so, and the launcher to find it dead.
+static inline int comm_turn(void) {
+    enum { TURNS = 20, OF_OTHERS = 4 * 6 };
+    const int local = comm.local_rank < TURNS ? comm.local_rank : TURNS, far = comm_rank() >= TURNS;
+    const int turn = far ? TURNS + local : comm_rank();
+    return (turn > 0 ? 4 + turn : 0) + (comm.of_others ? OF_OTHERS : 0);
+}
+
 static inline void comm_failure_begin(void) {
-    const int turn = comm_rank() < 20 ? comm_rank() : 20;
-    struct timespec wait = {1 + turn / 4, turn % 4 * 250000000L};
+    const int turn = comm_turn();
+    struct timespec wait = {turn / 4, turn % 4 * 250000000L};
     if (turn > 0) nanosleep(&wait, NULL);
 }
 
