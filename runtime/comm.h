@@ -30,6 +30,7 @@ Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 #include <omp.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, failure_begin, failure_end
 #include "runtime/precision.h" // defines float_acc
@@ -64,17 +65,17 @@ static inline int comm_local_size(void) { return comm.local_size > 1 ? comm.loca
 // Bytes of host memory that the functions below hold.
 static inline size_t comm_bytes(void) { return comm.received ? COMM_PIECE * (comm.sent ? 2 : 1) : 0; }
 
-// How many processes the launcher says that there are; 0: there was none.
+// How many processes the launcher says that there are; 0: there was none. The first that says it is the nearest one: where
+// mpirun's own daemons are tasks of srun, their number is in the environment as well.
 static inline int comm_launched(void) {
     static const char* const counts[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
-    int most = 0;
     for (int i = 0; i < 3; i++) {
         const char* text = getenv(counts[i]);
-        const int count = text ? atoi(text) : 0;
-        if (count > most) most = count;
+        if (!text) continue;
+        // srun gives a lone shell one task, too: nobody has started many processes then.
+        return i == 0 || atoi(text) > 1 ? atoi(text) : 0;
     }
-    // srun gives a lone shell one task, too: nobody has started many processes then.
-    return most > 1 || getenv(counts[0]) ? most : 0;
+    return 0;
 }
 
 #if !defined(COMM_MPI)
@@ -517,6 +518,14 @@ static inline void comm_choose_threads(void) {
     if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(threads);
 }
 
+// Between machines every pair of ranks is a file or two, and many systems begin with a bound of 1024.
+static inline void comm_allow_files(void) {
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) != 0) return;
+    files.rlim_cur = files.rlim_max;
+    (void)setrlimit(RLIMIT_NOFILE, &files);
+}
+
 // Only rank 0 prints; what another one has to say of a failure goes to stderr.
 static inline void comm_be_quiet(void) {
     if (comm_rank() > 0 && !freopen("/dev/null", "w", stdout)) fail("/dev/null: %s", strerror(errno));
@@ -529,6 +538,7 @@ static inline void comm_start(void) {
     const int launched = comm_launched();
     if (!launched) return;
     comm_watch("the start");
+    comm_allow_files();
     MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided);
     MPI_Comm_size(MPI_COMM_WORLD, &comm.size);
     MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);

@@ -396,6 +396,22 @@ static void test_a_start_that_hangs_is_given_up(void** state) {
     assert_true(now() - since < 30);
 }
 
+// Daemons of mpirun that srun has started leave srun's own number of processes in the environment.
+static void test_the_nearest_launcher_counts(void** state) {
+    (void)state;
+    const Result* result =
+        run("env SLURM_STEP_NUM_TASKS=4 %s %s " MODEL " -i train.bin -b 1 --dry-run", mpirun(2), dense);
+    must_end_well(result);
+    assert_non_null(strstr(result->out, "ranks    2"));
+}
+
+// Connections to many ranks are many files.
+static void test_few_files_are_no_bound(void** state) {
+    (void)state;
+    must_end_well(
+        run("%s sh -c 'ulimit -Sn 12; exec %s " MODEL " -i train.bin -b 1 --dry-run'", mpirun(2), dense));
+}
+
 static void start_as_one_of_two(void* name) {
     setenv((const char*)name, "2", 1);
     comm_start();
@@ -452,6 +468,8 @@ int main(void) {
         cmocka_unit_test(test_bad_calls_are_told_once),
         cmocka_unit_test(test_ranks_that_differ_are_found),
         cmocka_unit_test(test_a_start_that_hangs_is_given_up),
+        cmocka_unit_test(test_the_nearest_launcher_counts),
+        cmocka_unit_test(test_few_files_are_no_bound),
         cmocka_unit_test(test_a_launcher_without_mpi_is_refused),
     };
     const int failed = cmocka_run_group_tests(alone, NULL, NULL);
