@@ -1199,7 +1199,10 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
         make_directories_or_fail(output);
         checkpoint_clean(output);
     }
-    scratch_path_begin(scratch);
+    // The directory is the first rank's to remove; of the others, which may be slower to fail than a new run is to begin, each has
+    // its own file.
+    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, comm_rank(), comm_size());
+    scratch_path_begin(first ? scratch : path);
     if (first && mkdir(scratch, 0777) != 0)
         fail("%s: cannot make the directory: %s", scratch, strerror(errno));
     comm_barrier();
@@ -1207,7 +1210,6 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
     // The casts only drop const: what is written is not changed.
     const OptimizerVector vectors[2] = {{"exp_avg", (float_acc*)exp_avg},
                                         {"exp_avg_sq", (float_acc*)exp_avg_sq}};
-    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, comm_rank(), comm_size());
     checkpoint_write_optimizer(path, table, vectors, 2, ranges, range_count, stream);
     if (first) checkpoint_write_shared(scratch, config, table, state, heads, weights, tokenizer_path, stream);
     comm_barrier();

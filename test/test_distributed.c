@@ -412,6 +412,20 @@ static void test_few_files_are_no_bound(void** state) {
         run("%s sh -c 'ulimit -Sn 12; exec %s " MODEL " -i train.bin -b 1 --dry-run'", mpirun(2), dense));
 }
 
+// A rank that cannot write its part ends the job, and leaves alone what the others have written: a new run may be about to.
+static void test_a_rank_removes_its_own_part_alone(void** state) {
+    (void)state;
+    const char* line = MODEL " " RUN " -x 4 -b 1 -o limited";
+    job_must_fail(run("%s --mca btl self,tcp %s %s : -np 1 sh -c 'ulimit -f 100; exec %s %s'", mpirun(1),
+                      dense, line, dense, line),
+                  1, "optimizer-00001-of-00002.safetensors: cannot write: File too large");
+    assert_true(exists("limited/step_00000004.tmp"));
+    assert_false(exists("limited/step_00000004.tmp/optimizer-00001-of-00002.safetensors"));
+    assert_false(exists("limited/latest"));
+    train(dense, 2, "limited", "-b 1 --resume");
+    must_be_equal("limited", "ranks_2", 2);
+}
+
 static void start_as_one_of_two(void* name) {
     setenv((const char*)name, "2", 1);
     comm_start();
@@ -470,6 +484,7 @@ int main(void) {
         cmocka_unit_test(test_a_start_that_hangs_is_given_up),
         cmocka_unit_test(test_the_nearest_launcher_counts),
         cmocka_unit_test(test_few_files_are_no_bound),
+        cmocka_unit_test(test_a_rank_removes_its_own_part_alone),
         cmocka_unit_test(test_a_launcher_without_mpi_is_refused),
     };
     const int failed = cmocka_run_group_tests(alone, NULL, NULL);
