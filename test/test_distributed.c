@@ -370,7 +370,7 @@ static void test_bad_calls_are_told_once(void** state) {
 
 static void test_ranks_that_differ_are_found(void** state) {
     (void)state;
-    char other[PATH_MAX];
+    char other[PATH_MAX], more[512];
     find_trainer(other, "cpu_dense_dgqa_kconv5_fp32");
     const char* line = MODEL " -i train.bin -b 1 -d 384 -x 1 -o never";
     job_must_fail(run("%s %s %s : -np 1 %s %s --seed 5", mpirun(2), dense, line, dense, line), 1,
@@ -384,6 +384,21 @@ static void test_ranks_that_differ_are_found(void** state) {
     shell("cp short.bin there/train.bin");
     job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
                   1, "the training data is train.bin of 5000 tokens");
+    // As long, but with another token; and other weights, or moments, under the same name.
+    shell("cp train.bin there; printf '\\1\\1' | dd of=there/train.bin bs=1 seek=1100 conv=notrunc 2>dd.txt");
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
+                  1, "the training data is train.bin of 20000 tokens");
+    shell(
+        "cp train.bin there; cp -r single/step_00000004 here/start; cp -r single/step_00000008 there/start");
+    print_to(more, sizeof(more), "%s --init-from start", line);
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, more, dense, more),
+                  1, "the hash of the weights is");
+    shell(
+        "mkdir here/run there/run; cp -r single/step_00000004 here/run; cp -r single/step_00000004 there/run;"
+        "cp single/step_00000008/optimizer* there/run/step_00000004");
+    print_to(more, sizeof(more), MODEL " -i train.bin -b 1 -d 768 -x 12 -o run --resume");
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, more, dense, more),
+                  1, "the hash of the optimizer's state is");
     assert_false(exists("never") || exists("here/never") || exists("there/never"));
 }
 
