@@ -1200,8 +1200,9 @@ static void agree_on_shards(const char* what, const DataLoader* loader) {
     comm_must_agree(what, "of %d shards", loader ? loader->shard_count : 0);
     for (int i = 0; loader && i < loader->shard_count; i++) {
         const TokenShard* shard = &loader->shards[i];
-        comm_must_agree(what, "%s of %u tokens, vocabulary %d, tokenizer %08x", shard->path, shard->tokens,
-                        shard->vocab_size, shard->tokenizer_hash);
+        comm_must_agree(what, "%s of %u tokens, vocabulary %d, tokenizer %08x, hash of some tokens %016llx",
+                        shard->path, shard->tokens, shard->vocab_size, shard->tokenizer_hash,
+                        (unsigned long long)shard_fingerprint(shard));
     }
 }
 
@@ -1228,6 +1229,41 @@ static void agree_on_run(const Run* run, int argc, char** argv) {
     agree_on_shards("the training data", run->train);
     agree_on_shards("the validation data", run->val);
     comm_barrier(); // who does not agree comes no further, nor does anybody else
+}
+
+// A hash of an array in the device's memory, which comes to the host a piece at a time.
+static uint64_t hash_of_device(const void* values, size_t bytes, stream_t stream) {
+    const size_t most = DEVICE_HAS_OWN_MEMORY ? (size_t)1 << 20 : bytes;
+    char* copy = DEVICE_HAS_OWN_MEMORY ? (char*)malloc_or_fail(most, "a piece of the weights") : NULL;
+    uint64_t hash = 0;
+    for (size_t at = 0; at < bytes; at += most) {
+        const size_t some = bytes - at < most ? bytes - at : most;
+        const char* piece = (const char*)values + at;
+        if (copy) {
+            copy_to_host(copy, piece, some, stream);
+            stream_synchronize(stream);
+        }
+        hash = hash_more(hash, copy ? copy : piece, some);
+    }
+    free(copy);
+    return hash;
+}
+
+// Files of the same name may differ from machine to machine. Ranks that begin with other weights stay apart, and nothing would
+// show it; nor would it where each has all of the optimizer's state, and has read another.
+static void agree_on_weights(const Model* model, const Run* run) {
+    const size_t whole = model->padded * sizeof(float_acc);
+    if (comm_size() == 1) return;
+    comm_must_agree("the step to go on from", "%d", run->state.step);
+    comm_must_agree(
+        "the hash of the weights", "%016llx",
+        (unsigned long long)hash_of_device(model->params, model->padded * sizeof(floatX), model->stream));
+    if (model->sharded || !run->resume_from[0]) return;
+    const float_acc* const arrays[] = {model->masters, model->exp_avg, model->exp_avg_sq};
+    for (int i = 0; i < 3; i++)
+        if (arrays[i])
+            comm_must_agree("the hash of the optimizer's state", "%016llx",
+                            (unsigned long long)hash_of_device(arrays[i], whole, model->stream));
 }
 
 // The weights of a checkpoint, and the map of query heads that they were trained with. A model with more KV heads is converted;
@@ -1834,6 +1870,7 @@ int main(int argc, char** argv) {
         else gpt_initialize(&model, options->seed);
     }
     describe_state(&run);
+    agree_on_weights(&model, &run);
     comm_barrier(); // all have read the checkpoints that --overwrite deletes
     if (comm_rank() == 0) prepare_output(&run);
     comm_barrier();

@@ -16,13 +16,16 @@ The model of a collective. A ring moves S bytes among N GPUs in N-1 steps of S/N
     seconds = base + (N - nodes) nvlink_latency + (nodes - 1) network_latency + (N-1)/N S/bandwidth
 
 for a reduce-scatter or an all-gather, twice that for an all-reduce. As many rings run as a node has network cards, so within a
-node the bandwidth is NVLink's, and across nodes the smaller of it and of all cards of a node together. A double tree sends
-what a ring does at 0.82 of its bandwidth, with log2(nodes) steps across nodes. The form and the constants are those that NCCL
-itself chooses its algorithms by: github.com/NVIDIA/nccl, src/graph/tuning.cc. A running collective takes processors of the GPU, so that what computes beside it is slower.
+node the bandwidth is NVLink's, and across nodes the smaller of it and of all cards of a node together. An all-reduce may go by a
+double tree instead, with log2(nodes) steps across nodes and 0.82 of the bandwidth; moba.c has one small one a step, of the
+gradient's norm. Everything large is a reduce-scatter or an all-gather, for which there are no trees. The form and the constants
+are those that NCCL itself chooses its algorithms by: github.com/NVIDIA/nccl, src/graph/tuning.cc. A running collective takes
+processors of the GPU, so that what computes beside it is slower.
 
-Not modelled: GPUs and nodes that are slower than others, jitter of the host, the network's switches and other users, validation
-and checkpoints, and that a smaller micro-batch uses a GPU worse. Published runs lose more with every doubling of their nodes
-than the calculation does; how much is fitted, and applied in the columns named "expected".
+Not modelled: GPUs and nodes that are slower than others, jitter of the host, the network's switches and other users, the three
+numbers a step that hosts exchange by MPI (the loss, and whether to stop), validation and checkpoints, and that a smaller
+micro-batch uses a GPU worse. Published runs lose more with every doubling of their nodes than the calculation does; how much is
+fitted, and applied in the columns named "expected".
 */
 #include <argp.h>
 #include "runtime/gpus.h"
@@ -83,13 +86,19 @@ static double ring_seconds(const Cluster* cluster, int gpus, double bytes) {
     return least;
 }
 
-// Seconds of an all-reduce.
+// Seconds of an all-reduce by a double tree.
 static double tree_seconds(const Cluster* cluster, int gpus, double bytes) {
     if (gpus == 1) return 0;
     const int nodes = nodes_of(cluster, gpus);
     const Protocol with = tree_protocol;
     return with.base + 2 * ((double)gpus / nodes - 1) * with.nvlink + 2 * log2(nodes) * with.network +
            2 * bytes * (gpus - 1) / gpus / (with.bandwidth * ring_bandwidth(cluster, gpus));
+}
+
+// Seconds of an all-reduce by the faster of the two.
+static double all_reduce_seconds(const Cluster* cluster, int gpus, double bytes) {
+    const double ring = 2 * ring_seconds(cluster, gpus, bytes), tree = tree_seconds(cluster, gpus, bytes);
+    return ring < tree ? ring : tree;
 }
 
 // ----------------------------------------------------------------------------
@@ -109,9 +118,8 @@ typedef struct {
 
 // How the state of the optimizer lies on the GPUs, and what carries the gradients.
 typedef enum {
-    ZERO_0_RING, // everything everywhere; reduce-scatter and all-gather of gradients
-    ZERO_0_TREE, // the same, by trees
-    ZERO_1,      // optimizer sharded: reduce-scatter of gradients, all-gather of updated parameters
+    ZERO_0, // everything everywhere; reduce-scatter and all-gather of gradients
+    ZERO_1, // optimizer sharded: reduce-scatter of gradients, all-gather of updated parameters
     FULL_SHARD, // parameters sharded, too: gathered before forward and backward. moba.c has it not; published runs do
 } Sharding;
 
@@ -169,8 +177,7 @@ static void meet(Clocks* clocks) {
 static double gradient_seconds(const Work* work, const Cluster* cluster, int gpus, Sharding sharding, int b) {
     const double bytes = work->elements[b] * work->gradient_bytes;
     if (bytes == 0) return 0;
-    if (sharding == ZERO_0_TREE) return tree_seconds(cluster, gpus, bytes);
-    return (sharding == ZERO_0_RING ? 2 : 1) * ring_seconds(cluster, gpus, bytes);
+    return (sharding == ZERO_0 ? 2 : 1) * ring_seconds(cluster, gpus, bytes);
 }
 
 // Sends for the parameters of a bucket; returns when they are there.
@@ -212,7 +219,8 @@ static double step_seconds(const Work* work, const Cluster* cluster, int gpus, S
         }
     }
     meet(&clocks);
-    clocks.link = clocks.compute += 2 * ring_seconds(cluster, gpus, 4); // the gradient's norm
+    clocks.link = clocks.compute +=
+        all_reduce_seconds(cluster, gpus, 4.0 * work->buckets); // the gradient's norm
     const int parts = sharding == ZERO_1 || sharding == FULL_SHARD ? gpus : 1;
     const double elements = all_elements(work);
     for (int b = 0; b < work->buckets; b++) {
@@ -259,7 +267,7 @@ typedef struct {
 #define DDP(name, parameters, ...)                                                                           \
     {                                                                                                        \
         name, "PyTorch", &v100, (int)(parameters * 4 / 25e6) + 1,                                            \
-            parameters / ((int)(parameters * 4 / 25e6) + 1), 0, 0, 32, 4, 4, ZERO_0_RING, __VA_ARGS__        \
+            parameters / ((int)(parameters * 4 / 25e6) + 1), 0, 0, 32, 4, 4, ZERO_0, __VA_ARGS__             \
     }
 
 static const Run published[] = {
@@ -402,20 +410,16 @@ static double expected(const Settings* settings, int gpus, double efficiency) {
 
 static void print_row(FILE* out, const Settings* settings, const Work* work, int gpus, double alone,
                       double tokens) {
-    double efficiency[3];
-    for (int s = ZERO_0_RING; s <= ZERO_1; s++)
-        efficiency[s] = alone / step_seconds(work, &settings->cluster, gpus, (Sharding)s);
+    const double step0 = step_seconds(work, &settings->cluster, gpus, ZERO_0);
     const double step = step_seconds(work, &settings->cluster, gpus, ZERO_1);
-    fprintf(out, "| %d | %d | %.1f | %.1f %% | %.1f %% | %.1f %% | **%.1f %%** | %.3g M |\n", gpus,
-            nodes_of(&settings->cluster, gpus), step * 1e3, 100 * efficiency[ZERO_0_RING],
-            100 * efficiency[ZERO_0_TREE], 100 * efficiency[ZERO_1],
-            100 * expected(settings, gpus, efficiency[ZERO_1]),
-            expected(settings, gpus, tokens / step) / 1e6);
+    fprintf(out, "| %d | %d | %.1f | %.1f %% | %.1f %% | **%.1f %%** | %.3g M |\n", gpus,
+            nodes_of(&settings->cluster, gpus), step * 1e3, 100 * alone / step0, 100 * alone / step,
+            100 * expected(settings, gpus, alone / step), expected(settings, gpus, tokens / step) / 1e6);
 }
 
-static const char table_head[] = "| GPUs | nodes | step, ms | ZeRO-0, ring | ZeRO-0, tree | ZeRO-1 | ZeRO-1, "
-                                 "expected | tokens/s, expected |\n"
-                                 "|---|---|---|---|---|---|---|---|\n";
+static const char table_head[] =
+    "| GPUs | nodes | step, ms | ZeRO-0 | ZeRO-1 | ZeRO-1, expected | tokens/s, expected |\n"
+    "|---|---|---|---|---|---|---|\n";
 
 static void print_tables(FILE* out, const Settings* settings) {
     const ModelConfig config = config_of(settings);
@@ -426,7 +430,7 @@ static void print_tables(FILE* out, const Settings* settings) {
                    settings->total_batch, settings->batch, settings->sequence_length,
                    (long)settings->batch * settings->sequence_length);
     const double tokens = (double)settings->batch * settings->micro_batches * config.sequence_length;
-    const double alone = step_seconds(&work, &settings->cluster, 1, ZERO_0_RING);
+    const double alone = step_seconds(&work, &settings->cluster, 1, ZERO_0);
     fprintf(out,
             "%s: %.0f M parameters, T %d; one GPU: %.1f ms for %d x %d sequences and %.1f ms for the update "
             "(%s), %.0f "
@@ -438,7 +442,7 @@ static void print_tables(FILE* out, const Settings* settings) {
     for (int gpus = settings->cluster.gpus_per_node; gpus <= 1024; gpus *= 2)
         print_row(out, settings, &work, gpus, alone, tokens * gpus);
     fprintf(out, "\nStrong scaling: %ld tokens a step.\n\n%s", settings->total_batch, table_head);
-    const double whole = step_seconds(&own, &settings->cluster, 1, ZERO_0_RING);
+    const double whole = step_seconds(&own, &settings->cluster, 1, ZERO_0);
     for (int gpus = settings->cluster.gpus_per_node; gpus <= 1024; gpus *= 2)
         if (share_of_total(&own, settings, &work, gpus))
             print_row(out, settings, &own, gpus, whole / gpus, (double)settings->total_batch);
@@ -533,29 +537,31 @@ static void write_report(Settings* settings, FILE* out) {
     slow.cluster.network = 0.94 * 12.5;
     fprintf(out, "The same nodes with one card of 100 Gb/s each, where the network is what counts.\n\n");
     print_tables(out, &slow);
-    fprintf(out, "## What it says\n\n"
-                 "- Within some nodes either way of keeping the optimizer's state costs a few percent; "
-                 "ZeRO-1 is the faster one, "
-                 "since every GPU updates only its part.\n"
-                 "- A small model on hundreds of GPUs is a matter of latency: a step of a ring takes 2 to 10 "
-                 "us, a ring has as many "
-                 "as GPUs, and every layer is a bucket. There ZeRO-1\n"
-                 "falls behind, because its gathers after the update hide behind nothing; fewer, larger "
-                 "buckets would help both.\n"
-                 "- Where the network is slow, micro-batches do more than anything else: all but the last "
-                 "send nothing. With eight of "
-                 "them a step on the nodes with 100 Gb/s goes from\n"
-                 "62 %% to 93 %% on 16 GPUs (ZeRO-1): `build/scaling --network 11.75 --micro-batches 8`.\n\n"
-                 "## What is not modelled\n\n"
-                 "- GPUs and nodes that are slower than the rest, jitter of hosts, the topology and load of "
-                 "the network: only as "
-                 "the mean loss of published runs.\n"
-                 "- That a GPU computes a small micro-batch less efficiently: strong scaling beyond one "
-                 "micro-batch a GPU is "
-                 "worse than shown.\n"
-                 "- In-network sums of NVLink and InfiniBand (NVLS, SHARP), with which NCCL may be faster "
-                 "than shown.\n"
-                 "- Validation, samples and checkpoints; starting up, and starting again after a failure.\n");
+    fprintf(out,
+            "## What it says\n\n"
+            "- Within some nodes either way of keeping the optimizer's state costs a few percent; "
+            "ZeRO-1 is the faster one, "
+            "since every GPU updates only its part.\n"
+            "- A small model on hundreds of GPUs is a matter of latency: a step of a ring takes 2 to 10 "
+            "us, a ring has as many "
+            "as GPUs, and every layer is a bucket. There ZeRO-1\n"
+            "falls behind, because its gathers after the update hide behind nothing; fewer, larger "
+            "buckets would help both.\n"
+            "- Where the network is slow, micro-batches do more than anything else: all but the last "
+            "send nothing. With eight of "
+            "them a step on the nodes with 100 Gb/s goes from\n"
+            "62 %% to 93 %% on 16 GPUs (ZeRO-1): `build/scaling --network 11.75 --micro-batches 8`.\n\n"
+            "## What is not modelled\n\n"
+            "- GPUs and nodes that are slower than the rest, jitter of hosts, the topology and load of "
+            "the network: only as "
+            "the mean loss of published runs.\n"
+            "- That a GPU computes a small micro-batch less efficiently: strong scaling beyond one "
+            "micro-batch a GPU is "
+            "worse than shown.\n"
+            "- In-network sums of NVLink and InfiniBand (NVLS, SHARP), with which NCCL may be faster "
+            "than shown.\n"
+            "- The three numbers that hosts exchange by MPI in every step: the loss, and whether to stop.\n"
+            "- Validation, samples and checkpoints; starting up, and starting again after a failure.\n");
 }
 
 // ----------------------------------------------------------------------------

@@ -1100,19 +1100,21 @@ static inline void checkpoint_write_latest(const char* output, int step) {
     scratch_path_commit(path);
 }
 
-// Keeps the checkpoint just saved and the keep - 1 before it; keep 0 keeps all. Steps beyond `step`, left by
-// a run that was resumed from an earlier one, are not older and stay. A directory loses its name before its
-// files, so that none is ever found without some of them.
-static inline void checkpoint_remove_older(const char* output, int step, int keep) {
+// A directory loses its name before its files, so that none is ever found without some of them.
+static inline void checkpoint_remove(const char* output, int step) {
     char path[PATH_MAX], doomed[PATH_MAX];
+    path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
+    path_format(doomed, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, step);
+    if (is_directory(path) && rename(path, doomed) == 0) remove_path(doomed);
+}
+
+// Keeps the checkpoint just saved and the keep - 1 before it; keep 0 keeps all. Steps beyond `step`, left by
+// a run that was resumed from an earlier one, are not older and stay.
+static inline void checkpoint_remove_older(const char* output, int step, int keep) {
     int* steps;
     int count = checkpoint_list_steps(output, "", &steps), older = 0;
     while (older < count && steps[older] < step) older++;
-    for (int i = 0; keep > 0 && i < older - (keep - 1); i++) {
-        path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
-        path_format(doomed, "%s/" CHECKPOINT_NAME_FORMAT ".tmp", output, steps[i]);
-        if (is_directory(path) && rename(path, doomed) == 0) remove_path(doomed);
-    }
+    for (int i = 0; keep > 0 && i < older - (keep - 1); i++) checkpoint_remove(output, steps[i]);
     free(steps);
 }
 
@@ -1125,8 +1127,9 @@ static inline void checkpoint_remove_all(const char* output) {
     path_format(path, "%s/latest", output);
     unlink(path);
     for (int i = 0; i < count; i++) {
+        checkpoint_remove(output, steps[i]);
         path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, steps[i]);
-        remove_path(path);
+        if (path_exists(path)) fail("%s: cannot be removed", path);
     }
     free(steps);
 }
@@ -1196,7 +1199,10 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
         make_directories_or_fail(output);
         checkpoint_clean(output);
     }
-    scratch_path_begin(scratch);
+    // The directory is the first rank's to remove; of the others, which may be slower to fail than a new run is to begin, each has
+    // its own file.
+    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, comm_rank(), comm_size());
+    scratch_path_begin(first ? scratch : path);
     if (first && mkdir(scratch, 0777) != 0)
         fail("%s: cannot make the directory: %s", scratch, strerror(errno));
     comm_barrier();
@@ -1204,7 +1210,6 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
     // The casts only drop const: what is written is not changed.
     const OptimizerVector vectors[2] = {{"exp_avg", (float_acc*)exp_avg},
                                         {"exp_avg_sq", (float_acc*)exp_avg_sq}};
-    path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, comm_rank(), comm_size());
     checkpoint_write_optimizer(path, table, vectors, 2, ranges, range_count, stream);
     if (first) checkpoint_write_shared(scratch, config, table, state, heads, weights, tokenizer_path, stream);
     comm_barrier();

@@ -43,12 +43,14 @@ static void (*failure_end)(int exit_code) = NULL;
 
 __attribute__((format(printf, 2, 0), noreturn)) static inline void
 fail_with(int exit_code, const char* format, va_list arguments) {
+    // Written at once, so that the lines of many processes do not run into each other.
+    char line[4 * PATH_MAX];
     if (failure_begin) failure_begin();
     fflush(stdout);
-    if (live_line_shown) fputc('\n', stderr);
-    fprintf(stderr, "%s: ", program_name);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
+    const int used = snprintf(line, sizeof(line), "%s%s: ", live_line_shown ? "\n" : "", program_name);
+    const size_t room = sizeof(line) - (size_t)used - 1;
+    vsnprintf(line + used, room, format, arguments);
+    fputs(strcat(line, "\n"), stderr);
     if (failure_end) failure_end(exit_code);
     exit(exit_code);
 }

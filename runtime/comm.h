@@ -20,7 +20,8 @@ the same in comm_all_gather().
 
 Before anything is done together, comm_must_agree("--batch", "%d", batch) makes sure that all mean the same.
 A rank that fails says why, with its number and host, and ends the others; where one is killed, the launcher does. Ranks that
-do not hear of the others for COMM_PATIENCE seconds give up. Include the device's header (dev/cpu/device.h or its CUDA twin) first.
+do not hear of the others for COMM_PATIENCE seconds give up; while they start and end, for COMM_START_PATIENCE.
+Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 */
 #ifndef RUNTIME_COMM_H
 #define RUNTIME_COMM_H
@@ -28,6 +29,8 @@ do not hear of the others for COMM_PATIENCE seconds give up. Include the device'
 #include <assert.h>
 #include <omp.h>
 #include <sched.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, failure_begin, failure_end
 #include "runtime/precision.h" // defines float_acc
@@ -41,12 +44,14 @@ do not hear of the others for COMM_PATIENCE seconds give up. Include the device'
 // A shard holds a multiple of this many elements: whole packs of every type, and whole blocks of weight decay.
 enum { COMM_ALIGNMENT = 64 };
 enum { COMM_PATIENCE = 1800 };       // seconds; writing a checkpoint must take less
+enum { COMM_START_PATIENCE = 300 };  // seconds, where MOBA_START_SECONDS does not say otherwise
 #define COMM_PIECE ((size_t)8 << 20) // bytes of a buffer of the host
 
 typedef struct {
     int rank, size;             // size 0: not started, which is one process
     int local_rank, local_size; // among the ranks of this host
     char name[192];             // how this rank's messages begin
+    int of_others;              // 1: this rank fails because another one has
     char* received;             // (COMM_PIECE) of the host
     char* sent;                 // (COMM_PIECE) of the host, where the device's memory is its own
 } Comm;
@@ -60,17 +65,17 @@ static inline int comm_local_size(void) { return comm.local_size > 1 ? comm.loca
 // Bytes of host memory that the functions below hold.
 static inline size_t comm_bytes(void) { return comm.received ? COMM_PIECE * (comm.sent ? 2 : 1) : 0; }
 
-// How many processes the launcher says that there are; 0: there was none.
+// How many processes the launcher says that there are; 0: there was none. The first that says it is the nearest one: where
+// mpirun's own daemons are tasks of srun, their number is in the environment as well.
 static inline int comm_launched(void) {
     static const char* const counts[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
-    int most = 0;
     for (int i = 0; i < 3; i++) {
         const char* text = getenv(counts[i]);
-        const int count = text ? atoi(text) : 0;
-        if (count > most) most = count;
+        if (!text) continue;
+        // srun gives a lone shell one task, too: nobody has started many processes then.
+        return i == 0 || atoi(text) > 1 ? atoi(text) : 0;
     }
-    // srun gives a lone shell one task, too: nobody has started many processes then.
-    return most > 1 || getenv(counts[0]) ? most : 0;
+    return 0;
 }
 
 #if !defined(COMM_MPI)
@@ -113,11 +118,21 @@ static inline double comm_clock(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+// Fails for what is another rank's failure as it looks from here. Who knows more, that rank or the launcher, speaks first.
+__attribute__((format(printf, 1, 2), noreturn)) static inline void comm_fail_of_others(const char* format,
+                                                                                       ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    comm.of_others = 1;
+    fail_with(1, format, arguments);
+}
+
 // Called while something is waited for, with the clock of the wait's begin: leaves the core to others, and gives up in the end.
 static inline void comm_be_patient(double since) {
     sched_yield();
     if (comm_clock() - since > COMM_PATIENCE)
-        fail("no answer from the other ranks for %d seconds", COMM_PATIENCE);
+        comm_fail_of_others("no answer from the other ranks for %d seconds: one of them is gone, or hangs",
+                            COMM_PATIENCE);
 }
 
 static inline void comm_finish(MPI_Request* requests, int count) {
@@ -315,9 +330,14 @@ typedef struct {
 
 static CommNccl comm_nccl;
 
+// What reaches this rank by way of the others, or the network, is mostly that one of them is gone.
 static inline void comm_check(ncclResult_t result, const char* doing) {
-    if (result != ncclSuccess && result != ncclInProgress)
-        fail("NCCL: cannot %s: %s", doing, ncclGetErrorString(result));
+    if (result == ncclSuccess || result == ncclInProgress) return;
+    const char* more = ncclGetLastError(comm_nccl.ranks);
+    if (result == ncclRemoteError || result == ncclSystemError)
+        comm_fail_of_others("another rank is gone, or the way to it: NCCL cannot %s: %s (%s)", doing,
+                            ncclGetErrorString(result), more ? more : "");
+    fail("NCCL: cannot %s: %s (%s)", doing, ncclGetErrorString(result), more ? more : "");
 }
 
 static inline void comm_start_device(void) {
@@ -398,6 +418,7 @@ static inline void comm_synchronize(stream_t stream) {
         ncclResult_t result = ncclSuccess;
         if (status != cudaErrorNotReady) device_check(status, "finish what was queued");
         comm_check(ncclCommGetAsyncError(comm_nccl.ranks, &result), "ask for errors");
+        comm.of_others = result != ncclSuccess && result != ncclInProgress; // whatever it is called
         comm_check(result, "go on with the other ranks");
         comm_be_patient(since);
     }
@@ -411,25 +432,77 @@ static inline int comm_can_be_recorded(void) { return 1; }
 // ----------------------------------------------------------------------------
 // Start and end
 
-// All ranks often fail alike: then the first of them speaks, and has ended the others before it is their turn.
+// What MPI and NCCL do while they start and end may wait for ever, for a rank that is not there or by a network that leads
+// nowhere, and nothing can be asked meanwhile: so a clock ends the process, which ends the job. What it says is made before, as
+// little may be called in a signal's handler.
+static char comm_last_words[512];
+
+static inline void comm_time_is_over(int signal_number) {
+    (void)signal_number;
+    const ssize_t wrote = write(STDERR_FILENO, comm_last_words, strlen(comm_last_words));
+    (void)wrote; // there is nobody else to tell
+    _exit(1);
+}
+
+// The rank by the launcher's word, which is known before MPI has started; 0 where it has none.
+static inline int comm_launched_rank(void) {
+    static const char* const names[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"};
+    for (int i = 0; i < 4; i++)
+        if (getenv(names[i])) return atoi(getenv(names[i]));
+    return 0;
+}
+
+// The clock runs until comm_watch_end(). A second apart, so that one speaks for all.
+static inline void comm_watch(const char* doing) {
+    const char* wanted = getenv("MOBA_START_SECONDS");
+    const int given = wanted ? atoi(wanted) : 0, rank = comm_launched_rank();
+    const int seconds = (given > 0 ? given : COMM_START_PATIENCE) + (rank < 20 ? rank : 20);
+    char host[128] = "?", who[sizeof(comm.name)];
+    (void)gethostname(host, sizeof(host) - 1);
+    if (comm.size) snprintf(who, sizeof(who), "%s", program_name);
+    else snprintf(who, sizeof(who), "%.40s: rank %d on %.100s", program_name, rank, host);
+    snprintf(comm_last_words, sizeof(comm_last_words),
+             "%s: %s is not done after %d s: another rank is not there, or the network between them; see "
+             "docs/distributed.md, Networks\n",
+             who, doing, seconds);
+    signal(SIGALRM, comm_time_is_over);
+    alarm((unsigned)seconds);
+}
+
+static inline void comm_watch_end(void) { alarm(0); }
+
+// Quarters of a second that this rank waits before it tells of a failure. All ranks often fail alike: then the first of them
+// speaks, and has ended the others before it is their turn. Far ones have a turn on each host. Who fails for another's sake leaves
+// it the time to say so, and the launcher to find it dead.
+static inline int comm_turn(void) {
+    enum { TURNS = 20, OF_OTHERS = 4 * 6 };
+    const int local = comm.local_rank < TURNS ? comm.local_rank : TURNS, far = comm_rank() >= TURNS;
+    const int turn = far ? TURNS + local : comm_rank();
+    return (turn > 0 ? 4 + turn : 0) + (comm.of_others ? OF_OTHERS : 0);
+}
+
 static inline void comm_failure_begin(void) {
-    const int turn = comm_rank() < 20 ? comm_rank() : 20;
-    struct timespec wait = {1 + turn / 4, turn % 4 * 250000000L};
+    const int turn = comm_turn();
+    struct timespec wait = {turn / 4, turn % 4 * 250000000L};
     if (turn > 0) nanosleep(&wait, NULL);
 }
 
 static inline void comm_failure_end(int exit_code) {
     fflush(stderr);
     scratch_path_remove();
+    comm_watch("ending the others");
     MPI_Abort(MPI_COMM_WORLD, exit_code);
 }
 
-// At every exit that is no failure: all ranks come to it together.
+// At every exit that is no failure: all ranks come to it, though the first may have old checkpoints to remove before.
 static inline void comm_stop(void) {
+    comm_barrier();
+    comm_watch("the end");
     failure_begin = NULL;
     failure_end = NULL;
     comm_stop_device();
     MPI_Finalize();
+    comm_watch_end();
 }
 
 // mpirun binds a rank to one core, or to its memory's. Where that is less than its part of what this host lends the job, the
@@ -445,6 +518,14 @@ static inline void comm_choose_threads(void) {
     if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(threads);
 }
 
+// Between machines every pair of ranks is a file or two, and many systems begin with a bound of 1024.
+static inline void comm_allow_files(void) {
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) != 0) return;
+    files.rlim_cur = files.rlim_max;
+    (void)setrlimit(RLIMIT_NOFILE, &files);
+}
+
 // Only rank 0 prints; what another one has to say of a failure goes to stderr.
 static inline void comm_be_quiet(void) {
     if (comm_rank() > 0 && !freopen("/dev/null", "w", stdout)) fail("/dev/null: %s", strerror(errno));
@@ -456,6 +537,8 @@ static inline void comm_start(void) {
     MPI_Comm neighbours;
     const int launched = comm_launched();
     if (!launched) return;
+    comm_watch("the start");
+    comm_allow_files();
     MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided);
     MPI_Comm_size(MPI_COMM_WORLD, &comm.size);
     MPI_Comm_rank(MPI_COMM_WORLD, &comm.rank);
@@ -475,6 +558,7 @@ static inline void comm_start(void) {
     comm_choose_threads();
     device_choose(comm.local_rank, comm.local_size);
     comm_start_device();
+    comm_watch_end();
     atexit(comm_stop);
 }
 

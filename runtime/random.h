@@ -13,7 +13,9 @@ Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 
 #define RUNTIME_RANDOM_H
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 // Kernels draw the same bits as the host.
 #if defined(__CUDACC__)
@@ -69,6 +71,19 @@ static inline double random_normal(uint64_t seed, uint64_t stream, uint64_t elem
 HOST_AND_DEVICE static inline uint64_t random_stream(const char* name) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001b3u;
+    return hash;
+}
+
+// Continues a hash over these bytes, by words of 8; so pieces but the last must be whole words. Words that differ in one place
+// never come to the same.
+static inline uint64_t hash_more(uint64_t hash, const void* bytes, size_t count) {
+    const char* at = (const char*)bytes;
+    for (size_t i = 0; i < count; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, at + i, count - i < 8 ? count - i : 8);
+        hash = (hash ^ word) * 0x100000001b3u;
+        hash ^= hash >> 29; // high bits would never reach the low ones
+    }
     return hash;
 }
 

@@ -8,8 +8,10 @@
 #
 # --tries N      gives up after N failures in a row without a new checkpoint (default 3)
 # --pause N      seconds between a failure and the next try (default 5)
+# --where        says the step that the command's run stands at, and runs nothing
 #
-# Exit code: 0 finished, 2 the command line was wrong, 128 + the signal where one ended it, else that of the last failure.
+# Exit code: 0 finished, 2 the command line was wrong, 128 + the signal where one ended it in order, else the command's own: a
+# checkpoint that could not be written when the signal came is a failure. A run that --max-seconds has stopped counts as finished.
 set -uo pipefail
 
 usage() { awk 'NR > 1 && !sub(/^# ?/, "") && !/^#/ { exit } NR > 1' "$0"; }
@@ -18,12 +20,13 @@ fail_usage() {
     exit 2
 }
 
-tries=3 pause=5
+tries=3 pause=5 where=0
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help) usage; exit 0 ;;
     --tries) [[ ${2:-} =~ ^[1-9][0-9]{0,5}$ ]] || fail_usage "--tries ${2:-}: want a number from 1"; tries=$2; shift 2 ;;
     --pause) [[ ${2:-} =~ ^[0-9]{1,6}$ ]] || fail_usage "--pause ${2:-}: want a number of seconds"; pause=$2; shift 2 ;;
+    --where) where=1; shift ;;
     -*) fail_usage "$1: unknown option (see --help)" ;;
     *) break ;;
     esac
@@ -42,9 +45,17 @@ for i in "${!arguments[@]}"; do
 done
 [ -n "$output" ] || fail_usage "the command has no --output: without checkpoints there is nothing to go on from"
 
-# The newest whole checkpoint's step, or 0.
+# The step that the run would go on from: of the checkpoint that `latest` names, which a user may have set back; where there is
+# no such file, of the newest one; or 0. A failure after it has changed is one with progress.
 last_step() {
     local path step last=0
+    if [ -s "$output/latest" ]; then
+        read -r step <"$output/latest"
+        step=${step#step_}
+        if [[ $step =~ ^[0-9]+$ ]]; then step=$((10#$step)); fi
+        echo "$step"
+        return
+    fi
     for path in "$output"/step_*; do
         step=${path##*/step_}
         if [[ $step =~ ^[0-9]+$ ]] && [ "$((10#$step))" -gt "$last" ]; then last=$((10#$step)); fi
@@ -52,8 +63,21 @@ last_step() {
     echo "$last"
 }
 
+if [ "$where" -eq 1 ]; then
+    last_step
+    exit 0
+fi
+
 # mpirun refuses root, the only user of many containers, unless it is told twice.
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+
+# A machine that is gone without a word is missed after half a minute, not after eight: Open MPI's names up to 4, and from 5 on.
+for setting in time=10 intvl=5 probes=4; do
+    for name in OMPI_MCA_oob_tcp_keepalive_ PRTE_MCA_oob_tcp_keepalive_; do
+        name+=${setting%=*}
+        export "$name=${!name:-${setting#*=}}"
+    done
+done
 
 # Whatever the output goes to, mpirun's processes see a terminal; in a file they would redraw their line of progress.
 if [ ! -t 1 ]; then export TERM=dumb; fi
@@ -72,26 +96,28 @@ trap 'pass_on 1' HUP
 # The command is a process group of its own, so that Ctrl-C reaches this script alone.
 set -m
 
-# wait returns early when a signal comes in; the command is waited for until it has ended.
+# wait returns early when a signal comes in; the command is waited for until it has ended, and then its own status asked for.
 run() {
     "$@" </dev/null &
     child=$!
     while :; do
         wait "$child" 2>/dev/null # where bash would say how it ended
-        status=$?
         kill -0 "$child" 2>/dev/null || break
     done
+    wait "$child" 2>/dev/null
+    status=$?
     child=""
 }
 
-failures=0 step=$(last_step)
+stopped=$((128 + $(kill -l USR1))) # how train_gpt ends a stop in order, its checkpoint written
+failures=0 step=$(last_step) status=$stopped
 while [ "$signal" -eq 0 ]; do
     run "${arguments[@]}" --resume
     if [ "$status" -eq 0 ]; then exit 0; fi
     if [ "$signal" -ne 0 ]; then break; fi
     if [ "$status" -eq 2 ]; then exit 2; fi
     now=$(last_step)
-    if [ "$now" -gt "$step" ]; then failures=0; fi
+    if [ "$now" != "$step" ]; then failures=0; fi
     step=$now failures=$((failures + 1))
     if [ "$failures" -ge "$tries" ]; then
         echo "restart.sh: gave up: exit code $status, $failures times in a row without a new checkpoint in $output (step $step)" >&2
@@ -99,6 +125,12 @@ while [ "$signal" -eq 0 ]; do
     fi
     echo "restart.sh: exit code $status; in $pause s on from step $step (failure $failures of $tries since that checkpoint)" >&2
     run sleep "$pause"
+    status=$stopped # a signal that comes now ends nothing else
 done
-echo "restart.sh: ended by a signal; the last checkpoint is of step $(last_step)" >&2
-exit $((128 + signal))
+# The second signal, which is SIGTERM, leaves no time for more than what there is.
+if [ "$status" -eq "$stopped" ] || [ "$status" -eq 143 ]; then
+    echo "restart.sh: ended by a signal; the last checkpoint is of step $(last_step)" >&2
+    exit $((128 + signal))
+fi
+echo "restart.sh: exit code $status after a signal; the last checkpoint is of step $(last_step)" >&2
+exit "$status"

@@ -13,7 +13,7 @@
 # --tries N, --pause N   as in scripts/restart.sh, which does the restarting
 #
 # What stands after -- are options of train_gpt; --output is needed, and --resume is added. Run it on the first machine of the
-# list. Variables of the environment that begin with NCCL_ or OMP_ go to all machines.
+# list. Variables of the environment that begin with NCCL_, OMP_ or MOBA_ go to all machines.
 set -euo pipefail
 scripts=$(cd "$(dirname "$0")" && pwd)
 
@@ -61,12 +61,15 @@ machines=$(awk '
 # MPI starts the processes and exchanges NCCL's identifiers; on CPUs it also sends the gradients.
 environment=()
 if [ -n "$interface" ]; then
-    export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface
+    export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface PRTE_MCA_oob_tcp_if_include=$interface
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
 fi
-# A machine that is gone without a word is missed after half a minute, not after eight.
-export OMPI_MCA_oob_tcp_keepalive_time=10 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=4
-for name in $(compgen -e | grep -E '^(NCCL|OMP)_'); do environment+=(-x "$name"); done
+# An ssh that asks for a password would wait for ever, where nobody sees it ask. Another agent has options of its own.
+if [ -z "${OMPI_MCA_plm_rsh_agent:-}${PRTE_MCA_plm_ssh_agent:-}" ]; then
+    options="-o BatchMode=yes -o ConnectTimeout=15"
+    export OMPI_MCA_plm_rsh_args=${OMPI_MCA_plm_rsh_args:-$options} PRTE_MCA_plm_ssh_args=${PRTE_MCA_plm_ssh_args:-$options}
+fi
+for name in $(compgen -e | grep -E '^(NCCL|OMP|MOBA)_'); do environment+=(-x "$name"); done
 
 # Processes are not bound to single cores, since each has several threads.
 exec "$scripts/restart.sh" "${restart[@]}" mpirun --host "$machines" --map-by slot --bind-to none "${environment[@]}" \

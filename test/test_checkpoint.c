@@ -1263,6 +1263,31 @@ static void test_kill_at_each_call(void** unused) {
     run_free(&run);
 }
 
+static void remove_all_and_die(void* run) {
+    disk_calls = 0;
+    kill_at_call = call_number;
+    checkpoint_remove_all(((Run*)run)->output);
+}
+
+// --overwrite, killed before the n-th call: what still has its name is whole, and what is left is removed the next time.
+static void test_kill_at_each_call_of_removal(void** unused) {
+    (void)unused;
+    Run run = run_make(small_config("G", 1));
+    run.keep = 0;
+    for (call_number = 1;; call_number++) {
+        run.output = fresh("kill_removal");
+        for (int step = 1; step <= 3; step++) run_fill_and_save(&run, step);
+        Outcome outcome = run_child(remove_all_and_die, &run);
+        assert_all_whole(run.output, &run.config);
+        checkpoint_remove_all(run.output);
+        assert_false(directory_has(run.output, "step_") || directory_has(run.output, "latest"));
+        if (is_success(&outcome)) break;
+        assert_true(WIFSIGNALED(outcome.status) && WTERMSIG(outcome.status) == SIGKILL);
+    }
+    assert_true(call_number > 15);
+    run_free(&run);
+}
+
 // Killed at 50 random moments of an endless loop of saves.
 static void test_kill_at_random(void** unused) {
     (void)unused;
@@ -1409,6 +1434,7 @@ int main(void) {
         cmocka_unit_test(test_unwritable),
         cmocka_unit_test(test_failure_at_each_call),
         cmocka_unit_test(test_kill_at_each_call),
+        cmocka_unit_test(test_kill_at_each_call_of_removal),
         cmocka_unit_test(test_kill_at_random),
         cmocka_unit_test(test_fuzz),
     };

@@ -355,10 +355,10 @@ static void job_must_fail(const Result* result, int exit_code, const char* says)
 
 static void test_bad_calls_are_told_once(void** state) {
     (void)state;
-    char host[64];
+    char host[64], speaker[96]; // the host's name alone is in what mpirun says, too
     assert_int_equal(gethostname(host, sizeof(host)), 0);
-    job_must_fail(run("%s %s -b 0", mpirun(3), dense), 2, "rank 0 on");
-    job_must_fail(run("%s %s -b 0", mpirun(3), dense), 2, host);
+    print_to(speaker, sizeof(speaker), "rank 0 on %s: --batch 0", host);
+    job_must_fail(run("%s %s -b 0", mpirun(3), dense), 2, speaker);
     job_must_fail(run("%s %s " MODEL " -i train.bin -b 2 -d 128", mpirun(2), dense), 2,
                   "--total-batch 128: must be a multiple of 2 processes x --batch 2 x --sequence-length 64 = "
                   "256 tokens");
@@ -370,7 +370,7 @@ static void test_bad_calls_are_told_once(void** state) {
 
 static void test_ranks_that_differ_are_found(void** state) {
     (void)state;
-    char other[PATH_MAX];
+    char other[PATH_MAX], more[512];
     find_trainer(other, "cpu_dense_dgqa_kconv5_fp32");
     const char* line = MODEL " -i train.bin -b 1 -d 384 -x 1 -o never";
     job_must_fail(run("%s %s %s : -np 1 %s %s --seed 5", mpirun(2), dense, line, dense, line), 1,
@@ -384,7 +384,61 @@ static void test_ranks_that_differ_are_found(void** state) {
     shell("cp short.bin there/train.bin");
     job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
                   1, "the training data is train.bin of 5000 tokens");
+    // As long, but with another token; and other weights, or moments, under the same name.
+    shell("cp train.bin there; printf '\\1\\1' | dd of=there/train.bin bs=1 seek=1100 conv=notrunc 2>dd.txt");
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
+                  1, "the training data is train.bin of 20000 tokens");
+    shell(
+        "cp train.bin there; cp -r single/step_00000004 here/start; cp -r single/step_00000008 there/start");
+    print_to(more, sizeof(more), "%s --init-from start", line);
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, more, dense, more),
+                  1, "the hash of the weights is");
+    shell(
+        "mkdir here/run there/run; cp -r single/step_00000004 here/run; cp -r single/step_00000004 there/run;"
+        "cp single/step_00000008/optimizer* there/run/step_00000004");
+    print_to(more, sizeof(more), MODEL " -i train.bin -b 1 -d 768 -x 12 -o run --resume");
+    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, more, dense, more),
+                  1, "the hash of the optimizer's state is");
     assert_false(exists("never") || exists("here/never") || exists("there/never"));
+}
+
+// The others wait for a rank that never comes to MPI: not for ever.
+static void test_a_start_that_hangs_is_given_up(void** state) {
+    (void)state;
+    const double since = now();
+    job_must_fail(run("env MOBA_START_SECONDS=2 %s %s -b 1 : -np 1 sleep 60", mpirun(1), dense), 1,
+                  ": the start is not done after 2 s: another rank is not there");
+    assert_true(now() - since < 30);
+}
+
+// Daemons of mpirun that srun has started leave srun's own number of processes in the environment.
+static void test_the_nearest_launcher_counts(void** state) {
+    (void)state;
+    const Result* result =
+        run("env SLURM_STEP_NUM_TASKS=4 %s %s " MODEL " -i train.bin -b 1 --dry-run", mpirun(2), dense);
+    must_end_well(result);
+    assert_non_null(strstr(result->out, "ranks    2"));
+}
+
+// Connections to many ranks are many files.
+static void test_few_files_are_no_bound(void** state) {
+    (void)state;
+    must_end_well(
+        run("%s sh -c 'ulimit -Sn 12; exec %s " MODEL " -i train.bin -b 1 --dry-run'", mpirun(2), dense));
+}
+
+// A rank that cannot write its part ends the job, and leaves alone what the others have written: a new run may be about to.
+static void test_a_rank_removes_its_own_part_alone(void** state) {
+    (void)state;
+    const char* line = MODEL " " RUN " -x 4 -b 1 -o limited";
+    job_must_fail(run("%s --mca btl self,tcp %s %s : -np 1 sh -c 'ulimit -f 100; exec %s %s'", mpirun(1),
+                      dense, line, dense, line),
+                  1, "optimizer-00001-of-00002.safetensors: cannot write: File too large");
+    assert_true(exists("limited/step_00000004.tmp"));
+    assert_false(exists("limited/step_00000004.tmp/optimizer-00001-of-00002.safetensors"));
+    assert_false(exists("limited/latest"));
+    train(dense, 2, "limited", "-b 1 --resume");
+    must_be_equal("limited", "ranks_2", 2);
 }
 
 static void start_as_one_of_two(void* name) {
@@ -442,6 +496,10 @@ int main(void) {
         cmocka_unit_test(test_a_signal_stops_all),
         cmocka_unit_test(test_bad_calls_are_told_once),
         cmocka_unit_test(test_ranks_that_differ_are_found),
+        cmocka_unit_test(test_a_start_that_hangs_is_given_up),
+        cmocka_unit_test(test_the_nearest_launcher_counts),
+        cmocka_unit_test(test_few_files_are_no_bound),
+        cmocka_unit_test(test_a_rank_removes_its_own_part_alone),
         cmocka_unit_test(test_a_launcher_without_mpi_is_refused),
     };
     const int failed = cmocka_run_group_tests(alone, NULL, NULL);

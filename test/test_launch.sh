@@ -63,13 +63,18 @@ echo "$*" >>arguments.txt
 read -r step end <plan.txt
 sed -i 1d plan.txt
 mkdir -p out
-if [ "$step" -gt 0 ]; then mkdir -p "out/step_$(printf %08d "$step")"; fi
+env | grep keepalive | sort >environment.txt
+if [ "$step" -gt 0 ]; then
+    mkdir -p "out/step_$(printf %08d "$step")"
+    if [ -n "${LATEST:-}" ]; then printf 'step_%08d\n' "$step" >out/latest; fi
+fi
 stop() {
-    mkdir -p out/step_00000099
+    if [ "$end" = break ]; then exit 1; fi
+    if [ "$end" = wait ]; then mkdir -p out/step_00000099; fi
     exit 138
 }
 case $end in
-wait)
+wait | break | idle)
     trap stop USR1
     touch waiting
     for _ in $(seq 1 400); do sleep 0.05; done
@@ -115,6 +120,24 @@ gives_up() {
 }
 check a_run_that_makes_no_progress_is_given_up gives_up
 
+# A run that was set back is below its highest step for a while: what counts is that `latest` changes.
+set_back() {
+    plan "10 1" "20 1" "30 1" "30 1" "30 3" "40 0"
+    mkdir -p out/step_00000090
+    LATEST=1 ends_with 3 in_a_shell restart --tries 3 ./trainer --output=out && [ "$(starts)" -eq 5 ]
+}
+check a_run_that_was_set_back_makes_progress set_back
+
+# Every launcher is to miss a silent machine soon; who has settings keeps them.
+keepalive() {
+    plan "0 0"
+    OMPI_MCA_oob_tcp_keepalive_time=99 in_a_shell restart ./trainer -o out || return 1
+    cat environment.txt
+    grep -qx OMPI_MCA_oob_tcp_keepalive_time=99 environment.txt && grep -qx OMPI_MCA_oob_tcp_keepalive_probes=4 environment.txt &&
+        grep -qx PRTE_MCA_oob_tcp_keepalive_intvl=5 environment.txt
+}
+check all_launchers_look_for_silent_machines keepalive
+
 wrong_line() {
     plan "0 2" "10 0"
     ends_with 2 in_a_shell restart ./trainer -o out && [ "$(starts)" -eq 1 ]
@@ -133,6 +156,13 @@ signalled() {
         kill -"${signal%:*}" -- "-$script" # all of its group, as a terminal does
         ends_with "${signal#*:}" wait "$script" && [ "$(starts)" -eq 1 ] && [ -d out/step_00000099 ] || return 1
     done
+    # Where the checkpoint fails, that is what is to be known.
+    plan "10 break" "20 0"
+    restart ./trainer -o out &
+    script=$!
+    until [ -e waiting ]; do sleep 0.05; done
+    kill -TERM "$script"
+    ends_with 1 wait "$script" && [ "$(starts)" -eq 1 ] || return 1
     plan "10 1" "20 0"
     "$top/scripts/restart.sh" --pause 60 ./trainer -o out &
     script=$!
@@ -143,6 +173,36 @@ signalled() {
     ends_with 143 wait "$script" && [ "$(starts)" -eq 1 ]
 }
 check a_signal_ends_the_loop_with_a_checkpoint signalled
+
+# Slurm's script around the same stand-in, as the job's time runs out: it is queued again where there is a new checkpoint only.
+ln -s "$top/scripts" scripts
+mkdir stand_ins
+# shellcheck disable=SC2016 # the stand-ins' own
+printf '#!/bin/sh\nwhile [ "$1" != ./trainer ]; do shift; done\nexec "$@"\n' >stand_ins/mpirun
+# shellcheck disable=SC2016
+printf '#!/bin/sh\necho "$*" >>scontrol.txt\n' >stand_ins/scontrol
+printf '#!/bin/sh\n' >stand_ins/ompi_info
+printf '#!/bin/sh\necho "                 MCA plm: slurm (MCA v1.0.0, API v2.0.0, Component v3.0.1)"\n' >stand_ins/prte_info # Open MPI 5
+chmod +x stand_ins/*
+job() { exec env PATH="$scratch/stand_ins:$PATH" SLURM_JOB_ID=7 SLURM_SUBMIT_DIR="$scratch" PROGRAM=./trainer "$top/scripts/train_slurm.sbatch" "$@"; }
+time_runs_out() { # the plan's line, exit code, whether it is queued again
+    local script
+    plan "$1"
+    mkdir -p out/step_00000009
+    rm -f scontrol.txt
+    job -o out &
+    script=$!
+    until [ -e waiting ]; do sleep 0.05; done
+    kill -USR1 "$script"
+    ends_with "$2" wait "$script" && [ "$(cat scontrol.txt 2>/dev/null)" = "$3" ]
+}
+queued_again() {
+    time_runs_out "10 wait" 0 "requeue 7" && time_runs_out "0 idle" 1 "" && time_runs_out "10 break" 1 "" || return 1
+    refuses 2 "no --output" in_a_shell job -i x || return 1
+    printf '#!/bin/sh\n' >stand_ins/prte_info
+    refuses 2 "built without Slurm" in_a_shell job -o out
+}
+check a_job_without_a_new_checkpoint_is_not_queued_again queued_again
 
 # ----------------------------------------------------------------------------
 # One machine. What is killed and goes on must end as what ran through: the number of processes being the same, bit by bit.
@@ -231,18 +291,26 @@ for host in "${hosts[@]}"; do
 done
 printf '# the two machines\n10.77.0.1\n10.77.0.2 max_slots=4 slots=1\n' >hosts.txt
 
-# In the place of ssh: a host, and a line of sh to run there.
-cat >remote <<END
+# In the place of ssh: options, a host, and a line of sh to run there.
+mkdir bin
+cat >bin/ssh <<END
 #!/bin/sh
+while :; do
+    case \$1 in
+    -o) echo "\$2" >>$scratch/ssh_options.txt; shift 2 ;;
+    -*) shift ;;
+    *) break ;;
+    esac
+done
 host=\$1
 shift
 case \$host in 10.77.0.1) target=${hosts[0]} ;; 10.77.0.2) target=${hosts[1]} ;; *) exit 255 ;; esac
 exec nsenter --target \$target --net --uts sh -c "\$*"
 END
-chmod +x remote
+chmod +x bin/ssh
 
 across() {
-    export OMPI_MCA_plm_rsh_agent=$scratch/remote
+    export PATH=$scratch/bin:$PATH
     exec nsenter --target "${hosts[0]}" --net --uts "$top/scripts/train_hosts.sh" --hosts hosts.txt --interface cable0 --program "$program" \
         --pause "${pause:-0}" -- "${training[@]}" "$@"
 }
@@ -270,7 +338,8 @@ two_machines() {
     # In every step a process sends half of the gradients to the other machine, and half of the parameters.
     local parameters=$((300 * 32 + 4 * 32 * 32 + 3 * 32 * 128))
     echo "bytes over the cable: $((after - before))"
-    [ $((after - before)) -gt $((30 * parameters * (4 + 4) / 2)) ] && same_run whole across
+    # An ssh that asks for a password would wait for ever, and nobody would see it ask.
+    grep -qx BatchMode=yes ssh_options.txt && [ $((after - before)) -gt $((30 * parameters * (4 + 4) / 2)) ] && same_run whole across
 }
 check two_machines_train_over_the_cable two_machines
 

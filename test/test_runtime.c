@@ -23,6 +23,52 @@ The host-side headers of runtime/: learning-rate schedules, sampling, metrics, w
 #include <cmocka.h>
 
 // ----------------------------------------------------------------------------
+// Failures
+
+// A pipe that keeps what was written at once together: lines of many processes must not run into each other.
+static void a_failure_is_one_write(void** state) {
+    (void)state;
+    int ends[2];
+    char text[256];
+    assert_int_equal(pipe2(ends, O_DIRECT), 0);
+    fflush(NULL);
+    const pid_t child = fork();
+    if (child == 0) {
+        dup2(ends[1], STDERR_FILENO);
+        live_line_shown = 1;
+        fail_usage("--batch %d: %s", 0, "must be more");
+    }
+    const ssize_t got = read(ends[0], text, sizeof(text) - 1);
+    assert_true(got > 0);
+    text[got] = 0;
+    assert_string_equal(text, "\nmoba.c: --batch 0: must be more\n");
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+// What does not fit is cut, and still a line.
+static void fail_at_length(void* text) { fail_usage("%s", (const char*)text); }
+static void a_long_failure_is_a_line(void** state) {
+    (void)state;
+    static char text[5 * PATH_MAX];
+    memset(text, 'x', sizeof(text) - 1);
+    FILE* kept = tmpfile();
+    assert_non_null(kept);
+    fflush(NULL);
+    const pid_t child = fork();
+    if (child == 0) {
+        dup2(fileno(kept), STDERR_FILENO);
+        fail_at_length(text);
+    }
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    assert_int_equal(fseek(kept, -1, SEEK_END), 0);
+    assert_int_equal(ftell(kept), 4 * PATH_MAX - 2);
+    assert_int_equal(fgetc(kept), '\n');
+    fclose(kept);
+}
+
+// ----------------------------------------------------------------------------
 // Schedules
 
 static void assert_close(double a, double b, double tolerance) {
@@ -740,6 +786,8 @@ static void selection_of_heads(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_failure_is_one_write),
+        cmocka_unit_test(a_long_failure_is_a_line),
         cmocka_unit_test(schedules_by_hand),
         cmocka_unit_test(schedules_at_the_edges),
         cmocka_unit_test(schedule_names),

@@ -37,6 +37,9 @@ static void collectives_by_hand(void** state) {
     // Four nodes: log2(4) steps between them, 7 within, up and down.
     assert_close("tree", tree_seconds(&h100, 32, 32e9),
                  4.4e-6 + 14 * 1.2e-6 + 4 * 8.5e-6 + 2 * 31 / (0.9 * 0.915 * 370), 1e-9);
+    // What is short goes by a tree, what is long by a ring.
+    assert_close("short sum", all_reduce_seconds(&h100, 1024, 56), tree_seconds(&h100, 1024, 56), 0);
+    assert_close("long sum", all_reduce_seconds(&h100, 16, 8e9), 2 * ring_seconds(&h100, 16, 8e9), 0);
     // A node that is not full counts.
     assert_int_equal(nodes_of(&h100, 8), 1);
     assert_int_equal(nodes_of(&h100, 9), 2);
@@ -76,8 +79,8 @@ static void computing_beside_a_collective_is_slower(void** state) {
 static void steps_by_hand(void** state) {
     (void)state;
     const Work work = two_buckets();
-    const double norm = 2 * ring_seconds(&h100, 8, 4), alone = 0.45 + 0.03;
-    for (int s = ZERO_0_RING; s <= ZERO_1; s++)
+    const double norm = tree_seconds(&h100, 8, 8), alone = 0.45 + 0.03;
+    for (int s = ZERO_0; s <= ZERO_1; s++)
         assert_close("one GPU", step_seconds(&work, &h100, 1, (Sharding)s), alone, 1e-12);
     // Bucket 1 (8 GB) is ready at 0.35; while it goes round, bucket 0 computes; then that one (4 GB) follows.
     const double scatter1 = ring_seconds(&h100, 8, 8e9), scatter0 = ring_seconds(&h100, 8, 4e9);
@@ -87,14 +90,14 @@ static void steps_by_hand(void** state) {
     assert_close("ZeRO-1", step_seconds(&work, &h100, 8, ZERO_1),
                  first + gather0 + ring_seconds(&h100, 8, 4e9), 1e-12);
     computed = compute_until(0.35, 0.1, 0.35 + 2 * scatter1);
-    assert_close("ZeRO-0", step_seconds(&work, &h100, 8, ZERO_0_RING), computed + 2 * scatter0 + norm + 0.03,
+    assert_close("ZeRO-0", step_seconds(&work, &h100, 8, ZERO_0), computed + 2 * scatter0 + norm + 0.03,
                  1e-12);
     // A network so slow that it is all that counts: the second bucket waits for the first.
     Cluster slow = h100;
     slow.network = 1;
     const double queue = 2 * (ring_seconds(&slow, 16, 8e9) + ring_seconds(&slow, 16, 4e9));
-    assert_close("queue", step_seconds(&work, &slow, 16, ZERO_0_RING),
-                 0.35 + queue + 2 * ring_seconds(&slow, 16, 4) + 0.03, 1e-12);
+    assert_close("queue", step_seconds(&work, &slow, 16, ZERO_0),
+                 0.35 + queue + tree_seconds(&slow, 16, 8) + 0.03, 1e-12);
     // Only the last of three micro-batches sends.
     Work three = work;
     three.micro_batches = 3;
@@ -110,7 +113,7 @@ static void sharded_parameters_by_hand(void** state) {
     // Computing is nothing beside sending, but for the last bucket's forward, which nothing is sent beside.
     const double gather0 = ring_seconds(&slow, 16, 2e9), gather1 = ring_seconds(&slow, 16, 4e9);
     const double scatter0 = ring_seconds(&slow, 16, 4e9), scatter1 = ring_seconds(&slow, 16, 8e9);
-    const double rest = 2 * ring_seconds(&slow, 16, 4) + 0.03 / 16;
+    const double rest = tree_seconds(&slow, 16, 8) + 0.03 / 16;
     const double forward = gather0 + gather1 + 0.1;
     assert_close("all", step_seconds(&work, &slow, 16, FULL_SHARD),
                  forward + gather1 + gather0 + scatter1 + scatter0 + rest, 1e-9);
@@ -121,7 +124,7 @@ static void more_gpus_are_never_more_efficient(void** state) {
     const Settings settings = settings_default();
     const Work work = work_of_settings(&settings);
     assert_true(all_elements(&work) > 123e6 && all_elements(&work) < 125e6);
-    for (int s = ZERO_0_RING; s <= ZERO_1; s++)
+    for (int s = ZERO_0; s <= ZERO_1; s++)
         for (int gpus = 8; gpus < 1024; gpus *= 2)
             assert_true(step_seconds(&work, &h100, 2 * gpus, (Sharding)s) >=
                         step_seconds(&work, &h100, gpus, (Sharding)s));
