@@ -582,7 +582,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
                     for (int i = 0; i < 2; i++) sum[m][c][2 * half + i] *= inverse;
                 if (lane % 4 == 0 && row < end)
                     partial_lse[moba_partial(x, head, entries[row]) + part] =
-                        total > 0 ? softmax.maximum[m][half] * scale_log2 + log2f(total) : -INFINITY;
+                        total > 0 ? softmax.maximum[m][half] + log2f(total) : -INFINITY;
             }
         __syncwarp(); // the warp's own queries are not needed any more
         store_rows(partials<D>(partial_out, x, head, part, entries, end), q_tile, warp_row, sum);
