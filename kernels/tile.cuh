@@ -248,8 +248,7 @@ __device__ __forceinline__ void multiply_columns_add(float (&sum)[1][C][4], cons
 }
 
 static __device__ __forceinline__ void store_pair(floatX* at, float low, float high) {
-    const unsigned bits = pack(low, high);
-    memcpy(at, &bits, sizeof(bits));
+    *(unsigned*)at = pack(low, high); // columns are even: a multiple of 4 bytes
 }
 
 #else // fp32
