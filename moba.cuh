@@ -345,15 +345,23 @@ static __global__ void moba_count_kernel(moba_lists_t x) {
     if (block >= 0) atomicAdd(moba_tile_counts(x, head, t) + block, 1);
 }
 
+// A thread goes over the tiles of one block. It has the counts of MOBA_SCAN_TILES of them under way at a time.
+enum { MOBA_SCAN_TILES = 8 };
 static __global__ void moba_scan_tiles_kernel(moba_lists_t x) {
     const int block = blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
     if (block >= x.blocks) return;
     int total = 0;
-    for (int tile = 0; tile < x.tiles; tile++) {
-        int* count = x.counts + ((size_t)head * x.tiles + tile) * x.blocks + block;
-        const int before = total;
-        total += *count;
-        *count = before;
+    for (int tile = 0; tile < x.tiles; tile += MOBA_SCAN_TILES) {
+        int* first = x.counts + ((size_t)head * x.tiles + tile) * x.blocks + block;
+        int counts[MOBA_SCAN_TILES];
+#pragma unroll
+        for (int i = 0; i < MOBA_SCAN_TILES; i++)
+            counts[i] = tile + i < x.tiles ? first[(size_t)i * x.blocks] : 0;
+#pragma unroll
+        for (int i = 0; i < MOBA_SCAN_TILES; i++) {
+            if (tile + i < x.tiles) first[(size_t)i * x.blocks] = total;
+            total += counts[i];
+        }
     }
     x.totals[(size_t)head * x.blocks + block] = total;
 }
@@ -392,20 +400,34 @@ static __global__ void moba_scan_blocks_kernel(moba_lists_t x) {
         begins[x.blocks] = sums[MOBA_SCAN_THREADS].x, first_item[x.blocks] = sums[MOBA_SCAN_THREADS].y;
 }
 
-// A warp goes over the queries of its tile in their order; the choices of one query are of different blocks.
+// A warp goes over the choices of its tile in the order of queries, 32 at a time: of several queries, or half of one. Lanes that
+// have the same block write neighbouring entries, and the first of them counts all. A query has a power of two of places,
+// and those beyond its choices hold none.
 static __global__ void moba_fill_kernel(moba_lists_t x) {
     const int head = blockIdx.y, tile = x.start / MOBA_LIST_QUERIES + blockIdx.x;
     const int first = max(x.start, tile * MOBA_LIST_QUERIES);
-    const int end = min(x.end, (tile + 1) * MOBA_LIST_QUERIES);
+    const int queries = min(x.end, (tile + 1) * MOBA_LIST_QUERIES) - first;
     const int* begins = x.begins + (size_t)head * (x.blocks + 1);
+    const int* selected = x.selected + (moba_rows(x, head) + first) * (x.K - 1);
     int* counts = moba_tile_counts(x, head, first);
-    for (int t = first; t < end; t++) {
-        for (int choice = lane_of_warp(); choice < x.K; choice += 32) {
-            const int block = moba_choice(x, head, t, choice);
-            if (block >= 0)
-                x.entries[(size_t)head * x.queries * x.K + begins[block] + counts[block]++] =
-                    (int)((unsigned)choice << MOBA_TOKEN_BITS) | t;
-        }
+    int* entries = x.entries + (size_t)head * x.queries * x.K;
+    const int places_log2 = 32 - __clz(x.K - 1), S_log2 = 31 - __clz(x.S), lane = lane_of_warp();
+    auto choice_of = [&](int place) { return place & ((1 << places_log2) - 1); };
+    auto block_of = [&](int place) {
+        const int query = place >> places_log2, choice = choice_of(place);
+        if (query >= queries || choice >= x.K) return -1;
+        return choice == 0 ? (first + query) >> S_log2 : selected[query * (x.K - 1) + choice - 1];
+    };
+    int next = block_of(lane);
+    for (int done = 0; done < queries << places_log2; done += 32) {
+        const int place = done + lane, block = next;
+        next = block_of(place + 32); // on its way while this one is written
+        const unsigned same = __match_any_sync(ALL_LANES, block), before = same & ((1u << lane) - 1);
+        if (block >= 0)
+            entries[begins[block] + counts[block] + __popc(before)] =
+                (int)((unsigned)choice_of(place) << MOBA_TOKEN_BITS) | (first + (place >> places_log2));
+        __syncwarp(); // all have read what is counted up
+        if (block >= 0 && before == 0) counts[block] += __popc(same);
         __syncwarp();
     }
 }

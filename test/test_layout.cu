@@ -350,7 +350,7 @@ __device__ static int sum_of_mask(unsigned mask, int value) {
     return sum;
 }
 
-__global__ void sum_in_thirds(int* sums, unsigned* ballots, int* votes) {
+__global__ void sum_in_thirds(int* sums, unsigned* ballots, int* votes, unsigned* matches) {
     const int lane = (int)threadIdx.x % 32, third = lane % 3;
     unsigned mask = 0;
     for (int i = third; i < 32; i += 3) mask |= 1u << i;
@@ -360,28 +360,33 @@ __global__ void sum_in_thirds(int* sums, unsigned* ballots, int* votes) {
     else sums[threadIdx.x] = sum_of_mask(mask, 3 * value);
     ballots[threadIdx.x] = __ballot_sync(mask, lane % 2);
     votes[threadIdx.x] = __any_sync(mask, lane == 6) + 2 * __all_sync(mask, lane != 7);
+    matches[2 * threadIdx.x] = __match_any_sync(mask, lane / 5 - 1);
+    matches[2 * threadIdx.x + 1] = __match_any_sync(mask, (unsigned long long)(lane / 5) << 32);
 }
 
 static void partial_masks(void** state) {
     (void)state;
     enum { THREADS = 64 };
     DeviceArray<int> sums(THREADS), votes(THREADS);
-    DeviceArray<unsigned> ballots(THREADS);
-    launch(sum_in_thirds, 1, THREADS, 0, nullptr, sums.device, ballots.device, votes.device);
+    DeviceArray<unsigned> ballots(THREADS), matches(2 * THREADS);
+    launch(sum_in_thirds, 1, THREADS, 0, nullptr, sums.device, ballots.device, votes.device, matches.device);
     sums.to_host();
     ballots.to_host();
     votes.to_host();
+    matches.to_host();
     for (int thread = 0; thread < THREADS; thread++) {
         const int lane = thread % 32, warp = thread / 32, third = lane % 3;
         int sum = 0;
-        unsigned ballot = 0;
+        unsigned ballot = 0, match = 0;
         for (int other = third; other < 32; other += 3) {
             sum += (third + 1) * (warp * 32 + other) * (warp * 32 + other);
             ballot |= (unsigned)(other % 2) << other;
+            match |= (unsigned)(other / 5 == lane / 5) << other;
         }
         assert_int_equal(sums.host[thread], sum);
         assert_int_equal(ballots.host[thread], ballot);
         assert_int_equal(votes.host[thread], (third == 0) + 2 * (third != 1));
+        for (int i = 0; i < 2; i++) assert_int_equal(matches.host[2 * thread + i], match);
     }
 }
 
