@@ -61,7 +61,7 @@ The router's scores are of bf16 queries and of centroids in two terms of bf16, 1
 choice, with twice the products of a router that rounds its centroids.
 
 Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 216 at D 128 and 250 at D 64, backward 255
-at both, router at most 181. Shared memory of a block is at most 97 KB, within the 99 KB of sm_86 and sm_89.
+at both, router at most 181. Shared memory of a block is at most 98 KB, within the 99 KB of sm_86 and sm_89.
 By the clocks of gqa.cuh's head, a tile of 32 queries with 128 keys takes the backward at D 128 (8 warps of 16 keys) 2048
 of products and 3328 of ldmatrix, where two passes took 2867 and 4096; at D 64 (4 warps of 32 keys, 2 blocks) 1024 and 1152,
 where two passes took 1434 and 1664. 64 keys an item would gather all rows twice. No GPU has run this: nothing is measured.
@@ -423,11 +423,12 @@ static __global__ void moba_fill_kernel(moba_lists_t x) {
         const int place = done + lane, block = next;
         next = block_of(place + 32); // on its way while this one is written
         const unsigned same = __match_any_sync(ALL_LANES, block), before = same & ((1u << lane) - 1);
+        const int counted = block >= 0 ? counts[block] : 0;
         if (block >= 0)
-            entries[begins[block] + counts[block] + __popc(before)] =
+            entries[begins[block] + counted + __popc(before)] =
                 (int)((unsigned)choice_of(place) << MOBA_TOKEN_BITS) | (first + (place >> places_log2));
         __syncwarp(); // all have read what is counted up
-        if (block >= 0 && before == 0) counts[block] += __popc(same);
+        if (block >= 0 && before == 0) counts[block] = counted + __popc(same);
         __syncwarp();
     }
 }
@@ -461,16 +462,29 @@ static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_l
     return true;
 }
 
+// Rows are gathered by entries that are in shared memory already, or every row would wait for its entry first: while a tile
+// is used, the next one is gathered and the entries of the one after that are on their way. That makes three tiles; the place of
+// one among four takes no division, and fewer registers.
+enum { MOBA_TILES_OF_ENTRIES = 4 };
+
+// Starts to copy entries of an item, from its first-th on, and 0 beyond its last one.
+template <int QUERIES>
+__device__ __forceinline__ void load_entries(int* to, const moba_item_t& item, int first) {
+    const int i = threadIdx.x;
+    if (i < QUERIES) cp_async4(to + i, item.entries + first + i, first + i < item.count);
+}
+
 // Row i of a tile is the token of entry i, of the entries that there are.
 template <typename Element> struct gathered_rows {
     Element* memory;
-    const int* entries;
+    const int* entries; // in shared memory
     int stride, end;
 
     __device__ __forceinline__ bool has(int row) const { return row < end; }
-    __device__ __forceinline__ Element* at(int row) const {
-        return memory + (size_t)moba_token(entries[min(row, end - 1)]) * stride;
+    __device__ __forceinline__ Element* of(int entry) const {
+        return memory + (size_t)moba_token(entry) * stride;
     }
+    __device__ __forceinline__ Element* at(int row) const { return of(entries[row]); }
 };
 
 template <typename Element>
@@ -479,6 +493,22 @@ __device__ __forceinline__ gathered_rows<Element> gathered(Element* memory, int 
     gathered_rows<Element> rows;
     rows.memory = memory, rows.entries = entries, rows.stride = stride, rows.end = end;
     return rows;
+}
+
+// Starts to copy gathered rows into a tile, each of THREADS threads its share. It reads all its entries before the first copy:
+// a copy may write what it does not know, so that the compiler reads nothing ahead of it.
+template <int ROWS, int D, int THREADS, typename Element>
+__device__ __forceinline__ void load_gathered(floatX* tile, const gathered_rows<Element>& rows) {
+    constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS, EACH = ROWS / STEP;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a thread copies a column of every STEP-th row");
+    const int thread = compute_here(threadIdx.x), first = thread / CHUNKS, column = thread % CHUNKS * CHUNK;
+    int entries[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) entries[i] = rows.entries[first + i * STEP];
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        cp_async16(tile + tile_offset<D>(first + i * STEP, column), rows.of(entries[i]) + column,
+                   rows.has(first + i * STEP));
 }
 
 // Where partial rows are, (heads, queries, K, parts): those of a query, and the first part of an entry's.
@@ -522,7 +552,9 @@ template <int D> struct moba_forward_shape {
     enum { M = 1 };
 #endif
     enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
-    static constexpr size_t shared_bytes(int keys) { return sizeof(floatX) * D * (2 * keys + 2 * QUERIES); }
+    static constexpr size_t shared_bytes(int keys) {
+        return sizeof(floatX) * D * (2 * keys + 2 * QUERIES) + sizeof(int) * MOBA_TILES_OF_ENTRIES * QUERIES;
+    }
 };
 
 // One block computes an item; a warp 16M of every QUERIES of its queries. The tile of queries after the one in use is on
@@ -537,7 +569,8 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     SHARED_MEMORY(floatX, shared);
     floatX* k_tile = shared;
     floatX* v_tile = k_tile + x.keys * D;
-    floatX* ring = v_tile + x.keys * D; // two slots
+    floatX* ring = v_tile + x.keys * D;                 // two slots
+    int* entries_ring = (int*)(ring + 2 * QUERIES * D); // MOBA_TILES_OF_ENTRIES
 
     moba_item_t item;
     const int head = blockIdx.y, part = blockIdx.x % x.parts;
@@ -545,15 +578,24 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     const int h = moba_head(x, head), stride = (x.H + 2 * x.G) * D, lane = lane_of_warp();
     const floatX* sequence = x.qkv + (size_t)moba_sequence(x, head) * x.T * stride;
     const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
-    auto load = [&](int first) {
-        if (first < item.count)
-            load_rows<D>(ring + first / QUERIES % 2 * QUERIES * D,
-                         gathered(sequence + h * D, stride, item.entries + first, item.count - first),
-                         QUERIES);
+    auto entries_of = [&](int first) {
+        return entries_ring + first / QUERIES % MOBA_TILES_OF_ENTRIES * QUERIES;
+    };
+    auto load = [&](int first) { // a tile, and the entries of the one after it
+        if (first < item.count) {
+            load_gathered<QUERIES, D, shape::THREADS>(
+                ring + first / QUERIES % 2 * QUERIES * D,
+                gathered(sequence + h * D, stride, entries_of(first), item.count - first));
+            load_entries<QUERIES>(entries_of(first + QUERIES), item, first + QUERIES);
+        }
         cp_async_commit();
     };
+    load_entries<QUERIES>(entries_of(0), item, 0);
+    cp_async_commit();
     load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
     load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
+    cp_async_wait<0>();
+    __syncthreads(); // the first entries are there; keys and values come with the first queries
     load(0);
 
     const int warp_row = warp_of_block() * 16 * M;
@@ -563,7 +605,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
         load(first + QUERIES);
         if (first + warp_row >= item.count) continue;
         floatX* q_tile = ring + first / QUERIES % 2 * QUERIES * D;
-        const int* entries = item.entries + first;
+        const int* entries = entries_of(first);
         const int end = item.count - first;
         const bool local = moba_token(entries[warp_row]) < item.end_local;
         tile_rows<M, D, true> q;
@@ -581,7 +623,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         const int row = warp_row + 16 * m + i / 2 * 8 + lane / 4;
-                        const int t = moba_token(entries[min(row, end - 1)]);
+                        const int t = moba_token(entries[row]);
                         const int key = item.first_key + column + lane % 4 * 2 + i % 2;
 #pragma unroll
                         for (int n = 0; n < COLUMNS / 8; n++)
@@ -741,7 +783,8 @@ template <int D> struct moba_backward_shape {
     enum { COLUMNS = 32 }; // of the gradients of 16 queries that a warp computes at a time
 };
 
-// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and entries of the list.
+// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and entries of the list. Both are 0 beyond the last
+// query, as are the rows of queries and gradients, so that its probabilities are 1 and add nothing.
 template <int QUERIES> struct moba_tile_rows {
     float4 statistics[QUERIES / 2];
     int2 entries[QUERIES / 2];
@@ -759,7 +802,7 @@ template <int D> static constexpr size_t moba_backward_shared_bytes(int keys) {
     typedef moba_backward_shape<D> shape;
     return 2 * carved_bytes<floatX>((size_t)keys * D) + carved_bytes<floatX>(shape::TILE) +
            carved_bytes<floatX>(2 * shape::TILE) + carved_bytes<floatX>((size_t)keys * shape::QUERIES) +
-           carved_bytes<moba_tile_rows<shape::QUERIES>>(2) + carved_bytes<moba_work>(1);
+           carved_bytes<moba_tile_rows<shape::QUERIES>>(MOBA_TILES_OF_ENTRIES) + carved_bytes<moba_work>(1);
 }
 
 // One block computes an item: what it adds to the gradients of its keys and values, and a row for each of its queries.
@@ -784,48 +827,51 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
     floatX* dscores_tile = carve<floatX>(rest, x.keys * QUERIES); // keys are rows
     floatX* dout_tile = carve<floatX>(rest, TILE);
     floatX* q_ring = carve<floatX>(rest, 2 * TILE);
-    tile_rows_t* rows_ring = carve<tile_rows_t>(rest, 2);
-
+    tile_rows_t* rows_ring = carve<tile_rows_t>(rest, MOBA_TILES_OF_ENTRIES);
     moba_work* work = carve<moba_work>(rest, 1);
     const int head = blockIdx.y, part = blockIdx.x % x.parts, stride = (x.H + 2 * x.G) * D;
     moba_item_t item;
     if (!moba_item(&item, x, head)) return;
     const bool goes_on = item.more == 0 && moba_goes_on(x, head);
     if (goes_on && item.count == 0) return;
-    if (threadIdx.x == 0) {
+    auto rows_of = [&](int first) { return rows_ring + first / QUERIES % MOBA_TILES_OF_ENTRIES; };
+    load_entries<QUERIES>((int*)rows_of(0)->entries, item, 0);
+    cp_async_commit();
+    {
         const size_t sequence = moba_sequence(x, head), h = moba_head(x, head), rows = sequence * x.T;
-        work->item = item;
-        work->queries = x.qkv + rows * stride + h * D;
-        work->of_keys = rows * stride + (x.H + x.kv_of_q[h]) * D;
-        work->dout = dout + (rows * x.H + h) * D;
-        work->statistics = statistics + (sequence * x.H + h) * padded;
-    }
-    __syncthreads();
-    auto load_queries = [&](int first) {
-        const int end = work->item.count - first, slot = first / QUERIES % 2;
-        const int* entries = work->item.entries + first;
-        if (end > 0)
-            load_rows<D>(q_ring + slot * TILE, gathered(work->queries, stride, entries, end), QUERIES);
-        cp_async_commit();
-        for (int row = threadIdx.x; row < QUERIES && end > 0; row += blockDim.x) {
-            const int entry = entries[min(row, end - 1)];
-            ((int*)rows_ring[slot].entries)[row] = entry;
-            ((float2*)rows_ring[slot].statistics)[row] =
-                row < end ? work->statistics[moba_token(entry)] : make_float2(INFINITY, 0);
+        const size_t of_keys = rows * stride + (x.H + x.kv_of_q[h]) * D;
+        load_rows<D>(k_tile, neighbours(x.qkv + of_keys, stride, item.first_key, x.T), x.keys);
+        load_rows<D>(v_tile, neighbours(x.qkv + of_keys + x.G * D, stride, item.first_key, x.T), x.keys);
+        if (threadIdx.x == 0) {
+            work->item = item, work->of_keys = of_keys;
+            work->queries = x.qkv + rows * stride + h * D;
+            work->dout = dout + (rows * x.H + h) * D;
+            work->statistics = statistics + (sequence * x.H + h) * padded;
         }
+    }
+    cp_async_wait<0>();
+    __syncthreads(); // the first entries are there; keys and values come with the first queries
+    auto load_queries = [&](int first) { // with their statistics, and the entries of the tile after them
+        const int end = work->item.count - first, row = threadIdx.x;
+        tile_rows_t* rows = rows_of(first);
+        const int* entries = (const int*)rows->entries;
+        if (end > 0) {
+            load_rows<D>(q_ring + first / QUERIES % 2 * TILE, gathered(work->queries, stride, entries, end),
+                         QUERIES);
+            if (row < QUERIES)
+                cp_async8((float2*)rows->statistics + row, work->statistics + moba_token(entries[row]),
+                          row < end);
+            load_entries<QUERIES>((int*)rows_of(first + QUERIES)->entries, work->item, first + QUERIES);
+        }
+        cp_async_commit();
     };
     auto load_dout = [&](int first) {
         const int end = work->item.count - first;
         if (end > 0)
-            load_rows<D>(dout_tile, gathered(work->dout, x.H * D, work->item.entries + first, end), QUERIES);
+            load_rows<D>(dout_tile, gathered(work->dout, x.H * D, (const int*)rows_of(first)->entries, end),
+                         QUERIES);
         cp_async_commit();
     };
-
-    const neighbour_rows<const floatX> keys = neighbours(x.qkv + work->of_keys, stride, item.first_key, x.T);
-    const neighbour_rows<const floatX> values =
-        neighbours(x.qkv + work->of_keys + x.G * D, stride, item.first_key, x.T);
-    load_rows<D>(k_tile, keys, x.keys);
-    load_rows<D>(v_tile, values, x.keys);
     load_queries(0);
     load_dout(0);
     const int warp_row = warp_of_block() * 16 * M, warps = blockDim.x / 32;
@@ -844,7 +890,7 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
     __syncthreads();
     for (int first = 0; first < work->item.count; first += QUERIES) {
         floatX* q_tile = q_ring + first / QUERIES % 2 * TILE;
-        const tile_rows_t* rows = rows_ring + first / QUERIES % 2;
+        const tile_rows_t* rows = rows_of(first);
         float probs[M][QUERIES / 8][4], dscores[M][QUERIES / 8][4];
         multiply_transposed(probs, k, q_tile, 0);
 #pragma unroll
