@@ -12,10 +12,12 @@ highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixtu
 
 A chain of kernels without a word from the host:
 
-    router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers
+    router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers, and a
+                 tile that improves no row of a warp is done with when its scores have been compared
     lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
     partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
-                 memory, gathered queries stream by, and each leaves a row of output and its log-sum-exp
+                 memory, gathered queries stream by, their entries of the list before them, and each leaves a row of output
+                 and its log-sum-exp
     merge        a query adds its K rows up, in the order of its choices, and pgqa's noise to the sum
 
 A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
@@ -60,8 +62,8 @@ has its own KV head and 807 MB where 4 share one, before the merge. (Two passes 
 The router's scores are of bf16 queries and of centroids in two terms of bf16, 16 bits: near enough to fp32 for the same
 choice, with twice the products of a router that rounds its centroids.
 
-Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 216 at D 128 and 250 at D 64, backward 255
-at both, router at most 181. Shared memory of a block is at most 98 KB, within the 99 KB of sm_86 and sm_89.
+Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 212 at D 128 and 247 at D 64, backward 255
+at both, router at most 182. Shared memory of a block is at most 98 KB, within the 99 KB of sm_86 and sm_89.
 By the clocks of gqa.cuh's head, a tile of 32 queries with 128 keys takes the backward at D 128 (8 warps of 16 keys) 2048
 of products and 3328 of ldmatrix, where two passes took 2867 and 4096; at D 64 (4 warps of 32 keys, 2 blocks) 1024 and 1152,
 where two passes took 1434 and 1664. 64 keys an item would gather all rows twice. No GPU has run this: nothing is measured.
@@ -144,6 +146,12 @@ static __device__ __forceinline__ moba_rank_t moba_rank(float score, int block, 
     const unsigned bits = __float_as_uint(score + 0.0f); // no negative zero
     const unsigned ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
     return (moba_rank_t)ordered << 32 | (unsigned)block;
+}
+
+// The score of a rank, -INFINITY of one that is no block's: the least that another one must have to be as high.
+static __device__ __forceinline__ float moba_score(moba_rank_t rank) {
+    const unsigned ordered = (unsigned)(rank >> 32);
+    return ordered == 0 ? -INFINITY : __uint_as_float(ordered >> 31 ? ordered ^ 0x80000000u : ~ordered);
 }
 
 static __device__ __forceinline__ moba_rank_t quad_highest(moba_rank_t x) {
@@ -256,6 +264,7 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
     load(0);
     const int lane = lane_of_warp(), warp_row = warp_of_block() * 16;
     const int query = first_query + warp_row + lane / 4; // and the 8th after it
+    const int eligible[2] = {query / S, (query + 8) / S};
     best_of_row<EACH> best[2];
     best[0].begin(choices), best[1].begin(choices);
     tile_rows<1, D, true> q;
@@ -273,6 +282,17 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 #pragma unroll
                 for (int i = 0; i < 4; i++) scores[0][n][i] += more[0][n][i];
         }
+        // Most tiles have nothing for any of the rows of the warp.
+        bool improves = false;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float highest = -INFINITY;
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 4; i++)
+                highest = fmaxf(highest, scores[0][i / 2][2 * half + i % 2]);
+            improves = improves || highest >= moba_score(best[half].lowest);
+        }
+        if (!__any_sync(ALL_LANES, improves)) continue;
         const int first_column = (tiles - 1 - tile) * COLUMNS + lane % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -280,7 +300,7 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 #pragma unroll
             for (int i = 0; i < COLUMNS / 4; i++)
                 candidates[i] = moba_rank(scores[0][i / 2][2 * half + i % 2],
-                                          first_column + i / 2 * 8 + i % 2, (query + 8 * half) / S);
+                                          first_column + i / 2 * 8 + i % 2, eligible[half]);
             best[half].take(candidates);
         }
     }

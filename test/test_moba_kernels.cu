@@ -444,16 +444,35 @@ static void test_lists(void** state) {
     }
 }
 
-// Blocks with the same keys have the same scores, and the newest of them are chosen.
+// Tile after tile of centroids, most of which have nothing for a row; then with scores that are all negative.
+static void test_many_centroids(void** state) {
+    (void)state;
+    for (int negative = 0; negative < 2; negative++) {
+        Case c = new_case(&MHA, 1, 2100, 32, 16, 3);
+        const int row = (c.H + 2 * c.G) * c.D;
+        for (int t = 0; t < c.T && negative; t++)
+            for (int head = 0; head < c.H + c.G; head++)
+                c.exact_qkv[(size_t)t * row + (size_t)head * c.D] = head < c.H ? 8 : -4;
+        upload(&c);
+        run_forward(&c, 0);
+        check_selection(&c);
+        free_case(&c);
+    }
+}
+
+// Blocks with the same keys have the same scores, and the newest of them are chosen; also where these are -INFINITY.
 static void test_ties(void** state) {
     (void)state;
-    const int Ks[] = {2, 4, 12, 20};
-    for (int i = 0; i < 4; i++) {
+    const int Ks[] = {2, 4, 12, 20, 4};
+    for (int i = 0; i < 5; i++) {
         Case c = new_case(&GQA, 1, 700, 32, 16, Ks[i]);
         const int row = (c.H + 2 * c.G) * c.D;
         for (int t = 16; t < c.T; t++)
             memcpy(c.exact_qkv + (size_t)t * row + c.H * c.D,
                    c.exact_qkv + (size_t)(t % 16) * row + c.H * c.D, sizeof(double) * c.G * c.D);
+        for (int t = 0; t < c.T && i == 4; t++)
+            for (int head = 0; head < c.H + c.G; head++)
+                c.exact_qkv[(size_t)t * row + head * c.D] = head < c.H ? 0x1p20 : -0x1p120;
         upload(&c);
         run_forward(&c, 0);
         int* selected = download_selected(&c);
@@ -719,6 +738,7 @@ int main(int argc, char** argv) {
         FLASHMOBA(workspace),
         FLASHMOBA(workspace_of_shorter_sequences),
         FLASHMOBA(lists),
+        FLASHMOBA(many_centroids),
         FLASHMOBA(ties),
         FLASHMOBA(nan),
         FLASHMOBA(all_blocks),
