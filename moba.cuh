@@ -857,17 +857,15 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
     auto rows_of = [&](int first) { return rows_ring + first / QUERIES % MOBA_TILES_OF_ENTRIES; };
     load_entries<QUERIES>((int*)rows_of(0)->entries, item, 0);
     cp_async_commit();
-    {
-        const size_t sequence = moba_sequence(x, head), h = moba_head(x, head), rows = sequence * x.T;
-        const size_t of_keys = rows * stride + (x.H + x.kv_of_q[h]) * D;
-        load_rows<D>(k_tile, neighbours(x.qkv + of_keys, stride, item.first_key, x.T), x.keys);
-        load_rows<D>(v_tile, neighbours(x.qkv + of_keys + x.G * D, stride, item.first_key, x.T), x.keys);
-        if (threadIdx.x == 0) {
-            work->item = item, work->of_keys = of_keys;
-            work->queries = x.qkv + rows * stride + h * D;
-            work->dout = dout + (rows * x.H + h) * D;
-            work->statistics = statistics + (sequence * x.H + h) * padded;
-        }
+    const size_t sequence = moba_sequence(x, head), h = moba_head(x, head), first_row = sequence * x.T;
+    const size_t of_keys = first_row * stride + (x.H + x.kv_of_q[h]) * D;
+    load_rows<D>(k_tile, neighbours(x.qkv + of_keys, stride, item.first_key, x.T), x.keys);
+    load_rows<D>(v_tile, neighbours(x.qkv + of_keys + x.G * D, stride, item.first_key, x.T), x.keys);
+    if (threadIdx.x == 0) {
+        work->item = item, work->of_keys = of_keys;
+        work->queries = x.qkv + first_row * stride + h * D;
+        work->dout = dout + (first_row * x.H + h) * D;
+        work->statistics = statistics + (sequence * x.H + h) * padded;
     }
     cp_async_wait<0>();
     __syncthreads(); // the first entries are there; keys and values come with the first queries
