@@ -197,8 +197,7 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
 #pragma unroll
                 for (int i = 0; i < 2; i++) sum[m][c][2 * half + i] *= inverse;
             if (lane % 4 == 0 && query < T)
-                lse[((size_t)b * H + h) * T + query] =
-                    softmax.maximum[m][half] * (scale_log2 * LN2) + logf(total);
+                lse[((size_t)b * H + h) * T + query] = softmax.maximum[m][half] * LN2 + logf(total);
         }
     // The warp's own queries are not needed any more.
     const size_t of_head = (size_t)b * T * H + h;

@@ -12,10 +12,12 @@ highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixtu
 
 A chain of kernels without a word from the host:
 
-    router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers
+    router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers, and a
+                 tile that improves no row of a warp is done with when its scores have been compared
     lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
     partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
-                 memory, gathered queries stream by, and each leaves a row of output and its log-sum-exp
+                 memory, gathered queries stream by, their entries of the list before them, and each leaves a row of output
+                 and its log-sum-exp
     merge        a query adds its K rows up, in the order of its choices, and pgqa's noise to the sum
 
 A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
@@ -60,8 +62,8 @@ has its own KV head and 807 MB where 4 share one, before the merge. (Two passes 
 The router's scores are of bf16 queries and of centroids in two terms of bf16, 16 bits: near enough to fp32 for the same
 choice, with twice the products of a router that rounds its centroids.
 
-Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 216 at D 128 and 250 at D 64, backward 255
-at both, router at most 181. Shared memory of a block is at most 97 KB, within the 99 KB of sm_86 and sm_89.
+Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 212 at D 128 and 247 at D 64, backward 255
+at both, router at most 182. Shared memory of a block is at most 98 KB, within the 99 KB of sm_86 and sm_89.
 By the clocks of gqa.cuh's head, a tile of 32 queries with 128 keys takes the backward at D 128 (8 warps of 16 keys) 2048
 of products and 3328 of ldmatrix, where two passes took 2867 and 4096; at D 64 (4 warps of 32 keys, 2 blocks) 1024 and 1152,
 where two passes took 1434 and 1664. 64 keys an item would gather all rows twice. No GPU has run this: nothing is measured.
@@ -144,6 +146,12 @@ static __device__ __forceinline__ moba_rank_t moba_rank(float score, int block, 
     const unsigned bits = __float_as_uint(score + 0.0f); // no negative zero
     const unsigned ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
     return (moba_rank_t)ordered << 32 | (unsigned)block;
+}
+
+// The score of a rank, -INFINITY of one that is no block's: the least that another one must have to be as high.
+static __device__ __forceinline__ float moba_score(moba_rank_t rank) {
+    const unsigned ordered = (unsigned)(rank >> 32);
+    return ordered == 0 ? -INFINITY : __uint_as_float(ordered >> 31 ? ordered ^ 0x80000000u : ~ordered);
 }
 
 static __device__ __forceinline__ moba_rank_t quad_highest(moba_rank_t x) {
@@ -256,6 +264,7 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
     load(0);
     const int lane = lane_of_warp(), warp_row = warp_of_block() * 16;
     const int query = first_query + warp_row + lane / 4; // and the 8th after it
+    const int eligible[2] = {query / S, (query + 8) / S};
     best_of_row<EACH> best[2];
     best[0].begin(choices), best[1].begin(choices);
     tile_rows<1, D, true> q;
@@ -273,6 +282,17 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 #pragma unroll
                 for (int i = 0; i < 4; i++) scores[0][n][i] += more[0][n][i];
         }
+        // Most tiles have nothing for any of the rows of the warp.
+        bool improves = false;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float highest = -INFINITY;
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 4; i++)
+                highest = fmaxf(highest, scores[0][i / 2][2 * half + i % 2]);
+            improves = improves || highest >= moba_score(best[half].lowest);
+        }
+        if (!__any_sync(ALL_LANES, improves)) continue;
         const int first_column = (tiles - 1 - tile) * COLUMNS + lane % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -280,7 +300,7 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 #pragma unroll
             for (int i = 0; i < COLUMNS / 4; i++)
                 candidates[i] = moba_rank(scores[0][i / 2][2 * half + i % 2],
-                                          first_column + i / 2 * 8 + i % 2, (query + 8 * half) / S);
+                                          first_column + i / 2 * 8 + i % 2, eligible[half]);
             best[half].take(candidates);
         }
     }
@@ -345,15 +365,23 @@ static __global__ void moba_count_kernel(moba_lists_t x) {
     if (block >= 0) atomicAdd(moba_tile_counts(x, head, t) + block, 1);
 }
 
+// A thread goes over the tiles of one block. It has the counts of MOBA_SCAN_TILES of them under way at a time.
+enum { MOBA_SCAN_TILES = 8 };
 static __global__ void moba_scan_tiles_kernel(moba_lists_t x) {
     const int block = blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
     if (block >= x.blocks) return;
     int total = 0;
-    for (int tile = 0; tile < x.tiles; tile++) {
-        int* count = x.counts + ((size_t)head * x.tiles + tile) * x.blocks + block;
-        const int before = total;
-        total += *count;
-        *count = before;
+    for (int tile = 0; tile < x.tiles; tile += MOBA_SCAN_TILES) {
+        int* first = x.counts + ((size_t)head * x.tiles + tile) * x.blocks + block;
+        int counts[MOBA_SCAN_TILES];
+#pragma unroll
+        for (int i = 0; i < MOBA_SCAN_TILES; i++)
+            counts[i] = tile + i < x.tiles ? first[(size_t)i * x.blocks] : 0;
+#pragma unroll
+        for (int i = 0; i < MOBA_SCAN_TILES; i++) {
+            if (tile + i < x.tiles) first[(size_t)i * x.blocks] = total;
+            total += counts[i];
+        }
     }
     x.totals[(size_t)head * x.blocks + block] = total;
 }
@@ -392,20 +420,35 @@ static __global__ void moba_scan_blocks_kernel(moba_lists_t x) {
         begins[x.blocks] = sums[MOBA_SCAN_THREADS].x, first_item[x.blocks] = sums[MOBA_SCAN_THREADS].y;
 }
 
-// A warp goes over the queries of its tile in their order; the choices of one query are of different blocks.
+// A warp goes over the choices of its tile in the order of queries, 32 at a time: of several queries, or half of one. Lanes that
+// have the same block write neighbouring entries, and the first of them counts all. A query has a power of two of places,
+// and those beyond its choices hold none.
 static __global__ void moba_fill_kernel(moba_lists_t x) {
     const int head = blockIdx.y, tile = x.start / MOBA_LIST_QUERIES + blockIdx.x;
     const int first = max(x.start, tile * MOBA_LIST_QUERIES);
-    const int end = min(x.end, (tile + 1) * MOBA_LIST_QUERIES);
+    const int queries = min(x.end, (tile + 1) * MOBA_LIST_QUERIES) - first;
     const int* begins = x.begins + (size_t)head * (x.blocks + 1);
+    const int* selected = x.selected + (moba_rows(x, head) + first) * (x.K - 1);
     int* counts = moba_tile_counts(x, head, first);
-    for (int t = first; t < end; t++) {
-        for (int choice = lane_of_warp(); choice < x.K; choice += 32) {
-            const int block = moba_choice(x, head, t, choice);
-            if (block >= 0)
-                x.entries[(size_t)head * x.queries * x.K + begins[block] + counts[block]++] =
-                    (int)((unsigned)choice << MOBA_TOKEN_BITS) | t;
-        }
+    int* entries = x.entries + (size_t)head * x.queries * x.K;
+    const int places_log2 = 32 - __clz(x.K - 1), S_log2 = 31 - __clz(x.S), lane = lane_of_warp();
+    auto choice_of = [&](int place) { return place & ((1 << places_log2) - 1); };
+    auto block_of = [&](int place) {
+        const int query = place >> places_log2, choice = choice_of(place);
+        if (query >= queries || choice >= x.K) return -1;
+        return choice == 0 ? (first + query) >> S_log2 : selected[query * (x.K - 1) + choice - 1];
+    };
+    int next = block_of(lane);
+    for (int done = 0; done < queries << places_log2; done += 32) {
+        const int place = done + lane, block = next;
+        next = block_of(place + 32); // on its way while this one is written
+        const unsigned same = __match_any_sync(ALL_LANES, block), before = same & ((1u << lane) - 1);
+        const int counted = block >= 0 ? counts[block] : 0;
+        if (block >= 0)
+            entries[begins[block] + counted + __popc(before)] =
+                (int)((unsigned)choice_of(place) << MOBA_TOKEN_BITS) | (first + (place >> places_log2));
+        __syncwarp(); // all have read what is counted up
+        if (block >= 0 && before == 0) counts[block] = counted + __popc(same);
         __syncwarp();
     }
 }
@@ -439,16 +482,29 @@ static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_l
     return true;
 }
 
+// Rows are gathered by entries that are in shared memory already, or every row would wait for its entry first: while a tile
+// is used, the next one is gathered and the entries of the one after that are on their way. That makes three tiles; the place of
+// one among four takes no division, and fewer registers.
+enum { MOBA_TILES_OF_ENTRIES = 4 };
+
+// Starts to copy entries of an item, from its first-th on, and 0 beyond its last one.
+template <int QUERIES>
+__device__ __forceinline__ void load_entries(int* to, const moba_item_t& item, int first) {
+    const int i = threadIdx.x;
+    if (i < QUERIES) cp_async4(to + i, item.entries + first + i, first + i < item.count);
+}
+
 // Row i of a tile is the token of entry i, of the entries that there are.
 template <typename Element> struct gathered_rows {
     Element* memory;
-    const int* entries;
+    const int* entries; // in shared memory
     int stride, end;
 
     __device__ __forceinline__ bool has(int row) const { return row < end; }
-    __device__ __forceinline__ Element* at(int row) const {
-        return memory + (size_t)moba_token(entries[min(row, end - 1)]) * stride;
+    __device__ __forceinline__ Element* of(int entry) const {
+        return memory + (size_t)moba_token(entry) * stride;
     }
+    __device__ __forceinline__ Element* at(int row) const { return of(entries[row]); }
 };
 
 template <typename Element>
@@ -457,6 +513,22 @@ __device__ __forceinline__ gathered_rows<Element> gathered(Element* memory, int 
     gathered_rows<Element> rows;
     rows.memory = memory, rows.entries = entries, rows.stride = stride, rows.end = end;
     return rows;
+}
+
+// Starts to copy gathered rows into a tile, each of THREADS threads its share. It reads all its entries before the first copy:
+// a copy may write what it does not know, so that the compiler reads nothing ahead of it.
+template <int ROWS, int D, int THREADS, typename Element>
+__device__ __forceinline__ void load_gathered(floatX* tile, const gathered_rows<Element>& rows) {
+    constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS, EACH = ROWS / STEP;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a thread copies a column of every STEP-th row");
+    const int thread = compute_here(threadIdx.x), first = thread / CHUNKS, column = thread % CHUNKS * CHUNK;
+    int entries[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) entries[i] = rows.entries[first + i * STEP];
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        cp_async16(tile + tile_offset<D>(first + i * STEP, column), rows.of(entries[i]) + column,
+                   rows.has(first + i * STEP));
 }
 
 // Where partial rows are, (heads, queries, K, parts): those of a query, and the first part of an entry's.
@@ -500,7 +572,9 @@ template <int D> struct moba_forward_shape {
     enum { M = 1 };
 #endif
     enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
-    static constexpr size_t shared_bytes(int keys) { return sizeof(floatX) * D * (2 * keys + 2 * QUERIES); }
+    static constexpr size_t shared_bytes(int keys) {
+        return sizeof(floatX) * D * (2 * keys + 2 * QUERIES) + sizeof(int) * MOBA_TILES_OF_ENTRIES * QUERIES;
+    }
 };
 
 // One block computes an item; a warp 16M of every QUERIES of its queries. The tile of queries after the one in use is on
@@ -515,7 +589,8 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     SHARED_MEMORY(floatX, shared);
     floatX* k_tile = shared;
     floatX* v_tile = k_tile + x.keys * D;
-    floatX* ring = v_tile + x.keys * D; // two slots
+    floatX* ring = v_tile + x.keys * D;                 // two slots
+    int* entries_ring = (int*)(ring + 2 * QUERIES * D); // MOBA_TILES_OF_ENTRIES
 
     moba_item_t item;
     const int head = blockIdx.y, part = blockIdx.x % x.parts;
@@ -523,15 +598,24 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     const int h = moba_head(x, head), stride = (x.H + 2 * x.G) * D, lane = lane_of_warp();
     const floatX* sequence = x.qkv + (size_t)moba_sequence(x, head) * x.T * stride;
     const floatX* k = sequence + (x.H + x.kv_of_q[h]) * D;
-    auto load = [&](int first) {
-        if (first < item.count)
-            load_rows<D>(ring + first / QUERIES % 2 * QUERIES * D,
-                         gathered(sequence + h * D, stride, item.entries + first, item.count - first),
-                         QUERIES);
+    auto entries_of = [&](int first) {
+        return entries_ring + first / QUERIES % MOBA_TILES_OF_ENTRIES * QUERIES;
+    };
+    auto load = [&](int first) { // a tile, and the entries of the one after it
+        if (first < item.count) {
+            load_gathered<QUERIES, D, shape::THREADS>(
+                ring + first / QUERIES % 2 * QUERIES * D,
+                gathered(sequence + h * D, stride, entries_of(first), item.count - first));
+            load_entries<QUERIES>(entries_of(first + QUERIES), item, first + QUERIES);
+        }
         cp_async_commit();
     };
+    load_entries<QUERIES>(entries_of(0), item, 0);
+    cp_async_commit();
     load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
     load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
+    cp_async_wait<0>();
+    __syncthreads(); // the first entries are there; keys and values come with the first queries
     load(0);
 
     const int warp_row = warp_of_block() * 16 * M;
@@ -541,7 +625,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
         load(first + QUERIES);
         if (first + warp_row >= item.count) continue;
         floatX* q_tile = ring + first / QUERIES % 2 * QUERIES * D;
-        const int* entries = item.entries + first;
+        const int* entries = entries_of(first);
         const int end = item.count - first;
         const bool local = moba_token(entries[warp_row]) < item.end_local;
         tile_rows<M, D, true> q;
@@ -559,7 +643,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         const int row = warp_row + 16 * m + i / 2 * 8 + lane / 4;
-                        const int t = moba_token(entries[min(row, end - 1)]);
+                        const int t = moba_token(entries[row]);
                         const int key = item.first_key + column + lane % 4 * 2 + i % 2;
 #pragma unroll
                         for (int n = 0; n < COLUMNS / 8; n++)
@@ -582,7 +666,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
                     for (int i = 0; i < 2; i++) sum[m][c][2 * half + i] *= inverse;
                 if (lane % 4 == 0 && row < end)
                     partial_lse[moba_partial(x, head, entries[row]) + part] =
-                        total > 0 ? softmax.maximum[m][half] * scale_log2 + log2f(total) : -INFINITY;
+                        total > 0 ? softmax.maximum[m][half] + log2f(total) : -INFINITY;
             }
         __syncwarp(); // the warp's own queries are not needed any more
         store_rows(partials<D>(partial_out, x, head, part, entries, end), q_tile, warp_row, sum);
@@ -719,7 +803,8 @@ template <int D> struct moba_backward_shape {
     enum { COLUMNS = 32 }; // of the gradients of 16 queries that a warp computes at a time
 };
 
-// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and entries of the list.
+// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and entries of the list. Both are 0 beyond the last
+// query, as are the rows of queries and gradients, so that its probabilities are 1 and add nothing.
 template <int QUERIES> struct moba_tile_rows {
     float4 statistics[QUERIES / 2];
     int2 entries[QUERIES / 2];
@@ -737,7 +822,7 @@ template <int D> static constexpr size_t moba_backward_shared_bytes(int keys) {
     typedef moba_backward_shape<D> shape;
     return 2 * carved_bytes<floatX>((size_t)keys * D) + carved_bytes<floatX>(shape::TILE) +
            carved_bytes<floatX>(2 * shape::TILE) + carved_bytes<floatX>((size_t)keys * shape::QUERIES) +
-           carved_bytes<moba_tile_rows<shape::QUERIES>>(2) + carved_bytes<moba_work>(1);
+           carved_bytes<moba_tile_rows<shape::QUERIES>>(MOBA_TILES_OF_ENTRIES) + carved_bytes<moba_work>(1);
 }
 
 // One block computes an item: what it adds to the gradients of its keys and values, and a row for each of its queries.
@@ -762,48 +847,49 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
     floatX* dscores_tile = carve<floatX>(rest, x.keys * QUERIES); // keys are rows
     floatX* dout_tile = carve<floatX>(rest, TILE);
     floatX* q_ring = carve<floatX>(rest, 2 * TILE);
-    tile_rows_t* rows_ring = carve<tile_rows_t>(rest, 2);
-
+    tile_rows_t* rows_ring = carve<tile_rows_t>(rest, MOBA_TILES_OF_ENTRIES);
     moba_work* work = carve<moba_work>(rest, 1);
     const int head = blockIdx.y, part = blockIdx.x % x.parts, stride = (x.H + 2 * x.G) * D;
     moba_item_t item;
     if (!moba_item(&item, x, head)) return;
     const bool goes_on = item.more == 0 && moba_goes_on(x, head);
     if (goes_on && item.count == 0) return;
+    auto rows_of = [&](int first) { return rows_ring + first / QUERIES % MOBA_TILES_OF_ENTRIES; };
+    load_entries<QUERIES>((int*)rows_of(0)->entries, item, 0);
+    cp_async_commit();
+    const size_t sequence = moba_sequence(x, head), h = moba_head(x, head), first_row = sequence * x.T;
+    const size_t of_keys = first_row * stride + (x.H + x.kv_of_q[h]) * D;
+    load_rows<D>(k_tile, neighbours(x.qkv + of_keys, stride, item.first_key, x.T), x.keys);
+    load_rows<D>(v_tile, neighbours(x.qkv + of_keys + x.G * D, stride, item.first_key, x.T), x.keys);
     if (threadIdx.x == 0) {
-        const size_t sequence = moba_sequence(x, head), h = moba_head(x, head), rows = sequence * x.T;
-        work->item = item;
-        work->queries = x.qkv + rows * stride + h * D;
-        work->of_keys = rows * stride + (x.H + x.kv_of_q[h]) * D;
-        work->dout = dout + (rows * x.H + h) * D;
+        work->item = item, work->of_keys = of_keys;
+        work->queries = x.qkv + first_row * stride + h * D;
+        work->dout = dout + (first_row * x.H + h) * D;
         work->statistics = statistics + (sequence * x.H + h) * padded;
     }
-    __syncthreads();
-    auto load_queries = [&](int first) {
-        const int end = work->item.count - first, slot = first / QUERIES % 2;
-        const int* entries = work->item.entries + first;
-        if (end > 0)
-            load_rows<D>(q_ring + slot * TILE, gathered(work->queries, stride, entries, end), QUERIES);
-        cp_async_commit();
-        for (int row = threadIdx.x; row < QUERIES && end > 0; row += blockDim.x) {
-            const int entry = entries[min(row, end - 1)];
-            ((int*)rows_ring[slot].entries)[row] = entry;
-            ((float2*)rows_ring[slot].statistics)[row] =
-                row < end ? work->statistics[moba_token(entry)] : make_float2(INFINITY, 0);
+    cp_async_wait<0>();
+    __syncthreads(); // the first entries are there; keys and values come with the first queries
+    auto load_queries = [&](int first) { // with their statistics, and the entries of the tile after them
+        const int end = work->item.count - first, row = threadIdx.x;
+        tile_rows_t* rows = rows_of(first);
+        const int* entries = (const int*)rows->entries;
+        if (end > 0) {
+            load_rows<D>(q_ring + first / QUERIES % 2 * TILE, gathered(work->queries, stride, entries, end),
+                         QUERIES);
+            if (row < QUERIES)
+                cp_async8((float2*)rows->statistics + row, work->statistics + moba_token(entries[row]),
+                          row < end);
+            load_entries<QUERIES>((int*)rows_of(first + QUERIES)->entries, work->item, first + QUERIES);
         }
+        cp_async_commit();
     };
     auto load_dout = [&](int first) {
         const int end = work->item.count - first;
         if (end > 0)
-            load_rows<D>(dout_tile, gathered(work->dout, x.H * D, work->item.entries + first, end), QUERIES);
+            load_rows<D>(dout_tile, gathered(work->dout, x.H * D, (const int*)rows_of(first)->entries, end),
+                         QUERIES);
         cp_async_commit();
     };
-
-    const neighbour_rows<const floatX> keys = neighbours(x.qkv + work->of_keys, stride, item.first_key, x.T);
-    const neighbour_rows<const floatX> values =
-        neighbours(x.qkv + work->of_keys + x.G * D, stride, item.first_key, x.T);
-    load_rows<D>(k_tile, keys, x.keys);
-    load_rows<D>(v_tile, values, x.keys);
     load_queries(0);
     load_dout(0);
     const int warp_row = warp_of_block() * 16 * M, warps = blockDim.x / 32;
@@ -822,7 +908,7 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
     __syncthreads();
     for (int first = 0; first < work->item.count; first += QUERIES) {
         floatX* q_tile = q_ring + first / QUERIES % 2 * TILE;
-        const tile_rows_t* rows = rows_ring + first / QUERIES % 2;
+        const tile_rows_t* rows = rows_of(first);
         float probs[M][QUERIES / 8][4], dscores[M][QUERIES / 8][4];
         multiply_transposed(probs, k, q_tile, 0);
 #pragma unroll

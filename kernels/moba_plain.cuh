@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
 #pragma unroll
                 for (int i = 0; i < 2; i++) sum[0][c][2 * half + i] *= inverse;
             if (lane % 4 == 0 && row < rows.end)
-                lse_of_head[row] = softmax.maximum[0][half] * (scale_log2 * LN2) + logf(total);
+                lse_of_head[row] = softmax.maximum[0][half] * LN2 + logf(total);
         }
         __syncwarp(); // the warp's own queries are not needed any more
         store_rows(neighbours(of_head, OWN ? x.H * D : D, query, rows.end), q_tile, warp_row, sum);

@@ -63,6 +63,21 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
         : "memory");
 }
 
+// The same for 4 and for 8 bytes, and multiples of them, through the L1 cache.
+__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+        "l"(global), "r"(valid ? 4 : 0)
+        : "memory");
+}
+
+__device__ __forceinline__ void cp_async8(void* shared, const void* global, bool valid) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+        "l"(global), "r"(valid ? 8 : 0)
+        : "memory");
+}
+
 // This thread's copies since the last commit become a group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

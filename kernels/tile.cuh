@@ -248,8 +248,7 @@ __device__ __forceinline__ void multiply_columns_add(float (&sum)[1][C][4], cons
 }
 
 static __device__ __forceinline__ void store_pair(floatX* at, float low, float high) {
-    const unsigned bits = pack(low, high);
-    memcpy(at, &bits, sizeof(bits));
+    *(unsigned*)at = pack(low, high); // columns are even: a multiple of 4 bytes
 }
 
 #else // fp32
@@ -340,7 +339,7 @@ static __device__ __forceinline__ float row_total(float sum) {
 }
 
 // A running softmax over the columns of 16M rows, in powers of two: exp(x) = exp2(x log2(e)) and exp2 is one instruction.
-// Every lane has the whole maximum of its rows, and the sum over its own columns.
+// Every lane has the whole maximum of its rows, scaled, and the sum over its own columns.
 template <int M> struct running_softmax {
     float maximum[M][2], sum[M][2];
 
@@ -352,7 +351,8 @@ template <int M> struct running_softmax {
     }
 
     // Scores become exp2(scale_log2 * score - maximum), and what was summed up with the old maximum is scaled to the new
-    // one. A score of -INFINITY is a key that the row does not see.
+    // one. A score of -INFINITY is a key that the row does not see. The maximum is kept as it was rounded when scores were
+    // taken from it: while it stays the sums are multiplied by exactly 1, over any number of tiles.
     template <int N, int C>
     __device__ __forceinline__ void update(float (&scores)[M][N][4], float (&out)[M][C][4],
                                            float scale_log2) {
@@ -360,14 +360,14 @@ template <int M> struct running_softmax {
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float largest = maximum[m][half];
+                float largest = -INFINITY;
 #pragma unroll
                 for (int n = 0; n < N; n++)
                     largest = fmaxf(largest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-                largest = row_maximum(largest);
+                largest = fmaxf(maximum[m][half], row_maximum(largest) * scale_log2);
                 // A row that has seen nothing yet: -INFINITY minus itself would be NaN.
-                const float offset = largest == -INFINITY ? 0 : largest * scale_log2;
-                const float correction = exp2_approximate(maximum[m][half] * scale_log2 - offset);
+                const float offset = largest == -INFINITY ? 0 : largest;
+                const float correction = exp2_approximate(maximum[m][half] - offset);
                 maximum[m][half] = largest;
                 sum[m][half] *= correction;
 #pragma unroll

@@ -182,6 +182,29 @@ static void test_large_scores(void** state) {
     }
 }
 
+// A large score that is the same with all keys: what is summed up in the first tiles keeps its weight to the last one.
+static void test_many_tiles(void** state) {
+    (void)state;
+    const int T = 6000, D = 32;
+    Case c = new_case(&ONE, 1, T, D, 0);
+    for (size_t i = 0; i < c.qkv_count; i++)
+        if (i / D % 3 < 2) c.exact_qkv[i] = i / D % 3 == 0 ? 11 : 13;
+    upload(&c);
+    run_forward(&c, T - 1);
+    double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+    Error of_out = {}, of_lse = {};
+    for (size_t i = c.out_count - D; i < c.out_count; i++) {
+        double mean = 0;
+        for (size_t t = 0; t < (size_t)T; t++) mean += c.exact_qkv[(3 * t + 2) * D + i % D] / T;
+        add_error(&of_out, out[i], mean);
+    }
+    add_error(&of_lse, lse[T - 1], 11 * 13 * sqrt(D) + log(T));
+    assert_error("out", c.words, &of_out, 0, 1);
+    assert_lse_error(c.words, &of_lse, 1);
+    free(out), free(lse);
+    free_case(&c);
+}
+
 // Rows start..T-1 alone are those of the whole; no other row is touched.
 static void test_start(void** state) {
     (void)state;
@@ -277,7 +300,7 @@ int main(int argc, char** argv) {
         cmocka_unit_test(test_shapes),          cmocka_unit_test(test_large_scores),
         cmocka_unit_test(test_start),           cmocka_unit_test(test_decoding),
         cmocka_unit_test(test_noise),           cmocka_unit_test(test_repeatable),
-        cmocka_unit_test(test_head_dimensions),
+        cmocka_unit_test(test_head_dimensions), cmocka_unit_test(test_many_tiles),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     reference_start();

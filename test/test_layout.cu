@@ -203,13 +203,21 @@ static void product_from_shared_memory(void** state) {
 
 enum { STAGES = 3 };
 
-// Each thread copies 16 bytes a stage, every third of them invalid, a group each, and reads a stage when only the newer groups may
+__device__ static void copy(int* shared, const int* global, bool valid) { cp_async4(shared, global, valid); }
+__device__ static void copy(int2* shared, const int2* global, bool valid) {
+    cp_async8(shared, global, valid);
+}
+__device__ static void copy(int4* shared, const int4* global, bool valid) {
+    cp_async16(shared, global, valid);
+}
+
+// Each thread copies an element a stage, every third of them invalid, a group each, and reads a stage when only the newer groups may
 // be unfinished.
-__global__ void copy_in_groups(int4* out, const int4* in) {
-    SHARED_MEMORY(int4, stages);
+template <class T> __global__ void copy_in_groups(T* out, const T* in) {
+    SHARED_MEMORY(T, stages);
     const int i = (int)threadIdx.x, n = (int)blockDim.x;
     for (int stage = 0; stage < STAGES; stage++) {
-        cp_async16(&stages[stage * n + i], &in[stage * n + i], (stage + i) % 3 != 0);
+        copy(&stages[stage * n + i], &in[stage * n + i], (stage + i) % 3 != 0);
         cp_async_commit();
     }
     cp_async_wait<2>();
@@ -222,21 +230,28 @@ __global__ void copy_in_groups(int4* out, const int4* in) {
     out[2 * n + i] = stages[2 * n + (i + n / 2) % n];
 }
 
-static void copies_in_groups(void** state) {
-    (void)state;
-    enum { THREADS = 96 };
-    DeviceArray<int4> in(STAGES * THREADS), out(STAGES * THREADS);
-    for (int i = 0; i < STAGES * THREADS; i++) in.host[i] = make_int4(i, -i, 3 * i, 1 << 20);
+template <class T> static void check_copies_in_groups() {
+    enum { THREADS = 96, WORDS = sizeof(T) / sizeof(int) };
+    DeviceArray<T> in(STAGES * THREADS), out(STAGES * THREADS);
+    int* words = (int*)in.host.data();
+    for (int i = 0; i < STAGES * THREADS * WORDS; i++) words[i] = i * 12345 - (1 << 20);
     in.to_device();
-    launch(copy_in_groups, 1, THREADS, STAGES * THREADS * sizeof(int4), nullptr, out.device, in.device);
+    launch(copy_in_groups<T>, 1, THREADS, STAGES * THREADS * sizeof(T), nullptr, out.device, in.device);
     out.to_host();
     const int shifts[STAGES] = {0, 1, THREADS / 2};
     for (int stage = 0; stage < STAGES; stage++)
         for (int i = 0; i < THREADS; i++) {
             const int from = (i + shifts[stage]) % THREADS, valid = (stage + from) % 3 != 0;
-            const int4 expected = valid ? in.host[stage * THREADS + from] : make_int4(0, 0, 0, 0);
+            const T expected = valid ? in.host[stage * THREADS + from] : T();
             assert_memory_equal(&out.host[stage * THREADS + i], &expected, sizeof(expected));
         }
+}
+
+static void copies_in_groups(void** state) {
+    (void)state;
+    check_copies_in_groups<int>();
+    check_copies_in_groups<int2>();
+    check_copies_in_groups<int4>();
 }
 
 // More shared memory than a block gets unasked, in arrays that are carved from it.
@@ -350,7 +365,7 @@ __device__ static int sum_of_mask(unsigned mask, int value) {
     return sum;
 }
 
-__global__ void sum_in_thirds(int* sums, unsigned* ballots, int* votes) {
+__global__ void sum_in_thirds(int* sums, unsigned* ballots, int* votes, unsigned* matches) {
     const int lane = (int)threadIdx.x % 32, third = lane % 3;
     unsigned mask = 0;
     for (int i = third; i < 32; i += 3) mask |= 1u << i;
@@ -360,28 +375,33 @@ __global__ void sum_in_thirds(int* sums, unsigned* ballots, int* votes) {
     else sums[threadIdx.x] = sum_of_mask(mask, 3 * value);
     ballots[threadIdx.x] = __ballot_sync(mask, lane % 2);
     votes[threadIdx.x] = __any_sync(mask, lane == 6) + 2 * __all_sync(mask, lane != 7);
+    matches[2 * threadIdx.x] = __match_any_sync(mask, lane / 5 - 1);
+    matches[2 * threadIdx.x + 1] = __match_any_sync(mask, (unsigned long long)(lane / 5) << 32);
 }
 
 static void partial_masks(void** state) {
     (void)state;
     enum { THREADS = 64 };
     DeviceArray<int> sums(THREADS), votes(THREADS);
-    DeviceArray<unsigned> ballots(THREADS);
-    launch(sum_in_thirds, 1, THREADS, 0, nullptr, sums.device, ballots.device, votes.device);
+    DeviceArray<unsigned> ballots(THREADS), matches(2 * THREADS);
+    launch(sum_in_thirds, 1, THREADS, 0, nullptr, sums.device, ballots.device, votes.device, matches.device);
     sums.to_host();
     ballots.to_host();
     votes.to_host();
+    matches.to_host();
     for (int thread = 0; thread < THREADS; thread++) {
         const int lane = thread % 32, warp = thread / 32, third = lane % 3;
         int sum = 0;
-        unsigned ballot = 0;
+        unsigned ballot = 0, match = 0;
         for (int other = third; other < 32; other += 3) {
             sum += (third + 1) * (warp * 32 + other) * (warp * 32 + other);
             ballot |= (unsigned)(other % 2) << other;
+            match |= (unsigned)(other / 5 == lane / 5) << other;
         }
         assert_int_equal(sums.host[thread], sum);
         assert_int_equal(ballots.host[thread], ballot);
         assert_int_equal(votes.host[thread], (third == 0) + 2 * (third != 1));
+        for (int i = 0; i < 2; i++) assert_int_equal(matches.host[2 * thread + i], match);
     }
 }
 

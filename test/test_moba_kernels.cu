@@ -115,12 +115,14 @@ static void run_backward(Case* c) {
     device_free(workspace);
 }
 
-static int* download_selected(const Case* c) {
-    int* selected = (int*)calloc_or_fail(c->selected_count + 1, sizeof(int), "a test");
-    copy_to_host(selected, c->selected, c->selected_count * sizeof(int), 0);
+static int* download_ints(const int* values, size_t count) {
+    int* host = (int*)calloc_or_fail(count + 1, sizeof(int), "a test");
+    copy_to_host(host, values, count * sizeof(int), 0);
     stream_synchronize(0);
-    return selected;
+    return host;
 }
+
+static int* download_selected(const Case* c) { return download_ints(c->selected, c->selected_count); }
 
 // ----------------------------------------------------------------------------
 // Errors
@@ -390,16 +392,87 @@ static void test_workspace_of_shorter_sequences(void** state) {
     moba_workspace_bound = (size_t)1 << 30;
 }
 
-// Blocks with the same keys have the same scores, and the newest of them are chosen.
+// Some of the blocks before a query's own, the newest first, then -1; more often than not as many as it may choose.
+static void draw_choices(int* chosen, int choices, int past, uint64_t* state) {
+    for (int i = 0; i < choices; i++) {
+        *state = *state * 6364136223846793005ull + 1442695040888963407ull;
+        past -= 1 + (int)(*state >> 62);
+        chosen[i] = max(-1, past);
+    }
+}
+
+// Every list has its queries in their order, whatever the number of choices, of whole sequences and of rows from start on.
+static void test_lists(void** state) {
+    (void)state;
+    static const int shapes[][4] = {{2400, 0, 16, 8},  {700, 0, 16, 1},   {700, 300, 32, 2},
+                                    {520, 511, 16, 5}, {1100, 0, 16, 33}, {1300, 257, 16, 64}};
+    for (int i = 0; i < 6; i++) {
+        const moba_shape_t s = {2, shapes[i][0], shapes[i][1], 2, 1, 32, shapes[i][2], shapes[i][3]};
+        const int choices = s.K - 1, heads = s.B * s.H;
+        const size_t selected_count = moba_selected_count(s.B, s.T, s.H, s.K);
+        int* chosen = (int*)calloc_or_fail(selected_count + 1, sizeof(int), "a test");
+        int* selected = (int*)forgotten((selected_count + 1) * sizeof(int));
+        uint64_t random = (uint64_t)i;
+        for (int row = 0; row < heads * s.T; row++)
+            draw_choices(chosen + (size_t)row * choices, choices, row % s.T / s.S, &random);
+        copy_to_device(selected, chosen, selected_count * sizeof(int), 0);
+        const moba_turn_t turn = moba_turn(&s, 0);
+        char* memory = (char*)forgotten(moba_turn_bytes(&s, 0));
+        const moba_group_t group = moba_first_group(memory, &s, &turn, selected, NULL, NULL, 0);
+        const moba_lists_t* x = &group.lists;
+        assert_int_equal(group.heads, heads);
+        moba_build_lists(&group, 0);
+        int* begins = download_ints(x->begins, (size_t)heads * (x->blocks + 1));
+        int* entries = download_ints(x->entries, (size_t)heads * x->queries * s.K);
+        for (int head = 0; head < heads; head++) {
+            int at = 0;
+            for (int block = 0; block < x->blocks; block++) {
+                assert_int_equal(begins[head * (x->blocks + 1) + block], at);
+                for (int t = s.start; t < s.T; t++)
+                    for (int choice = 0; choice < s.K; choice++) {
+                        const int of_choice =
+                            choice == 0 ? t / s.S : chosen[((size_t)head * s.T + t) * choices + choice - 1];
+                        if (of_choice != block) continue;
+                        assert_int_equal(entries[(size_t)head * x->queries * s.K + at++],
+                                         (int)((unsigned)choice << MOBA_TOKEN_BITS) | t);
+                    }
+            }
+            assert_int_equal(begins[head * (x->blocks + 1) + x->blocks], at);
+        }
+        free(chosen), free(begins), free(entries);
+        device_free(selected), device_free(memory);
+    }
+}
+
+// Tile after tile of centroids, most of which have nothing for a row; then with scores that are all negative.
+static void test_many_centroids(void** state) {
+    (void)state;
+    for (int negative = 0; negative < 2; negative++) {
+        Case c = new_case(&MHA, 1, 2100, 32, 16, 3);
+        const int row = (c.H + 2 * c.G) * c.D;
+        for (int t = 0; t < c.T && negative; t++)
+            for (int head = 0; head < c.H + c.G; head++)
+                c.exact_qkv[(size_t)t * row + (size_t)head * c.D] = head < c.H ? 8 : -4;
+        upload(&c);
+        run_forward(&c, 0);
+        check_selection(&c);
+        free_case(&c);
+    }
+}
+
+// Blocks with the same keys have the same scores, and the newest of them are chosen; also where these are -INFINITY.
 static void test_ties(void** state) {
     (void)state;
-    const int Ks[] = {2, 4, 12, 20};
-    for (int i = 0; i < 4; i++) {
+    const int Ks[] = {2, 4, 12, 20, 4};
+    for (int i = 0; i < 5; i++) {
         Case c = new_case(&GQA, 1, 700, 32, 16, Ks[i]);
         const int row = (c.H + 2 * c.G) * c.D;
         for (int t = 16; t < c.T; t++)
             memcpy(c.exact_qkv + (size_t)t * row + c.H * c.D,
                    c.exact_qkv + (size_t)(t % 16) * row + c.H * c.D, sizeof(double) * c.G * c.D);
+        for (int t = 0; t < c.T && i == 4; t++)
+            for (int head = 0; head < c.H + c.G; head++)
+                c.exact_qkv[(size_t)t * row + head * c.D] = head < c.H ? 0x1p20 : -0x1p120;
         upload(&c);
         run_forward(&c, 0);
         int* selected = download_selected(&c);
@@ -667,6 +740,8 @@ int main(int argc, char** argv) {
         FLASHMOBA(pieces),
         FLASHMOBA(workspace),
         FLASHMOBA(workspace_of_shorter_sequences),
+        FLASHMOBA(lists),
+        FLASHMOBA(many_centroids),
         FLASHMOBA(ties),
         FLASHMOBA(nan),
         FLASHMOBA(all_blocks),

@@ -142,6 +142,12 @@ __global__ void copy_from(const char* from, int offset, int shared_offset) {
     cp_async_wait<0>();
 }
 
+__global__ void copy_words_from(const char* from, int offset, int pairs) {
+    SHARED_MEMORY(char, bytes);
+    if (pairs) cp_async8(bytes, from + offset, true);
+    else cp_async4(bytes, from + offset, true);
+}
+
 __global__ void copy_to(const char* from, char* to) { cp_async16(to, from, true); }
 
 __global__ void load_from(const char* global, int offset) {
@@ -165,6 +171,13 @@ static void addresses(void** state) {
     assert_launch_fails("must be multiples of 16", copy_from, 1, from.device, 8, 0);
     assert_launch_fails("must be multiples of 16", copy_from, 1, from.device, 0, 4);
     assert_launch_fails("is not device memory", copy_from, 1, from.device, 64, 0);
+    for (int pairs = 0; pairs < 2; pairs++) {
+        const int bytes = pairs ? 8 : 4;
+        launch(copy_words_from, 1, 1, 64, nullptr, from.device, 64 - bytes, pairs);
+        assert_launch_fails(pairs ? "must be multiples of 8" : "must be multiples of 4", copy_words_from, 1,
+                            from.device, bytes / 2, pairs);
+        assert_launch_fails("is not device memory", copy_words_from, 1, from.device, 64, pairs);
+    }
     assert_launch_fails("is not shared memory", copy_to, 1, from.device, to.device);
     assert_launch_fails("row address", load_from, 32, (char*)nullptr, 8);
     assert_launch_fails("is not shared memory", load_from, 32, from.device, 0);
@@ -305,25 +318,29 @@ static void unwritten_memory(void** state) {
 // ----------------------------------------------------------------------------
 // cp.async
 
-__global__ void look_at_copy(unsigned* seen, const unsigned* from) {
+__global__ void look_at_copy(unsigned* seen, const unsigned* from, int words) {
     SHARED_MEMORY(unsigned, to);
-    for (int i = 0; i < 4; i++) to[i] = 1;
-    cp_async16(to, from, true);
-    seen[0] = to[3];
+    const int last = words - 1;
+    for (int i = 0; i < 5; i++) to[i] = 1;
+    if (words == 1) cp_async4(to, from, true);
+    else if (words == 2) cp_async8(to, from, true);
+    else cp_async16(to, from, true);
+    seen[0] = to[last];
     cp_async_wait<0>(); // not committed: in no group that a wait could wait for
-    seen[1] = to[3];
+    seen[1] = to[last];
     cp_async_commit();
     cp_async_wait<1>();
-    seen[2] = to[3];
+    seen[2] = to[last];
     cp_async_wait<0>();
-    seen[3] = to[3];
+    seen[3] = to[last];
+    seen[4] = to[words];
 }
 
 static void moments_of_copies(void** state) {
     (void)state;
     const simt::Options kept = simt::options;
-    DeviceArray<unsigned> seen(4), from(4);
-    for (int i = 0; i < 4; i++) from.host[i] = 7;
+    DeviceArray<unsigned> seen(5), from(5);
+    for (int i = 0; i < 5; i++) from.host[i] = 7;
     from.to_device();
     int early = 0;
     for (int round = 0; round < 40; round++) {
@@ -331,12 +348,14 @@ static void moments_of_copies(void** state) {
                               : round == 1 ? simt::ASYNC_EAGER
                                            : simt::ASYNC_MIXED;
         simt::options.seed = (uint64_t)round;
-        launch(look_at_copy, 1, 1, 16, nullptr, seen.device, from.device);
+        launch(look_at_copy, 1, 1, 5 * sizeof(unsigned), nullptr, seen.device, from.device,
+               round == 0 ? 4 : 1 << round % 3);
         seen.to_host();
         if (round == 0) assert_int_equal(seen.host[0], 0xffffffffu);
         if (round == 1) assert_int_equal(seen.host[0], 7);
         for (int i = 1; i < 3; i++) assert_int_equal(seen.host[i], seen.host[0]);
         assert_int_equal(seen.host[3], 7);
+        assert_int_equal(seen.host[4], 1); // what is beside it
         early += round > 1 && seen.host[0] == 7;
     }
     assert_true(early > 5 && early < 33);

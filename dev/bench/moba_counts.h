@@ -9,8 +9,9 @@ that any kernels could do. No GPU and no emulator is needed, so lengths are thos
 
 Each formula below follows one kernel of moba.cuh, with the sizes of tiles that the kernel is compiled with and the groups of
 heads that moba_first_group() and moba_next_group() go through; test/test_moba_counts.cu compares them with what the emulator
-counts (dev/simt/counters.h), exactly. It counts the bytes of rows; those of single words (indices, log-sum-exps, statistics,
-sums that go from registers to memory) are by formula only, each word once for every kernel that uses it.
+counts (dev/simt/counters.h), exactly. It counts the bytes of rows, and of entries and statistics that come by cp.async; those of
+other single words (indices, log-sum-exps, sums that go from registers to memory) are by formula only, each word once for
+every kernel that uses it.
 
 A floor is the work of docs/math.md in the least bytes, by counting: count_floors() has the formulas.
 */
@@ -108,8 +109,8 @@ static inline int* drawn_selection(const moba_shape_t* s, Draw draw, uint64_t se
 typedef struct {
     double launches;
     double products;                  // mma.m16n8k16
-    double copied;                    // bytes of rows: by cp.async,
-    double loaded, stored;            // and by load(), store() and store_rows()
+    double copied;                    // bytes by cp.async: of rows, and of what rows are gathered by,
+    double loaded, stored;            // and of rows by load(), store() and store_rows()
     double words_read, words_written; // other bytes
     double atomics;
     double useful; // operations that the definition asks for
@@ -225,10 +226,10 @@ template <int D> static inline void add_forward(Work* w, const GroupHead* head) 
         for (int item = 0; item < count_items(head->lengths[block]); item++) {
             const int entries = least(head->lengths[block] - item * MOBA_ITEM, MOBA_ITEM);
             const int loaded = entries > 0 ? 2 * keys_there(block * x->S, x->S, x->T) : 0;
-            w->copied += (loaded + (double)x->parts * entries) * row;
+            w->copied += (loaded + (double)x->parts * entries) * row + x->parts * entries * sizeof(int);
             w->stored += x->parts * entries * row;
             w->products += 2 * products(ceil_div(entries, ROWS) * ROWS, x->S, D);
-            w->words_read += x->parts * (entries * sizeof(int) + sizeof(int2));
+            w->words_read += x->parts * sizeof(int2);
             w->words_written += x->parts * entries * sizeof(float);
         }
 }
@@ -276,10 +277,11 @@ template <int D> static inline void add_backward(Work* w, const GroupHead* head)
             const int entries = least(head->lengths[block] - item * MOBA_ITEM, MOBA_ITEM);
             const int keys = keys_there(block * x->S, x->S, x->T), continues = item == 0 && goes_on(head);
             if (continues && entries == 0) continue;
-            w->copied += 2.0 * (keys + x->parts * entries) * row;
+            w->copied +=
+                2.0 * (keys + x->parts * entries) * row + x->parts * entries * (sizeof(int) + sizeof(float2));
             w->stored += x->parts * entries * row;
             w->products += 5 * products(x->S, ceil_div(entries, QUERIES) * QUERIES, D);
-            w->words_read += x->parts * (entries * (sizeof(int) + sizeof(float2)) + sizeof(int2));
+            w->words_read += x->parts * sizeof(int2);
             if (continues) w->words_read += 2 * keys * sum;
             if (is_whole_block(head, block)) w->stored += 2 * keys * row;
             else w->words_written += 2.0 * (item == 0 ? keys : x->S) * sum;

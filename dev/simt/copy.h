@@ -1,5 +1,5 @@
 /*
-cp.async: copies of 16 bytes from device memory to shared memory that are done only when the thread has waited for them, and
+cp.async: copies of 4, 8 or 16 bytes from device memory to shared memory that are done only when the thread has waited for them, and
 then only known to that thread until the next barrier.
 
 On a GPU the copy happens at any moment between its issue and the wait. SIMT_ASYNC chooses one: at the wait (lazy; until then
@@ -16,37 +16,46 @@ The copies themselves are instrumented, so that the sanitizers see them as this 
 
 namespace simt {
 
-inline void do_copy(void* to, const void* from, bool valid) {
-    *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+template <class T> inline void copy_as(void* to, const void* from, bool valid) {
+    *(T*)to = valid ? *(const T*)from : T();
+}
+
+inline void do_copy(void* to, const void* from, unsigned bytes, bool valid) {
+    if (bytes == 4) copy_as<unsigned>(to, from, valid);
+    else if (bytes == 8) copy_as<uint2>(to, from, valid);
+    else copy_as<uint4>(to, from, valid);
 }
 
 // What may happen at once to both ends of a copy: an access that the sanitizers see where the copy is issued.
-inline void overwrite(void* to, const void* from, bool valid) {
+inline void overwrite(void* to, const void* from, unsigned bytes, bool valid) {
+    for (unsigned i = 0; i < bytes / 4; i++) {
 #if defined(SIMT_ADDRESS) || defined(SIMT_THREAD)
-    if (valid) (void)*(const volatile unsigned*)from, (void)((const volatile unsigned*)from)[3];
+        if (valid) (void)((const volatile unsigned*)from)[i];
 #endif
+        ((unsigned*)to)[i] = ~0u;
+    }
     (void)from, (void)valid;
-    *(uint4*)to = make_uint4(~0u, ~0u, ~0u, ~0u);
 }
 
-SIMT_INTERNAL inline void copy_async(void* to, const void* from, bool valid, const Place& place) {
-    if (((uintptr_t)to | (uintptr_t)from) % 16)
-        kernel_error("%s (%s:%d): addresses %p and %p must be multiples of 16", place.operation, place.file,
-                     place.line, to, from);
-    if (!may_be_shared(to, 16))
+SIMT_INTERNAL inline void copy_async(void* to, const void* from, unsigned bytes, bool valid,
+                                     const Place& place) {
+    if (((uintptr_t)to | (uintptr_t)from) % bytes)
+        kernel_error("%s (%s:%d): addresses %p and %p must be multiples of %u", place.operation, place.file,
+                     place.line, to, from, bytes);
+    if (!may_be_shared(to, bytes))
         kernel_error("%s (%s:%d): %p is not shared memory", place.operation, place.file, place.line, to);
-    if (valid && !is_device_memory((uintptr_t)from, 16))
+    if (valid && !is_device_memory((uintptr_t)from, bytes))
         kernel_error("%s (%s:%d): %p is not device memory", place.operation, place.file, place.line, from);
     Thread* thread = current;
     if (thread->pending_end - thread->first_pending == MAX_PENDING)
         kernel_error("%s (%s:%d): more than %d copies that nobody has waited for", place.operation,
                      place.file, place.line, MAX_PENDING);
     PendingCopy* copy = &thread->pending[thread->pending_end++ % MAX_PENDING];
-    *copy = {to, from, thread->open_group, valid, false};
-    overwrite(to, from, valid);
-    if (valid) count(&Counters::copied, 16);
+    *copy = {to, from, thread->open_group, bytes, valid, false};
+    overwrite(to, from, bytes, valid);
+    if (valid) count(&Counters::copied, bytes);
     copy->done = options.async == ASYNC_EAGER || (options.async == ASYNC_MIXED && random_bits() % 2);
-    if (copy->done) do_copy(to, from, valid);
+    if (copy->done) do_copy(to, from, bytes, valid);
 }
 
 // Finishes all groups but the newest `groups` ones. Copies that were never committed are in no group yet.
@@ -55,7 +64,7 @@ SIMT_INTERNAL inline void copy_wait(unsigned groups) {
     for (; thread->first_pending != thread->pending_end; thread->first_pending++) {
         PendingCopy* copy = &thread->pending[thread->first_pending % MAX_PENDING];
         if (copy->group + groups >= thread->open_group) return;
-        if (!copy->done) do_copy(copy->to, copy->from, copy->valid);
+        if (!copy->done) do_copy(copy->to, copy->from, copy->bytes, copy->valid);
     }
 }
 
@@ -63,8 +72,14 @@ SIMT_INTERNAL inline void copy_commit() { current->open_group++; }
 
 } // namespace simt
 
+inline void cp_async4(void* shared, const void* global, bool valid, SIMT_PLACE) {
+    simt::copy_async(shared, global, 4, valid, {"cp_async4", file, line});
+}
+inline void cp_async8(void* shared, const void* global, bool valid, SIMT_PLACE) {
+    simt::copy_async(shared, global, 8, valid, {"cp_async8", file, line});
+}
 inline void cp_async16(void* shared, const void* global, bool valid, SIMT_PLACE) {
-    simt::copy_async(shared, global, valid, {"cp_async16", file, line});
+    simt::copy_async(shared, global, 16, valid, {"cp_async16", file, line});
 }
 inline void cp_async_commit() { simt::copy_commit(); }
 template <int groups> inline void cp_async_wait() { simt::copy_wait(groups); }

@@ -141,7 +141,7 @@ enum State { READY, WAITING, RETURNED };
 struct PendingCopy {
     void* to;
     const void* from;
-    unsigned group;
+    unsigned group, bytes;
     bool valid, done;
 };
 enum { MAX_PENDING = 256 };

@@ -111,6 +111,18 @@ SIMT_INTERNAL inline unsigned vote(unsigned mask, int predicate, const Place& pl
     return ballot;
 }
 
+// The lanes whose values have the bits of the caller's.
+template <class T> SIMT_INTERNAL inline unsigned match(unsigned mask, T value, const Place& place) {
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
+                  "CUDA has no match of this type");
+    const Payload* payload = meet(mask, value, Nothing(), false, place);
+    unsigned same = 0;
+    for (unsigned left = mask; left; left &= left - 1)
+        if (!__builtin_memcmp(payload[__builtin_ctz(left)].bytes, &value, sizeof(value)))
+            same |= left & -left;
+    return same;
+}
+
 } // namespace simt
 
 // ----------------------------------------------------------------------------
@@ -164,6 +176,9 @@ inline int __any_sync(unsigned mask, int predicate, SIMT_PLACE) {
 }
 inline int __all_sync(unsigned mask, int predicate, SIMT_PLACE) {
     return simt::vote(mask, predicate, {"__all_sync", file, line}) == mask;
+}
+template <class T> inline unsigned __match_any_sync(unsigned mask, T value, SIMT_PLACE) {
+    return simt::match(mask, value, {"__match_any_sync", file, line});
 }
 
 #endif
