@@ -24,7 +24,7 @@ sm_80, about 1.6 on sm_90 (mma.sync reaches 62 % of what wgmma can), and 4 for a
 uses every fragment of keys or values twice, one of 16 once, hence 32 wherever the sums leave the registers. For one warp and
 tile, products and loads in clocks of sm_90; the larger one is the floor:
     kernel    D     a block        tile        mma     ldmatrix    registers   shared KB   blocks
-    forward   64    128 queries    64 keys     206     128         222         48          2
+    forward   64    128 queries    64 keys     206     128         231         48          2
               128   128 queries    48 keys     309     256         243         80          2
     keys      64    128 keys       32 queries  206     192         250         48.5        2
               128   128 keys       32 queries  206     320         235         96.5        1 (8 warps of 16 rows)

@@ -231,10 +231,10 @@ template <class T> __global__ void copy_in_groups(T* out, const T* in) {
 }
 
 template <class T> static void check_copies_in_groups() {
-    enum { THREADS = 96, WORDS = sizeof(T) / sizeof(int) };
+    enum { THREADS = 96 };
     DeviceArray<T> in(STAGES * THREADS), out(STAGES * THREADS);
-    int* words = (int*)in.host.data();
-    for (int i = 0; i < STAGES * THREADS * WORDS; i++) words[i] = i * 12345 - (1 << 20);
+    unsigned char* bytes = (unsigned char*)in.host.data();
+    for (size_t i = 0; i < STAGES * THREADS * sizeof(T); i++) bytes[i] = (unsigned char)(i * 97 % 251 + 1);
     in.to_device();
     launch(copy_in_groups<T>, 1, THREADS, STAGES * THREADS * sizeof(T), nullptr, out.device, in.device);
     out.to_host();

@@ -460,6 +460,30 @@ static void test_many_centroids(void** state) {
     }
 }
 
+// A newer block is better, but for one query of every 16, for which it is one of the first 32 blocks, each of them once: of all
+// that a warp compares with the oldest tile of centroids one score is higher than what it has.
+static void test_one_improves(void** state) {
+    (void)state;
+    const int S = 16, first = 1024;
+    Case c = new_case(&ONE, 1, first + 32 * 16, 64, S, 2);
+    for (int t = 0; t < c.T; t++) {
+        double *query = c.exact_qkv + (size_t)t * 3 * c.D, *key = query + c.D;
+        const int block = t / S, warp = (t - first) / 16;
+        for (int d = 0; d < c.D; d++)
+            query[d] = d == 0, key[d] = d == 0 ? block : block < 32 && d == 1 + block;
+        if (t >= first && t % 16 == warp % 16) query[1 + warp] = 128;
+    }
+    upload(&c);
+    run_forward(&c, 0);
+    int* selected = download_selected(&c);
+    for (int t = 0; t < c.T; t++) {
+        const int warp = (t - first) / 16;
+        assert_int_equal(selected[t], t >= first && t % 16 == warp % 16 ? warp : t / S - 1);
+    }
+    free(selected);
+    free_case(&c);
+}
+
 // Blocks with the same keys have the same scores, and the newest of them are chosen; also where these are -INFINITY.
 static void test_ties(void** state) {
     (void)state;
@@ -742,6 +766,7 @@ int main(int argc, char** argv) {
         FLASHMOBA(workspace_of_shorter_sequences),
         FLASHMOBA(lists),
         FLASHMOBA(many_centroids),
+        FLASHMOBA(one_improves),
         FLASHMOBA(ties),
         FLASHMOBA(nan),
         FLASHMOBA(all_blocks),
