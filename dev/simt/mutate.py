@@ -359,18 +359,17 @@ class Programs:
 
     def __init__(self, directory, compiler, mutants):
         self.directory, self.compiler, self.mutants = directory, compiler, mutants
-        self.seconds, self.sound = {}, set()
+        self.seconds, self.allowed = {}, {}
         write_headers(directory, mutants)
 
-    def assert_sound(self, path, pattern, mode):
-        """Without a mutant the tests must pass, in this mode too: what a mutant does could not be told otherwise."""
-        if (path, pattern, mode) in self.sound:
-            return
-        self.sound.add((path, pattern, mode))
-        build, environment = MODES[mode]
-        ended, where = run(path, [pattern] if pattern else [], 0, build, environment)
-        if ended != "passed":
-            sys.exit("%s %s in mode %s %s without a mutant, in %s" % (path, pattern or "", mode, ended, where))
+    def time_allowed(self, path, pattern, mode):
+        """CPU seconds that a mutant gets: some times what the tests take without one. They must pass then, in this mode too."""
+        if (path, pattern, mode) not in self.allowed:
+            ended, where, seconds = run(path, pattern, 0, mode, MOST_SECONDS)
+            if ended != "passed":
+                sys.exit("%s %s in mode %s %s without a mutant, in %s" % (path, pattern or "", mode, ended, where))
+            self.allowed[path, pattern, mode] = int(SLOWER * seconds) + 5
+        return self.allowed[path, pattern, mode]
 
     def leave_out(self, errors):
         """What the compiler refuses is no mutant: those in the lines that its messages show."""
@@ -413,8 +412,9 @@ MODES = {  # build, and what the emulator is told
     "address": ("address", {}),
     "thread": ("thread", {}),
 }
-CPU_SECONDS = {"plain": 20, "address": 60, "thread": 200}
-WALL_SECONDS = 400  # of a process that waits for ever; others may use the machine, too
+SLOWER = 3  # what a mutant may take of CPU time, against the tests as they are
+MOST_SECONDS = 1500  # of CPU time, for these
+WALL_SECONDS = 2000  # of a process that waits for ever; others may use the machine, too
 TROUBLE = re.compile(r"^\[  ERROR   \]|^\[  FAILED  \]|ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer", re.M)
 
 
@@ -425,13 +425,14 @@ def limit_time(seconds):
     return limit
 
 
-def run(path, arguments, mutant, build, environment):
-    """How it ended, "passed", "failed" or "timeout", and the test that was running then."""
-    settings = dict(os.environ, MUTANT=str(mutant), OMP_NUM_THREADS="1", MALLOC_PERTURB_="165", **environment)
+def run(path, pattern, mutant, mode, cpu_seconds):
+    """How it ended, "passed", "failed" or "timeout", the test that was running then, and the CPU seconds that it took."""
+    settings = dict(os.environ, MUTANT=str(mutant), OMP_NUM_THREADS="1", MALLOC_PERTURB_="165", **MODES[mode][1])
     settings["ASAN_OPTIONS"] = "allocator_may_return_null=1:detect_leaks=0"
-    process = subprocess.Popen([path] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=settings, cwd=ROOT,
-                               preexec_fn=limit_time(CPU_SECONDS[build]), start_new_session=True)
+    process = subprocess.Popen([path] + ([pattern] if pattern else []), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=settings, cwd=ROOT, preexec_fn=limit_time(cpu_seconds), start_new_session=True)
     output, begun, stopped = b"", time.time(), None
+    used_before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while stopped is None:
@@ -453,11 +454,12 @@ def run(path, arguments, mutant, build, environment):
         text = text[:trouble.start()]
     tests = re.findall(r"^\[ RUN      \] (\S+)", text, re.M)
     test = tests[-1] if tests else "start"
+    seconds = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - used_before
     if stopped:
-        return stopped, test
+        return stopped, test, seconds
     if status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return "timeout", test
-    return ("passed" if status == 0 else "failed"), test
+        return "timeout", test, seconds
+    return ("passed" if status == 0 else "failed"), test, seconds
 
 
 def judge(mutant, programs, options, is_known):
@@ -471,13 +473,11 @@ def judge(mutant, programs, options, is_known):
         plan += [("address", first), ("thread", first)]
     mutant.verdict = "survived"
     for mode, precision in plan:
-        build, environment = MODES[mode]
         if mutant.verdict == "timeout" and mode != "address":
             continue
         for test, pattern in tests:
-            path = programs.path(test, precision, build)
-            programs.assert_sound(path, pattern, mode)
-            ended, where = run(path, [pattern] if pattern else [], mutant.number, build, environment)
+            path = programs.path(test, precision, MODES[mode][0])
+            ended, where, _ = run(path, pattern, mutant.number, mode, programs.time_allowed(path, pattern, mode))
             if ended == "failed":
                 mutant.verdict, mutant.caught_by = "caught", "%s %s: %s" % (mode, precision, where)
                 return
