@@ -156,7 +156,7 @@ TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(K
                      cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 cpu_moba_gqa_kconv3_fp32 \
                      $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5 moba_gqa_kconv3, \
                        simt_$(variant)_fp32 simt_$(variant)_bf16))
-# All combinations, which test-long runs for a few steps each: nearly all of their time is the compiler's.
+# All combinations, which test-long runs for a few steps each.
 QUICK := $(BUILD)/quick
 QUICK_FLAGS := -O1 -march=native
 ALL_TRAINERS := $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
@@ -171,16 +171,36 @@ flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call fl
 compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) $(MPI_FLAGS) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
 compile_simt = $(SIMT) $(flags) $(MPI_FLAGS) -x c++ $< -o $@ $(TRAIN_LIBS) $(MPI_LIBS)
 compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $(CUDA_COMM) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS) $(CUDA_COMM_LIBS)
-$(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(GPU_TRAINERS)): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
-	@mkdir -p $(@D)
-	@echo "  build $@"
-	$(Q)$(compile_$(call flag,1))
+# To the program its flags are two words and a number. So where tests run many of them, it is compiled once for each device and
+# precision, and linked with those of each: all combinations, and with LINKED=1 the others too.
+rules_of_linked = $(eval $(call linked_objects,$(1),cpu,fp32,$$(CC) $$(COMMON) -DDEVICE_CPU -x c)) \
+                  $(foreach p,fp32 bf16,$(eval $(call linked_objects,$(1),simt,$(p),$$(SIMT) -x c++)))
+define linked_objects
+$(1)/$(2)_$(3).o: train_gpt.cu Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$(4) -include test/variant.h -DATTN_NAME=variant_attn -DGQA_NAME=variant_gqa -DKCONV=variant_kconv \
+	  $$(call precision,$(3)) $$(MPI_FLAGS) -MF $$@.d -c $$< -o $$@
+endef
+link_variant = echo 'const char variant_attn[] = "$(call flag,2)", variant_gqa[] = "$(call flag,3)"; const int variant_kconv = $(patsubst kconv%,%,$(call flag,4));' | \
+  $(CXX) $(filter -fsanitize=%,$(CFLAGS)) -fopenmp -x c - -x none $(1)/$(call flag,1)_$(call flag,5).o -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
 
-$(ALL_TRAINERS): CFLAGS := $(QUICK_FLAGS)
-$(ALL_TRAINERS): $(QUICK)/train_gpt_%: train_gpt.cu Makefile
+$(QUICK)/cpu_fp32.o $(QUICK)/simt_fp32.o: CFLAGS := $(QUICK_FLAGS)
+$(call rules_of_linked,$(QUICK))
+$(ALL_TRAINERS): $(QUICK)/train_gpt_%: $(QUICK)/cpu_fp32.o $(QUICK)/simt_fp32.o
+	$(Q)$(call link_variant,$(QUICK))
+
+TRAINERS := $(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(GPU_TRAINERS))
+ifeq ($(LINKED),1)
+$(call rules_of_linked,$(BUILD)/linked)
+$(TRAINERS): $(BUILD)/train_gpt_%: $(BUILD)/linked/cpu_fp32.o $(BUILD)/linked/simt_fp32.o $(BUILD)/linked/simt_bf16.o
+	$(Q)$(call link_variant,$(BUILD)/linked)
+else
+$(TRAINERS): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(compile_$(call flag,1))
+endif
 
 $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
@@ -342,7 +362,7 @@ test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_TRAINERS) $(TESTED_TRAINERS
 	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed $(RUN_TESTS) $(ORDERED) || exit 1; done
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(THREAD_TESTS)
 	@OMP_NUM_THREADS=1 $(RUN_TESTS) $(THREAD_TESTS)
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) CUDA_OBJECTS= EMULATOR_SANITIZED= test
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) LINKED=1 CUDA_OBJECTS= EMULATOR_SANITIZED= test
 	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh test/test_launch.sh
 	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 	@$(MUTATE) --sample 30
