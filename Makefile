@@ -357,15 +357,21 @@ THREADED := CFLAGS="$(THREAD_FLAGS)"
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
 THREAD_TESTS := $(addprefix $(BUILD)/thread/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
 test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_TRAINERS) $(TESTED_TRAINERS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
-	@BUILD=$(BUILD) TEST_VARIANTS=$(QUICK) TEST_LONG=1 $(RUN_TESTS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
+	@BUILD=$(BUILD) TEST_VARIANTS=$(QUICK) TEST_LONG=1 $(RUN_TESTS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed test/test_launch.sh
 	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 $(RUN_TESTS) $(ORDERED)
 	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed $(RUN_TESTS) $(ORDERED) || exit 1; done
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(THREAD_TESTS)
-	@OMP_NUM_THREADS=1 $(RUN_TESTS) $(THREAD_TESTS)
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) LINKED=1 CUDA_OBJECTS= EMULATOR_SANITIZED= test
-	@BUILD=$(BUILD) TEST_LONG=1 scripts/run_tests.sh test/test_launch.sh
-	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
+	@$(MAKE) --no-print-directory -j$(shell nproc) test-long-one-by-one test-long-address
+
+# What runs on one core, and what has work for all: side by side.
+.PHONY: test-long-one-by-one test-long-address
+test-long-one-by-one:
+	@OMP_NUM_THREADS=1 scripts/run_tests.sh $(THREAD_TESTS)
 	@$(MUTATE) --sample 30
+
+test-long-address:
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) LINKED=1 CUDA_OBJECTS= EMULATOR_SANITIZED= test
+	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
 
 # Kernels broken on purpose, in every place that dev/simt/mutate.py knows: do the tests notice? test-long takes a sample.
 MUTATE := CXX=$(CXX) MAKE=$(MAKE) dev/simt/mutate.py --build $(BUILD)/mutate
