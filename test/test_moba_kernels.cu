@@ -301,7 +301,7 @@ static void test_groups_of_heads(void** state) {
         const int heads = 1 + i % 3;
         moba_workspace_bound = heads == 1 ? 1 : (size_t)heads * moba_bytes(&shape, 1, 70, 1);
         const moba_turn_t turn = moba_turn(&shape, 1);
-        assert_int_equal(turn.heads, heads < shape.H ? heads : shape.H);
+        assert_true(turn.sequences == 1 && turn.heads == (heads < shape.H ? heads : shape.H));
         check(maps[i], 2, 70, 32, 16, 3);
     }
     moba_workspace_bound = kept;
