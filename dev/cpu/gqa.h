@@ -12,8 +12,8 @@ past, window = W the keys t-W+1..t. The T x T scores exist one tile at a time: t
 sum of every row (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135), the backward
 computes the probabilities again from the saved log-sum-exp. The matrix products are gemm() of matmul.h on tiles.
 
-Results are the same bits for any number of threads: what a tile adds up, and in which order, does not depend on
-who computes it.
+Results are the same bits for any number of threads: each product runs on one thread, and its shape and the order of the sums do not
+depend on which thread that is.
 */
 #ifndef DEV_CPU_GQA_H
 #define DEV_CPU_GQA_H

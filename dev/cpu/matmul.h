@@ -8,15 +8,22 @@ Matrix products: oneDNN's dnnl_sgemm in fp32, plain loops in fp64. Row-major, we
 #define DEV_CPU_MATMUL_H
 
 #include "dev/cpu/device.h"
-#if !defined(PRECISION_FP64)
+#if defined(GEMM_UNKIND)
+#include "dev/cpu/gemm_unkind.h" // defines gemm_unkind
+#elif !defined(PRECISION_FP64)
 #include <oneapi/dnnl/dnnl.h>
 #endif
 
 // C (M,N) = op(A) op(B) + beta C, row-major with leading dimensions; transA means that A is stored (K,M).
 // Called inside a parallel region it runs on the calling thread alone, which is how attention uses it.
+// Callers may rely on this: the same call with the same sizes gives the same bits, and the bits of a row of C depend on that row of
+// op(A) and on op(B), not on the other rows of A. They may not rely on more: another M, another number of threads or another place
+// of the row changes the order of the sums.
 static inline void gemm(int transA, int transB, int M, int N, int K, const floatX* A, int lda,
                         const floatX* B, int ldb, floatX beta, floatX* C, int ldc) {
-#if defined(PRECISION_FP64)
+#if defined(GEMM_UNKIND)
+    gemm_unkind(transA, transB, M, N, K, A, lda, B, ldb, beta, C, ldc);
+#elif defined(PRECISION_FP64)
     const double work = (double)M * N * K; // below some size, threads cost more than they bring
 #pragma omp parallel for schedule(static) if (work > 1e5 && !omp_in_parallel())
     for (int m = 0; m < M; m++) {

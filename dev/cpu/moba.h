@@ -31,10 +31,8 @@ Results are the same bits for any number of threads.
 enum { MOBA_ROUTE_QUERIES = 128, MOBA_CENTROIDS = 128 };
 // Tiles of gathered queries by keys of one block: as many rows as keep the tile in the cache, within limits.
 enum { MOBA_KEYS = 256, MOBA_ROWS = 240, MOBA_SCORES = 72 * MOBA_KEYS };
-// Products are of a multiple of so many rows. Where AVX2 is the best that a machine has, oneDNN computes the rows that are left
-// over from its tiles of 6, and products of only one tile, in another order of the sums: a query's bits would depend on its place
-// in a list, which later tokens change. Of 12, 24, 36, ... rows all are alike.
-enum { MOBA_WHOLE_ROWS = 12 };
+// Rows of the smallest and of the largest tile in the forward pass, which docs/math.md section 6 wants causal to the last bit.
+enum { MOBA_FIRST_ROWS = 12, MOBA_FORWARD_ROWS = 48 };
 // Queries a key block is chosen by, on average, in one task of the routed passes. Longer lists fill the tiles, shorter
 // ones make more tasks whose queries stay in the cache.
 enum { MOBA_LIST = 256 };
@@ -353,7 +351,7 @@ static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
 // ATTN=flashmoba: what one thread works in
 
 // Queries of all heads of one KV head, of neighbouring tokens: the unit of work of the routed passes. Row r is head
-// first_head + r / tokens at token first_token + r % tokens.
+// first_head + r % heads at token first_token + r / heads, so that rows ascend in time.
 typedef struct {
     int b, g, first_head, heads;
     int first_token, tokens;
@@ -365,7 +363,7 @@ typedef struct {
 } moba_query_t;
 
 static inline moba_query_t moba_query(const moba_chunk_t* chunk, int r, const moba_shape_t* s) {
-    const int h = chunk->first_head + r / chunk->tokens, t = chunk->first_token + r % chunk->tokens;
+    const int h = chunk->first_head + r % chunk->heads, t = chunk->first_token + r / chunk->heads;
     const size_t token = (size_t)chunk->b * s->T + t;
     const moba_query_t query = {(token * (s->H + 2 * s->G) + h) * s->D, (token * s->H + h) * s->D,
                                 ((size_t)chunk->b * s->H + h) * s->T + t};
@@ -493,9 +491,15 @@ static inline void moba_build_lists(int* begin,          // (T/S + 2)
     }
 }
 
-// Rows of a tile of so many keys: a multiple of MOBA_WHOLE_ROWS.
-static inline int moba_tile_rows(int keys) {
-    return min_int(MOBA_ROWS, MOBA_SCORES / keys / MOBA_WHOLE_ROWS * MOBA_WHOLE_ROWS);
+// Rows of a tile of so many keys.
+static inline int moba_tile_rows(int keys) { return min_int(MOBA_ROWS, MOBA_SCORES / keys); }
+
+// Rows of the forward tile that begins at entry `position` of a list: as many as all tiles before it, within limits. The library
+// rounds a row's products by the number of rows and the row's place among them. Both follow from the row's position in the list,
+// which only earlier tokens decide, and never from the length of the list, which later tokens decide.
+static inline int moba_forward_rows(int position, int keys) {
+    const int most = min_int(MOBA_FORWARD_ROWS, MOBA_SCORES / keys);
+    return min_int(most, max_int(MOBA_FIRST_ROWS, position));
 }
 
 // ----------------------------------------------------------------------------
@@ -602,7 +606,8 @@ static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
     }
 }
 
-// One step of the online softmax: some keys of one block, for the queries that chose it.
+// One step of the online softmax: some keys of one block, for `rows` queries that chose it, in a product of tile_rows >= rows
+// whose last rows are zero.
 static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnormalised
                                      const floatX* qkv,   // (B, T, H + 2G, D)
                                      const floatX* k,     // (keys, D), stride qkv_stride
@@ -610,20 +615,19 @@ static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnorm
                                      const floatX* v,     // (keys, D), stride qkv_stride
                                      const int* rows_ids, // (rows)
                                      const moba_scratch_t* scratch, const moba_chunk_t* chunk, int rows,
-                                     int keys, const moba_shape_t* s) {
+                                     int tile_rows, int keys, const moba_shape_t* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
-    const int whole_rows = (rows + MOBA_WHOLE_ROWS - 1) / MOBA_WHOLE_ROWS * MOBA_WHOLE_ROWS;
-    floatX corrections[MOBA_ROWS];
+    floatX corrections[MOBA_FORWARD_ROWS];
     for (int r = 0; r < rows; r++)
         memcpy(scratch->q + (size_t)r * D, qkv + moba_query(chunk, rows_ids[r], s).q, sizeof(floatX) * D);
-    memset(scratch->q + (size_t)rows * D, 0, sizeof(floatX) * (size_t)(whole_rows - rows) * D);
-    if (k_t) gemm(0, 0, whole_rows, keys, D, scratch->q, D, k_t, MOBA_KEYS, 0, scratch->scores, keys);
-    if (!k_t) gemm(0, 1, whole_rows, keys, D, scratch->q, D, k, stride, 0, scratch->scores, keys);
+    memset(scratch->q + (size_t)rows * D, 0, sizeof(floatX) * (size_t)(tile_rows - rows) * D);
+    if (k_t) gemm(0, 0, tile_rows, keys, D, scratch->q, D, k_t, MOBA_KEYS, 0, scratch->scores, keys);
+    if (!k_t) gemm(0, 1, tile_rows, keys, D, scratch->q, D, k, stride, 0, scratch->scores, keys);
     for (int r = 0; r < rows; r++)
         corrections[r] =
             softmax_row_update(scratch->scores + (size_t)r * keys, &scratch->row_max[rows_ids[r]],
                                &scratch->row_sum[rows_ids[r]], 0, keys, keys, attention_scale(D));
-    gemm(0, 0, whole_rows, D, keys, scratch->scores, keys, v, stride, 0, scratch->result, D);
+    gemm(0, 0, tile_rows, D, keys, scratch->scores, keys, v, stride, 0, scratch->result, D);
     for (int r = 0; r < rows; r++) {
         floatX* row = out + moba_query(chunk, rows_ids[r], s).out;
         const floatX* more = scratch->result + (size_t)r * D;
@@ -654,9 +658,11 @@ static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: nor
         const floatX* k = keys_of_head + (size_t)key * stride;
         if (begin == end) continue;
         if (k_t) transpose_tile(k_t, k, keys, D, MOBA_KEYS, stride);
-        for (int i = begin; i < end; i += moba_tile_rows(keys))
+        for (int i = begin, tile_rows; i < end; i += tile_rows) {
+            tile_rows = moba_forward_rows(i - begin, keys);
             moba_tile_forward(out, qkv, k, k_t, k + (size_t)s->G * D, scratch->rows + i, scratch, chunk,
-                              min_int(moba_tile_rows(keys), end - i), keys, s);
+                              min_int(tile_rows, end - i), tile_rows, keys, s);
+        }
     }
     for (int r = 0; r < num_rows; r++) {
         const moba_query_t query = moba_query(chunk, r, s);
