@@ -20,7 +20,7 @@ extern "C" { // cmocka.h is C's
 #include "runtime/precision.h"
 #include "runtime/random.h"
 
-// docs/math.md section 6: analytic gradients of the fp64 build, and the fp32 build against double precision.
+// docs/math.md section 7: analytic gradients of the fp64 build, and the fp32 build against double precision.
 #ifdef PRECISION_FP64
 #define FORWARD_BOUND 1e-12
 #define GRADIENT_BOUND 1e-6

@@ -2,7 +2,7 @@
 Every CUDA operation but attention, in a table: operation x shape x width of access, in the precision of the build, against
 dev/cpu in fp64 on the same inputs (test/reference.h). Runs on the emulator, and on a GPU.
 
-For each: outputs and gradients within the bounds of docs/math.md section 6; the same bits when repeated; nothing written
+For each: outputs and gradients within the bounds of docs/math.md section 7; the same bits when repeated; nothing written
 outside of the outputs; NaN and Inf where the reference has them.
 */
 #include "test/numeric.h"
@@ -597,7 +597,7 @@ static double relative_difference(const void* a, Type type, const double* b, siz
     return sqrt(norm > 0 ? difference / norm : difference);
 }
 
-// docs/math.md section 6: 1e-5 in fp32; in bf16 twice the error of the exact result's rounding, and never above 1e-2.
+// docs/math.md section 7: 1e-5 in fp32; in bf16 twice the error of the exact result's rounding, and never above 1e-2.
 static double bound_of(const Array* array, const double* expected) {
     if (array->type == SUM || sizeof(floatX) == sizeof(float)) return 1e-5;
     floatX* rounded_result = new_floats(array->count);

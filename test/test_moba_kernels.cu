@@ -1,6 +1,6 @@
 /*
 moba.cuh and kernels/moba_plain.cuh against dev/cpu/moba.h in fp64 on the same inputs (test/reference.h), in the precision of the
-build: the selection, and with the same selection output, log-sum-exp and gradients within the bounds of docs/math.md section 6,
+build: the selection, and with the same selection output, log-sum-exp and gradients within the bounds of docs/math.md section 7,
 for sizes that reach every branch; what follows from the definition; the same bits when repeated; and one against the other. Runs
 on the emulator and on a GPU.
 
