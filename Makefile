@@ -150,57 +150,53 @@ tokenizer: $(BUILD)/tokenizer
 
 retrieval: $(BUILD)/retrieval
 
-# The trainers that tests run: test_programs some variants on the CPU, test_simt_trainer the CUDA program on the emulator.
-TESTED_TRAINERS := $(patsubst %,$(BUILD)/train_gpt_%,cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32 \
-                     $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 flashmoba_kdgqa_kconv3,cpu_$(variant)_fp32) \
-                     cpu_dense_gqa_kconv0_fp32 cpu_dense_dgqa_kconv5_fp32 cpu_flashmoba_pgqa_kconv5_fp32 cpu_moba_gqa_kconv3_fp32 \
-                     $(foreach variant,dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5 moba_gqa_kconv3, \
-                       simt_$(variant)_fp32 simt_$(variant)_bf16))
-# All combinations, which test-long runs for a few steps each.
-QUICK := $(BUILD)/quick
-QUICK_FLAGS := -O1 -march=native
-ALL_TRAINERS := $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5,$(foreach device,cpu simt, \
-                  $(QUICK)/train_gpt_$(device)_$(attention)_$(heads)_kconv$(taps)_fp32))))
-
-# Those that make gpu-check runs, with DEVICE=cuda.
-GPU_TRAINERS := $(patsubst $(BUILD)/train_gpt_simt_%,$(BUILD)/train_gpt_$(DEVICE)_%,$(filter $(BUILD)/train_gpt_simt_%,$(TESTED_TRAINERS)))
-
 # A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))
 flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) $(call precision,$(call flag,5)) -MF $@.d
 compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) $(MPI_FLAGS) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
-compile_simt = $(SIMT) $(flags) $(MPI_FLAGS) -x c++ $< -o $@ $(TRAIN_LIBS) $(MPI_LIBS)
 compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $(CUDA_COMM) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS) $(CUDA_COMM_LIBS)
-# To the program its flags are two words and a number. So where tests run many of them, it is compiled once for each device and
-# precision, and linked with those of each: all combinations, and with LINKED=1 the others too.
-rules_of_linked = $(eval $(call linked_objects,$(1),cpu,fp32,$$(CC) $$(COMMON) -DDEVICE_CPU -x c)) \
-                  $(foreach p,fp32 bf16,$(eval $(call linked_objects,$(1),simt,$(p),$$(SIMT) -x c++)))
-define linked_objects
-$(1)/$(2)_$(3).o: train_gpt.cu Makefile
+
+# Tests run many variants. To the program its flags are two words and a number: for tests it is compiled once for each device and
+# precision, and linked with the flags of each variant. Programs of the emulator, which are for tests alone, are always made so.
+VARIANTS := $(BUILD)/variants
+combinations = $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5, \
+                 $(VARIANTS)/train_gpt_$(1)_$(attention)_$(heads)_kconv$(taps)_$(2))))
+
+define rules_of_variants
+$(VARIANTS)/$(1)_$(2).o: train_gpt.cu Makefile
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
-	$$(Q)$(4) -include test/variant.h -DATTN_NAME=variant_attn -DGQA_NAME=variant_gqa -DKCONV=variant_kconv \
-	  $$(call precision,$(3)) $$(MPI_FLAGS) -MF $$@.d -c $$< -o $$@
+	$$(Q)$(3) -include test/variant.h -DATTN_NAME=variant_attn -DGQA_NAME=variant_gqa -DKCONV=variant_kconv \
+	  $$(call precision,$(2)) $$(MPI_FLAGS) -MF $$@.d -c $$< -o $$@
+
+$(call combinations,$(1),$(2)): $(VARIANTS)/train_gpt_%: $(VARIANTS)/$(1)_$(2).o
+	$$(Q)$$(link_variant)
 endef
 link_variant = echo 'const char variant_attn[] = "$(call flag,2)", variant_gqa[] = "$(call flag,3)"; const int variant_kconv = $(patsubst kconv%,%,$(call flag,4));' | \
-  $(CXX) $(filter -fsanitize=%,$(CFLAGS)) -fopenmp -x c - -x none $(1)/$(call flag,1)_$(call flag,5).o -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
+  $(CXX) $(filter -fsanitize=%,$(CFLAGS)) -fopenmp -x c - -x none $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
+$(eval $(call rules_of_variants,cpu,fp32,$$(CC) $$(COMMON) -DDEVICE_CPU -x c))
+$(foreach p,fp32 bf16,$(eval $(call rules_of_variants,simt,$(p),$$(SIMT) -x c++)))
 
-$(QUICK)/cpu_fp32.o $(QUICK)/simt_fp32.o: CFLAGS := $(QUICK_FLAGS)
-$(call rules_of_linked,$(QUICK))
-$(ALL_TRAINERS): $(QUICK)/train_gpt_%: $(QUICK)/cpu_fp32.o $(QUICK)/simt_fp32.o
-	$(Q)$(call link_variant,$(QUICK))
+# The variants of make test, which has the one for the CPU as a user compiles it, too; and all, which test-long runs for a few steps.
+SIMT_VARIANTS := dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5 moba_gqa_kconv3
+USERS_TRAINER := $(BUILD)/train_gpt_cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32
+TESTED_VARIANTS := $(sort $(patsubst %,$(VARIANTS)/train_gpt_%,cpu_dense_gqa_kconv0_fp32 \
+                     $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 $(SIMT_VARIANTS),cpu_$(variant)_fp32) \
+                     $(foreach variant,$(SIMT_VARIANTS),simt_$(variant)_fp32 simt_$(variant)_bf16)))
+ALL_VARIANTS := $(call combinations,cpu,fp32) $(call combinations,simt,fp32)
+# Those that make gpu-check runs.
+GPU_TRAINERS := $(foreach variant,$(SIMT_VARIANTS),$(foreach p,fp32 bf16,$(BUILD)/train_gpt_$(DEVICE)_$(variant)_$(p)))
 
-TRAINERS := $(sort $(BUILD)/$(NAME) $(TESTED_TRAINERS) $(GPU_TRAINERS))
-ifeq ($(LINKED),1)
-$(call rules_of_linked,$(BUILD)/linked)
-$(TRAINERS): $(BUILD)/train_gpt_%: $(BUILD)/linked/cpu_fp32.o $(BUILD)/linked/simt_fp32.o $(BUILD)/linked/simt_bf16.o
-	$(Q)$(call link_variant,$(BUILD)/linked)
-else
-$(TRAINERS): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
+# With LINKED=1 the user's trainer is a variant, too, which saves a compilation.
+LINKED_TRAINERS := $(patsubst $(VARIANTS)/%,$(BUILD)/%,$(call combinations,simt,fp32) $(call combinations,simt,bf16)) \
+                   $(if $(filter 1,$(LINKED)),$(USERS_TRAINER))
+$(LINKED_TRAINERS): $(BUILD)/%: $(VARIANTS)/%
+	@ln -sf variants/$* $@
+
+$(filter-out $(LINKED_TRAINERS),$(sort $(BUILD)/$(NAME) $(USERS_TRAINER) $(GPU_TRAINERS))): $(BUILD)/train_gpt_%: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
 	$(Q)$(compile_$(call flag,1))
-endif
 
 $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@mkdir -p $(@D)
@@ -342,36 +338,41 @@ $(BUILD)/test/%: test/%.c Makefile
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
 # Most tests have one thread: as many at a time as there are cores, but not more than 4, whose own threads would be in their way.
-RUN_TESTS := TEST_JOBS=$(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) scripts/run_tests.sh
+RUN_TESTS := MAKEFLAGS= TEST_JOBS=$(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) scripts/run_tests.sh
 
-test: all compile-cuda $(TESTED_TRAINERS) $(TESTS)
+test: all compile-cuda $(USERS_TRAINER) $(TESTED_VARIANTS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer $(RUN_TESTS) $(TESTS)
 	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
-# The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, and the scripts as a
-# user calls them. OpenMP's own threads are opaque to the thread sanitizer, so it sees what has threads of its own.
-SANITIZED := CFLAGS="$(ADDRESS_FLAGS)"
-THREADED := CFLAGS="$(THREAD_FLAGS)"
-# Kernels and emulator in other orders of the threads; and under the thread sanitizer, which sees every thread of the emulator but
-# not those of OpenMP, so that the yardstick must do with one.
+# The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, kernels and emulator in
+# other orders of the threads, every variant, every architecture, and the scripts as a user calls them. It leaves out what make test
+# has run. First everything is built, then everything runs from one list, the longest first, so that no core is idle.
+ADDRESS := $(BUILD)/address
+THREAD := $(BUILD)/thread
+.PHONY: test-programs address-programs thread-programs
+test-programs: $(BUILD)/tokenizer $(BUILD)/retrieval $(USERS_TRAINER) $(TESTED_VARIANTS) $(filter-out %.sh,$(TESTS))
+	@ln -sf $(notdir $(USERS_TRAINER)) $(BUILD)/train_gpt
+address-programs:
+	@$(MAKE) --no-print-directory BUILD=$(ADDRESS) CFLAGS="$(ADDRESS_FLAGS)" LINKED=1 EMULATOR_SANITIZED= test-programs
+# The thread sanitizer sees every thread of the emulator but not those of OpenMP, so that the yardstick must do with one.
+THREAD_TESTS := $(addprefix $(THREAD)/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
+thread-programs:
+	@$(MAKE) --no-print-directory BUILD=$(THREAD) CFLAGS="$(THREAD_FLAGS)" $(THREAD_TESTS)
+
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
-THREAD_TESTS := $(addprefix $(BUILD)/thread/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
-test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_TRAINERS) $(TESTED_TRAINERS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
-	@BUILD=$(BUILD) TEST_VARIANTS=$(QUICK) TEST_LONG=1 $(RUN_TESTS) $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed test/test_launch.sh
-	@SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1 $(RUN_TESTS) $(ORDERED)
-	@for seed in 2 3; do SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$$seed $(RUN_TESTS) $(ORDERED) || exit 1; done
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/thread $(THREADED) $(THREAD_TESTS)
-	@$(MAKE) --no-print-directory -j$(shell nproc) test-long-one-by-one test-long-address
-
-# What runs on one core, and what has work for all: side by side.
-.PHONY: test-long-one-by-one test-long-address
-test-long-one-by-one:
-	@OMP_NUM_THREADS=1 scripts/run_tests.sh $(THREAD_TESTS)
-	@$(MUTATE) --sample 30
-
-test-long-address:
-	@$(MAKE) --no-print-directory BUILD=$(BUILD)/address $(SANITIZED) LINKED=1 CUDA_OBJECTS= EMULATOR_SANITIZED= test
-	@BUILD=$(BUILD) scripts/run_tests.sh test/test_scripts.sh
+with = $(foreach program,$(2),'$(1) $(program)')
+ADDRESS_TESTS := $(patsubst $(BUILD)/%,$(ADDRESS)/%,$(filter-out $(EMULATOR_SANITIZED:%=$(BUILD)/test/%),$(TESTS)))
+LONG_TESTS = $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_simt_trainer) \
+             '$(MUTATE) --sample 30' \
+             $(call with,BUILD=$(ADDRESS) TOKENIZER=$(ADDRESS)/tokenizer,$(ADDRESS_TESTS)) \
+             $(call with,OMP_NUM_THREADS=1,$(THREAD_TESTS)) \
+             $(call with,BUILD=$(BUILD),test/test_scripts.sh) \
+             $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_distributed test/test_launch.sh) \
+             $(call with,SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1,$(ORDERED)) \
+             $(foreach seed,2 3,$(call with,SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$(seed),$(ORDERED)))
+test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_VARIANTS) $(TESTED_VARIANTS) $(USERS_TRAINER) address-programs thread-programs \
+           $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
+	@$(RUN_TESTS) $(LONG_TESTS)
 
 # Kernels broken on purpose, in every place that dev/simt/mutate.py knows: do the tests notice? test-long takes a sample.
 MUTATE := CXX=$(CXX) MAKE=$(MAKE) dev/simt/mutate.py --build $(BUILD)/mutate
@@ -445,7 +446,7 @@ DEVICE_TESTS := $(if $(filter simt,$(DEVICE)),$(KERNEL_TESTS),$(GPU_TESTS))
 gpu-check:
 	@BUILD=$(BUILD) NVCC=$(NVCC) scripts/gpu_check.sh
 
-gpu-check-programs: $(BUILD)/tokenizer $(filter $(BUILD)/train_gpt_cpu_%,$(TESTED_TRAINERS)) $(GPU_TRAINERS) $(DEVICE_TESTS) \
+gpu-check-programs: $(BUILD)/tokenizer $(filter $(VARIANTS)/train_gpt_cpu_%,$(TESTED_VARIANTS)) $(GPU_TRAINERS) $(DEVICE_TESTS) \
                     $(BUILD)/test/test_simt_trainer $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_bf16)
 
 gpu-check-tests:

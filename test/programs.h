@@ -241,11 +241,11 @@ static inline Shard good_shard(int tokens) {
 // Where it all happens
 
 static char top[PATH_MAX]; // of the source tree
-static char directory[] =
-    "/tmp/test_of_programs_XXXXXX"; // made by enter_directory(), with KEEP in the environment it stays
+static char directory[64]; // made by enter_directory(), with KEEP in the environment it stays
 
 // From the top of the tree into a directory of the test's own; what its programs see of the environment. 0: all is well.
 static inline int enter_directory(void) {
+    print_to(directory, sizeof(directory), "/tmp/test_of_programs_XXXXXX");
     if (!realpath(".", top) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
     // Threads that spin while they wait are slow where others compute too.
     setenv("OMP_WAIT_POLICY", "passive", 0);

@@ -2,7 +2,7 @@
 The trainer as several processes, by mpirun on this machine: the same curves whatever their number, the optimizer's state in
 shards, checkpoints that move between numbers of processes, and processes that are killed.
 
-    BUILD=build build/test/test_distributed                  from the top of the tree; TEST_LONG=1 for more kills, more variants
+    BUILD=build build/test/test_distributed                  from the top of the tree; TEST_LONG=1 for more kills, TEST_LONG=rest for these alone
 
 Curves of different numbers of ranks differ in the order of their sums alone, and must agree to 1e-5; what has the same number
 must agree to the last bit. Skipped, loudly, where there is no mpirun.
@@ -25,7 +25,7 @@ static char dense[PATH_MAX]; // the trainer of most tests
 
 static void find_trainer(char path[PATH_MAX], const char* name) {
     char wanted[PATH_MAX];
-    print_to(wanted, sizeof(wanted), "%s/train_gpt_%s", build, name);
+    print_to(wanted, sizeof(wanted), "%s/variants/train_gpt_%s", build, name);
     if (!realpath(wanted, path)) print_error("%s: %s (make test builds it)\n", wanted, strerror(errno));
     assert_int_equal(access(path, X_OK), 0);
 }
@@ -311,6 +311,7 @@ static void test_a_killed_rank_ends_the_job(void** state) {
     (void)state;
     const int rounds = getenv("TEST_LONG") ? 50 : 5;
     int killed = 0;
+    if (!exists("ranks_3")) train(dense, 3, "ranks_3", "-b 1");
     for (int i = 0; i < rounds; i++) {
         killed += kill_one(i);
         if (exists("killed/step_00000012") || i % 10 == 9 || i + 1 == rounds) {
@@ -502,6 +503,8 @@ int main(void) {
         cmocka_unit_test(test_a_rank_removes_its_own_part_alone),
         cmocka_unit_test(test_a_launcher_without_mpi_is_refused),
     };
+    const char* wanted = getenv("TEST_LONG");
+    if (wanted && !strcmp(wanted, "rest")) cmocka_set_test_filter("test_a_killed_rank_ends_the_job");
     const int failed = cmocka_run_group_tests(alone, NULL, NULL);
     if (system("mpirun --version >/dev/null 2>&1") != 0) {
         printf("SKIPPED: nothing was run as several processes: no mpirun here (scripts/install.sh)\n");

@@ -2,13 +2,13 @@
 # The scripts that train with many processes, as a user calls them: the restart loop; one machine; two machines, which are two
 # network namespaces with addresses and host names of their own, joined by a cable; Slurm, whose commands are stood in for by
 # scripts of this test. In cmocka's words, so that scripts/run_tests.sh counts them. BUILD names the directory of the programs;
-# TEST_LONG=1 runs all of it.
+# TEST_LONG=1 runs all of it, TEST_LONG=rest only what does not run without.
 # shellcheck disable=SC2317 # the functions are called by way of check()
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 top=$PWD
 build=$(realpath "${BUILD:-build}")
-program=$build/train_gpt_cpu_dense_gqa_kconv0_fp32
+program=$build/variants/train_gpt_cpu_dense_gqa_kconv0_fp32
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} # what a program holds when it is ended is no leak
 
@@ -25,6 +25,12 @@ cd "$scratch" || exit 1
 failed=0
 
 check() { # name, command...
+    if [ "${TEST_LONG:-}" != rest ]; then run_check "$@"; fi
+}
+check_long() { # name, command...
+    if [ -n "${TEST_LONG:-}" ]; then run_check "$@"; fi
+}
+run_check() { # name, command...
     local name=$1
     shift
     echo "[ RUN      ] $name"
@@ -247,8 +253,8 @@ node_usage() {
 check train_node_refuses_bad_usage node_usage
 
 node() { exec "$top/scripts/train_node.sh" --program "$program" --processes 2 --pause 0 -- "${training[@]}" "$@"; }
+in_a_shell node -o "$scratch/whole" >whole.txt || exit 1
 one_machine() {
-    in_a_shell node -o "$scratch/whole" >whole.txt || return 1
     # In a file, progress is plain lines.
     grep -q '^step 30/30 ' whole.txt && ! grep -q $'\r.*\r' whole.txt || return 1
     node -o "$scratch/killed" &
@@ -264,7 +270,7 @@ one_machine_stopped() {
     ends_with 143 wait "$script" || return 1
     compgen -G "stopped/step_*" && in_a_shell node -o "$scratch/stopped" && same_run whole stopped
 }
-[ -z "${TEST_LONG:-}" ] || check one_machine_stopped_by_a_signal_goes_on one_machine_stopped
+check_long one_machine_stopped_by_a_signal_goes_on one_machine_stopped
 
 # ----------------------------------------------------------------------------
 # Two machines
@@ -345,14 +351,15 @@ check two_machines_train_over_the_cable two_machines
 
 two_machines_killed() {
     local host
-    for host in ${TEST_LONG:+"${hosts[0]}"} "${hosts[1]}"; do
+    for host in "$@"; do
         rm -rf "$scratch/broken"
         across --zero 1 -o "$scratch/broken" 2>errors.txt &
         kill_one "$scratch/broken" 12 ranks_on "$host" "$scratch/broken" && wait $! && same_run whole broken && cat errors.txt &&
             grep -q "^restart.sh: exit code" errors.txt || return 1
     done
 }
-check a_process_killed_on_the_other_machine two_machines_killed
+check a_process_killed_on_the_other_machine two_machines_killed "${hosts[1]}"
+check_long a_process_killed_on_the_first_machine two_machines_killed "${hosts[0]}"
 
 # The machine that is left notices within half a minute, and goes on when the other is there again.
 cable_pulled() {
@@ -367,7 +374,7 @@ cable_pulled() {
     cat errors.txt
     grep -q "lost communication" errors.txt && wait $! && same_run whole pulled
 }
-[ -z "${TEST_LONG:-}" ] || check a_machine_that_is_cut_off cable_pulled
+check_long a_machine_that_is_cut_off cable_pulled
 
 # ----------------------------------------------------------------------------
 # Slurm on the same two machines. Its commands are stand-ins that do as much as the script and mpirun ask of them: sbatch gives
@@ -429,5 +436,5 @@ slurm_time_is_over() {
     done
     [ "$(cat scontrol.txt)" = "requeue 7" ] && [ ! -e queued/step_00000030 ] && in_a_shell submit -o "$scratch/queued" && same_run whole queued
 }
-[ -z "${TEST_LONG:-}" ] || check slurm_job_whose_time_is_over_is_queued_again slurm_time_is_over
+check_long slurm_job_whose_time_is_over_is_queued_again slurm_time_is_over
 exit $failed

@@ -321,7 +321,7 @@ static const Variant variants[] = {
 
 static void choose_trainer(const char* build, const Variant* v) {
     char path[PATH_MAX];
-    print_to(path, sizeof(path), "%s/train_gpt_cpu_%s_%s_kconv%d_fp32", build, v->attention, v->gqa,
+    print_to(path, sizeof(path), "%s/variants/train_gpt_cpu_%s_%s_kconv%d_fp32", build, v->attention, v->gqa,
              v->kconv);
     if (!realpath(path, trainer)) print_error("%s: %s (make test builds it)\n", path, strerror(errno));
     assert_int_equal(access(trainer, X_OK), 0);
