@@ -104,8 +104,10 @@ THREAD_FLAGS := -O1 -march=native -g1 -fsanitize=thread
 
 # The GPU of this machine, or real code for what CUDA_ARCHS lists and PTX of the newest, which later GPUs compile for themselves.
 CUDA_ARCHS ?= 80 90
-ALL_ARCHS := $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
-             -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
+NEWEST_ARCH := $(lastword $(CUDA_ARCHS))
+OLDER_ARCHS := $(filter-out $(NEWEST_ARCH),$(CUDA_ARCHS))
+with_ptx = $(foreach arch,$(1),-gencode arch=compute_$(arch),code=sm_$(arch)) -gencode arch=compute_$(NEWEST_ARCH),code=compute_$(NEWEST_ARCH)
+ALL_ARCHS := $(call with_ptx,$(CUDA_ARCHS))
 GPU_ARCH := $(if $(filter-out 0,$(HAS_GPU)),-arch=native,$(ALL_ARCHS))
 NVCCFLAGS ?= -O3 -lineinfo
 CUDA_COMMON := -std=c++17 $(NVCCFLAGS) -Werror all-warnings -I. -MMD -MP -DDEVICE_CUDA \
@@ -246,7 +248,8 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 # Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
-# as objects for every architecture (build/cuda), where warnings are errors and nothing is run.
+# for every architecture (build/cuda), where warnings are errors and nothing is run: by make test as objects for the newest
+# architecture, by make test-long for the others. The trainer's kernels are those of the tests: the newest architecture is enough.
 KERNEL_TEST_SOURCES := test_moba_kernels test_gqa test_kernels test_heads
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
@@ -254,12 +257,16 @@ KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
 COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_counts_fp32
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,train_gpt_bf16 test_layout $(KERNEL_TEST_NAMES))
-CUDA_OBJECTS_LONG := $(if $(NVCC),$(BUILD)/cuda/train_gpt_fp32.o) # the same kernels as its tests'
+CUDA_OBJECTS_LONG := $(if $(NVCC),$(BUILD)/cuda/train_gpt_fp32.o $(foreach arch,$(OLDER_ARCHS), \
+                       $(patsubst %,$(BUILD)/cuda/%.sm_$(arch).cubin,test_layout $(KERNEL_TEST_NAMES))))
+
+# An object that nothing runs needs no optimized code for the host.
+NEWEST_OBJECT := -c $(call with_ptx,$(NEWEST_ARCH)) -Xcompiler -O0
 
 # What ptxas says of registers and shared memory stays beside the object, for make kernel-table. In bf16 a register that does not
 # fit and goes to memory is an error: the fp32 kernels are there to check with.
 PTXAS_FLAGS = -Xptxas -v$(if $(findstring bf16,$@),$(comma)--warn-on-spills$(comma)--warning-as-error)
-compile_object = $(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) $(PTXAS_FLAGS) $(1) -MF $@.d -c $< -o $@ 2>$@.ptxas || \
+compile_object = $(NVCC) $(CUDA_COMMON) $(1) $(PTXAS_FLAGS) -MF $@.d $< -o $@ 2>$@.ptxas || \
   { grep -vE '^(ptxas info| +[0-9]+ bytes stack)' $@.ptxas >&2; exit 1; }
 
 define rules_of_kernel_test
@@ -276,7 +283,7 @@ $(BUILD)/gpu/$(1)_bf16 $(BUILD)/gpu/$(1)_fp32: $(BUILD)/gpu/$(1)_%: test/$(1).cu
 $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: test/$(1).cu Makefile
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
-	$$(Q)$$(call compile_object,$$(call precision,$$*))
+	$$(Q)$$(call compile_object,$$(NEWEST_OBJECT) $$(call precision,$$*))
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
 
@@ -293,12 +300,30 @@ $(BUILD)/gpu/test_layout: test/test_layout.cu Makefile
 $(BUILD)/cuda/test_layout.o: test/test_layout.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(NVCC) $(CUDA_COMMON) $(ALL_ARCHS) -MF $@.d -c $< -o $@
+	$(Q)$(call compile_object,$(NEWEST_OBJECT))
+
+define rules_of_older_arch
+$(patsubst %,$(BUILD)/cuda/%_bf16.sm_$(1).cubin,$(KERNEL_TEST_SOURCES)): $(BUILD)/cuda/%_bf16.sm_$(1).cubin: test/%.cu Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(call compile_object,-cubin -arch=sm_$(1) $$(call precision,bf16))
+
+$(patsubst %,$(BUILD)/cuda/%_fp32.sm_$(1).cubin,$(KERNEL_TEST_SOURCES)): $(BUILD)/cuda/%_fp32.sm_$(1).cubin: test/%.cu Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(call compile_object,-cubin -arch=sm_$(1) $$(call precision,fp32))
+
+$(BUILD)/cuda/test_layout.sm_$(1).cubin: test/test_layout.cu Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(call compile_object,-cubin -arch=sm_$(1))
+endef
+$(foreach arch,$(OLDER_ARCHS),$(eval $(call rules_of_older_arch,$(arch))))
 
 $(BUILD)/cuda/train_gpt_bf16.o $(BUILD)/cuda/train_gpt_fp32.o: $(BUILD)/cuda/train_gpt_%.o: train_gpt.cu Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
-	$(Q)$(call compile_object,$(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM))
+	$(Q)$(call compile_object,$(NEWEST_OBJECT) $(call names,dense,gqa,0) $(call precision,$*) $(CUDA_COMM))
 
 .PHONY: compile-cuda
 ifeq ($(NVCC),)
@@ -425,14 +450,15 @@ endif
 # docs/results/kernels.md: registers and shared memory from ptxas, shared memory of launches from the emulator, counts by formula.
 
 TABLED := $(KERNEL_TEST_SOURCES:=_bf16)
+PTXAS_TOLD := $(foreach kind,$(OLDER_ARCHS:%=sm_%.cubin) o,$(TABLED:%=$(BUILD)/cuda/%.$(kind).ptxas))
 .PHONY: kernel-table
-kernel-table: $(TABLED:%=$(BUILD)/cuda/%.o) $(TABLED:%=$(BUILD)/test/%) $(BUILD)/bench/moba_simt_bf16
+kernel-table: $(PTXAS_TOLD:%.ptxas=%) $(TABLED:%=$(BUILD)/test/%) $(BUILD)/bench/moba_simt_bf16
 	@rm -f $(BUILD)/launches.txt
 	@for test in $(TABLED); do SIMT_LAUNCHES=$(BUILD)/launches.txt $(BUILD)/test/$$test >/dev/null 2>&1 || exit 1; done
 	@for draw in uniform recent sink oldest; do \
 	  $(BUILD)/bench/moba_simt_bf16 --count --select $$draw --json $(BUILD)/counts_$$draw.json >/dev/null || exit 1; done
 	@$(BUILD)/bench/moba_simt_bf16 --count --workspace 4096 --json $(BUILD)/counts_4096.json >/dev/null
-	dev/bench/kernel_table.py --nvcc "$(NVCC)" --ptxas $(TABLED:%=$(BUILD)/cuda/%.o.ptxas) --launches $(BUILD)/launches.txt \
+	dev/bench/kernel_table.py --nvcc "$(NVCC)" --ptxas $(PTXAS_TOLD) --launches $(BUILD)/launches.txt \
 	  --counts $(foreach draw,uniform recent sink oldest,$(BUILD)/counts_$(draw).json) \
 	  --roomy $(BUILD)/counts_4096.json --ladder docs/results/kernels.md >$(BUILD)/kernels.md
 	mv $(BUILD)/kernels.md docs/results/kernels.md
