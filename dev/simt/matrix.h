@@ -65,7 +65,9 @@ struct MultiplyTiles {
     // Every lane's operands become its four elements of the result.
     SIMT_INTERNAL void operator()(Payload* payload) const {
         count(&Counters::products, 1);
-        alignas(64) float A[16][16], B[16][8], D[16][8];
+        typedef float Row __attribute__((vector_size(32))); // of 8 columns, which the compiler need not find
+        float A[16][16];
+        Row B[16], D[16];
         for (int l = 0; l < WARP; l++) {
             const MmaOperands* own = (const MmaOperands*)payload[l].bytes;
             const int group = l / 4, pair = l % 4 * 2;
@@ -81,8 +83,7 @@ struct MultiplyTiles {
             }
         }
         for (int row = 0; row < 16; row++)
-            for (int k = 0; k < 16; k++)
-                for (int column = 0; column < 8; column++) D[row][column] += A[row][k] * B[k][column];
+            for (int k = 0; k < 16; k++) D[row] += A[row][k] * B[k];
         for (int l = 0; l < WARP; l++) {
             MmaOperands* own = (MmaOperands*)payload[l].bytes;
             for (int i = 0; i < 4; i++) own->d[i] = D[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
