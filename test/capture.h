@@ -18,7 +18,7 @@ struct Captured {
     char text[8192]; // what it wrote to stderr, up to this length
 };
 
-// The child is given 20 seconds: a deadlock shows as -1.
+// The child is given five minutes, on a busy machine, too: a deadlock shows as -1.
 static inline struct Captured capture(void (*function)(void*), void* argument) {
     struct Captured captured = {-1, ""};
     int ends[2];
@@ -29,7 +29,7 @@ static inline struct Captured capture(void (*function)(void*), void* argument) {
     if (child == 0) {
         close(ends[0]);
         dup2(ends[1], STDERR_FILENO);
-        alarm(20);
+        alarm(300);
         function(argument);
         exit(0);
     }

@@ -56,6 +56,7 @@ typedef struct {
     int signal;         // sent once `until_file` has `until_lines` lines; 0: none
     const char* until_file;
     int until_lines;
+    long after_ms;     // and so long after that
     rlim_t file_bytes; // largest file it may write; 0: no limit
 } Treatment;
 
@@ -79,21 +80,26 @@ static inline void sleep_ms(long ms) {
     nanosleep(&wait, NULL);
 }
 
+// Whether a child has ended; it can still be waited for.
+static inline int has_ended(pid_t child) {
+    siginfo_t info;
+    memset(&info, 0, sizeof(info));
+    assert_int_equal(waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT), 0);
+    return info.si_pid == child;
+}
+
 static inline void treat(pid_t child, const Treatment* treatment) {
     if (treatment->kill_after_ms) {
         sleep_ms(treatment->kill_after_ms);
         kill(child, SIGKILL);
     }
-    for (int i = 0; treatment->signal && i < 4000; i++) {
-        siginfo_t info;
-        memset(&info, 0, sizeof(info));
-        waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT);
-        if (info.si_pid) break;
+    while (treatment->signal && !has_ended(child)) {
         if (count_lines(treatment->until_file) >= treatment->until_lines) {
+            sleep_ms(treatment->after_ms);
             kill(child, treatment->signal);
             break;
         }
-        sleep_ms(5);
+        sleep_ms(2);
     }
 }
 
@@ -124,6 +130,21 @@ static inline const Result* run_treated(const Treatment* treatment, const char* 
     read_text(result.out, sizeof(result.out), "stdout.txt");
     read_text(result.err, sizeof(result.err), "stderr.txt");
     return &result;
+}
+
+// A run into `output` that its signal must reach. On a busy machine a short run may end before this process gets to look at it:
+// then it is made again, from its start.
+static inline const Result* run_interrupted(const Treatment* treatment, const char* line,
+                                            const char* output) {
+    char command[16384], remove[PATH_MAX];
+    print_to(command, sizeof(command), "%s", line);
+    print_to(remove, sizeof(remove), "rm -rf %s", output);
+    const Result* result = run_treated(treatment, command);
+    for (int i = 0; i < 100 && result->exit_code == 0; i++) {
+        assert_int_equal(system(remove), 0);
+        result = run_treated(treatment, command);
+    }
+    return result;
 }
 
 __attribute__((format(printf, 1, 2))) static inline const Result* run(const char* format, ...) {

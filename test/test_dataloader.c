@@ -394,7 +394,11 @@ static void attempt(void* argument) {
     if (a->read >= 2) loader_start(loader, 0, 1, 1);
     if (a->read == 2)
         while (loader_next(loader, &next_tokens, &next_targets)) {}
-    if (a->read == 3) usleep(100000);
+    if (a->read == 3) { // until the thread has found what is wrong
+        pthread_mutex_lock(&loader->lock);
+        while (!loader->failed) pthread_cond_wait(&loader->changed, &loader->lock);
+        pthread_mutex_unlock(&loader->lock);
+    }
     loader_close(loader);
     free(tokens);
     free(targets);

@@ -267,6 +267,9 @@ static pid_t child_of(pid_t parent, int rank) {
     return (pid_t)child;
 }
 
+// What is sure to come, comes in this time on the busiest machine.
+enum { PATIENCE = 300 };
+
 // Waits for the job, no longer than this. 1: it has ended.
 static int ends_within(pid_t job, int* status, double seconds) {
     for (const double since = now(); now() - since < seconds; sleep_ms(5))
@@ -288,13 +291,14 @@ static int kill_one(int number) {
     const pid_t job = start(line);
     pid_t victim = 0;
     int status;
-    for (int i = 0; i < 4000 && !victim; i++, sleep_ms(5)) victim = child_of(job, rank);
+    for (const double since = now(); !victim && now() - since < PATIENCE; sleep_ms(5))
+        victim = child_of(job, rank);
     assert_true(victim > 0);
     while (new_lines && count_lines("killed/metrics.jsonl") < until)
         if (ends_within(job, &status, 0.01)) return 0;
     if (ends_within(job, &status, wait)) return 0;
     (void)kill(victim, SIGKILL);
-    const int ended = ends_within(job, &status, 10);
+    const int ended = ends_within(job, &status, PATIENCE);
     if (!ended) kill(job, SIGKILL);
     assert_true(ended);
     if (WEXITSTATUS(status) == 0) return 0; // the rank was done with everything
@@ -309,19 +313,19 @@ static int kill_one(int number) {
 // What is there after all of it is what a run has left that nobody touched.
 static void test_a_killed_rank_ends_the_job(void** state) {
     (void)state;
-    const int rounds = getenv("TEST_LONG") ? 50 : 5;
-    int killed = 0;
+    const int kills = getenv("TEST_LONG") ? 45 : 5;
+    int runs = 0;
     if (!exists("ranks_3")) train(dense, 3, "ranks_3", "-b 1");
-    for (int i = 0; i < rounds; i++) {
-        killed += kill_one(i);
-        if (exists("killed/step_00000012") || i % 10 == 9 || i + 1 == rounds) {
+    for (int killed = 0; killed < kills; runs++) {
+        assert_true(runs < 10 * kills);
+        killed += kill_one(runs);
+        if (exists("killed/step_00000012") || runs % 10 == 9 || killed == kills) {
             train(dense, 3, "killed", "-b 1 --zero 1 --resume");
             must_be_equal("killed", "ranks_3", 3);
             shell("rm -rf killed");
         }
     }
-    print_message("%d of %d runs were killed before their end\n", killed, rounds);
-    assert_true(killed > rounds / 2);
+    print_message("%d of %d runs were killed before their end\n", kills, runs);
 }
 
 // mpirun passes SIGUSR1 on: the step ends, a checkpoint is written, and the run can go on from it.
@@ -331,7 +335,7 @@ static void test_a_signal_stops_all(void** state) {
     print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1", mpirun(2), dense);
     const pid_t job = start(line);
     int status;
-    for (int i = 0; i < 2000 && count_lines("stopped/metrics.jsonl") < 6; i++) sleep_ms(5);
+    while (!has_ended(job) && count_lines("stopped/metrics.jsonl") < 6) sleep_ms(5);
     kill(job, SIGUSR1);
     assert_int_equal(waitpid(job, &status, 0), job);
     assert_int_equal(WEXITSTATUS(status), 128 + SIGUSR1);
@@ -407,9 +411,9 @@ static void test_ranks_that_differ_are_found(void** state) {
 static void test_a_start_that_hangs_is_given_up(void** state) {
     (void)state;
     const double since = now();
-    job_must_fail(run("env MOBA_START_SECONDS=2 %s %s -b 1 : -np 1 sleep 60", mpirun(1), dense), 1,
+    job_must_fail(run("env MOBA_START_SECONDS=2 %s %s -b 1 : -np 1 sleep 1000", mpirun(1), dense), 1,
                   ": the start is not done after 2 s: another rank is not there");
-    assert_true(now() - since < 30);
+    assert_true(now() - since < PATIENCE);
 }
 
 // Daemons of mpirun that srun has started leave srun's own number of processes in the environment.
@@ -473,7 +477,10 @@ static int set_up(void** state) {
     if (!realpath(getenv("BUILD") ? getenv("BUILD") : "build", build)) return -1;
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
+    // A rank that waits leaves the core to others; and mpirun's own files are not those of other jobs.
+    setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
     if (enter_directory() != 0) return -1;
+    setenv("TMPDIR", directory, 1);
     write_shard("train.bin", good_shard(20000));
     write_shard("short.bin", good_shard(5000));
     write_shard("val.bin", good_shard(3000));

@@ -88,19 +88,31 @@ static void test_training_learns_and_repeats_bitwise(void** state) {
 
 static void test_killed_at_any_moment_it_resumes_bitwise(void** state) {
     (void)state;
+    enum { KILLS = 12, MOST_RUNS = 400 };
     unsigned random = 1;
-    int kills = 0;
-    for (int i = 0; i < 80; i++) {
+    for (int i = 0, kills = 0; kills < KILLS; i++) {
         random = random * 1103515245 + 12345;
+        const long drawn = (long)(random >> 16);
         Treatment treatment = {0};
-        treatment.kill_after_ms = 20 + (long)(random >> 16) % 150 + 10 * i;
+        if (i % 2) { // while it trains: after some lines more
+            treatment.signal = SIGKILL;
+            treatment.until_file = "killed/metrics.jsonl";
+            treatment.until_lines = count_lines("killed/metrics.jsonl") + 1 + (int)(drawn % 5);
+            treatment.after_ms = drawn / 5 % 10;
+        } else { // while it starts, or whatever it has come to
+            treatment.kill_after_ms = 1 + drawn % 150;
+        }
         const Result* result = run_treated(&treatment, command("killed", "--resume"));
-        if (result->exit_code == 0) break;
-        if (result->exit_code != 128 + SIGKILL) print_error("%s", result->err);
-        assert_int_equal(result->exit_code, 128 + SIGKILL);
-        kills++;
+        if (result->exit_code == 0) { // it came to its end before
+            must_be_same_run("whole", "killed", STEPS);
+            shell("rm -rf killed");
+        } else {
+            if (result->exit_code != 128 + SIGKILL) print_error("%s", result->err);
+            assert_int_equal(result->exit_code, 128 + SIGKILL);
+            kills++;
+        }
+        assert_true(i < MOST_RUNS);
     }
-    assert_true(kills >= 2);
     must_end_well(train("killed", "--resume"));
     must_be_same_run("whole", "killed", STEPS);
     must_hold_nothing_partial("killed");
@@ -118,7 +130,7 @@ static void test_a_signal_writes_a_checkpoint(void** state) {
         treatment.signal = signals[i];
         treatment.until_file = metrics;
         treatment.until_lines = 5 + i;
-        const Result* result = run_treated(&treatment, command(output, "-n 0"));
+        const Result* result = run_interrupted(&treatment, command(output, "-n 0"), output);
         if (result->exit_code != 128 + signals[i]) print_error("%s%s\n", result->out, result->err);
         assert_int_equal(result->exit_code, 128 + signals[i]);
         assert_non_null(strstr(result->out, "stopped after step "));
@@ -136,8 +148,8 @@ static void test_a_signal_writes_a_checkpoint(void** state) {
 static void test_max_seconds_writes_a_checkpoint(void** state) {
     (void)state;
     int parts = 0;
-    for (; parts < 200; parts++) {
-        const Result* result = train("timed", "-n 0 --resume --max-seconds 0.05");
+    for (; parts < 200; parts++) { // it makes a step at least
+        const Result* result = train("timed", "-n 0 --resume --max-seconds 0.01");
         must_end_well(result);
         if (!strstr(result->out, "--max-seconds is over")) break;
     }
