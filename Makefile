@@ -70,7 +70,10 @@ CPU_PRECISION := $(if $(filter cpu,$(DEVICE)),$(PRECISION),fp32)
 WARNINGS := -Wall -Wextra -Werror -Wshadow
 CFLAGS ?= -O3 -march=native -g
 SHARED_FLAGS = $(CFLAGS) -fno-math-errno -fno-trapping-math -fopenmp -pthread $(WARNINGS) -I. -MMD -MP
-COMMON = -std=gnu11 -Wstrict-prototypes $(SHARED_FLAGS)
+# UNKIND=1 replaces the library's matrix product by the one of dev/cpu/gemm_unkind.h, for make test-numbers.
+UNKIND ?= 0
+$(call allow,UNKIND,0 1)
+COMMON = -std=gnu11 -Wstrict-prototypes $(SHARED_FLAGS) $(if $(filter 1,$(UNKIND)),-DGEMM_UNKIND)
 names = -DATTN_NAME='"$(1)"' -DGQA_NAME='"$(2)"' -DKCONV=$(3)
 VARIANT := -DDEVICE_CPU $(call names,$(ATTN),$(GQA),$(KCONV))
 precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
@@ -133,12 +136,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr scaling test test-long mutate compile-cuda bench lint format clean help
+.PHONY: all train tokenizer retrieval snr scaling test test-long test-numbers mutate compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr scaling test test-long mutate gpu-check bench kernel-table lint format clean"
+	@echo "targets: all train tokenizer retrieval snr scaling test test-long test-numbers mutate gpu-check bench kernel-table lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -362,11 +365,38 @@ $(BUILD)/test/%: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
+# Tests of numbers, for docs/math.md section 6: with the unkind product, and with oneDNN limited to the instructions of older
+# processors. In that build the emulator's trainers are those of $(BUILD), which have no gemm of dev/cpu.
+UNKIND_BUILD := $(BUILD)/unkind
+OPERATION_TESTS := test/test_model_fp32 test/test_moba_fp32 test/test_attention_fp32 test/test_operations_fp32
+PROGRAM_TESTS := test/test_simt_trainer test/test_distributed test/test_programs test/test_checkpoint test/test_retrieval
+UNKIND_SAMPLE := $(addprefix $(UNKIND_BUILD)/,test/test_model_fp32 test/test_moba_fp32)
+SIMT_TRAINERS := $(filter $(VARIANTS)/train_gpt_simt_%,$(TESTED_VARIANTS))
+.PHONY: unkind-operations unkind-programs
+unkind-operations:
+	@$(MAKE) --no-print-directory BUILD=$(UNKIND_BUILD) UNKIND=1 $(addprefix $(UNKIND_BUILD)/,$(OPERATION_TESTS))
+unkind-programs: unkind-operations $(SIMT_TRAINERS) $(BUILD)/tokenizer $(BUILD)/retrieval
+	@mkdir -p $(UNKIND_BUILD)/variants
+	@for program in $(SIMT_TRAINERS:$(BUILD)/%=%) tokenizer retrieval; do \
+	  ln -sf "$$(realpath $(BUILD)/$$program)" $(UNKIND_BUILD)/$$program; done
+	@$(MAKE) --no-print-directory BUILD=$(UNKIND_BUILD) UNKIND=1 LINKED=1 $(addprefix $(UNKIND_BUILD)/,$(PROGRAM_TESTS)) \
+	  $(patsubst $(BUILD)/%,$(UNKIND_BUILD)/%,$(filter-out $(SIMT_TRAINERS),$(TESTED_VARIANTS)) $(USERS_TRAINER))
+
+unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) TOKENIZER=$(UNKIND_BUILD)/tokenizer,$(addprefix $(UNKIND_BUILD)/,$(3)))
+limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
+# make test-long takes every seed and every instruction set, each with another number of threads; make test-numbers takes all of them.
+NUMBER_TESTS = $(call unkind,1,1,$(PROGRAM_TESTS)) $(call limited,SSE41,2,$(PROGRAM_TESTS)) \
+               $(call unkind,1,4,$(OPERATION_TESTS)) $(call unkind,2,1,$(OPERATION_TESTS)) $(call unkind,3,2,$(OPERATION_TESTS)) \
+               $(call limited,SSE41,1,$(OPERATION_TESTS)) $(call limited,AVX,2,$(OPERATION_TESTS)) $(call limited,AVX2,4,$(OPERATION_TESTS))
+test-numbers: unkind-programs $(USERS_TRAINER) $(TESTED_VARIANTS) $(addprefix $(BUILD)/,$(OPERATION_TESTS) $(PROGRAM_TESTS))
+	@$(RUN_TESTS) $(foreach threads,1 2 4,$(foreach seed,1 2 3,$(call unkind,$(seed),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))) \
+	  $(foreach set,SSE41 AVX AVX2 DEFAULT,$(call limited,$(set),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))))
+
 # Most tests have one thread: as many at a time as there are cores, but not more than 4, whose own threads would be in their way.
 RUN_TESTS := MAKEFLAGS= TEST_JOBS=$(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) scripts/run_tests.sh
 
-test: all compile-cuda $(USERS_TRAINER) $(TESTED_VARIANTS) $(TESTS)
-	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer $(RUN_TESTS) $(TESTS)
+test: all compile-cuda unkind-operations $(USERS_TRAINER) $(TESTED_VARIANTS) $(TESTS)
+	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer $(RUN_TESTS) $(TESTS) $(UNKIND_SAMPLE)
 	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
 # The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, kernels and emulator in
@@ -392,10 +422,11 @@ LONG_TESTS = $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_simt_t
              $(call with,BUILD=$(ADDRESS) TOKENIZER=$(ADDRESS)/tokenizer,$(ADDRESS_TESTS)) \
              $(call with,OMP_NUM_THREADS=1,$(THREAD_TESTS)) \
              $(call with,BUILD=$(BUILD),test/test_scripts.sh) \
+             $(NUMBER_TESTS) \
              $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_distributed test/test_launch.sh) \
              $(call with,SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1,$(ORDERED)) \
              $(foreach seed,2 3,$(call with,SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$(seed),$(ORDERED)))
-test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_VARIANTS) $(TESTED_VARIANTS) $(USERS_TRAINER) address-programs thread-programs \
+test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_VARIANTS) $(TESTED_VARIANTS) $(USERS_TRAINER) address-programs thread-programs unkind-programs \
            $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
 	@$(RUN_TESTS) $(LONG_TESTS)
 
