@@ -16,6 +16,7 @@ whatever way the process exits, what is registered then is removed, so that noth
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -41,16 +42,24 @@ static int live_line_shown = 0;
 static void (*failure_begin)(void) = NULL;
 static void (*failure_end)(int exit_code) = NULL;
 
-__attribute__((format(printf, 2, 0), noreturn)) static inline void
-fail_with(int exit_code, const char* format, va_list arguments) {
-    // Written at once, so that the lines of many processes do not run into each other.
+// One line on stderr, written at once, so that the lines of many processes do not run into each other. Control characters,
+// which file names may hold, become '?'.
+__attribute__((format(printf, 1, 0))) static inline void message_line(const char* format, va_list arguments) {
     char line[4 * PATH_MAX];
-    if (failure_begin) failure_begin();
-    fflush(stdout);
     const int used = snprintf(line, sizeof(line), "%s%s: ", live_line_shown ? "\n" : "", program_name);
     const size_t room = sizeof(line) - (size_t)used - 1;
     vsnprintf(line + used, room, format, arguments);
+    for (char* c = line + used; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     fputs(strcat(line, "\n"), stderr);
+    live_line_shown = 0;
+}
+
+__attribute__((format(printf, 2, 0), noreturn)) static inline void
+fail_with(int exit_code, const char* format, va_list arguments) {
+    if (failure_begin) failure_begin();
+    fflush(stdout);
+    message_line(format, arguments);
     if (failure_end) failure_end(exit_code);
     exit(exit_code);
 }
@@ -67,6 +76,14 @@ __attribute__((format(printf, 1, 2), noreturn)) static inline void fail_usage(co
     va_list arguments;
     va_start(arguments, format);
     fail_with(2, format, arguments);
+}
+
+// The program goes on, but the user must know.
+__attribute__((format(printf, 1, 2))) static inline void warn(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    message_line(format, arguments);
+    va_end(arguments);
 }
 
 // ----------------------------------------------------------------------------
@@ -124,9 +141,8 @@ static inline void close_written_or_fail(FILE* file, const char* path) {
     if (fclose(file) != 0) fail("%s: cannot close: %s", path, strerror(errno));
 }
 
-// A whole file as one buffer with a closing 0 byte that *length does not count. The caller frees it.
-static inline char* read_file_or_fail(const char* path, size_t* length) {
-    FILE* file = open_or_fail(path, "rb");
+// The rest of an open file as one buffer with a closing 0 byte that *length does not count. The caller frees it.
+static inline char* read_stream_or_fail(FILE* file, const char* path, size_t* length) {
     size_t capacity = 1 << 16, used = 0;
     char* text = (char*)malloc_or_fail(capacity, path);
     for (;;) {
@@ -137,9 +153,16 @@ static inline char* read_file_or_fail(const char* path, size_t* length) {
         text = (char*)realloc_or_fail(text, capacity, path);
     }
     if (ferror(file)) fail("%s: cannot read: %s", path, strerror(errno));
-    fclose(file);
     text[used] = 0;
     if (length) *length = used;
+    return text;
+}
+
+// The same of a whole file.
+static inline char* read_file_or_fail(const char* path, size_t* length) {
+    FILE* file = open_or_fail(path, "rb");
+    char* text = read_stream_or_fail(file, path, length);
+    fclose(file);
     return text;
 }
 
@@ -165,6 +188,16 @@ static inline void make_directories_or_fail(const char* path) {
     if (stat(path, &info) != 0 || !S_ISDIR(info.st_mode)) fail("%s: not a directory", path);
 }
 
+// mkdir -p of the directory that is to hold `path`.
+static inline void make_parent_or_fail(const char* path) {
+    char parent[PATH_MAX];
+    path_format(parent, "%s", path);
+    char* slash = strrchr(parent, '/');
+    if (!slash || slash == parent) return;
+    *slash = 0;
+    make_directories_or_fail(parent);
+}
+
 // rm -rf of one file or one flat directory; a missing one is no error.
 static inline void remove_path(const char* path) {
     DIR* directory = opendir(path);
@@ -187,27 +220,64 @@ static inline void remove_path(const char* path) {
 // One path at a time is enough: a program writes one file or one checkpoint directory at a time.
 static char scratch_path[PATH_MAX];
 
+// Held while scratch is begun, renamed or removed. A thread that ends the process takes it and keeps it: no other thread can
+// then begin new scratch, or rename half of a set. Do not call fail() while holding it, since exit() removes the scratch.
+static pthread_mutex_t scratch_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+static inline void scratch_lock(void) { pthread_mutex_lock(&scratch_mutex); }
+
+static inline void scratch_unlock(void) { pthread_mutex_unlock(&scratch_mutex); }
+
 static inline void scratch_path_remove(void) {
+    scratch_lock();
     if (scratch_path[0]) remove_path(scratch_path);
     scratch_path[0] = 0;
+    scratch_unlock();
 }
 
 // From here to scratch_path_commit(), `path` is removed at exit.
 static inline void scratch_path_begin(const char* path) {
     static int registered = 0;
+    if (strlen(path) >= PATH_MAX) fail("path too long: %.80s...", path);
+    scratch_lock();
     if (!registered) atexit(scratch_path_remove);
     registered = 1;
-    path_format(scratch_path, "%s", path);
+    strcpy(scratch_path, path);
+    scratch_unlock();
+}
+
+// Opens a file for writing that is the scratch or lies in it. While a thread ends the process, this waits for that end.
+static inline FILE* scratch_open_or_fail(const char* path) {
+    scratch_lock();
+    FILE* file = fopen(path, "wb");
+    const int reason = errno;
+    scratch_unlock();
+    if (!file) fail("%s: cannot write: %s", path, strerror(reason));
+    return file;
+}
+
+// The same for the scratch that is a directory.
+static inline void scratch_make_directory_or_fail(const char* path) {
+    scratch_lock();
+    const int made = mkdir(path, 0777) == 0 || errno == EEXIST, reason = errno;
+    scratch_unlock();
+    if (!made) fail("%s: cannot make the directory: %s", path, strerror(reason));
 }
 
 // The path is for another process to give its name to.
-static inline void scratch_path_forget(void) { scratch_path[0] = 0; }
+static inline void scratch_path_forget(void) {
+    scratch_lock();
+    scratch_path[0] = 0;
+    scratch_unlock();
+}
 
 // Renames what is registered to its final name and syncs the directory that holds it: now it is there, whole.
 static inline void scratch_path_commit(const char* final_path) {
-    if (rename(scratch_path, final_path) != 0)
-        fail("%s: cannot rename to %s: %s", scratch_path, final_path, strerror(errno));
-    scratch_path[0] = 0;
+    scratch_lock();
+    const int renamed = rename(scratch_path, final_path) == 0, reason = errno;
+    if (renamed) scratch_path[0] = 0;
+    scratch_unlock();
+    if (!renamed) fail("%s: cannot rename to %s: %s", scratch_path, final_path, strerror(reason));
     char parent[PATH_MAX];
     path_format(parent, "%s", final_path);
     char* slash = strrchr(parent, '/');
