@@ -11,6 +11,8 @@ small model that learns the task, from end to end.
 #include "tokenizer/tokenizer.h"
 #include "test/capture.h"
 
+#include <signal.h>
+
 // last, as it has a macro `fail` of its own
 #include <setjmp.h>
 #include <stdarg.h>
@@ -302,6 +304,29 @@ static void bad_command_lines_and_files(void** state) {
     }
 }
 
+static void a_stop_keeps_the_earlier_run(void** state) {
+    (void)state;
+    must_run("%s/retrieval -t small.json --lengths 128,160 --samples 20 --output-prefix kept/run", programs);
+    must_run("cat kept/* > kept.before");
+    for (int i = 0; i < 3; i++) {
+        static const int signals[] = {SIGTERM, SIGHUP, SIGALRM};
+        // So many samples that the end is far, and a wait for the scratch directory.
+        must_run("%s/retrieval -t small.json --lengths 160,128 --samples 10000000 --output-prefix kept/run & "
+                 "n=0; until ls -d kept/*.partial || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done; "
+                 "kill -%d $!; wait $!; test $? = %d",
+                 programs, signals[i], 128 + signals[i]);
+        must_run("cat kept/* | cmp - kept.before");
+    }
+    // A directory stands where the second length has its shard.
+    must_run("rm kept/run_160_val_000000.bin; mkdir kept/run_160_val_000000.bin; cat kept/run_128_* "
+             "kept/*index* > kept.before");
+    assert_int_equal(
+        run("%s/retrieval -t small.json --lengths 128,160 --seed 5 --samples 20 --output-prefix kept/run",
+            programs),
+        1);
+    must_run("cat kept/run_128_* kept/*index* | cmp - kept.before && ! ls -d kept/*.partial");
+}
+
 // ----------------------------------------------------------------------------
 // Evaluation
 
@@ -516,6 +541,7 @@ int main(void) {
         cmocka_unit_test(training_and_evaluation_share_no_pair),
         cmocka_unit_test(the_seed_decides),
         cmocka_unit_test(bad_command_lines_and_files),
+        cmocka_unit_test(a_stop_keeps_the_earlier_run),
         cmocka_unit_test(a_scripted_model),
         cmocka_unit_test(bad_indices),
         cmocka_unit_test(a_small_model_learns),

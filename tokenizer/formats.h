@@ -9,7 +9,8 @@ stands for itself, the n-th of the others is U+0100 + n (Radford et al. 2019, by
 #ifndef TOKENIZER_FORMATS_H
 #define TOKENIZER_FORMATS_H
 
-#include "runtime/checks.h"       // fail, read_file_or_fail, scratch_path_begin
+#include "runtime/checks.h"       // fail, read_file_or_fail
+#include "tokenizer/output.h"     // OutputFile
 #include "tokenizer/vocabulary.h" // Tokenizer
 
 #include <cjson/cJSON.h>
@@ -623,15 +624,12 @@ static inline void tokenizer_write_json(const Tokenizer* t, FILE* file, const ch
     byte_buffer_free(&text);
 }
 
-// Writes the file whole or not at all. It uses the program's one scratch path.
+// Writes the file whole or not at all, and makes the directories above it.
 static inline void tokenizer_save_json(const Tokenizer* t, const char* path) {
-    char partial[PATH_MAX];
-    path_format(partial, "%s.%d.partial", path, (int)getpid());
-    scratch_path_begin(partial);
-    FILE* file = open_or_fail(partial, "wb");
-    tokenizer_write_json(t, file, path);
-    close_written_or_fail(file, path);
-    scratch_path_commit(path);
+    OutputFile output;
+    output_file_open(&output, path);
+    tokenizer_write_json(t, output.file, path);
+    output_file_close(&output);
 }
 
 #endif

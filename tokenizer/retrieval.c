@@ -23,7 +23,9 @@ is ever in an evaluation shard of the same template, whatever the options that m
 #include "runtime/checks.h"      // defines fail, fail_usage, scratch_path_begin
 #include "runtime/json.h"        // defines json_add_whole, json_add_double
 #include "runtime/random.h"      // defines random_uniform, random_stream
+#include "tokenizer/output.h"    // defines standard_files_reserve
 #include "tokenizer/shards.h"    // defines ShardSet
+#include "tokenizer/stop.h"      // defines stop_on_signals
 #include "tokenizer/tokenizer.h" // defines Tokenizer, TokenBuffer
 
 enum { MOST_LENGTHS = 32, MOST_DEPTHS = 101, MOST_PAIRS = 1000, WORD_BYTES = 64 };
@@ -322,64 +324,58 @@ static void write_index_line(FILE* index, const char* path, const Sample* sample
 }
 
 // The shards of one length. Training samples have their needle anywhere, evaluation samples at the given depths.
-static void write_length(const Generator* generator, Workspace* work, int length, FILE* index,
-                         const char* index_path) {
+static void write_length(ShardSet* shards, const Generator* generator, Workspace* work, int length,
+                         FILE* index, const char* index_path) {
     const Settings* settings = generator->settings;
-    char prefix[PATH_MAX];
-    path_format(prefix, "%s_%d", settings->output_prefix, length);
-    ShardSet shards;
-    shard_set_begin(&shards, prefix, tokenizer_vocab_size(generator->tokenizer),
-                    tokenizer_hash(generator->tokenizer), INT32_MAX);
     Sample sample;
     memset(&sample, 0, sizeof(sample));
     for (long i = 0; i < settings->samples; i++) {
         Draws draws = draws_of_sample(settings->seed, "train", length, i);
         double depth = draw_uniform(&draws);
         make_sample(&sample, work, generator, length, depth, SHARD_TRAIN, &draws);
-        shard_set_write(&shards, SHARD_TRAIN, sample.tokens.ids, sample.tokens.count);
+        shard_set_write(shards, SHARD_TRAIN, sample.tokens.ids, sample.tokens.count);
     }
     const long evaluation = settings->evaluation_samples * settings->depth_count;
     for (long i = 0; i < evaluation; i++) {
         Draws draws = draws_of_sample(settings->seed, "evaluation", length, i);
         double depth = settings->depths[i % settings->depth_count];
         make_sample(&sample, work, generator, length, depth, SHARD_VALIDATION, &draws);
-        shard_set_write(&shards, SHARD_VALIDATION, sample.tokens.ids, sample.tokens.count);
+        shard_set_write(shards, SHARD_VALIDATION, sample.tokens.ids, sample.tokens.count);
         write_index_line(index, index_path, &sample, i, length, depth, settings->pairs);
     }
-    if (settings->samples) shard_set_write(&shards, SHARD_TRAIN, &generator->end_of_text, 1);
-    shard_set_write(&shards, SHARD_VALIDATION, &generator->end_of_text, 1);
-    shard_set_publish(&shards);
+    if (settings->samples) shard_set_write(shards, SHARD_TRAIN, &generator->end_of_text, 1);
+    shard_set_write(shards, SHARD_VALIDATION, &generator->end_of_text, 1);
     token_buffer_free(&sample.tokens);
     if (!settings->quiet)
-        fprintf(stderr, "%s: %ld training and %ld evaluation samples of %d tokens\n", prefix,
+        fprintf(stderr, "%s: %ld training and %ld evaluation samples of %d tokens\n", shards->prefix,
                 settings->samples, evaluation, length);
 }
 
-// The index is the last file to appear, and the first to go.
+// Everything is written in one scratch directory and published together, the index last.
 static void write_all(const Generator* generator) {
     const Settings* settings = generator->settings;
-    char index_path[PATH_MAX];
-    path_format(index_path, "%s_index.jsonl", settings->output_prefix);
-    remove_path(index_path);
-    FILE* index = tmpfile();
-    if (!index) fail("cannot make a temporary file: %s", strerror(errno));
+    char scratch[PATH_MAX], prefix[PATH_MAX], index_scratch[PATH_MAX], index_path[PATH_MAX];
+    ShardSet* sets =
+        (ShardSet*)malloc_or_fail(sizeof(ShardSet) * (size_t)settings->length_count, "the shards");
     Workspace* work = (Workspace*)calloc_or_fail(1, sizeof(Workspace), "samples");
-    for (int i = 0; i < settings->length_count; i++)
-        write_length(generator, work, settings->lengths[i], index, index_path);
+    shard_scratch_begin(scratch, settings->output_prefix);
+    path_format(index_path, "%s_index.jsonl", settings->output_prefix);
+    path_format(index_scratch, "%s/index.jsonl", scratch);
+    FILE* index = scratch_open_or_fail(index_scratch);
+    for (int i = 0; i < settings->length_count; i++) {
+        const int length = settings->lengths[i];
+        path_format(prefix, "%s_%d", settings->output_prefix, length);
+        shard_set_begin(&sets[i], scratch, prefix, tokenizer_vocab_size(generator->tokenizer),
+                        tokenizer_hash(generator->tokenizer), INT32_MAX);
+        write_length(&sets[i], generator, work, length, index, index_path);
+        shard_set_finish(&sets[i]);
+    }
+    close_written_or_fail(index, index_path);
+    shard_sets_publish(sets, settings->length_count, index_scratch, index_path);
     for (int i = 0; i < settings->pairs; i++) token_buffer_free(&work->statements[i].tokens);
     token_buffer_free(&work->filler);
     free(work);
-
-    char scratch[PATH_MAX], piece[1 << 14];
-    path_format(scratch, "%s.%d.partial", index_path, (int)getpid());
-    scratch_path_begin(scratch);
-    FILE* out = open_or_fail(scratch, "wb");
-    rewind(index);
-    for (size_t got; (got = fread(piece, 1, sizeof(piece), index)) > 0;)
-        write_or_fail(piece, got, out, scratch);
-    fclose(index);
-    close_written_or_fail(out, scratch);
-    scratch_path_commit(index_path);
+    free(sets);
 }
 
 // ----------------------------------------------------------------------------
@@ -556,8 +552,10 @@ static void parse_template(Generator* generator) {
 
 static void check_settings(const Settings* settings) {
     const char* prefix = settings->output_prefix;
-    if (!settings->tokenizer) fail_usage("--tokenizer FILE is required");
-    if (!prefix) fail_usage("--output-prefix DIR/NAME is required");
+    if (!settings->tokenizer || !prefix)
+        fail_usage("%s is required (needed are --tokenizer FILE and --output-prefix DIR/NAME; --help lists "
+                   "the options)",
+                   settings->tokenizer ? "--output-prefix DIR/NAME" : "--tokenizer FILE");
     if (!*prefix || prefix[strlen(prefix) - 1] == '/')
         fail_usage("--output-prefix %s: must end in a name", prefix);
     const long evaluation = settings->evaluation_samples * settings->depth_count;
@@ -570,6 +568,8 @@ static void check_settings(const Settings* settings) {
 
 int main(int argc, char** argv) {
     program_name = "retrieval";
+    standard_files_reserve();
+    stop_on_signals();
     static Settings settings;
     settings.template_text = " The code of {key} is {value}.";
     settings.key_alphabet = "abcdefghijklmnopqrstuvwxyz";

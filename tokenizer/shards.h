@@ -5,12 +5,15 @@ A header of 256 little-endian int32, then the tokens. header[0], header[1]: 2024
 uint32 tokens; header[2]: the number of tokens; header[3]: vocabulary size; header[4]: tokenizer_hash(). llm.c's own
 shards have 0 in the last two.
 
+    char scratch[PATH_MAX];
     ShardSet set;
-    shard_set_begin(&set, "data/text", tokenizer_vocab_size(t), tokenizer_hash(t), 100000000);
+    shard_scratch_begin(scratch, "data/text");
+    shard_set_begin(&set, scratch, "data/text", tokenizer_vocab_size(t), tokenizer_hash(t), 100000000);
     shard_set_write(&set, SHARD_TRAIN, ids, count);
-    shard_set_publish(&set);
+    shard_sets_publish(&set, 1, NULL, NULL);
 
-All shards are written in one scratch directory beside their destination and moved together at the end.
+All shards are written in one scratch directory beside their destination and moved together at the end. Several sets may share
+it. Until then the shards of an earlier run stay as they are.
 */
 #ifndef TOKENIZER_SHARDS_H
 #define TOKENIZER_SHARDS_H
@@ -27,6 +30,7 @@ static inline const char* shard_split_name(int split) { return split == SHARD_TR
 
 typedef struct {
     char prefix[PATH_MAX];  // DIRECTORY/NAME
+    const char* name;       // the NAME in it
     char scratch[PATH_MAX]; // a directory
     int32_t vocab_size;
     uint32_t tokenizer_hash;
@@ -41,25 +45,27 @@ static inline int shard_token_bytes(const ShardSet* set) { return set->vocab_siz
 
 static inline void shard_path(char* path, const ShardSet* set, int published, int split, int index) {
     if (published) path_format(path, "%s_%s_%06d.bin", set->prefix, shard_split_name(split), index);
-    else path_format(path, "%s/%s_%06d.bin", set->scratch, shard_split_name(split), index);
+    else path_format(path, "%s/%s_%s_%06d.bin", set->scratch, set->name, shard_split_name(split), index);
 }
 
-static inline void shard_set_begin(ShardSet* set, const char* prefix, int32_t vocab_size,
+// Makes the scratch directory, and the directories above it.
+static inline void shard_scratch_begin(char* scratch, const char* prefix) {
+    path_format(scratch, "%s.%d.partial", prefix, (int)getpid());
+    make_parent_or_fail(prefix);
+    scratch_path_begin(scratch);
+    scratch_make_directory_or_fail(scratch);
+}
+
+static inline void shard_set_begin(ShardSet* set, const char* scratch, const char* prefix, int32_t vocab_size,
                                    uint32_t tokenizer_hash, int64_t shard_tokens) {
     memset(set, 0, sizeof(*set));
     path_format(set->prefix, "%s", prefix);
-    path_format(set->scratch, "%s.%d.partial", prefix, (int)getpid());
+    path_format(set->scratch, "%s", scratch);
+    const char* slash = strrchr(set->prefix, '/');
+    set->name = slash ? slash + 1 : set->prefix;
     set->vocab_size = vocab_size;
     set->tokenizer_hash = tokenizer_hash;
     set->shard_tokens = shard_tokens;
-    const char* slash = strrchr(prefix, '/');
-    if (slash && slash > prefix) {
-        char directory[PATH_MAX];
-        path_format(directory, "%.*s", (int)(slash - prefix), prefix);
-        make_directories_or_fail(directory);
-    }
-    scratch_path_begin(set->scratch);
-    make_directories_or_fail(set->scratch);
 }
 
 static inline void shard_write_header(const ShardSet* set, int split, const char* path) {
@@ -70,14 +76,15 @@ static inline void shard_write_header(const ShardSet* set, int split, const char
     header[2] = (int32_t)set->in_shard[split];
     header[3] = set->vocab_size;
     header[4] = (int32_t)set->tokenizer_hash;
-    rewind(set->files[split]);
+    // Not rewind(), which forgets an error of the tokens written so far.
+    if (fseeko(set->files[split], 0, SEEK_SET) != 0) fail("%s: cannot write: %s", path, strerror(errno));
     write_or_fail(header, sizeof(header), set->files[split], path);
 }
 
 static inline void shard_open(ShardSet* set, int split) {
     char path[PATH_MAX];
     shard_path(path, set, 0, split, set->counts[split]++);
-    set->files[split] = open_or_fail(path, "wb");
+    set->files[split] = scratch_open_or_fail(path);
     set->in_shard[split] = 0;
     shard_write_header(set, split, path);
 }
@@ -123,21 +130,53 @@ static inline void shard_set_write(ShardSet* set, int split, const int32_t* ids,
     }
 }
 
-// Moves all shards to their names. Shards that an earlier, larger set left under the following names are removed: a
-// pattern such as NAME_train_*.bin would read them too.
-static inline void shard_set_publish(ShardSet* set) {
-    char from[PATH_MAX], to[PATH_MAX];
-    for (int split = 0; split < SHARD_SPLITS; split++) shard_close(set, split);
+// Closes the shards and sees that no directory has one of their names.
+static inline void shard_set_finish(ShardSet* set) {
+    char path[PATH_MAX];
+    struct stat info;
     for (int split = 0; split < SHARD_SPLITS; split++) {
-        for (int index = 0; index < set->counts[split]; index++) {
+        shard_close(set, split);
+        for (int index = 0; index <= set->counts[split]; index++) {
+            shard_path(path, set, 1, split, index);
+            if (index < set->counts[split] && stat(path, &info) == 0 && S_ISDIR(info.st_mode))
+                fail("%s: is a directory, not a file", path);
+        }
+    }
+}
+
+// Moves the shards to their names. Shards that an earlier, larger set left under the following names are removed: a pattern
+// such as NAME_train_*.bin would read them too. Returns 0 where a rename fails, with its target in `to`.
+static inline int shard_set_rename(const ShardSet* set, char* to) {
+    char from[PATH_MAX];
+    for (int split = 0; split < SHARD_SPLITS; split++) {
+        int index = 0;
+        for (; index < set->counts[split]; index++) {
             shard_path(from, set, 0, split, index);
             shard_path(to, set, 1, split, index);
-            if (rename(from, to) != 0) fail("%s: cannot rename to %s: %s", from, to, strerror(errno));
+            if (rename(from, to) != 0) return 0;
         }
-        int index = set->counts[split];
         do shard_path(to, set, 1, split, index++);
         while (unlink(to) == 0);
     }
+    return 1;
+}
+
+// Gives the sets their names, and then `index`, a file in the scratch directory, the name index_path; NULL: there is none. An
+// index of an earlier run goes first, so that it never stands beside other shards than its own. A signal waits for the end of it.
+static inline void shard_sets_publish(ShardSet* sets, int count, const char* index, const char* index_path) {
+    char failed[PATH_MAX];
+    for (int s = 0; s < count; s++) shard_set_finish(&sets[s]);
+    int renamed = 1;
+    scratch_lock();
+    if (index) (void)unlink(index_path);
+    for (int s = 0; s < count && renamed; s++) renamed = shard_set_rename(&sets[s], failed);
+    if (renamed && index) {
+        path_format(failed, "%s", index_path);
+        renamed = rename(index, index_path) == 0;
+    }
+    const int reason = errno;
+    scratch_unlock();
+    if (!renamed) fail("%s: cannot rename to it: %s", failed, strerror(reason));
     scratch_path_remove();
 }
 

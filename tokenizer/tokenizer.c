@@ -7,12 +7,13 @@ commands, `tokenizer COMMAND --help` their options. docs/tokenizer.md shows them
 #endif
 #include "runtime/checks.h"      // fail, fail_usage, scratch_path_*
 #include "tokenizer/documents.h" // DocumentReader, DocumentBatch
+#include "tokenizer/output.h"    // OutputFile, standard_files_reserve
 #include "tokenizer/shards.h"    // ShardSet
+#include "tokenizer/stop.h"      // stop_on_signals
 #include "tokenizer/tokenizer.h" // Tokenizer
 
 #include <argp.h>
 #include <omp.h>
-#include <signal.h>
 #include <time.h>
 
 enum { BATCH_BYTES = 16 << 20 };
@@ -52,10 +53,22 @@ static void progress_show(Progress* progress, double part, int last, const char*
         fprintf(stderr, "\r\033[K%s [%s] %3.0f%% %s%s", progress->what, bar, part * 100, note, remaining);
     else fprintf(stderr, "%s %3.0f%% %s%s", progress->what, part * 100, note, remaining);
     if (last || !progress->terminal) fprintf(stderr, " (%.1f s)\n", elapsed);
+    live_line_shown = progress->terminal && !last;
 }
 
 // ----------------------------------------------------------------------------
 // Options: every command takes some of these
+
+typedef struct {
+    const char** names;
+    size_t count, capacity;
+} NameList;
+
+static void name_list_add(NameList* list, const char* name) {
+    list->names =
+        (const char**)array_reserve((void*)list->names, &list->capacity, list->count + 1, sizeof(char*));
+    list->names[list->count++] = name;
+}
 
 typedef struct {
     const char* command; // "tokenizer train"
@@ -65,9 +78,10 @@ typedef struct {
     const char** specials;
     int special_count, no_specials;
     int64_t vocab_size, min_count, max_bytes, shard_tokens;
-    double validation_fraction; // -1: not given
-    FileList files, validation_files;
-    int allow_special, binary, quiet, threads;
+    double validation_fraction;              // -1: not given
+    NameList names, lists, validation_names; // as the user gave them
+    FileList files, validation_files;        // found by them; the command calls gather_files()
+    int allow_special, binary, include_binary, quiet, threads;
 } Options;
 
 enum {
@@ -86,6 +100,7 @@ enum {
     OPTION_VALIDATION,
     OPTION_ALLOW_SPECIAL,
     OPTION_BINARY,
+    OPTION_INCLUDE_BINARY,
     OPTION_THREADS
 };
 
@@ -113,16 +128,17 @@ static double parse_fraction(const char* option, const char* text) {
     return fraction;
 }
 
-// \n, \t and \\ are written that way on the command line.
+// \n, \r, \t and \\ are written that way on the command line.
 static char* parse_separator(const char* text) {
     char *separator = (char*)malloc_or_fail(strlen(text) + 1, "the separator"), *out = separator;
     for (; *text; text++) {
         char escaped = *text == '\\' ? text[1] : 0;
         if (escaped == 'n') *out++ = '\n';
+        else if (escaped == 'r') *out++ = '\r';
         else if (escaped == 't') *out++ = '\t';
         else if (escaped == '\\') *out++ = '\\';
         else *out++ = *text;
-        if (escaped == 'n' || escaped == 't' || escaped == '\\') text++;
+        if (escaped && strchr("nrt\\", escaped)) text++;
     }
     *out = 0;
     if (!separator[0]) fail_usage("--separator: must not be empty");
@@ -183,7 +199,7 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
         options->text_key = argument;
         break;
     case OPTION_FILES_FROM:
-        file_list_add_from(&options->files, argument);
+        name_list_add(&options->lists, argument);
         break;
     case OPTION_OUTPUT_PREFIX:
         options->output_prefix = argument;
@@ -195,7 +211,7 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
         options->validation_fraction = parse_fraction("--validation-fraction", argument);
         break;
     case OPTION_VALIDATION:
-        file_list_add(&options->validation_files, argument);
+        name_list_add(&options->validation_names, argument);
         break;
     case OPTION_ALLOW_SPECIAL:
         options->allow_special = 1;
@@ -203,11 +219,14 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
     case OPTION_BINARY:
         options->binary = 1;
         break;
+    case OPTION_INCLUDE_BINARY:
+        options->include_binary = 1;
+        break;
     case OPTION_THREADS:
         options->threads = (int)parse_number("--threads", argument, 1, 1024);
         break;
     case ARGP_KEY_ARG:
-        file_list_add(&options->files, argument);
+        name_list_add(&options->names, argument);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -221,10 +240,12 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
          OPTION_SEPARATOR,                                                                                   \
          "TEXT",                                                                                             \
          0,                                                                                                  \
-         "Cut files into documents at TEXT (\\n and \\t are understood). Default: a file is a document",     \
+         "Cut files into documents at TEXT (\\n, \\r and \\t are understood). Default: a file is a "         \
+         "document",                                                                                         \
          2},                                                                                                 \
         {"text-key", OPTION_TEXT_KEY, "KEY", 0, "The key of the text in *.jsonl. Default: text", 2},         \
         {"max-bytes", OPTION_MAX_BYTES, "N", 0, "Stop after N bytes of text", 2},                            \
+        {"include-binary", OPTION_INCLUDE_BINARY, 0, 0, "Take files that are no text, too", 2},              \
         {"threads", OPTION_THREADS, "N", 0, "Default: one for each processor", 3}, {                         \
         "quiet", 'q', 0, 0, "No progress on stderr", 3                                                       \
     }
@@ -234,6 +255,30 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
             "tokenizer.json, GPT-2's vocab.json, a .tiktoken file, or a directory. Default: tokenizer.json", \
             1                                                                                                \
     }
+
+// The files that the user's lists and names stand for. With takes_binary, files that are no text are among them.
+static void gather_files(Options* options, int takes_binary) {
+    FileList *files = &options->files, *validation = &options->validation_files;
+    files->takes_binary = validation->takes_binary = takes_binary;
+    for (size_t i = 0; i < options->lists.count; i++) file_list_add_from(files, options->lists.names[i]);
+    for (size_t i = 0; i < options->names.count; i++) file_list_add(files, options->names.names[i]);
+    file_list_report(files);
+    for (size_t i = 0; i < options->validation_names.count; i++)
+        file_list_add(validation, options->validation_names.names[i]);
+    file_list_report(validation);
+}
+
+// Fails where the command line names no input.
+static void check_names(const Options* options, const char* purpose) {
+    if (options->names.count + options->lists.count == 0)
+        fail_usage("no FILE to %s: name text files, directories or *.jsonl; `%s --help` lists the options",
+                   purpose, options->command);
+}
+
+static void check_output(const char* output) {
+    if (output && (!*output || output[strlen(output) - 1] == '/'))
+        fail_usage("--output %s: must name a file", output);
+}
 
 // ----------------------------------------------------------------------------
 // train
@@ -288,6 +333,7 @@ static int64_t count_words(const Options* options, WordCounts* counts) {
         word_splitter_free(&splitters[i]);
     }
     progress_show(&progress, 1, 1, note);
+    document_reader_report(&reader);
     document_batch_free(&batch);
     document_reader_free(&reader);
     free(own);
@@ -303,7 +349,11 @@ static void run_train(Options* options) {
     if (options->vocab_size < 256 + options->special_count)
         fail_usage("--vocab-size %lld: must be at least %d, the 256 bytes and the special tokens",
                    (long long)options->vocab_size, 256 + options->special_count);
-    if (!options->files.count) fail_usage("%s: no FILE to train on", options->command);
+    check_names(options, "train on");
+    check_output(options->output);
+    gather_files(options, options->include_binary);
+    OutputFile output;
+    output_file_open(&output, options->output ? options->output : "tokenizer.json");
     WordCounts counts;
     word_counts_init(&counts);
     int64_t bytes = count_words(options, &counts);
@@ -317,10 +367,10 @@ static void run_train(Options* options) {
                 "%s%s: the vocabulary is %d, less than --vocab-size %lld: no more pair is there %lld times\n",
                 merge_progress.terminal ? "\n" : "", program_name, tokenizer_vocab_size(t),
                 (long long)options->vocab_size, (long long)options->min_count);
-    const char* output = options->output ? options->output : "tokenizer.json";
-    tokenizer_save_json(t, output);
+    tokenizer_write_json(t, output.file, output.name);
+    output_file_close(&output);
     if (!options->quiet)
-        fprintf(stderr, "%s: vocabulary %d, from %.1f MB of text with %zu different words\n", output,
+        fprintf(stderr, "%s: vocabulary %d, from %.1f MB of text with %zu different words\n", output.name,
                 tokenizer_vocab_size(t), (double)bytes / 1e6, counts.count);
     word_counts_free(&counts);
     tokenizer_free(t);
@@ -346,39 +396,34 @@ static const struct argp_option decode_options[] = {
     {0, 0, 0, 0, 0, 0}};
 
 static Tokenizer* load_tokenizer(const Options* options) {
+    if (!options->tokenizer && !path_exists("tokenizer.json"))
+        fail_usage(
+            "--tokenizer FILE: needed, since there is no tokenizer.json here; `%s --help` lists the options",
+            options->command);
     return tokenizer_load(options->tokenizer ? options->tokenizer : "tokenizer.json");
 }
 
 // All input files one behind the other, or standard input.
 static ByteBuffer read_input(const Options* options) {
     ByteBuffer input = {NULL, 0, 0};
-    size_t files = options->files.count;
-    for (size_t i = 0; i < (files ? files : 1); i++) {
+    const FileList* list = &options->files;
+    if (!list->count && isatty(STDIN_FILENO)) warn("reads from the terminal, up to Ctrl-D");
+    for (size_t i = 0; i < (list->count ? list->count : 1); i++) {
         size_t length;
-        char* text = read_file_or_fail(files ? options->files.paths[i] : "/dev/stdin", &length);
+        char* text = list->count ? read_file_or_fail(list->files[i].path, &length)
+                                 : read_stream_or_fail(stdin, "standard input", &length);
         byte_buffer_append(&input, text, length);
         free(text);
     }
     return input;
 }
 
-static void write_output(const Options* options, const char* data, size_t bytes) {
-    if (!options->output) {
-        write_or_fail(data, bytes, stdout, "standard output");
-        if (fflush(stdout) != 0) fail("standard output: cannot write: %s", strerror(errno));
-        return;
-    }
-    char partial[PATH_MAX];
-    path_format(partial, "%s.%d.partial", options->output, (int)getpid());
-    scratch_path_begin(partial);
-    FILE* file = open_or_fail(partial, "wb");
-    write_or_fail(data, bytes, file, options->output);
-    close_written_or_fail(file, options->output);
-    scratch_path_commit(options->output);
-}
-
 static void run_encode(Options* options) {
+    check_output(options->output);
     Tokenizer* t = load_tokenizer(options);
+    gather_files(options, 1);
+    OutputFile file;
+    output_file_open(&file, options->output);
     ByteBuffer input = read_input(options), output = {NULL, 0, 0};
     TokenBuffer tokens = {NULL, 0, 0};
     size_t width = tokenizer_vocab_size(t) <= 65536 ? 2 : 4;
@@ -394,7 +439,8 @@ static void run_encode(Options* options) {
         byte_buffer_append(&output, number, (size_t)length);
     }
     if (!options->binary) byte_buffer_append(&output, "\n", 1);
-    write_output(options, output.data, output.count);
+    output_file_write(&file, output.data, output.count);
+    output_file_close(&file);
     byte_buffer_free(&input);
     byte_buffer_free(&output);
     token_buffer_free(&tokens);
@@ -426,13 +472,18 @@ static void parse_decimal_ids(const ByteBuffer* input, TokenBuffer* tokens) {
 }
 
 static void run_decode(Options* options) {
+    check_output(options->output);
     Tokenizer* t = load_tokenizer(options);
+    gather_files(options, 1);
+    OutputFile file;
+    output_file_open(&file, options->output);
     ByteBuffer input = read_input(options), output = {NULL, 0, 0};
     TokenBuffer tokens = {NULL, 0, 0};
     if (options->binary) parse_binary_ids(&input, tokenizer_vocab_size(t) <= 65536 ? 2 : 4, &tokens);
     else parse_decimal_ids(&input, &tokens);
     tokenizer_decode(t, tokens.ids, tokens.count, &output);
-    write_output(options, output.data, output.count);
+    output_file_write(&file, output.data, output.count);
+    output_file_close(&file);
     byte_buffer_free(&input);
     byte_buffer_free(&output);
     token_buffer_free(&tokens);
@@ -455,10 +506,6 @@ static const struct argp_option prepare_options[] = {
      "Validate on this file or directory instead; may be repeated", 1},
     OPTIONS_INPUT,
     {0, 0, 0, 0, 0, 0}};
-
-static volatile sig_atomic_t interrupted = 0;
-
-static void on_interrupt(int signal_number) { interrupted = signal_number; }
 
 // Documents go to training or validation in the order they come: to validation whenever that keeps its part of all tokens
 // so far at or under the fraction. The last document is held back, so that it can be cut when it is the only one large
@@ -545,7 +592,6 @@ static void prepare_files(Preparation* work, ShardSet* shards, const FileList* f
     char note[96] = "";
     document_reader_init(&reader, files, options->separator, options->text_key, options->max_bytes);
     while (document_reader_batch(&reader, BATCH_BYTES, &batch)) {
-        if (interrupted) fail("interrupted by signal %d", (int)interrupted);
         encode_batch(work, &batch);
         for (size_t d = 0; d < batch.count; d++) {
             if (validation_only)
@@ -558,20 +604,24 @@ static void prepare_files(Preparation* work, ShardSet* shards, const FileList* f
     }
     divider_finish(&divider);
     progress_show(&progress, 1, 1, note);
+    document_reader_report(&reader);
     document_batch_free(&batch);
     document_reader_free(&reader);
 }
 
 static void check_prepare_options(Options* options) {
     const char* prefix = options->output_prefix;
-    if (!prefix) fail_usage("%s: --output-prefix DIR/NAME is required", options->command);
+    if (!prefix)
+        fail_usage(
+            "--output-prefix DIR/NAME is required, and FILEs to prepare; `%s --help` lists the options",
+            options->command);
     if (!*prefix || prefix[strlen(prefix) - 1] == '/')
         fail_usage("--output-prefix %s: must end in a name, such as %s%stext", prefix, prefix,
                    *prefix ? "" : "data/");
-    if (!options->files.count) fail_usage("%s: no FILE to prepare", options->command);
-    if (options->validation_files.count && options->validation_fraction > 0)
+    check_names(options, "prepare");
+    if (options->validation_names.count && options->validation_fraction > 0)
         fail_usage("--validation and --validation-fraction exclude each other");
-    if (options->validation_files.count) options->validation_fraction = 0;
+    if (options->validation_names.count) options->validation_fraction = 0;
     if (options->validation_fraction < 0) options->validation_fraction = 0.05;
 }
 
@@ -585,15 +635,16 @@ static void run_prepare(Options* options) {
     work.encoders =
         (TokenizerEncoder**)malloc_or_fail((size_t)work.threads * sizeof(TokenizerEncoder*), "encoders");
     for (int i = 0; i < work.threads; i++) work.encoders[i] = tokenizer_encoder_new(t);
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
+    gather_files(options, options->include_binary);
+    char scratch[PATH_MAX];
     ShardSet shards;
-    shard_set_begin(&shards, options->output_prefix, tokenizer_vocab_size(t), tokenizer_hash(t),
+    shard_scratch_begin(scratch, options->output_prefix);
+    shard_set_begin(&shards, scratch, options->output_prefix, tokenizer_vocab_size(t), tokenizer_hash(t),
                     options->shard_tokens);
     prepare_files(&work, &shards, &options->files, options->validation_fraction, 0);
     if (!work.documents) fail("no text to prepare: all files are empty");
     if (options->validation_files.count) prepare_files(&work, &shards, &options->validation_files, 0, 1);
-    shard_set_publish(&shards);
+    shard_sets_publish(&shards, 1, NULL, NULL);
     int64_t tokens = shards.tokens[SHARD_TRAIN] + shards.tokens[SHARD_VALIDATION];
     for (int split = 0; split < SHARD_SPLITS && !options->quiet; split++)
         fprintf(stderr, "%s_%s_*.bin: %lld tokens in %d %s\n", options->output_prefix,
@@ -615,8 +666,8 @@ static void run_prepare(Options* options) {
 static const struct argp_option info_options[] = {OPTION_TOKENIZER_FILE, {0, 0, 0, 0, 0, 0}};
 
 static void run_info(Options* options) {
-    if (options->files.count > 1) fail_usage("%s: one tokenizer at a time", options->command);
-    if (options->files.count) options->tokenizer = options->files.paths[0];
+    if (options->names.count > 1) fail_usage("%s: one tokenizer at a time", options->command);
+    if (options->names.count) options->tokenizer = options->names.names[0];
     Tokenizer* t = load_tokenizer(options);
     int32_t tokens = 0;
     size_t longest = 0;
@@ -644,7 +695,9 @@ static const struct argp_option export_options[] = {
     {0, 0, 0, 0, 0, 0}};
 
 static void run_export(Options* options) {
-    if (!options->output) fail_usage("%s: --output FILE is required", options->command);
+    if (!options->output)
+        fail_usage("--output FILE is required; `%s --help` lists the options", options->command);
+    check_output(options->output);
     Tokenizer* t = load_tokenizer(options);
     tokenizer_save_json(t, options->output);
     tokenizer_free(t);
@@ -692,7 +745,6 @@ static void run_command(const Command* command, int count, char** arguments) {
     Options options;
     memset(&options, 0, sizeof(options));
     options.command = name;
-    options.text_key = "text";
     options.pattern = split_pattern_by_name("cl100k");
     options.vocab_size = 8192;
     options.min_count = 2;
@@ -711,24 +763,37 @@ static void run_command(const Command* command, int count, char** arguments) {
     command->run(&options);
     file_list_free(&options.files);
     file_list_free(&options.validation_files);
+    free((void*)options.names.names);
+    free((void*)options.lists.names);
+    free((void*)options.validation_names.names);
     free(options.separator);
     free((void*)options.specials);
 }
 
+static void flush_standard_output(void) {
+    OutputFile output;
+    output_file_open(&output, NULL);
+    output_file_close(&output);
+}
+
 int main(int count, char** arguments) {
     program_name = "tokenizer";
+    standard_files_reserve();
+    stop_on_signals();
     argp_err_exit_status = 2;
     const char* name = count > 1 ? arguments[1] : "";
     if (!strcmp(name, "--help") || !strcmp(name, "-?") || !strcmp(name, "help")) {
         print_help(stdout);
+        flush_standard_output();
         return 0;
     }
     for (int i = 0; i < COMMAND_COUNT; i++) {
         if (strcmp(commands[i].name, name) != 0) continue;
         run_command(&commands[i], count - 1, arguments + 1);
+        flush_standard_output();
         return 0;
     }
-    if (*name) fprintf(stderr, "tokenizer: %s is no command\n", name);
+    if (*name) warn("%s is no command", name);
     print_help(stderr);
     return 2;
 }
