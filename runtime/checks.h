@@ -228,10 +228,20 @@ static inline void scratch_lock(void) { pthread_mutex_lock(&scratch_mutex); }
 
 static inline void scratch_unlock(void) { pthread_mutex_unlock(&scratch_mutex); }
 
-static inline void scratch_path_remove(void) {
-    scratch_lock();
+// A descriptor that is given up for the removal, which has to open the directory even where the process may open no more.
+static int scratch_reserve = -1;
+
+// The caller holds the lock.
+static inline void scratch_remove_locked(void) {
+    if (scratch_reserve >= 0) close(scratch_reserve);
+    scratch_reserve = -1;
     if (scratch_path[0]) remove_path(scratch_path);
     scratch_path[0] = 0;
+}
+
+static inline void scratch_path_remove(void) {
+    scratch_lock();
+    scratch_remove_locked();
     scratch_unlock();
 }
 
@@ -242,6 +252,7 @@ static inline void scratch_path_begin(const char* path) {
     scratch_lock();
     if (!registered) atexit(scratch_path_remove);
     registered = 1;
+    if (scratch_reserve < 0) scratch_reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
     strcpy(scratch_path, path);
     scratch_unlock();
 }

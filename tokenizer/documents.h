@@ -110,12 +110,17 @@ static inline const char* file_refusal(const char* path, int* error) {
 
 enum { FILE_NAMED, FILE_LISTED, FILE_FOUND }; // by the user, in a list, in a directory
 
+// Whether a file of a directory may be left out after this error: others are a fault of the machine or the disk.
+static inline int error_of_one_file(int error) {
+    return error == EACCES || error == EPERM || error == ENOENT;
+}
+
 static inline void file_list_add_file(FileList* list, const char* path, const struct stat* info, int origin) {
     int error = 0;
     const char* reason = NULL;
     if (S_ISREG(info->st_mode) && info->st_size > 0 && !list->takes_binary)
         reason = file_refusal(path, &error);
-    if (reason && (origin == FILE_FOUND || (origin == FILE_LISTED && !error))) {
+    if (reason && (error ? origin == FILE_FOUND && error_of_one_file(error) : origin != FILE_NAMED)) {
         file_list_skip(list, path, reason);
         return;
     }
@@ -150,8 +155,7 @@ static inline void file_list_add_entry(FileList* list, FTS* walk, FTSENT* entry)
     case FTS_DNR:
     case FTS_ERR:
     case FTS_NS:
-        if (error != EACCES && error != EPERM && error != ENOENT)
-            fail("%s: %s", entry->fts_path, strerror(error));
+        if (!error_of_one_file(error)) fail("%s: %s", entry->fts_path, strerror(error));
         file_list_skip(list, entry->fts_path, strerror(error));
         return;
     case FTS_SL:
@@ -377,11 +381,11 @@ static inline int next_line_document(DocumentReader* reader, const char** text, 
 static inline void open_next_file(DocumentReader* reader) {
     const InputFile* input = &reader->files->files[reader->next_file++];
     const char* path = input->path;
-    FILE* file = input->found ? fopen(path, "rb") : open_or_fail(path, "rb");
-    if (!file) { // it was there when the directory was read
-        warn("skipped %s: %s", path, strerror(errno));
+    if (input->found && access(path, R_OK) != 0 && error_of_one_file(errno)) {
+        warn("skipped %s: %s", path, strerror(errno)); // it was there when the directory was read
         return;
     }
+    FILE* file = open_or_fail(path, "rb");
     if (path_ends_with(path, ".jsonl")) {
         reader->lines = file;
         reader->line_number = 0;

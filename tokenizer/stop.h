@@ -18,7 +18,7 @@ STOP_GRACE_MS, because timeout(1) and mpirun send the first one twice.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // sigset_t's functions, poll
 #endif
-#include "runtime/checks.h" // scratch_lock, scratch_path, remove_path, program_name
+#include "runtime/checks.h" // scratch_lock, scratch_remove_locked, program_name
 
 #include <poll.h>
 #include <signal.h>
@@ -66,7 +66,7 @@ static inline void* stop_wait(void* set) {
     while (sigwait((const sigset_t*)set, &number) != 0) continue;
     (void)pthread_create(&thread, NULL, stop_allow_kill, set);
     scratch_lock(); // for good
-    if (scratch_path[0]) remove_path(scratch_path);
+    scratch_remove_locked();
     stop_say(number);
     _exit(128 + number);
 }
