@@ -1155,10 +1155,17 @@ static void choose_model(Run* run) {
     tokenizer_free(theirs);
 }
 
+// Tokens of a micro-batch: no memory holds more, and no product of sizes overflows with fewer.
+#define MOST_TOKENS (1L << 28)
+
 static void open_data(Run* run) {
     Options* options = &run->options;
     const int T = run->config.sequence_length, B = options->batch;
-    if (!options->train_data) fail_usage("--train-data: needed to train (a glob of token shards)");
+    if ((long)B * T > MOST_TOKENS)
+        fail_usage(
+            "--batch %d: with --sequence-length %d a micro-batch of %ld tokens; at most %ld are computed "
+            "at once",
+            B, T, (long)B * T, MOST_TOKENS);
     const long N = comm_size(), least = N * B * T;
     // What goes on, goes on with the same step, by however many processes.
     if (!options->total_batch && run->resume_from[0])

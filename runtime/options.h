@@ -11,6 +11,7 @@ several options are checked where the things that they speak of come together (m
 #define RUNTIME_OPTIONS_H
 
 #include <argp.h>
+#include <float.h>
 #include <getopt.h>
 #include "runtime/allocation.h"
 #include "runtime/checks.h"
@@ -58,6 +59,7 @@ typedef struct {
     // Life
     const char* output;
     int resume, overwrite;
+    int allow_other_data; // 1: a resume goes on with other training data
     long checkpoint_every;
     int keep;
     double max_seconds;
@@ -78,6 +80,7 @@ typedef struct {
 
 // Keys of the options without a letter.
 enum {
+    KEY_HELP = '?', // and so -? is the same
     KEY_LAYERS = 256,
     KEY_CHANNELS,
     KEY_HEADS,
@@ -125,123 +128,133 @@ enum {
     KEY_GENERATE,
     KEY_WRITE_LOGITS,
     KEY_TOKENS,
-    KEY_EVAL_RETRIEVAL
+    KEY_EVAL_RETRIEVAL,
+    KEY_ALLOW_OTHER_DATA,
+    KEY_USAGE
 };
 
 static const struct argp_option option_table[] = {
-    {0, 0, 0, 0, "Model", 1},
+    {0, 0, 0, 0, "Model", 0},
     {"model", 'e', "dN", 0,
-     "descriptor: N layers, 64 N channels, heads of 64 (default d12); the options below change it", 1},
-    {"layers", KEY_LAYERS, "L", 0, "layers", 1},
-    {"channels", KEY_CHANNELS, "C", 0, "channels of the residual stream", 1},
-    {"heads", KEY_HEADS, "H", 0, "query heads (default C/64)", 1},
-    {"kv-heads", KEY_KV_HEADS, "G", 0, "key/value heads (default H: multi-head attention)", 1},
-    {"head-dim", KEY_HEAD_DIM, "D", 0, "head dimension (default C/H)", 1},
-    {"ffn", KEY_FFN, "F", 0, "width of the feed-forward network (default 8/3 C, up to a multiple of 64)", 1},
-    {"vocab", KEY_VOCAB, "V", 0, "vocabulary (default: the tokenizer's, or what the shards say)", 1},
+     "descriptor: N layers, 64 N channels, heads of 64 (default d12); the options below change it", 0},
+    {"layers", KEY_LAYERS, "L", 0, "layers", 0},
+    {"channels", KEY_CHANNELS, "C", 0, "channels of the residual stream", 0},
+    {"heads", KEY_HEADS, "H", 0, "query heads (default C/64)", 0},
+    {"kv-heads", KEY_KV_HEADS, "G", 0, "key/value heads (default H: multi-head attention)", 0},
+    {"head-dim", KEY_HEAD_DIM, "D", 0, "head dimension (default C/H)", 0},
+    {"ffn", KEY_FFN, "F", 0, "width of the feed-forward network (default 8/3 C, up to a multiple of 64)", 0},
+    {"vocab", KEY_VOCAB, "V", 0, "vocabulary (default: the tokenizer's, or what the shards say)", 0},
     {"pattern", KEY_PATTERN, "LETTERS", 0,
-     "a letter a layer, repeated: G global, S sliding window (default G)", 1},
-    {"window", KEY_WINDOW, "W", 0, "window of the S layers in tokens (default 256)", 1},
+     "a letter a layer, repeated: G global, S sliding window (default G)", 0},
+    {"window", KEY_WINDOW, "W", 0, "window of the S layers in tokens (default 256)", 0},
     {"moba-block", KEY_MOBA_BLOCK, "S", 0,
-     "keys of a block, in builds of ATTN=moba and flashmoba (default 128)", 1},
-    {"moba-topk", KEY_MOBA_TOPK, "K", 0, "blocks that a query attends to, its own among them (default 8)", 1},
+     "keys of a block, in builds of ATTN=moba and flashmoba (default 128)", 0},
+    {"moba-topk", KEY_MOBA_TOPK, "K", 0, "blocks that a query attends to, its own among them (default 8)", 0},
     {"moba-workspace", KEY_MOBA_WORKSPACE, "MB", 0,
      "MB (1048576 bytes) for lists and partial rows of the heads that a GPU computes at a time (default "
      "1024)",
-     1},
-    {"position", KEY_POSITION, "KINDS", 0, "rope, none, or by letter: S=rope,G=none (default rope)", 1},
-    {"rope-theta", KEY_ROPE_THETA, "X", 0, "base of the rotary angles (default 10000)", 1},
-    {"norm-eps", KEY_NORM_EPS, "X", 0, "epsilon of RMSNorm (default 1e-5)", 1},
-    {"tied", KEY_TIED, 0, 0, "the output head is the embedding (default)", 1},
-    {"untied", KEY_UNTIED, 0, 0, "the output head is a matrix of its own", 1},
+     0},
+    {"position", KEY_POSITION, "KINDS", 0, "rope, none, or by letter: S=rope,G=none (default rope)", 0},
+    {"rope-theta", KEY_ROPE_THETA, "X", 0, "base of the rotary angles (default 10000)", 0},
+    {"norm-eps", KEY_NORM_EPS, "X", 0, "epsilon of RMSNorm (default 1e-5)", 0},
+    {"tied", KEY_TIED, 0, 0, "the output head is the embedding (default)", 0},
+    {"untied", KEY_UNTIED, 0, 0, "the output head is a matrix of its own", 0},
     {"init-from", KEY_INIT_FROM, "DIR", 0,
-     "start from the weights of this checkpoint, ours or Hugging Face's", 1},
+     "start from the weights of this checkpoint, ours or Hugging Face's", 0},
 
-    {0, 0, 0, 0, "Query heads by keys (builds of GQA=kdgqa, dgqa, pgqa)", 1},
+    {0, 0, 0, 0, "Query heads by keys (builds of GQA=kdgqa, dgqa, pgqa)", 0},
     {"kd-source", KEY_KD_SOURCE, "NAME", 0,
      "kdgqa, dgqa: the keys that are measured: lagged (the step before's; default), forward (the batch's "
      "own), weights (no data) or, as controls, random (a map drawn once) or shuffled (at every step)",
-     1},
+     0},
     {"kd-min-heads", KEY_KD_MIN_HEADS, "N", 0,
-     "kdgqa, dgqa: query heads that every KV head has at least (default 1)", 1},
-    {"kd-window", KEY_KD_WINDOW, "N", 0, "dgqa: steps between two allocations (default 100)", 1},
-    {"kd-beta", KEY_KD_BETA, "X", 0, "dgqa: what a window keeps of the running average (default 0.9)", 1},
+     "kdgqa, dgqa: query heads that every KV head has at least (default 1)", 0},
+    {"kd-window", KEY_KD_WINDOW, "N", 0, "dgqa: steps between two allocations (default 100)", 0},
+    {"kd-beta", KEY_KD_BETA, "X", 0, "dgqa: what a window keeps of the running average (default 0.9)", 0},
     {"dgqa-kind", KEY_DGQA_KIND, "NAME", 0,
-     "dgqa: by the running average (ema, default) or by the last change (diff)", 1},
+     "dgqa: by the running average (ema, default) or by the last change (diff)", 0},
     {"pgqa-noise", KEY_PGQA_NOISE, "X", 0,
-     "pgqa: noise on attention's output, in standard deviations of it (default 1)", 1},
+     "pgqa: noise on attention's output, in standard deviations of it (default 1)", 0},
 
-    {0, 0, 0, 0, "Data", 2},
-    {"train-data", 'i', "GLOB", 0, "token shards to train on", 2},
-    {"val-data", 'j', "GLOB", 0, "token shards for the validation loss", 2},
+    {0, 0, 0, 0, "Data", 0},
+    {"train-data", 'i', "GLOB", 0, "token shards to train on", 0},
+    {"val-data", 'j', "GLOB", 0, "token shards for the validation loss", 0},
     {"tokenizer", KEY_TOKENIZER, "FILE", 0,
-     "tokenizer.json of these shards, kept in checkpoints, used to show samples", 2},
-    {"batch", 'b', "B", 0, "sequences of a micro-batch (default 4)", 2},
-    {"sequence-length", 't', "T", 0, "tokens of a sequence (default 1024)", 2},
+     "tokenizer.json of these shards, kept in checkpoints, used to show samples", 0},
+    {"batch", 'b', "B", 0, "sequences of a micro-batch (default 4)", 0},
+    {"sequence-length", 't', "T", 0, "tokens of a sequence (default 1024)", 0},
     {"total-batch", 'd', "TOKENS", 0,
      "tokens of an optimizer step (default B T of every process, or what the resumed run has); gradients "
      "accumulate over micro-batches",
-     2},
+     0},
 
-    {0, 0, 0, 0, "Optimizer (AdamW)", 3},
-    {"steps", 'x', "N", 0, "optimizer steps; -1: one pass over the data (default)", 3},
-    {"learning-rate", 'l', "X", 0, "peak learning rate (default 3e-4)", 3},
-    {"schedule", 'k', "NAME", 0, "cosine, linear, constant or wsd (default cosine)", 3},
-    {"warmup", 'u', "N", 0, "steps of linear warm-up (default 0)", 3},
-    {"final-lr-fraction", 'q', "X", 0, "the last learning rate as a fraction of the peak (default 0.1)", 3},
-    {"decay-fraction", KEY_DECAY_FRACTION, "X", 0, "wsd: the part of the steps that decays (default 0.2)", 3},
-    {"beta1", KEY_BETA1, "X", 0, "decay of the first moment (default 0.9)", 3},
-    {"beta2", KEY_BETA2, "X", 0, "decay of the second moment (default 0.95)", 3},
-    {"eps", KEY_EPS, "X", 0, "epsilon (default 1e-8)", 3},
-    {"weight-decay", 'c', "X", 0, "decay of matrices, not of norm gains (default 0.1)", 3},
-    {"clip", KEY_CLIP, "X", 0, "largest gradient norm; 0: no clipping (default 1)", 3},
+    {0, 0, 0, 0, "Optimizer (AdamW)", 0},
+    {"steps", 'x', "N", 0, "optimizer steps; -1: one pass over the data (default)", 0},
+    {"learning-rate", 'l', "X", 0, "peak learning rate (default 3e-4)", 0},
+    {"schedule", 'k', "NAME", 0, "cosine, linear, constant or wsd (default cosine)", 0},
+    {"warmup", 'u', "N", 0, "steps of linear warm-up (default 0)", 0},
+    {"final-lr-fraction", 'q', "X", 0, "the last learning rate as a fraction of the peak (default 0.1)", 0},
+    {"decay-fraction", KEY_DECAY_FRACTION, "X", 0, "wsd: the part of the steps that decays (default 0.2)", 0},
+    {"beta1", KEY_BETA1, "X", 0, "decay of the first moment (default 0.9)", 0},
+    {"beta2", KEY_BETA2, "X", 0, "decay of the second moment (default 0.95)", 0},
+    {"eps", KEY_EPS, "X", 0, "epsilon, from 1e-20 on (default 1e-8)", 0},
+    {"weight-decay", 'c', "X", 0, "decay of matrices, not of norm gains (default 0.1)", 0},
+    {"clip", KEY_CLIP, "X", 0, "largest gradient norm; 0: no clipping (default 1)", 0},
     {"zero", KEY_ZERO, "0|1", 0,
-     "of many processes: 1 shards the optimizer's state over them; the result is the same (default 0)", 3},
+     "of many processes: 1 shards the optimizer's state over them; the result is the same (default 0)", 0},
 
-    {0, 0, 0, 0, "Memory and speed", 3},
+    {0, 0, 0, 0, "Memory and speed", 0},
     {"recompute", KEY_RECOMPUTE, "LEVEL", 0,
      "what backward computes again instead of keeping it: none (default), mlp (the feed-forward network) or "
      "layer (all but "
      "attention); less memory, the same result",
-     3},
+     0},
     {"cuda-graph", KEY_CUDA_GRAPH, 0, 0,
      "record a step's kernels while the one before runs, and launch them as one; the same result (not on the "
      "CPU)",
-     3},
+     0},
 
-    {0, 0, 0, 0, "Life of a run", 4},
-    {"output", 'o', "DIR", 0, "directory of checkpoints, metrics.jsonl, timings.jsonl and main.log", 4},
-    {"checkpoint-every", 'n', "N", 0, "steps between checkpoints; 0: only the last (default)", 4},
-    {"keep", KEY_KEEP, "N", 0, "checkpoints kept; 0: all (default)", 4},
+    {0, 0, 0, 0, "Life of a run", 0},
+    {"output", 'o', "DIR", 0, "directory of checkpoints, metrics.jsonl, timings.jsonl and main.log", 0},
+    {"checkpoint-every", 'n', "N", 0, "steps between checkpoints; 0: only the last (default)", 0},
+    {"keep", KEY_KEEP, "N", 0, "checkpoints kept; 0: all (default)", 0},
     {"resume", KEY_RESUME, 0, 0,
-     "go on from the newest checkpoint of --output, or start where there is none yet", 4},
-    {0, 'y', "0|1", 0, "-y 1 is --resume", 4},
-    {"overwrite", KEY_OVERWRITE, 0, 0, "delete the run that --output holds, and start anew", 4},
-    {"max-seconds", KEY_MAX_SECONDS, "X", 0, "write a checkpoint and stop after this time", 4},
-    {"seed", KEY_SEED, "N", 0, "of weights, data order and samples (default 1337)", 4},
-    {"dry-run", KEY_DRY_RUN, 0, 0, "show model, memory plan, operations and data, and stop", 4},
+     "go on from the newest checkpoint of --output, or start where there is none yet", 0},
+    {0, 'y', "0|1", 0, "-y 1 is --resume", 0},
+    {"allow-other-data", KEY_ALLOW_OTHER_DATA, 0, 0,
+     "--resume goes on though the training data are not those of the checkpoint: the order of all sequences "
+     "changes",
+     0},
+    {"overwrite", KEY_OVERWRITE, 0, 0, "delete the run that --output holds, and start anew", 0},
+    {"max-seconds", KEY_MAX_SECONDS, "X", 0, "write a checkpoint and stop after this time", 0},
+    {"seed", KEY_SEED, "N", 0, "of weights, data order and samples (default 1337)", 0},
+    {"dry-run", KEY_DRY_RUN, 0, 0, "show model, memory plan, operations and data, and stop", 0},
 
-    {0, 0, 0, 0, "Watching", 5},
-    {"val-every", 'v', "N", 0, "steps between validations; 0: none (default 100)", 5},
-    {"val-batches", 'm', "N", 0, "validation reads this many total batches (default 20)", 5},
+    {0, 0, 0, 0, "Watching", 0},
+    {"val-every", 'v', "N", 0, "steps between validations; 0: none (default 100)", 0},
+    {"val-batches", 'm', "N", 0, "validation reads this many total batches (default 20)", 0},
     {"log-every", KEY_LOG_EVERY, "N", 0,
-     "steps between lines where the output is not a terminal (default 10)", 5},
-    {"sample-every", 's', "N", 0, "steps between samples; 0: none (default)", 5},
-    {"sample-length", 'g', "N", 0, "tokens of a sample (default 64)", 5},
-    {"temperature", KEY_TEMPERATURE, "X", 0, "of sampling; 0: always the likeliest token (default 1)", 5},
-    {"top-k", KEY_TOP_K, "N", 0, "sample among the N likeliest tokens; 0: all (default)", 5},
+     "steps between lines where the output is not a terminal (default 10)", 0},
+    {"sample-every", 's', "N", 0, "steps between samples; 0: none (default)", 0},
+    {"sample-length", 'g', "N", 0, "tokens of a sample (default 64)", 0},
+    {"temperature", KEY_TEMPERATURE, "X", 0, "of sampling; 0: always the likeliest token (default 1)", 0},
+    {"top-k", KEY_TOP_K, "N", 0, "sample among the N likeliest tokens; 0: all (default)", 0},
     {"top-p", KEY_TOP_P, "X", 0,
-     "sample among the likeliest tokens that make up this probability (default 1)", 5},
-    {"prompt", KEY_PROMPT, "TEXT", 0, "beginning of the samples (needs --tokenizer)", 5},
+     "sample among the likeliest tokens that make up this probability (default 1)", 0},
+    {"prompt", KEY_PROMPT, "TEXT", 0, "beginning of the samples (needs --tokenizer)", 0},
     {"generate", KEY_GENERATE, 0, 0, "no training: continue --prompt with the model of --init-from, and stop",
-     5},
+     0},
     {"write-logits", KEY_WRITE_LOGITS, "FILE", 0,
-     "no training: write the logits (T, V) of --tokens as float32, and stop", 5},
-    {"tokens", KEY_TOKENS, "IDS", 0, "token ids for --write-logits, separated by commas", 5},
+     "no training: write the logits (T, V) of --tokens as float32, and stop", 0},
+    {"tokens", KEY_TOKENS, "IDS", 0, "token ids for --write-logits, separated by commas", 0},
     {"eval-retrieval", KEY_EVAL_RETRIEVAL, "PREFIX", 0,
      "no training: print how often the model of --init-from solves the samples of build/retrieval, and stop; "
      "with --output, also to retrieval.json in there",
-     5},
+     0},
+
+    {0, 0, 0, 0, "Help", 0},
+    {"help", KEY_HELP, 0, 0, "this list", 0},
+    {"usage", KEY_USAGE, 0, 0, "all options in a few lines", 0},
     {0, 0, 0, 0, 0, 0},
 };
 
@@ -267,14 +280,23 @@ static inline long option_integer(int key, const char* text, long low, long high
     return value;
 }
 
+// Settings are computed with as floats: a number that no normal float is near would silently become 0.
 static inline double option_number(int key, const char* text, double low, double high) {
     char* end;
     double value = strtod(text, &end);
-    if (end == text || *end || !(value - value == 0))
-        fail_usage("%s %s: want a number", option_name(key), text);
+    if (end == text || *end || isnan(value)) fail_usage("%s %s: want a number", option_name(key), text);
     if (value < low || value > high)
         fail_usage("%s %s: must be from %g to %g", option_name(key), text, low, high);
+    if (value != 0 && fabs(value) < (double)FLT_MIN)
+        fail_usage("%s %s: too small for a float, whose least is %.2g", option_name(key), text,
+                   (double)FLT_MIN);
     return value;
+}
+
+// A name of a file, or another text that means nothing when it is empty.
+static inline const char* option_text(int key, const char* text) {
+    if (!text[0]) fail_usage("%s: is empty", option_name(key));
+    return text;
 }
 
 // An option of a variant that this build is not would change nothing: better to say so.
@@ -305,12 +327,51 @@ static inline void option_parse_heads(AllocationSettings* heads, int key, const 
     if (key == KEY_DGQA_KIND) heads->kind = (DgqaKind)option_choice(key, text, dgqa_kind_names, 2);
 }
 
+// ----------------------------------------------------------------------------
+// Help: argp would sort the options by name
+
+enum { HELP_COLUMN = 29, HELP_WIDTH = 79 };
+
+// Words from HELP_COLUMN on; the line before them has `column` characters.
+static inline void help_print_words(const char* text, int column) {
+    if (column >= HELP_COLUMN) column = (putchar('\n'), 0);
+    while (*text) {
+        const int length = (int)strcspn(text, " ");
+        if (column > HELP_COLUMN && column + 1 + length > HELP_WIDTH) column = (putchar('\n'), 0);
+        if (column > HELP_COLUMN) column += printf(" %.*s", length, text);
+        else column += printf("%*s%.*s", HELP_COLUMN - column, "", length, text);
+        text += length + (text[length] == ' ');
+    }
+    putchar('\n');
+}
+
+// Every title with the options that follow it in the table.
+static inline void options_print_help(void) {
+    printf("Usage: train_gpt [OPTION...]\nTrains a decoder language model from token shards.\n");
+    for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
+         option++) {
+        int column = 0;
+        if (!option->name && !option->key) {
+            printf("\n %s\n", option->doc);
+            continue;
+        }
+        if (option->key < KEY_LAYERS) column += printf("  -%c", option->key);
+        else column += printf("    ");
+        if (option->name) column += printf("%s--%s", option->key < KEY_LAYERS ? ", " : "  ", option->name);
+        if (option->arg) column += printf(option->name ? "=%s" : " %s", option->arg);
+        help_print_words(option->doc, column);
+    }
+    printf("\nExit codes: 0 done, 1 something outside was wrong, 2 the command line was.\n"
+           "See README.md for examples.\n");
+    if (fflush(stdout) != 0) fail("the help cannot be written: %s", strerror(errno));
+}
+
 static inline error_t option_parse(int key, char* text, struct argp_state* state) {
     Options* options = (Options*)state->input;
     const long many = 1L << 40, millions = 1L << 24;
     switch (key) {
     case 'e':
-        options->model = text;
+        options->model = option_text(key, text);
         break;
     case KEY_LAYERS:
         options->layers = (int)option_integer(key, text, 1, 1024);
@@ -334,7 +395,7 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->vocab_size = (int)option_integer(key, text, 2, millions);
         break;
     case KEY_PATTERN:
-        options->pattern = text;
+        options->pattern = option_text(key, text);
         break;
     case KEY_WINDOW:
         options->window = (int)option_integer(key, text, 1, millions);
@@ -351,7 +412,7 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         else options->moba_workspace = (size_t)option_integer(key, text, 1, 1 << 20) << 20;
         break;
     case KEY_POSITION:
-        options->position = text;
+        options->position = option_text(key, text);
         break;
     case KEY_ROPE_THETA:
         options->rope_theta = (float)option_number(key, text, 1, 1e12);
@@ -366,7 +427,7 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->tied = 0;
         break;
     case KEY_INIT_FROM:
-        options->init_from = text;
+        options->init_from = option_text(key, text);
         break;
     case KEY_KD_SOURCE:
     case KEY_KD_WINDOW:
@@ -380,13 +441,13 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->pgqa_noise = option_number(key, text, 0, 1e6);
         break;
     case 'i':
-        options->train_data = text;
+        options->train_data = option_text(key, text);
         break;
     case 'j':
-        options->val_data = text;
+        options->val_data = option_text(key, text);
         break;
     case KEY_TOKENIZER:
-        options->tokenizer = text;
+        options->tokenizer = option_text(key, text);
         break;
     case 'b':
         options->batch = (int)option_integer(key, text, 1, 1 << 20);
@@ -422,7 +483,8 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->beta2 = option_number(key, text, 0, 0.9999999);
         break;
     case KEY_EPS:
-        options->eps = option_number(key, text, 0, 1);
+        // Below, the root of a second moment that has become 0 leaves quotients of any size; at 0 it leaves 0/0.
+        options->eps = option_number(key, text, 1e-20, 1);
         break;
     case 'c':
         options->weight_decay = option_number(key, text, 0, 100);
@@ -440,7 +502,7 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->cuda_graph = 1;
         break;
     case 'o':
-        options->output = text;
+        options->output = option_text(key, text);
         break;
     case 'n':
         options->checkpoint_every = option_integer(key, text, 0, INT_MAX);
@@ -453,6 +515,9 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         break;
     case 'y':
         options->resume = (int)option_integer(key, text, 0, 1);
+        break;
+    case KEY_ALLOW_OTHER_DATA:
+        options->allow_other_data = 1;
         break;
     case KEY_OVERWRITE:
         options->overwrite = 1;
@@ -497,13 +562,19 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->generate = 1;
         break;
     case KEY_WRITE_LOGITS:
-        options->write_logits = text;
+        options->write_logits = option_text(key, text);
         break;
     case KEY_TOKENS:
         options->tokens = text;
         break;
     case KEY_EVAL_RETRIEVAL:
-        options->eval_retrieval = text;
+        options->eval_retrieval = option_text(key, text);
+        break;
+    case KEY_HELP:
+        options_print_help();
+        exit(0);
+    case KEY_USAGE:
+        argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
         break;
     case ARGP_KEY_ARG:
         fail_usage("%s: not an option (every argument is --name value; see --help)", text);
@@ -533,19 +604,49 @@ static inline const struct argp_option* option_find(const char* argument, const 
     return matches > 1 ? NULL : found;
 }
 
+// What a pattern that the shell has expanded to these files, one after the other, may have been: what all names begin and end
+// with, and a star between.
+static inline void option_guess_pattern(char pattern[PATH_MAX], char** files, int count) {
+    size_t begin = strlen(files[0]), end = begin;
+    for (int i = 1; i < count; i++) {
+        const size_t length = strlen(files[i]);
+        size_t same = 0;
+        while (same < begin && files[i][same] == files[0][same]) same++;
+        begin = same;
+        for (same = 0; same < end && same < length; same++)
+            if (files[i][length - 1 - same] != files[0][strlen(files[0]) - 1 - same]) break;
+        end = same;
+    }
+    for (int i = 0; i < count; i++) // the two parts must not overlap in the shortest name
+        if (begin + end > strlen(files[i])) end = strlen(files[i]) - begin;
+    path_format(pattern, "%.*s*%s", (int)begin, files[0], files[0] + strlen(files[0]) - end);
+}
+
+// Fails for the word argv[at] that belongs to no option. Words right after the value of -i or -j are what the shell makes of a
+// pattern without quotes.
+static inline void reject_word(int argc, char** argv, int at, const struct argp_option* before) {
+    char pattern[PATH_MAX];
+    int end = at;
+    if (!before || (before->key != 'i' && before->key != 'j'))
+        fail_usage("%s: not an option (every argument is --name value; see --help)", argv[at]);
+    while (end < argc && argv[end][0] != '-') end++;
+    option_guess_pattern(pattern, argv + at - 1, end - at + 1);
+    fail_usage("%s: another file after --%s %s: the shell has expanded a pattern; put it in quotes, such as "
+               "--%s '%s'",
+               argv[at], before->name, argv[at - 1], before->name, pattern);
+}
+
 // argp answers a bad option with two lines; ours is one, in the words of every other error.
 static inline void reject_unknown_options(int argc, char** argv) {
-    static const char* const of_argp[] = {"--help", "--usage", "-?"};
-    for (int i = 1; i < argc; i++) {
-        if (argv[i][0] != '-' || !argv[i][1] || !strcmp(argv[i], "--")) continue;
-        int known = 0;
-        for (int k = 0; k < 3; k++) known |= !strcmp(argv[i], of_argp[k]);
-        if (known) continue;
+    const struct argp_option* before = NULL; // the option whose value the last argument was
+    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
+        if (argv[i][0] != '-' || !argv[i][1]) reject_word(argc, argv, i, before);
         const char* value;
         const struct argp_option* option = option_find(argv[i], &value);
         if (!option) fail_usage("%s: unknown option (see --help)", argv[i]);
         if (!option->arg && value) fail_usage("%s: takes no value", argv[i]);
-        if (option->arg && !value && ++i == argc) fail_usage("%s: needs a value", argv[i - 1]);
+        before = option->arg && !value ? option : NULL;
+        if (before && ++i == argc) fail_usage("%s: needs a value", argv[i - 1]);
     }
 }
 
@@ -573,18 +674,12 @@ static inline Options options_parse(int argc, char** argv) {
     options.sample_length = 64;
     options.temperature = 1;
     options.top_p = 1;
-    static const struct argp parser = {option_table,
-                                       option_parse,
-                                       0,
-                                       "Trains a decoder language model from token shards.\v"
-                                       "Exit codes: 0 done, 1 something outside was wrong, 2 the command "
-                                       "line was. See README.md for examples.",
-                                       0,
-                                       0,
-                                       0};
+    static const struct argp parser = {option_table, option_parse, 0, 0, 0, 0, 0};
     argp_err_exit_status = 2;
     reject_unknown_options(argc, argv);
-    argp_parse(&parser, argc, argv, 0, 0, &options);
+    argp_parse(&parser, argc, argv, ARGP_NO_HELP, 0, &options);
+    if (!options.train_data && !options.generate && !options.write_logits && !options.eval_retrieval)
+        fail_usage("--train-data: needed to train: a pattern of token shards, in quotes (see --help)");
     return options;
 }
 

@@ -8,8 +8,9 @@ Each program runs as a process of its own in a temporary directory, on tiny toke
 compared as bytes.
 */
 #define _GNU_SOURCE
-#include "runtime/model.h" // ATTN_NAME, GQA_NAME, KCONV
-#include "test/programs.h" // run, must_end_well, must_equal, write_shard
+#include "runtime/model.h"   // ATTN_NAME, GQA_NAME, KCONV
+#include "runtime/options.h" // option_table
+#include "test/programs.h"   // run, must_end_well, must_equal, write_shard
 #include <sys/mount.h>
 
 static char trainer[PATH_MAX]; // the programs
@@ -408,6 +409,53 @@ static void test_variants(void** state) {
 }
 
 // ----------------------------------------------------------------------------
+// Help
+
+// The next line of the help that is a title (" Model") or begins an option ("  -b, --batch=B"), or "".
+static const char* next_entry(const char** text) {
+    static char line[256];
+    while (**text) {
+        const size_t length = strcspn(*text, "\n");
+        const char* start = *text;
+        const size_t blanks = strspn(start, " ");
+        *text += length + (start[length] == '\n');
+        if (blanks != 1 && !(start[blanks] == '-' && (blanks == 2 || blanks == 6))) continue;
+        print_to(line, sizeof(line), "%.*s", (int)length, start);
+        return line;
+    }
+    return "";
+}
+
+// Every title is followed by its own options, all of them, in the order of the table.
+static void test_help_follows_the_table(void** state) {
+    (void)state;
+    const Result* result = run("%s --help", trainer);
+    must_end_well(result);
+    const char* text = result->out;
+    for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
+         option++) {
+        const char* line = next_entry(&text);
+        char want[128];
+        if (!option->name && !option->key) print_to(want, sizeof(want), " %s", option->doc);
+        else if (!option->name) print_to(want, sizeof(want), "  -%c %s ", option->key, option->arg);
+        else if (option->key >= 256)
+            print_to(want, sizeof(want), "      --%s%s%s", option->name, option->arg ? "=" : "",
+                     option->arg ? option->arg : "");
+        else
+            print_to(want, sizeof(want), "  -%c, --%s%s%s", option->key, option->name, option->arg ? "=" : "",
+                     option->arg ? option->arg : "");
+        if (strncmp(line, want, strlen(want)) != 0) print_error("want \"%s\", got \"%s\"\n", want, line);
+        assert_memory_equal(line, want, strlen(want));
+    }
+    assert_string_equal(next_entry(&text), "");
+    for (const char* line = result->out; *line; line += strcspn(line, "\n") + 1)
+        assert_in_range(strcspn(line, "\n"), 0, 79);
+    must_fail_with(run("sh -c '%s --help > /dev/full'", trainer), 1, "cannot be written");
+    must_fail_with(run("%s", trainer), 2, "--train-data: needed to train");
+    must_fail_with(run("%s --vocab 97", trainer), 2, "--help");
+}
+
+// ----------------------------------------------------------------------------
 // Bad input
 
 typedef struct {
@@ -446,8 +494,28 @@ static const BadInput bad_inputs[] = {
     {"--layers ''", 2, {"--layers", "whole number", ""}},
     {"-b 0", 2, {"--batch 0", "from 1", ""}},
     {"-b 99999999999999999999", 2, {"--batch 99999999999999999999", "", ""}},
+    {"-b 1048576 -t 16777216", 2, {"--batch 1048576", "--sequence-length 16777216", "at most 268435456"}},
     {"-l -1", 2, {"--learning-rate -1", "from 0", ""}},
     {"-l nan", 2, {"--learning-rate nan", "number", ""}},
+    {"-l inf", 2, {"--learning-rate inf", "from 0 to 1000", ""}},
+    {"-l 1e300", 2, {"--learning-rate 1e300", "from 0 to 1000", ""}},
+    {"-l 1e-300", 2, {"--learning-rate 1e-300", "too small", ""}},
+    {"-l 1e-40", 2, {"--learning-rate 1e-40", "too small", ""}},
+    {"-l ''", 2, {"--learning-rate", "number", ""}},
+    {"--eps 0", 2, {"--eps 0", "from 1e-20", ""}},
+    {"--eps -1e-8", 2, {"--eps -1e-8", "from 1e-20", ""}},
+    {"--eps 1e-40", 2, {"--eps 1e-40", "from 1e-20", ""}},
+    {"--beta2 1", 2, {"--beta2 1", "from 0", ""}},
+    {"--beta2 1e-300", 2, {"--beta2 1e-300", "too small", ""}},
+    {"--clip -1", 2, {"--clip -1", "from 0", ""}},
+    {"--clip 1e-50", 2, {"--clip 1e-50", "too small", ""}},
+    {"-c nan", 2, {"--weight-decay nan", "number", ""}},
+    {"-q 1.5", 2, {"--final-lr-fraction 1.5", "from 0 to 1", ""}},
+    {"--rope-theta 0", 2, {"--rope-theta 0", "from 1", ""}},
+    {"--norm-eps 0", 2, {"--norm-eps 0", "from 1e-12", ""}},
+    {"--temperature -1", 2, {"--temperature -1", "from 0", ""}},
+    {"--temperature 1e-300", 2, {"--temperature 1e-300", "too small", ""}},
+    {"--top-k -1", 2, {"--top-k -1", "from 0", ""}},
     {"--beta1 1", 2, {"--beta1 1", "from 0", ""}},
     {"--recompute all", 2, {"--recompute all", "none or mlp or layer", ""}},
     {"--cuda-graph", 2, {"--cuda-graph", "DEVICE=cuda or simt", "DEVICE=cpu"}},
@@ -470,6 +538,13 @@ static const BadInput bad_inputs[] = {
     {"--layers", 2, {"--layers", "needs a value", ""}},
     {"-b", 2, {"-b", "needs a value", ""}},
     {"word", 2, {"word", "not an option", ""}},
+    {"-i train_0.bin train_1.bin", 2, {"train_1.bin", "quotes", "--train-data 'train_*.bin'"}},
+    {"-j x/a_10.bin x/a_1.bin x/a_210.bin -v 1", 2, {"x/a_1.bin", "quotes", "--val-data 'x/a_*.bin'"}},
+    {"--train-data aa aaa", 2, {"aaa", "quotes", "--train-data 'aa*'"}},
+    {"-b 4 word", 2, {"word", "not an option", ""}},
+    {"-i ''", 2, {"--train-data", "empty", ""}},
+    {"-o ''", 2, {"--output", "empty", ""}},
+    {"--pattern ''", 2, {"--pattern", "empty", ""}},
     {"-- word", 2, {"word", "not an option", ""}},
     {"--kd-source lagged", 2, {"--kd-source", "GQA=kdgqa or dgqa", "GQA=gqa"}},
     {"--kd-window 5", 2, {"--kd-window", "GQA=dgqa", "GQA=gqa"}},
@@ -671,6 +746,7 @@ int main(void) {
         cmocka_unit_test(test_micro_batches_give_the_same_losses),
         cmocka_unit_test(test_recompute_changes_no_bit),
         cmocka_unit_test(test_dry_run_leaves_nothing),
+        cmocka_unit_test(test_help_follows_the_table),
         cmocka_unit_test(test_bad_input_gets_one_clear_line),
         cmocka_unit_test(test_tokenizers_data_and_checkpoints_must_fit),
         cmocka_unit_test(test_a_full_disk_leaves_no_partial_checkpoint),
