@@ -33,7 +33,8 @@ code 1.
 #include "runtime/safetensors.h"
 #include "runtime/weights.h"
 
-#define CHECKPOINT_VERSION 1
+#define CHECKPOINT_VERSION 2
+#define CHANGES_BYTES 1024                  // of the list of what differs in a resumed run
 #define CHECKPOINT_CHUNK ((size_t)16 << 20) // bytes of host memory that saving and loading take
 
 // ----------------------------------------------------------------------------
@@ -57,6 +58,9 @@ typedef struct {
     // results
     double train_loss; // of the last step
     double val_loss;   // the last one measured; nan before the first
+    // the data, as loader_fingerprint() has them; 0: none, or not known
+    uint64_t data_fingerprint, data_tokens, val_fingerprint;
+    int data_shards;
 } TrainingState;
 
 // The one list that writing and reading share. A new member of TrainingState needs one line here, with the
@@ -65,32 +69,37 @@ typedef enum { STATE_INT, STATE_LONG, STATE_UINT64, STATE_DOUBLE, STATE_TEXT } S
 typedef struct {
     const char* name;
     StateType type;
-    size_t offset; // in TrainingState
-    size_t size;   // bytes
-    int since;     // format version
+    size_t offset;      // in TrainingState
+    size_t size;        // bytes
+    int since;          // format version
+    const char* option; // that sets it, and may be another one in a resumed run; NULL: none
 } StateField;
 
-#define STATE_FIELD(type, member, since)                                                                     \
-    { #member, type, offsetof(TrainingState, member), sizeof(((TrainingState*)0)->member), since }
+#define STATE_FIELD(type, member, since, option)                                                             \
+    { #member, type, offsetof(TrainingState, member), sizeof(((TrainingState*)0)->member), since, option }
 static const StateField state_fields[] = {
-    STATE_FIELD(STATE_INT, step, 1),
-    STATE_FIELD(STATE_UINT64, sequences_seen, 1),
-    STATE_FIELD(STATE_UINT64, seed, 1),
-    STATE_FIELD(STATE_LONG, total_batch, 1),
-    STATE_FIELD(STATE_INT, sequence_length, 1),
-    STATE_FIELD(STATE_TEXT, schedule, 1),
-    STATE_FIELD(STATE_LONG, max_steps, 1),
-    STATE_FIELD(STATE_LONG, warmup_steps, 1),
-    STATE_FIELD(STATE_DOUBLE, learning_rate, 1),
-    STATE_FIELD(STATE_DOUBLE, final_lr_fraction, 1),
-    STATE_FIELD(STATE_DOUBLE, decay_fraction, 1),
-    STATE_FIELD(STATE_DOUBLE, beta1, 1),
-    STATE_FIELD(STATE_DOUBLE, beta2, 1),
-    STATE_FIELD(STATE_DOUBLE, epsilon, 1),
-    STATE_FIELD(STATE_DOUBLE, weight_decay, 1),
-    STATE_FIELD(STATE_DOUBLE, grad_clip, 1),
-    STATE_FIELD(STATE_DOUBLE, train_loss, 1),
-    STATE_FIELD(STATE_DOUBLE, val_loss, 1),
+    STATE_FIELD(STATE_INT, step, 1, NULL),
+    STATE_FIELD(STATE_UINT64, sequences_seen, 1, NULL),
+    STATE_FIELD(STATE_UINT64, seed, 1, NULL),
+    STATE_FIELD(STATE_LONG, total_batch, 1, "--total-batch"),
+    STATE_FIELD(STATE_INT, sequence_length, 1, NULL),
+    STATE_FIELD(STATE_TEXT, schedule, 1, "--schedule"),
+    STATE_FIELD(STATE_LONG, max_steps, 1, "--steps"),
+    STATE_FIELD(STATE_LONG, warmup_steps, 1, "--warmup"),
+    STATE_FIELD(STATE_DOUBLE, learning_rate, 1, "--learning-rate"),
+    STATE_FIELD(STATE_DOUBLE, final_lr_fraction, 1, "--final-lr-fraction"),
+    STATE_FIELD(STATE_DOUBLE, decay_fraction, 1, "--decay-fraction"),
+    STATE_FIELD(STATE_DOUBLE, beta1, 1, "--beta1"),
+    STATE_FIELD(STATE_DOUBLE, beta2, 1, "--beta2"),
+    STATE_FIELD(STATE_DOUBLE, epsilon, 1, "--eps"),
+    STATE_FIELD(STATE_DOUBLE, weight_decay, 1, "--weight-decay"),
+    STATE_FIELD(STATE_DOUBLE, grad_clip, 1, "--clip"),
+    STATE_FIELD(STATE_DOUBLE, train_loss, 1, NULL),
+    STATE_FIELD(STATE_DOUBLE, val_loss, 1, NULL),
+    STATE_FIELD(STATE_UINT64, data_fingerprint, 2, NULL),
+    STATE_FIELD(STATE_UINT64, data_tokens, 2, NULL),
+    STATE_FIELD(STATE_UINT64, val_fingerprint, 2, NULL),
+    STATE_FIELD(STATE_INT, data_shards, 2, NULL),
 };
 #define STATE_FIELDS ((int)(sizeof(state_fields) / sizeof(state_fields[0])))
 
@@ -173,6 +182,39 @@ static inline TrainingState checkpoint_load_state(const char* directory) {
     }
     cJSON_Delete(json);
     return state;
+}
+
+// A setting as its option takes it.
+static inline void state_field_text(char text[48], const StateField* field, const TrainingState* state) {
+    const void* value = (const char*)state + field->offset;
+    if (field->type == STATE_LONG) snprintf(text, 48, "%ld", *(const long*)value);
+    if (field->type == STATE_DOUBLE) snprintf(text, 48, "%.9g", *(const double*)value);
+    if (field->type == STATE_TEXT) snprintf(text, 48, "%s", (const char*)value);
+}
+
+// Adds to a list of changes, with commas between.
+__attribute__((format(printf, 2, 3))) static inline void changes_add(char changes[CHANGES_BYTES],
+                                                                     const char* format, ...) {
+    const size_t used = strlen(changes);
+    va_list arguments;
+    va_start(arguments, format);
+    if (used) snprintf(changes + used, CHANGES_BYTES - used, ", ");
+    vsnprintf(changes + strlen(changes), CHANGES_BYTES - strlen(changes), format, arguments);
+    va_end(arguments);
+}
+
+// Adds the settings that differ between two states: "--clip 1 to 0.5".
+static inline void checkpoint_changed_settings(char changes[CHANGES_BYTES], const TrainingState* before,
+                                               const TrainingState* now) {
+    for (int i = 0; i < STATE_FIELDS; i++) {
+        const StateField* field = &state_fields[i];
+        char old_text[48], new_text[48];
+        if (!field->option) continue;
+        state_field_text(old_text, field, before);
+        state_field_text(new_text, field, now);
+        if (strcmp(old_text, new_text) != 0)
+            changes_add(changes, "%s %s to %s", field->option, old_text, new_text);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -282,9 +324,10 @@ static inline ModelVariant model_variant_of_build(void) {
     return variant;
 }
 
-// 1 where transformers' LlamaForCausalLM computes the same function.
+// 1 where transformers' LlamaForCausalLM takes the model and computes the same function.
 static inline int model_is_llama(const ModelConfig* config, const ModelVariant* variant) {
     if (strcmp(variant->attn, "dense") || strcmp(variant->gqa, "gqa") || variant->kconv) return 0;
+    if (config->channels % config->heads != 0) return 0; // LlamaConfig refuses it, whatever head_dim says
     for (int l = 0; l < config->layers; l++)
         if (layer_kind(config, l) != 'G' || !layer_has_rope(config, l)) return 0;
     return 1;
@@ -550,15 +593,25 @@ static inline void checkpoint_check_same_model(const char* directory, const Mode
 // ----------------------------------------------------------------------------
 // model.safetensors
 
-// Device memory, in pieces, through one host buffer.
+static inline int all_values_finite(const float_acc* values, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (!isfinite(values[i])) return 0;
+    return 1;
+}
+
+// Device memory, in pieces, through one host buffer. Of the tensor `weight` (NULL: none) every value must be finite.
 static inline void checkpoint_write_values(SafetensorsWriter* writer, const void* device, Dtype dtype,
-                                           size_t count, stream_t stream) {
+                                           size_t count, const char* weight, stream_t stream) {
     const size_t size = dtype_size(dtype), step = CHECKPOINT_CHUNK / size;
     char* host = (char*)malloc_or_fail((count < step ? count : step) * size, "a piece of a checkpoint");
     for (size_t i = 0; i < count; i += step) {
         size_t n = count - i < step ? count - i : step;
         copy_to_host(host, (const char*)device + i * size, n * size, stream);
         stream_synchronize(stream);
+        if (weight && !all_values_finite((const float_acc*)(const void*)host, n))
+            fail("%s: not written: a value of %s is NaN or infinite: training has diverged; lower "
+                 "--learning-rate or lengthen --warmup",
+                 writer->path, weight);
         safetensors_write(writer, host, dtype, n);
     }
     free(host);
@@ -590,7 +643,7 @@ static inline void checkpoint_write_model(const char* path, const TensorTable* t
     }
     for (int i = 0; i < table->count; i++) // rows of padding come last in a tensor, and are left out
         checkpoint_write_values(&writer, values + table->tensors[i].offset, DTYPE_FLOAT_ACC,
-                                table->tensors[i].count, stream);
+                                table->tensors[i].count, table->tensors[i].name, stream);
     safetensors_finish(&writer);
 }
 
@@ -600,24 +653,49 @@ static inline const Tensor* table_find(const TensorTable* table, const char* nam
     return NULL;
 }
 
-// What a Llama's file may hold beside the table: the head that repeats a tied embedding, and the rotary
-// frequencies that old versions saved.
+// What a Llama's file may hold beside the table: the head that repeats a tied embedding (checkpoint_check_tied_head), and the
+// rotary frequencies that old versions saved.
 static inline int checkpoint_may_ignore(const char* name) {
     return !strcmp(name, "lm_head.weight") || strstr(name, ".rotary_emb.inv_freq");
 }
 
-// A model without a key convolution is one whose taps are zero.
-static inline int checkpoint_may_lack(const char* name, const ModelVariant* variant) {
-    return variant->kconv == 0 && strstr(name, ".k_conv.");
+// A layer without a key convolution is one whose taps are zero.
+static inline int checkpoint_may_lack(const char* name, const ModelConfig* saved,
+                                      const ModelVariant* variant) {
+    int layer;
+    if (!strstr(name, ".k_conv.") || sscanf(name, "model.layers.%d.", &layer) != 1) return 0;
+    return variant->kconv == 0 || layer_kind(saved, layer) != 'G';
+}
+
+// A head beside a tied embedding must be its copy: without it, another one would be another model.
+static inline void checkpoint_check_tied_head(const SafetensorsFile* file, const TensorTable* table) {
+    const SafetensorsEntry *head = safetensors_find(file, "lm_head.weight"),
+                           *embedding = safetensors_find(file, "model.embed_tokens.weight");
+    if (!head || table_find(table, "lm_head.weight")) return;
+    const uint64_t count = safetensors_count(embedding);
+    int same = safetensors_count(head) == count;
+    enum { PIECE = 8192 };
+    float_acc pieces[2][PIECE];
+    for (uint64_t i = 0; same && i < count; i += PIECE) {
+        const size_t n = (size_t)(count - i < PIECE ? count - i : PIECE);
+        safetensors_read(file, head, i, n, pieces[0], DTYPE_FLOAT_ACC);
+        safetensors_read(file, embedding, i, n, pieces[1], DTYPE_FLOAT_ACC);
+        for (size_t k = 0; k < n; k++) same = same && pieces[0][k] == pieces[1][k];
+    }
+    if (!same)
+        fail("%s: its lm_head.weight is not its embedding, though tie_word_embeddings is true; set that to "
+             "false "
+             "in config.json to use this head, or take the tensor out of the file",
+             file->path);
 }
 
 // The same tensors in file and table, in the same shapes.
 static inline void checkpoint_check_tensors(const SafetensorsFile* file, const TensorTable* table,
-                                            const ModelVariant* variant) {
+                                            const ModelConfig* saved, const ModelVariant* variant) {
     for (int i = 0; i < table->count; i++) {
         const Tensor* tensor = &table->tensors[i];
         const SafetensorsEntry* entry = safetensors_find(file, tensor->name);
-        if (!entry && checkpoint_may_lack(tensor->name, variant)) continue;
+        if (!entry && checkpoint_may_lack(tensor->name, saved, variant)) continue;
         if (!entry) fail("%s: tensor %s is missing", file->path, tensor->name);
         SafetensorsEntry want = *entry;
         want.dims = tensor->dims;
@@ -643,12 +721,22 @@ static inline void checkpoint_open_model(SafetensorsFile* file, const char* dire
         fail("%s: a model in several files is not read; save it as one (max_shard_size in transformers)",
              index_path);
     safetensors_open(file, path);
-    const ModelVariant variant = checkpoint_read_variant(directory);
-    checkpoint_check_tensors(file, table, &variant);
+    ModelVariant variant;
+    const ModelConfig saved = checkpoint_read_config_and_variant(directory, &variant);
+    checkpoint_check_tensors(file, table, &saved, &variant);
+    checkpoint_check_tied_head(file, table);
 }
 
-// Fills the weights, table->elements long in device memory. Rows of padding become zero, as do the taps of a key convolution
-// where the checkpoint's model has none; elements between tensors stay as they are.
+// Part of a weight on file, converted; a value that is not finite makes every result NaN, and is refused.
+static inline void checkpoint_read_weight(const SafetensorsFile* file, const SafetensorsEntry* entry,
+                                          uint64_t first, size_t count, float_acc* values) {
+    safetensors_read(file, entry, first, count, values, DTYPE_FLOAT_ACC);
+    if (!all_values_finite(values, count))
+        fail("%s: a value of %s is NaN or infinite", file->path, json_shown(entry->name));
+}
+
+// Fills the weights, table->elements long in device memory. Rows of padding become zero, as do the taps of a layer whose key
+// convolution the checkpoint's model does not have; elements between tensors stay as they are.
 static inline void checkpoint_load_model(const char* directory, const TensorTable* table, Weights weights,
                                          stream_t stream) {
     const size_t step = CHECKPOINT_CHUNK / sizeof(float_acc);
@@ -661,7 +749,7 @@ static inline void checkpoint_load_model(const char* directory, const TensorTabl
         if (!entry) weights_zero(weights, tensor->offset, tensor->count, stream);
         for (size_t i = 0; entry && i < tensor->count; i += step) {
             const size_t n = tensor->count - i < step ? tensor->count - i : step;
-            safetensors_read(&file, entry, i, n, values, DTYPE_FLOAT_ACC);
+            checkpoint_read_weight(&file, entry, i, n, values);
             weights_upload(weights, tensor->offset + i, values, n, stream);
         }
         weights_zero(weights, tensor->offset + tensor->count, tensor->padded_count - tensor->count, stream);
@@ -701,7 +789,7 @@ static inline void checkpoint_load_pooled(const char* directory, const ModelConf
         float_acc* values =
             (float_acc*)calloc_or_fail(from->padded_count, sizeof(float_acc), "a tensor to convert");
         const SafetensorsEntry* entry = safetensors_find(&file, from->name);
-        if (entry) safetensors_read(&file, entry, 0, from->count, values, DTYPE_FLOAT_ACC);
+        if (entry) checkpoint_read_weight(&file, entry, 0, from->count, values);
         if (strstr(to->name, "self_attn.k_proj") || strstr(to->name, "self_attn.v_proj")) {
             pool_heads(values, values, heads, config->kv_heads, (size_t)config->head_dim * config->channels);
         } else if (strstr(to->name, "self_attn.k_conv")) { // (taps, heads D): a tap has its heads in a row
@@ -792,7 +880,7 @@ static inline void checkpoint_write_optimizer(const char* path, const TensorTabl
     for (int v = 0; v < vector_count; v++)
         for (int i = 0; i < range_count; i++)
             checkpoint_write_values(&writer, vectors[v].values + ranges[i].at, DTYPE_FLOAT_ACC,
-                                    ranges[i].count, stream);
+                                    ranges[i].count, NULL, stream);
     safetensors_finish(&writer);
 }
 
@@ -1045,6 +1133,12 @@ static inline int checkpoint_find_step(const char* output, int step, char path[P
     return is_directory(path);
 }
 
+static inline int checkpoint_name_exists(const char* output, const char* name) {
+    char path[PATH_MAX];
+    path_format(path, "%s/%s", output, name);
+    return path_exists(path);
+}
+
 // The newest checkpoint of an output directory: 1 and its path, or 0 when there is none. Without the file
 // `latest` (a run killed in its very first save) it is the one of the highest step.
 static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
@@ -1055,10 +1149,11 @@ static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
         char* name = read_file_or_fail(latest, &length);
         if (length && name[length - 1] == '\n') name[--length] = 0;
         int step = strlen(name) == length ? checkpoint_step_of_name(name, "") : -1;
-        if (step < 0) fail("%s: want one line with a checkpoint's name, such as step_00001000", latest);
+        if (step < 0)
+            fail("%s: want one line with the name of a checkpoint beside it, such as step_00001000", latest);
         if (!checkpoint_find_step(output, step, path))
-            fail("%s: names %s, which is not there; name the checkpoint to use by its own directory", latest,
-                 name);
+            fail("%s: names %s, which is not %s; name the checkpoint to use by its own directory", latest,
+                 name, checkpoint_name_exists(output, name) ? "a directory of this run" : "there");
         free(name);
         return 1;
     }
@@ -1083,9 +1178,45 @@ static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
         path_format(path, "%s", directory);
         return;
     }
-    if (!path_exists(directory)) fail("%s: %s", directory, strerror(errno));
+    struct stat info;
+    if (stat(directory, &info) != 0) fail("%s: %s", directory, strerror(errno));
+    if (!S_ISDIR(info.st_mode)) {
+        char* slash = strrchr(directory, '/');
+        if (slash) *slash = 0;
+        fail("%s: a file; name the directory that it lies in: %s", given,
+             !slash               ? "."
+             : slash == directory ? "/"
+                                  : directory);
+    }
     if (!checkpoint_latest(directory, path))
         fail("%s: no checkpoint: neither a config.json nor a step_* directory in it", directory);
+}
+
+// An output directory may not lie in a checkpoint, nor have the name of one: the run around it would count it among its own.
+static inline void checkpoint_check_output(const char* output) {
+    char path[PATH_MAX], real[PATH_MAX], inside[PATH_MAX];
+    path_format(path, "%s", output);
+    for (size_t end = strlen(path); end > 1 && path[end - 1] == '/';) path[--end] = 0;
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    static const char* const suffixes[] = {"", ".tmp", ".old"};
+    for (int i = 0; i < 3; i++)
+        if (checkpoint_step_of_name(name, suffixes[i]) >= 0)
+            fail_usage("--output %s: has the name of a checkpoint; name the directory of the run: %.*s",
+                       output, slash ? (int)(slash - path) : 1, slash ? path : ".");
+    path_format(inside, "%s/config.json", path);
+    if (path_exists(inside))
+        fail_usage("--output %s: holds a model (config.json); name another directory", output);
+    // The part of the path that is there, and all that it lies in.
+    while (!realpath(path, real)) {
+        char* last = strrchr(path, '/');
+        if (last && last != path) *last = 0;
+        else path_format(path, "%s", last ? "/" : ".");
+    }
+    for (char* last = real + strlen(real); last; last = strrchr(real, '/')) {
+        *last = 0;
+        path_format(inside, "%s/state.json", real);
+        if (path_exists(inside)) fail_usage("--output %s: lies in the checkpoint %s", output, real);
+    }
 }
 
 static inline void checkpoint_write_latest(const char* output, int step) {

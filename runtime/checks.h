@@ -198,9 +198,10 @@ static inline void make_parent_or_fail(const char* path) {
     make_directories_or_fail(parent);
 }
 
-// rm -rf of one file or one flat directory; a missing one is no error.
+// rm -rf of one file or one flat directory; a missing one is no error. Of a symbolic link it removes the link alone.
 static inline void remove_path(const char* path) {
-    DIR* directory = opendir(path);
+    struct stat info;
+    DIR* directory = lstat(path, &info) == 0 && S_ISDIR(info.st_mode) ? opendir(path) : NULL;
     if (directory) {
         struct dirent* entry;
         while ((entry = readdir(directory))) {

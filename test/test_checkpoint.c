@@ -316,6 +316,8 @@ static void run_fill(Run* run, int step) {
     state->weight_decay = -0.0;
     state->val_loss = step % 2 ? NAN : 3.25;
     state->train_loss = INFINITY;
+    state->data_fingerprint = UINT64_MAX - (uint64_t)step;
+    state->data_shards = 3;
 }
 
 static Run run_make(ModelConfig config) {
@@ -653,7 +655,7 @@ static void test_latest_errors(void** unused) {
                            "step_99999999999\n"};
     for (int i = 0; i < 5; i++) {
         write_text(output, "latest", texts[i]);
-        expect_failure(call_latest, output, "want one line with a checkpoint's name");
+        expect_failure(call_latest, output, "want one line with the name of a checkpoint");
     }
     write_text(output, "latest", "step_00000001\n");
     expect_failure(call_latest, output, "names step_00000001, which is not there");
@@ -886,8 +888,11 @@ static void test_bad_config(void** unused) {
     };
     expect_edits(directory, "config.json", call_config, edits, sizeof(edits) / sizeof(edits[0]));
     static const Edit state_edits[] = {
-        {"\"format_version\":\t1", "\"format_version\":2", "written by a newer version"},
-        {"\"format_version\":\t1", "\"x\":1", "no format_version"},
+        {"\"format_version\":\t2", "\"format_version\":3", "written by a newer version"},
+        {"\"format_version\":\t2", "\"x\":1", "no format_version"},
+        {"\"format_version\":\t2", "\"format_version\":1", NULL},
+        {"\"data_fingerprint\"", "\"x\"", "data_fingerprint is missing"},
+        {"\"data_fingerprint\":\t\"", "\"data_fingerprint\":\"-", "data_fingerprint must be decimal digits"},
         {"\"step\":\t1", "\"step\":-1", "step must be a whole number from 0"},
         {"\"step\":\t1", "\"step\":4294967296", "step must be a whole number from 0"},
         {"\"step\":\t1", "\"x\":1", "step is missing"},
@@ -1021,6 +1026,13 @@ static void test_other_tensors(void** unused) {
     expect_failure(load_model_only, &other, "tensor lm_head.weight is missing");
     checkpoint_write_model(path, &other.layout.table, weights_of(&other), 0);
     expect_success(load_model_only, &run);
+    floatX* head = other.params + other.layout.head;
+    const size_t values = (size_t)untied.vocab_size * (size_t)untied.channels;
+    head[values - 1] = (floatX)1e-30; // one number of it is another
+    checkpoint_write_model(path, &other.layout.table, weights_of(&other), 0);
+    expect_failure(load_model_only, &run, "lm_head.weight is not its embedding");
+    expect_success(load_model_only, &other);
+    head[values - 1] = 0;
     strcpy(other.layout.table.tensors[0].name, "other.weight"); // one too many
     strcpy(other.layout.table.tensors[other.layout.table.count - 1].name, "model.embed_tokens.weight");
     checkpoint_write_model(path, &other.layout.table, weights_of(&other), 0);
@@ -1030,6 +1042,171 @@ static void test_other_tensors(void** unused) {
     expect_failure(load_model_only, &run, "a model in several files is not read");
     run_free(&run);
     run_free(&other);
+}
+
+// A number that is not finite is neither written nor read: it would make all others NaN.
+static void test_weights_that_are_not_finite(void** unused) {
+    (void)unused;
+    Run run = run_make(small_config("G", 1));
+    char directory[PATH_MAX], path[PATH_MAX];
+    static const double values[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        run.output = fresh("finite");
+        path_format(directory, "%s/step_00000001", run.output);
+        run_fill_and_save(&run, 1);
+        run_fill(&run, 2);
+        run.params[run.layout.layers[1].down_proj + 5] = (floatX)values[i];
+        expect_failure(run_save, &run, "mlp.down_proj.weight is NaN or infinite");
+        assert_false(directory_has(run.output, "step_00000002"));
+        assert_int_equal(latest_whole_step(run.output, &run.config), 1);
+        // The same number put into the file.
+        path_format(path, "%s/model.safetensors", directory);
+        const float bad = (float)values[i];
+        FILE* file = fopen(path, "r+b");
+        assert_non_null(file);
+        fseek(file, -(long)sizeof(bad), SEEK_END);
+        fwrite(&bad, sizeof(bad), 1, file);
+        fclose(file);
+        run.output = directory;
+        expect_failure(load_model_only, &run, "is NaN or infinite");
+    }
+    run_free(&run);
+}
+
+// transformers takes a Llama whose channels are a multiple of its heads, of any head_dim.
+static void test_label(void** unused) {
+    (void)unused;
+    static const struct {
+        int channels, heads, head_dim, llama;
+    } cases[] = {{16, 4, 4, 1}, {16, 4, 8, 1}, {18, 4, 4, 0}, {16, 6, 4, 0}, {24, 6, 2, 1}};
+    char path[PATH_MAX];
+    path_format(path, "%s", fresh("label.json"));
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        ModelConfig config = small_config("G", 1);
+        config.channels = cases[i].channels;
+        config.heads = cases[i].heads;
+        config.head_dim = cases[i].head_dim;
+        model_config_check(&config);
+        checkpoint_write_config(path, &config, NULL);
+        char* text = read_file_or_fail(path, NULL);
+        assert_int_equal(strstr(text, "LlamaForCausalLM") != NULL, cases[i].llama);
+        assert_int_equal(strstr(text, "\"llama\"") != NULL, cases[i].llama);
+        free(text);
+    }
+}
+
+// A layer that had a window, and so no key convolution, gets taps of zero; one that had a convolution must have its taps.
+static void test_convolution_of_more_layers(void** unused) {
+    (void)unused;
+    ModelConfig config = small_config("SG", 1);
+    config.kconv = 3;
+    Run run = run_make(config);
+    char directory[PATH_MAX], path[PATH_MAX];
+    path_format(directory, "%s", fresh("taps"));
+    make_directories_or_fail(directory);
+    path_format(path, "%s/config.json", directory);
+    checkpoint_write_config(path, &config, NULL);
+    char* text = read_file_or_fail(path, NULL);
+    char* edited = replaced(text, "\"kconv\":\t0", "\"kconv\":3"); // this build has none
+    write_text(directory, "config.json", edited);
+    free(edited);
+    free(text);
+    path_format(path, "%s/model.safetensors", directory);
+    run_fill(&run, 1);
+    checkpoint_write_model(path, &run.layout.table, weights_of(&run), 0);
+    strcpy(config.pattern, "G");
+    Run whole = run_make(config);
+    whole.output = directory;
+    const size_t first = whole.layout.layers[0].k_conv, second = whole.layout.layers[1].k_conv;
+    whole.params[first] = 7;
+    load_model_only(&whole);
+    for (int i = 0; i < 3 * 8; i++) {
+        assert_true(whole.params[first + (size_t)i] == 0);
+        assert_true(whole.params[second + (size_t)i] == run.params[run.layout.layers[1].k_conv + (size_t)i]);
+    }
+    run_free(&run); // and the file without the taps of the layer that has them
+    run = run_make(small_config("SG", 1));
+    run_fill(&run, 1);
+    checkpoint_write_model(path, &run.layout.table, weights_of(&run), 0);
+    expect_failure(load_model_only, &whole, "tensor model.layers.1.self_attn.k_conv.weight is missing");
+    run_free(&run);
+    run_free(&whole);
+}
+
+static void test_changed_settings(void** unused) {
+    (void)unused;
+    TrainingState before, now;
+    memset(&before, 0, sizeof(before));
+    strcpy(before.schedule, "cosine");
+    before.weight_decay = 0.1;
+    before.beta2 = 0.95;
+    before.max_steps = 50;
+    now = before;
+    char changes[CHANGES_BYTES] = "";
+    checkpoint_changed_settings(changes, &before, &now);
+    assert_string_equal(changes, "");
+    now.step = 7, now.train_loss = 3, now.data_tokens = 5; // no settings
+    now.weight_decay = 0.2, now.max_steps = 60;
+    strcpy(now.schedule, "wsd");
+    checkpoint_changed_settings(changes, &before, &now);
+    assert_string_equal(changes, "--schedule cosine to wsd, --steps 50 to 60, --weight-decay 0.1 to 0.2");
+    for (int i = 0; i < 100; i++) changes_add(changes, "%s", "a change too many");
+    assert_int_equal(strlen(changes), CHANGES_BYTES - 1);
+}
+
+static void call_check_output(void* output) { checkpoint_check_output((const char*)output); }
+
+// Exit code 2 and the message.
+static void expect_bad_output(const char* output, const char* part) {
+    Outcome outcome = run_child(call_check_output, (void*)output);
+    if (!WIFEXITED(outcome.status) || WEXITSTATUS(outcome.status) != 2 || !strstr(outcome.error, part))
+        fail_test("%s: want \"%s\", got %s", output, part, outcome.error);
+}
+
+// Directories of a run within a run, and names that lead into one.
+static void test_names_inside_a_run(void** unused) {
+    (void)unused;
+    Run run = run_make(small_config("G", 1));
+    run.output = fresh("inside");
+    run_fill_and_save(&run, 1);
+    char path[PATH_MAX], other[PATH_MAX];
+    static const char* const named[] = {"step_00000001", "step_00000001/", "step_00000002",
+                                        "step_00000002.tmp", "step_00000001.old"};
+    for (int i = 0; i < 5; i++) {
+        path_format(path, "%s/%s", run.output, named[i]);
+        expect_bad_output(path, "has the name of a checkpoint");
+        assert_non_null(strstr(run_child(call_check_output, path).error, run.output));
+    }
+    path_format(path, "%s/step_00000001/a/b", run.output);
+    expect_bad_output(path, "lies in the checkpoint");
+    path_format(path, "%s/link", run.output);
+    assert_int_equal(symlink("step_00000001", path), 0);
+    expect_bad_output(path, "holds a model");
+    path_format(path, "%s/link/new", run.output);
+    expect_bad_output(path, "lies in the checkpoint");
+    path_format(path, "%s/step_00000001/..", run.output);
+    expect_success(call_check_output, path);
+    path_format(path, "%s/new", run.output);
+    expect_success(call_check_output, path);
+    expect_success(call_check_output, (void*)run.output);
+    expect_success(call_check_output, (void*)"not/there/yet");
+    // A file in the place of a directory.
+    path_format(path, "%s/step_00000001/model.safetensors", run.output);
+    path_format(other, "name the directory that it lies in: %s/step_00000001\n", run.output);
+    expect_failure(call_resolve, path, other);
+    path_format(path, "%s/latest", run.output);
+    path_format(other, "name the directory that it lies in: %s\n", run.output);
+    expect_failure(call_resolve, path, other);
+    // A link is no checkpoint of the run, and what it leads to is never removed.
+    path_format(path, "%s/step_00000003", run.output);
+    assert_int_equal(symlink("step_00000001", path), 0);
+    write_text(run.output, "latest", "step_00000003\n");
+    expect_failure(call_resolve, (void*)run.output,
+                   "names step_00000003, which is not a directory of this run");
+    remove_path(path);
+    assert_false(exists(run.output, "step_00000003"));
+    assert_true(exists(run.output, "step_00000001/state.json"));
+    run_free(&run);
 }
 
 static void write_slice(const Run* run, int rank, int total, size_t first, size_t end) {
@@ -1428,6 +1605,11 @@ int main(void) {
         cmocka_unit_test(test_bad_config),
         cmocka_unit_test(test_other_model),
         cmocka_unit_test(test_other_tensors),
+        cmocka_unit_test(test_weights_that_are_not_finite),
+        cmocka_unit_test(test_label),
+        cmocka_unit_test(test_convolution_of_more_layers),
+        cmocka_unit_test(test_changed_settings),
+        cmocka_unit_test(test_names_inside_a_run),
         cmocka_unit_test(test_slices),
         cmocka_unit_test(test_file_limit),
         cmocka_unit_test(test_full_disk),
