@@ -31,6 +31,7 @@ by the loader_next() that would have returned it.
 #include <glob.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 // defines fail, malloc_or_fail, calloc_or_fail, path handling
 #include "runtime/checks.h"
@@ -48,8 +49,8 @@ by the loader_next() that would have returned it.
 #define SHARD_MAGIC_UINT32 20240801
 #define SHARD_VERSION_UINT32 7
 
-// Shards beyond this number are opened for every window instead of being kept open, so that a data set of
-// thousands of shards stays below the usual limit of 1024 open files.
+// Shards beyond this number, or a quarter of the files that the process may have open, are opened for every window instead of
+// being kept open: training and validation data of thousands of shards leave files for everything else.
 #define LOADER_OPEN_FILES 256
 #define LOADER_MESSAGE_BYTES (PATH_MAX + 256)
 #define LOADER_CHUNK_BYTES 16384
@@ -232,6 +233,13 @@ static inline int loader_peek_vocabulary(const char* pattern) {
     return vocab_size;
 }
 
+static inline int loader_open_files(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= 4 * LOADER_OPEN_FILES)
+        return LOADER_OPEN_FILES;
+    return (int)(limit.rlim_cur / 4);
+}
+
 // `pattern` is a shell pattern (glob); quote it on a command line. `tokenizer_hash` 0 accepts any tokenizer,
 // as long as the shards agree with each other. `shuffle` 0 reads in plain order, once. The caller closes.
 static inline DataLoader* loader_open(const char* pattern, int T, int vocab_size, uint32_t tokenizer_hash,
@@ -255,7 +263,7 @@ static inline DataLoader* loader_open(const char* pattern, int T, int vocab_size
         if (shard->tokenizer_hash && shard->tokenizer_hash != hashed->tokenizer_hash)
             fail("%s: written with another tokenizer than %s: their hashes are %08x and %08x", shard->path,
                  hashed->path, shard->tokenizer_hash, hashed->tokenizer_hash);
-        if (i >= LOADER_OPEN_FILES) {
+        if (i >= loader_open_files()) {
             close(shard->file);
             shard->file = -1;
         }
@@ -280,6 +288,47 @@ static inline uint64_t loader_tokens(const DataLoader* loader) { return loader->
 
 // The hash of the tokenizer that wrote the shards, 0 when they do not say.
 static inline uint32_t loader_tokenizer_hash(const DataLoader* loader) { return loader->tokenizer_hash; }
+
+// ----------------------------------------------------------------------------
+// Are these the same data?
+
+#define FINGERPRINT_PIECE 16384                 // tokens
+#define FINGERPRINT_TOKENS ((uint64_t)16 << 20) // about so many are read
+
+// Tokens first .. first+count of a shard, as 32 bits each, into the hash.
+static inline uint64_t shard_hash_tokens(uint64_t hash, const TokenShard* shard, int file, uint64_t first,
+                                         int count) {
+    uint32_t wide[FINGERPRINT_PIECE];
+    uint16_t narrow[FINGERPRINT_PIECE];
+    const size_t bytes = (size_t)count * (size_t)shard->token_bytes;
+    const off_t offset = SHARD_HEADER_BYTES + (off_t)first * shard->token_bytes;
+    void* to = shard->token_bytes == 2 ? (void*)narrow : (void*)wide;
+    if (shard_pread(file, to, bytes, offset) != (ssize_t)bytes)
+        fail("%s: cannot read %zu bytes at byte %lld", shard->path, bytes, (long long)offset);
+    for (int i = 0; i < count && shard->token_bytes == 2; i++) wide[i] = narrow[i];
+    return hash_more(hash, wide, (size_t)count * sizeof(uint32_t));
+}
+
+// A number for all tokens in the order of the shards, whatever the files' names and kinds; never 0. Beyond FINGERPRINT_TOKENS it
+// is of evenly spaced pieces, the last one of every shard among them.
+static inline uint64_t loader_fingerprint(const DataLoader* loader) {
+    const uint64_t every = (loader->tokens + FINGERPRINT_TOKENS - 1) / FINGERPRINT_TOKENS;
+    uint64_t hash = random_stream("fingerprint"), piece = 0;
+    for (int i = 0; i < loader->shard_count; i++) {
+        const TokenShard* shard = &loader->shards[i];
+        const int file = shard->file >= 0 ? shard->file : open(shard->path, O_RDONLY | O_CLOEXEC);
+        if (file < 0) fail("%s: %s", shard->path, strerror(errno));
+        hash = hash_more(hash, &shard->tokens, sizeof(shard->tokens));
+        for (uint64_t first = 0; first < shard->tokens; first += FINGERPRINT_PIECE, piece++) {
+            const uint64_t left = shard->tokens - first;
+            if (piece % every != 0 && left > FINGERPRINT_PIECE) continue;
+            const int count = (int)(left < FINGERPRINT_PIECE ? left : FINGERPRINT_PIECE);
+            hash = shard_hash_tokens(hash, shard, file, first, count);
+        }
+        if (file != shard->file) close(file);
+    }
+    return hash ? hash : 1;
+}
 
 // ----------------------------------------------------------------------------
 // Reading

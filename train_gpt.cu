@@ -1066,6 +1066,7 @@ typedef struct {
     Schedule schedule;
     size_t resident; // bytes of main memory before the model's are taken
     TrainingState state;
+    char changes[CHANGES_BYTES]; // what differs from the checkpoint that is resumed; "": nothing
     // Between host and device, in pinned memory: every micro-batch of a step has its own place, so that the host can run ahead
     // of the device through a whole step without waiting for copies to be done.
     int* tokens;       // (sequences_per_rank, T)
@@ -1088,9 +1089,13 @@ static void find_checkpoints(Run* run) {
     const Options* options = &run->options;
     if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
     if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
+    if (options->output && !options->eval_retrieval) checkpoint_check_output(options->output);
     if (options->resume && !options->dry_run && comm_rank() == 0) checkpoint_clean(options->output);
     comm_barrier();
-    if (options->resume && checkpoint_latest(options->output, run->resume_from)) return;
+    if (options->resume && checkpoint_latest(options->output, run->resume_from)) {
+        run->state = checkpoint_load_state(run->resume_from);
+        return;
+    }
     run->resume_from[0] = 0;
     if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
 }
@@ -1168,8 +1173,7 @@ static void open_data(Run* run) {
             B, T, (long)B * T, MOST_TOKENS);
     const long N = comm_size(), least = N * B * T;
     // What goes on, goes on with the same step, by however many processes.
-    if (!options->total_batch && run->resume_from[0])
-        options->total_batch = checkpoint_load_state(run->resume_from).total_batch;
+    if (!options->total_batch) options->total_batch = run->state.total_batch;
     if (!options->total_batch) options->total_batch = least;
     if (options->total_batch % least != 0 && N == 1)
         fail_usage("--total-batch %ld: must be a multiple of --batch %d x --sequence-length %d = %ld tokens",
@@ -1186,7 +1190,10 @@ static void open_data(Run* run) {
         if (!hash) hash = loader_tokenizer_hash(run->train);
         run->val = loader_open(options->val_data, T, run->config.vocab_size, hash, options->seed, 0);
     }
-    uint64_t one_epoch = loader_sequences(run->train) / (uint64_t)run->sequences_per_step;
+    // One pass in all: the steps that are done may have been of another size.
+    const uint64_t all = loader_sequences(run->train), seen = run->state.sequences_seen;
+    const uint64_t one_epoch =
+        (uint64_t)run->state.step + (all > seen ? all - seen : 0) / (uint64_t)run->sequences_per_step;
     if (options->steps < 0 && one_epoch == 0)
         fail_usage("--total-batch %ld: larger than the %llu tokens of one pass over the data; give --steps",
                    options->total_batch, (unsigned long long)(loader_sequences(run->train) * (uint64_t)T));
@@ -1201,6 +1208,41 @@ static void open_data(Run* run) {
     run->schedule.steps = run->steps;
     run->schedule.final_fraction = options->final_lr_fraction;
     run->schedule.decay_fraction = options->decay_fraction;
+}
+
+// Other data have another order, in which sequences that were seen come again and others never.
+static void check_same_data(Run* run, const TrainingState* before) {
+    const TrainingState* now = &run->state;
+    const Options* options = &run->options;
+    if (!before->data_fingerprint) {
+        printf("%s/state.json does not tell its data: they may have changed since\n", run->resume_from);
+        return;
+    }
+    if (before->data_fingerprint != now->data_fingerprint) {
+        if (!options->allow_other_data)
+            fail("--train-data %s: other data (%d shards, %llu tokens) than %s has seen (%d shards, %llu "
+                 "tokens): "
+                 "all sequences would come in another order; --allow-other-data goes on with them",
+                 options->train_data, now->data_shards, (unsigned long long)now->data_tokens,
+                 run->resume_from, before->data_shards, (unsigned long long)before->data_tokens);
+        changes_add(run->changes, "other --train-data (%d shards of %llu tokens to %d of %llu)",
+                    before->data_shards, (unsigned long long)before->data_tokens, now->data_shards,
+                    (unsigned long long)now->data_tokens);
+    }
+    if (before->val_fingerprint != now->val_fingerprint)
+        changes_add(run->changes, !now->val_fingerprint ? "no --val-data" : "other --val-data");
+}
+
+// A run goes on with the same data in the same order; its settings may change, and the change is kept to be told.
+static void check_resume(Run* run, const TrainingState* before) {
+    const Options* options = &run->options;
+    if (before->seed != options->seed)
+        fail("--seed %llu: %s was begun with seed %llu", (unsigned long long)options->seed, run->resume_from,
+             (unsigned long long)before->seed);
+    if (before->step > run->steps)
+        fail_usage("--steps %d: %s has done %d already", run->steps, run->resume_from, before->step);
+    check_same_data(run, before);
+    checkpoint_changed_settings(run->changes, before, &run->state);
 }
 
 static void agree_on_shards(const char* what, const DataLoader* loader) {
@@ -1382,7 +1424,9 @@ static void print_plan(const Run* run, const Model* model) {
     printf("\nsteps    %d of %ld tokens: %ld x (%d, %d), %.2f passes over the data\n", run->steps,
            options->total_batch, run->sequences_per_step / options->batch, options->batch,
            config->sequence_length,
-           (double)run->steps * (double)run->sequences_per_step / (double)loader_sequences(run->train));
+           ((double)run->state.sequences_seen +
+            (double)(run->steps - run->state.step) * (double)run->sequences_per_step) /
+               (double)loader_sequences(run->train));
     printf("memory   recompute %s\n", recompute_names[model->recompute]);
     arena_print(&model->parameters);
     arena_print(&model->gradients);
@@ -1603,6 +1647,7 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     to.total_steps = run->steps;
     to.log_every = (int)options->log_every;
     to.tokens_per_step = (uint64_t)options->total_batch;
+    to.tokens_before = run->state.sequences_seen * (uint64_t)config->sequence_length;
     to.flops_per_step = flops_per_token(config, config->sequence_length) * (double)options->total_batch;
     to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME) * comm_size();
     metrics_describe_text(&to, "attn", ATTN_NAME);
@@ -1630,6 +1675,15 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_describe_number(&to, "steps", run->steps);
     metrics_describe_text(&to, "schedule", schedule_name(options->schedule));
     metrics_describe_number(&to, "learning_rate", options->learning_rate);
+    metrics_describe_number(&to, "warmup", options->warmup);
+    metrics_describe_number(&to, "final_lr_fraction", options->final_lr_fraction);
+    if (options->schedule == SCHEDULE_WSD)
+        metrics_describe_number(&to, "decay_fraction", options->decay_fraction);
+    metrics_describe_number(&to, "beta1", options->beta1);
+    metrics_describe_number(&to, "beta2", options->beta2);
+    metrics_describe_number(&to, "eps", options->eps);
+    metrics_describe_number(&to, "weight_decay", options->weight_decay);
+    metrics_describe_number(&to, "clip", options->clip);
     metrics_describe_number(&to, "seed", (double)options->seed);
     metrics_start(metrics, &to);
 }
@@ -1723,6 +1777,10 @@ static void describe_state(Run* run) {
     state->epsilon = options->eps;
     state->weight_decay = options->weight_decay;
     state->grad_clip = options->clip;
+    state->data_fingerprint = loader_fingerprint(run->train);
+    state->data_tokens = loader_tokens(run->train);
+    state->data_shards = run->train->shard_count;
+    state->val_fingerprint = run->val ? loader_fingerprint(run->val) : 0;
     if (run->state.step == 0) state->train_loss = state->val_loss = NAN;
 }
 
@@ -1731,6 +1789,7 @@ static void train(Model* model, Run* run) {
     const Options* options = &run->options;
     static Metrics metrics;
     start_metrics(&metrics, run);
+    if (run->changes[0]) metrics_changes(&metrics, run->state.step, run->changes);
     allocate_staging(run);
     loader_start(run->train, run->state.sequences_seen + (uint64_t)(comm_rank() * options->batch),
                  (uint64_t)comm_size() * (uint64_t)options->batch, options->batch);
@@ -1850,6 +1909,9 @@ int main(int argc, char** argv) {
 
     open_data(&run);
     agree_on_run(&run, argc, argv);
+    const TrainingState before = run.state;
+    describe_state(&run);
+    if (run.resume_from[0]) check_resume(&run, &before);
     run.resident = memory_resident();
     gpt_plan(&model, &run.config, options->batch, T, 1, options->recompute, options->zero);
     print_plan(&run, &model);
@@ -1861,12 +1923,6 @@ int main(int argc, char** argv) {
     model.heads.settings.seed = options->seed;
     model.warned = comm_rank() > 0; // the first rank warns for all
     if (run.resume_from[0]) {
-        run.state = checkpoint_load_state(run.resume_from);
-        if (run.state.seed != options->seed)
-            fail("--seed %llu: %s was begun with seed %llu", (unsigned long long)options->seed,
-                 run.resume_from, (unsigned long long)run.state.seed);
-        if (run.state.step > run.steps)
-            fail_usage("--steps %d: %s has done %d already", run.steps, run.resume_from, run.state.step);
         load_model(&model, &run, run.resume_from);
         load_optimizer(&model, run.resume_from);
         printf("resuming %s: step %d of %d\n", run.resume_from, run.state.step, run.steps);
@@ -1876,7 +1932,6 @@ int main(int argc, char** argv) {
         if (run.init_from[0]) load_model(&model, &run, run.init_from);
         else gpt_initialize(&model, options->seed);
     }
-    describe_state(&run);
     agree_on_weights(&model, &run);
     comm_barrier(); // all have read the checkpoints that --overwrite deletes
     if (comm_rank() == 0) prepare_output(&run);

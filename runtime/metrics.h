@@ -12,7 +12,8 @@ metrics.jsonl   the run's description, {"event":"start", ...}, then a line a ste
                 reads back as the same float or double; one that is not a number is null.
 timings.jsonl   what the clock says: a line a step (step, tokens, seconds, tokens_per_second, step_ms,
                 attention_ms, and flops_per_second and mfu where they are known) and one an event (validation,
-                checkpoint, ...; with the seconds spent). "seconds" counts from the start of the run, and goes on over resumes.
+                checkpoint, ...; with the seconds spent; or changes: the settings and data that a resume has changed).
+                "seconds" counts from the start of the run, and goes on over resumes.
 main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validation, "s:0 trl:..." for training.
 
 A step has the number of optimizer steps done with it, 1, 2, ..., total_steps, and a validation that of those done
@@ -50,6 +51,7 @@ typedef struct {
     int total_steps;          // where the run ends
     int log_every;            // steps between two plain lines of a display that is no terminal; 0 is 1
     uint64_t tokens_per_step; // of all ranks
+    uint64_t tokens_before;   // of the resume_step steps done before, which may have been of another size
     double flops_per_step;    // floating-point operations a step, forward and backward; 0: not known
     double peak_flops;        // of the machine, a second, all ranks; 0: not known, and MFU is left out
     int quiet;                // 1: nothing on the terminal
@@ -346,6 +348,12 @@ static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
     m->clock_start = metrics_clock();
 }
 
+// Tokens that a run has trained on after `step` optimizer steps.
+static inline unsigned long long metrics_tokens(const Metrics* m, int step) {
+    const MetricsOptions* o = &m->options;
+    return (unsigned long long)(o->tokens_before + o->tokens_per_step * (uint64_t)(step - o->resume_step));
+}
+
 // A training step: `step` optimizer steps are done with it; the rest is that step's, `seconds` its duration, of which
 // attention took `attention_seconds`.
 static inline void metrics_step(Metrics* m, int step, double loss, double grad_norm, double lr,
@@ -357,7 +365,7 @@ static inline void metrics_step(Metrics* m, int step, double loss, double grad_n
     metrics_number(loss_text, loss);
     metrics_number(norm_text, grad_norm);
     metrics_number(lr_text, lr);
-    unsigned long long tokens = (unsigned long long)o->tokens_per_step * (unsigned long long)step;
+    const unsigned long long tokens = metrics_tokens(m, step);
     metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"loss\":%s,\"grad_norm\":%s,\"lr\":%s}\n", step,
                   tokens, loss_text, norm_text, lr_text);
 
@@ -382,8 +390,8 @@ static inline void metrics_step(Metrics* m, int step, double loss, double grad_n
 // What a variant has to tell after `step` optimizer steps: a line of metrics.jsonl with one further member, whose value is
 // the JSON text `value`. Only what the flags determine belongs there.
 static inline void metrics_member(Metrics* m, int step, const char* key, const char* value) {
-    unsigned long long tokens = (unsigned long long)m->options.tokens_per_step * (unsigned long long)step;
-    metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"%s\":%s}\n", step, tokens, key, value);
+    metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"%s\":%s}\n", step, metrics_tokens(m, step),
+                  key, value);
 }
 
 // Something other than a step that took `spent` seconds, such as a "checkpoint": timings only. `name` is a plain
@@ -393,14 +401,23 @@ static inline void metrics_event(Metrics* m, const char* name, int step, double 
                   metrics_seconds(m), spent);
 }
 
+// What differs in a run that is resumed at `step`: timings, and the terminal.
+static inline void metrics_changes(Metrics* m, int step, const char* changes) {
+    char* text = (char*)malloc_or_fail(6 * strlen(changes) + 3, "a line of timings.jsonl");
+    metrics_quote(text, changes);
+    metrics_write(&m->timings, "{\"event\":\"changes\",\"step\":%d,\"seconds\":%.3f,\"changes\":%s}\n", step,
+                  metrics_seconds(m), text);
+    metrics_message(m, "changed since the checkpoint: %s", changes);
+    free(text);
+}
+
 // The mean loss on the validation data after `step` optimizer steps, which took `spent` seconds to find.
 static inline void metrics_validation(Metrics* m, int step, double val_loss, double spent) {
     if (step > m->last_validation) {
         char loss_text[METRICS_NUMBER_BYTES];
         metrics_number(loss_text, val_loss);
-        unsigned long long tokens = (unsigned long long)m->options.tokens_per_step * (unsigned long long)step;
-        metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"val_loss\":%s}\n", step, tokens,
-                      loss_text);
+        metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"val_loss\":%s}\n", step,
+                      metrics_tokens(m, step), loss_text);
         metrics_write(&m->log, "s:%d tel:%.4f\n", step, val_loss);
         m->last_validation = step;
     }

@@ -283,6 +283,80 @@ static void many_shards_and_odd_names(void** state) {
 // ----------------------------------------------------------------------------
 // The reader thread
 
+static void open_with_few_files(void* pattern) {
+    const struct rlimit few = {32, 32};
+    if (setrlimit(RLIMIT_NOFILE, &few) != 0) exit(3);
+    DataLoader* loader = loader_open((const char*)pattern, 5, 70000, 0, 1, 1);
+    int tokens[5], targets[5];
+    for (uint64_t s = 0; s < loader_sequences(loader); s++) loader_read(loader, s, 1, tokens, targets);
+    loader_close(loader);
+}
+
+// A process that may open 32 files reads 100 shards.
+static void few_open_files(void** state) {
+    (void)state;
+    for (int i = 0; i < 100; i++) {
+        char name[16];
+        snprintf(name, sizeof(name), "%03d.bin", i);
+        write_shard(name, recipe(2, 20, i, 60000));
+    }
+    fflush(NULL);
+    const pid_t child = fork();
+    if (child == 0) {
+        open_with_few_files((void*)in_folder("*.bin"));
+        exit(0);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
+static uint64_t fingerprint_of(const char* pattern) {
+    DataLoader* loader = loader_open(in_folder(pattern), 5, 100000, 0, 1, 1);
+    const uint64_t fingerprint = loader_fingerprint(loader);
+    loader_close(loader);
+    return fingerprint;
+}
+
+static void move(const char* from, const char* to) {
+    char old_path[PATH_MAX];
+    path_format(old_path, "%s", in_folder(from));
+    assert_int_equal(rename(old_path, in_folder(to)), 0);
+}
+
+// The fingerprint is that of the tokens and their order, not of names and kinds of files.
+static void fingerprint_tells_data_apart(void** state) {
+    (void)state;
+    const int many = 3 * FINGERPRINT_PIECE + 77;
+    write_shard("a.bin", recipe(2, many, 0, 60000));
+    write_shard("b.bin", recipe(4, 26, 1000, 100000));
+    const uint64_t whole = fingerprint_of("*.bin");
+    assert_true(whole != 0);
+    assert_true(fingerprint_of("*.bin") == whole);
+    move("a.bin", "aa.bin"); // the same order
+    assert_true(fingerprint_of("*.bin") == whole);
+    move("aa.bin", "c.bin"); // the other order
+    assert_true(fingerprint_of("*.bin") != whole);
+    move("c.bin", "a.bin");
+    write_shard("a.bin", recipe(4, many, 0, 60000)); // the same tokens in 32 bits
+    assert_true(fingerprint_of("*.bin") == whole);
+    assert_true(fingerprint_of("a.bin") != whole);
+    write_shard("c.bin", recipe(2, 0, 0, 60000)); // a shard more, without a token
+    assert_true(fingerprint_of("*.bin") != whole);
+    unlink(in_folder("c.bin"));
+    for (int at = 0; at < many; at += FINGERPRINT_PIECE / 2 + 1) { // one token, in every piece
+        FILE* file = open_or_fail(in_folder("a.bin"), "r+b");
+        const uint32_t token = 99999;
+        fseek(file, SHARD_HEADER_BYTES + 4L * at, SEEK_SET);
+        write_or_fail(&token, 4, file, "a.bin");
+        close_written_or_fail(file, "a.bin");
+        assert_true(fingerprint_of("*.bin") != whole);
+        write_shard("a.bin", recipe(4, many, 0, 60000));
+    }
+    write_shard("a.bin", recipe(4, many - 1, 0, 60000));
+    assert_true(fingerprint_of("*.bin") != whole);
+}
+
 static void reader_equals_loader_read(void** state) {
     (void)state;
     write_usual_shards();
@@ -606,6 +680,8 @@ static void flipped_header_bits(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        in_own_folder(few_open_files),
+        in_own_folder(fingerprint_tells_data_apart),
         cmocka_unit_test(permutation_is_a_bijection),
         in_own_folder(epochs_are_different_permutations),
         in_own_folder(the_order_is_this_one),

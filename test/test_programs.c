@@ -189,6 +189,93 @@ static void test_recompute_changes_no_bit(void** state) {
     must_be_same_run("whole", "recomputed", STEPS);
 }
 
+// The run `output`, with what "whole" had after 12 steps.
+static void copy_after_12_steps(const char* output) {
+    shell("rm -rf %s; mkdir %s; cp -r whole/step_00000012 %s; cp whole/metrics.jsonl whole/timings.jsonl %s",
+          output, output, output, output);
+}
+
+// A resume with these options must do as "whole" did.
+static void must_go_on_alike(const char* options) {
+    copy_after_12_steps("goes_on");
+    must_end_well(train("goes_on", options));
+    must_be_same_run("whole", "goes_on", STEPS);
+}
+
+// Resuming over other tokens, or in another order, is refused; the same tokens under other names are the same data.
+static void test_a_resume_has_the_same_data(void** state) {
+    (void)state;
+    shell("rm -rf same swapped edited; mkdir same swapped edited; cp train_0.bin same/x.bin; cp train_1.bin "
+          "same/y.bin; "
+          "cp train_0.bin swapped/y.bin; cp train_1.bin swapped/x.bin; cp train_0.bin train_1.bin edited; "
+          "printf '\\1' | dd of=edited/train_0.bin bs=1 seek=13024 conv=notrunc status=none");
+    must_go_on_alike("--resume -i 'same/*.bin'");
+    static const char* const others[] = {"train_0.bin", "'swapped/*.bin'", "'edited/*.bin'", "'*[01l].bin'"};
+    char options[256];
+    for (int i = 0; i < 4; i++) {
+        copy_after_12_steps("other");
+        print_to(options, sizeof(options), "--resume -i %s", others[i]);
+        must_fail_with(train("other", options), 1, "--allow-other-data");
+        assert_false(exists("other/step_00000016"));
+        print_to(options, sizeof(options), "--resume --allow-other-data -i %s", others[i]);
+        const Result* result = train("other", options);
+        must_end_well(result);
+        assert_non_null(
+            strstr(result->out, "changed since the checkpoint: other --train-data (2 shards of 25000"));
+        must_end_well(run("grep -q '\"changes\":\"other --train-data' other/timings.jsonl"));
+    }
+    // A state of the version that did not know its data.
+    copy_after_12_steps("other");
+    shell("sed -i 's/\"format_version\":\t2/\"format_version\":\t1/' other/step_00000012/state.json");
+    const Result* result = train("other", "--resume");
+    must_end_well(result);
+    assert_non_null(strstr(result->out, "does not tell its data"));
+    must_be_same_run("whole", "other", STEPS);
+}
+
+// Other settings are taken, and said: on the terminal, in timings.jsonl and in metrics.jsonl, whose tokens are those seen.
+static void test_a_resume_tells_what_it_changes(void** state) {
+    (void)state;
+    static const char* const cases[][2] = {
+        {"-c 0.2", "--weight-decay 0.1 to 0.2"},
+        {"-u 5", "--warmup 3 to 5"},
+        {"--beta1 0.8", "--beta1 0.9 to 0.8"},
+        {"--beta2 0.99", "--beta2 0.95 to 0.99"},
+        {"--eps 1e-7", "--eps 1e-08 to 1e-07"},
+        {"--clip 0", "--clip 1 to 0"},
+        {"-l 1e-3", "--learning-rate 0.01 to 0.001"},
+        {"-q 0.5", "--final-lr-fraction 0.1 to 0.5"},
+        {"-k wsd --decay-fraction 0.5", "--schedule cosine to wsd, --decay-fraction 0.2 to 0.5"},
+        {"-x 20", "--steps 30 to 20"},
+        {"-j train_1.bin", "other --val-data"},
+        {"-d 128", "--total-batch 256 to 128"},
+    };
+    char options[256], wanted[256];
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        copy_after_12_steps("changed");
+        print_to(options, sizeof(options), "--resume %s", cases[i][0]);
+        const Result* result = train("changed", options);
+        must_end_well(result);
+        print_to(wanted, sizeof(wanted), "changed since the checkpoint: %s\n", cases[i][1]);
+        if (!strstr(result->out, wanted)) print_error("want %s", wanted);
+        assert_non_null(strstr(result->out, wanted));
+        print_to(wanted, sizeof(wanted), "\"changes\":\"%s\"", cases[i][1]);
+        must_end_well(run("grep -qF '%s' changed/timings.jsonl", wanted));
+        if (cases[i][0][1] != 'j')
+            must_end_well(run("grep -q '\"event\":\"resume\",\"step\":12' changed/metrics.jsonl"));
+    }
+    double tokens[64];
+    const int count = read_metric(tokens, 64, "changed", "tokens"); // of the last one
+    assert_true(tokens[count - 1] == 12 * 256 + 18 * 128);
+    assert_true(tokens[0] == 0);
+    // Nothing has changed: nothing is said.
+    copy_after_12_steps("changed");
+    const Result* result = train("changed", "--resume");
+    must_end_well(result);
+    assert_null(strstr(result->out, "changed since"));
+    assert_int_equal(run("grep -q changes changed/timings.jsonl")->exit_code, 1);
+}
+
 static void test_dry_run_leaves_nothing(void** state) {
     (void)state;
     const Result* result = train("dry", "--dry-run");
@@ -573,6 +660,17 @@ static const BadInput bad_inputs[] = {
     {"--resume -o whole_copy --seed 5", 1, {"--seed 5", "1337", ""}},
     {"--resume -o whole_copy -x 20", 2, {"--steps 20", "30", ""}},
     {"--resume -o bad_latest", 1, {"bad_latest", "", ""}},
+    {"--resume -o outside_latest", 1, {"outside_latest/latest", "beside it", ""}},
+    {"--init-from outside_latest", 1, {"outside_latest/latest", "beside it", ""}},
+    {"-o whole_copy/step_00000030",
+     2,
+     {"--output whole_copy/step_00000030", "name of a checkpoint", "whole_copy"}},
+    {"--resume -o whole_copy/step_00000030/", 2, {"--output whole_copy", "name of a checkpoint", ""}},
+    {"-o whole_copy/step_00000030/new", 2, {"--output whole_copy", "lies in the checkpoint", ""}},
+    {"--init-from whole_copy/step_00000030/model.safetensors",
+     1,
+     {"a file", "lies in: whole_copy/step_00000030", ""}},
+    {"--init-from whole_copy/latest", 1, {"whole_copy/latest", "a file", "lies in: whole_copy"}},
 };
 
 // One line on stderr, the program's name in front, everything in it that `bad` wants; nothing partial anywhere.
@@ -597,6 +695,7 @@ static void damage_checkpoints(void) {
     shell("truncate -s -9 cut_state/step_00000030/state.json");
     shell("truncate -s -9 cut_config/step_00000030/config.json");
     shell("echo step_00000099 > bad_latest/latest");
+    shell("cp -r whole outside_latest; echo ../whole/step_00000030 > outside_latest/latest");
 }
 
 static void test_bad_input_gets_one_clear_line(void** state) {
@@ -745,6 +844,8 @@ int main(void) {
         cmocka_unit_test(test_max_seconds_writes_a_checkpoint),
         cmocka_unit_test(test_micro_batches_give_the_same_losses),
         cmocka_unit_test(test_recompute_changes_no_bit),
+        cmocka_unit_test(test_a_resume_has_the_same_data),
+        cmocka_unit_test(test_a_resume_tells_what_it_changes),
         cmocka_unit_test(test_dry_run_leaves_nothing),
         cmocka_unit_test(test_help_follows_the_table),
         cmocka_unit_test(test_bad_input_gets_one_clear_line),

@@ -306,6 +306,7 @@ static MetricsOptions run_options(int resume_step, int log_every) {
     memset(&o, 0, sizeof(o));
     o.directory = folder;
     o.resume_step = resume_step;
+    o.tokens_before = 1000 * (uint64_t)resume_step;
     o.total_steps = 20;
     o.log_every = log_every;
     o.tokens_per_step = 1000;
@@ -452,6 +453,36 @@ static void metrics_resume_is_seamless(void** state) {
     char path[PATH_MAX];
     path_format(path, "%s/metrics.jsonl.partial", folder);
     assert_false(path_exists(path));
+    free(m);
+}
+
+// Tokens are those that were seen, also where a resume has changed the steps' size; what it has changed is in timings.
+static void metrics_count_tokens_seen(void** state) {
+    (void)state;
+    Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
+    MetricsOptions o = run_options(0, 1);
+    metrics_start(m, &o);
+    run_steps(m, 0, 5, 0);
+    metrics_finish(m);
+    o = run_options(5, 1);
+    o.tokens_per_step = 400;
+    metrics_start(m, &o);
+    metrics_changes(m, 5, "--total-batch 1000 to 400, \"quoted\"");
+    run_steps(m, 5, 20, 1);
+    metrics_member(m, 20, "heads", "[]");
+    metrics_finish(m);
+    char* text = contents("metrics.jsonl");
+    assert_non_null(strstr(text, "{\"step\":5,\"tokens\":5000,\"loss\""));
+    assert_non_null(strstr(text, "{\"step\":5,\"tokens\":5000,\"val_loss\""));
+    assert_non_null(strstr(text, "{\"step\":6,\"tokens\":5400,\"loss\""));
+    assert_non_null(strstr(text, "{\"step\":20,\"tokens\":11000,\"val_loss\""));
+    assert_non_null(strstr(text, "{\"step\":20,\"tokens\":11000,\"heads\""));
+    free(text);
+    text = contents("timings.jsonl");
+    assert_non_null(strstr(text, "{\"event\":\"changes\",\"step\":5,"));
+    assert_non_null(strstr(text, "\"changes\":\"--total-batch 1000 to 400, \\\"quoted\\\"\"}\n"));
+    assert_non_null(strstr(text, "{\"step\":6,\"tokens\":5400,"));
+    free(text);
     free(m);
 }
 
@@ -797,6 +828,7 @@ int main(void) {
         in_own_folder(metrics_lines),
         cmocka_unit_test(metrics_numbers_read_back),
         in_own_folder(metrics_resume_is_seamless),
+        in_own_folder(metrics_count_tokens_seen),
         in_own_folder(metrics_resume_oddities),
         in_own_folder(metrics_on_a_full_disk),
         cmocka_unit_test(metrics_description_is_bounded),
