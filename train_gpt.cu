@@ -929,6 +929,12 @@ static void gpt_next_logits(Model* model, float* logits, const int* tokens, int 
 
 #ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
 
+// Tokens that there are. Published models often have rows for a few more, which no text holds: they are part of the softmax, as
+// in training, and are never sampled.
+static int known_tokens(const ModelConfig* config, const Tokenizer* tokenizer) {
+    return tokenizer ? tokenizer_vocab_size(tokenizer) : config->vocab_size;
+}
+
 // Where sampled text goes: the terminal, and as tokens where there is no tokenizer.
 static void print_token(const Tokenizer* tokenizer, int token) {
     size_t length = 0;
@@ -942,7 +948,7 @@ static void print_token(const Tokenizer* tokenizer, int token) {
 // prints both. `name` and `number` key the random stream, so a sample is the same however the run came to it.
 static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* options, const char* name,
                        uint64_t number) {
-    const int V = model->config.vocab_size, most = model->T;
+    const int V = known_tokens(&model->config, tokenizer), most = model->T;
     const int end_of_text = tokenizer ? tokenizer_special_id(tokenizer, "<|endoftext|>") : -1;
     TokenBuffer prompt = {NULL, 0, 0};
     int32_t first = end_of_text >= 0 ? end_of_text : 0;
@@ -952,7 +958,8 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
         fail("--prompt: %zu tokens, the model's sequences have %d", prompt.count, most);
 
     int* tokens = (int*)malloc_or_fail((size_t)most * sizeof(int), "a sample");
-    float* logits = (float*)malloc_or_fail((size_t)V * sizeof(float), "a sample's logits");
+    float* logits =
+        (float*)malloc_or_fail((size_t)model->config.vocab_size * sizeof(float), "a sample's logits");
     floatX* scratch =
         (floatX*)malloc_or_fail((size_t)model->config.padded_vocab * sizeof(floatX), "a sample's logits");
     int* workspace = (int*)malloc_or_fail(sampling_workspace_bytes(V), "sampling");
@@ -1008,14 +1015,19 @@ static void write_logits(Model* model, const Options* options) {
 // ----------------------------------------------------------------------------
 // The retrieval task
 
-static void retrieval_forward(void* model, const int* tokens, int rows, int T) {
-    gpt_forward((Model*)model, tokens, rows, T, 0, NULL);
+typedef struct {
+    Model* model;
+    int known; // tokens
+} RetrievalContext;
+
+static void retrieval_forward(void* context, const int* tokens, int rows, int T) {
+    gpt_forward(((RetrievalContext*)context)->model, tokens, rows, T, 0, NULL);
 }
 
 // The likeliest token after one position of what retrieval_forward() ran; among equals the first.
 static int retrieval_likeliest(void* context, int row, int T, int position) {
-    Model* model = (Model*)context;
-    const int V = model->config.vocab_size;
+    Model* model = ((RetrievalContext*)context)->model;
+    const int V = ((RetrievalContext*)context)->known;
     floatX* scratch = (floatX*)malloc_or_fail((size_t)model->config.padded_vocab * sizeof(floatX), "logits");
     float_acc* logits = (float_acc*)malloc_or_fail((size_t)V * sizeof(float_acc), "logits");
     gpt_read_logits(model, scratch, (size_t)row * T + position);
@@ -1030,9 +1042,10 @@ static int retrieval_likeliest(void* context, int row, int T, int position) {
 
 // Prints accuracy by length and depth as a table and as a line of JSON; with --output, the JSON goes there too.
 static void eval_retrieval(Model* model, Retrieval* task, const Options* options, const char* checkpoint,
-                           uint32_t tokenizer_hash) {
-    const RetrievalModel subject = {model, retrieval_forward, retrieval_likeliest};
-    retrieval_evaluate(task, &subject, model->config.vocab_size, tokenizer_hash, model->B);
+                           const Tokenizer* tokenizer) {
+    RetrievalContext context = {model, known_tokens(&model->config, tokenizer)};
+    const RetrievalModel subject = {&context, retrieval_forward, retrieval_likeliest};
+    retrieval_evaluate(task, &subject, context.known, tokenizer ? tokenizer_hash(tokenizer) : 0, model->B);
     retrieval_print(task, stdout);
     cJSON* json = retrieval_json(task, checkpoint);
     char* line = cJSON_PrintUnformatted(json);
@@ -1127,7 +1140,7 @@ static void choose_model(Run* run) {
     if (!*V)
         fail_usage(
             "--vocab: neither a tokenizer nor the shards tell the vocabulary; give --vocab or --tokenizer");
-    if (run->tokenizer && tokenizer_vocab_size(run->tokenizer) != *V)
+    if (known_tokens(&run->config, run->tokenizer) > *V)
         fail("%s: a vocabulary of %d tokens, the model's has %d", run->tokenizer_path,
              (int)tokenizer_vocab_size(run->tokenizer), *V);
     model_config_complete(&run->config);
@@ -1185,10 +1198,11 @@ static void open_data(Run* run) {
     run->sequences_per_step = options->total_batch / T;
     run->sequences_per_rank = run->sequences_per_step / N;
     uint32_t hash = run->tokenizer ? tokenizer_hash(run->tokenizer) : 0;
-    run->train = loader_open(options->train_data, T, run->config.vocab_size, hash, options->seed, 1);
+    const int known = known_tokens(&run->config, run->tokenizer);
+    run->train = loader_open(options->train_data, T, known, hash, options->seed, 1);
     if (options->val_data) {
         if (!hash) hash = loader_tokenizer_hash(run->train);
-        run->val = loader_open(options->val_data, T, run->config.vocab_size, hash, options->seed, 0);
+        run->val = loader_open(options->val_data, T, known, hash, options->seed, 0);
     }
     // One pass in all: the steps that are done may have been of another size.
     const uint64_t all = loader_sequences(run->train), seen = run->state.sequences_seen;
@@ -1406,6 +1420,10 @@ static void print_plan(const Run* run, const Model* model) {
            config->layers, config->pattern, config->channels, config->heads, config->head_dim,
            config->kv_heads, config->ffn, config->vocab_size, config->sequence_length,
            config->tied ? "tied" : "untied");
+    if (known_tokens(config, run->tokenizer) < config->vocab_size)
+        printf("         the tokenizer has %d tokens: the vocabulary's last %d are padding\n",
+               known_tokens(config, run->tokenizer),
+               config->vocab_size - known_tokens(config, run->tokenizer));
     printf("         %.2f M parameters, %.2f MFLOP a token\n",
            (double)table_parameter_count(&model->layout.table) / 1e6,
            flops_per_token(config, config->sequence_length) / 1e6);
@@ -1898,9 +1916,7 @@ int main(int argc, char** argv) {
         load_model(&model, &run, run.init_from);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
         else if (options->write_logits) write_logits(&model, options);
-        else
-            eval_retrieval(&model, task, options, run.init_from,
-                           run.tokenizer ? tokenizer_hash(run.tokenizer) : 0);
+        else eval_retrieval(&model, task, options, run.init_from, run.tokenizer);
         if (task) retrieval_close(task);
         gpt_free(&model);
         tokenizer_free(run.tokenizer);

@@ -460,8 +460,9 @@ static void run_checkpoint(Settings* settings, int T_given, int blocks_given) {
     if (!settings->blocking_count) fail_usage("--sequence-length %d: at least 32", T);
     path_format(path, "%s/tokenizer.json", directory);
     Tokenizer* tokenizer = path_exists(path) ? tokenizer_load(path) : NULL;
-    DataLoader* loader = loader_open(settings->data, T, config.vocab_size,
-                                     tokenizer ? tokenizer_hash(tokenizer) : 0, settings->seed, 0);
+    const int known = tokenizer ? tokenizer_vocab_size(tokenizer) : config.vocab_size; // the rest is padding
+    DataLoader* loader =
+        loader_open(settings->data, T, known, tokenizer ? tokenizer_hash(tokenizer) : 0, settings->seed, 0);
     if (loader_sequences(loader) == 0) fail("%s: less than one sequence of %d tokens", settings->data, T);
     static Model model;
     gpt_plan(&model, &config, 1, T, 0, RECOMPUTE_NONE, 0);

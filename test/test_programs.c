@@ -739,18 +739,78 @@ static void test_tokenizers_data_and_checkpoints_must_fit(void** state) {
         {"-i 'one_train_*.bin' --tokenizer small.json -o unfit", 1, {"one_train_", "300", "280"}},
         {"-i 'one_train_*.bin' --init-from fits --tokenizer small.json -o unfit",
          1,
-         {"small.json", "280", "300"}},
+         {"small.json", "not the tokenizer", "fits"}},
         {"-i 'one_train_*.bin' --init-from fits --tokenizer two.json -o unfit",
          1,
          {"two.json", "not the tokenizer", "fits"}},
         {"-i train_0.bin --init-from fits -o unfit", 1, {"train_0.bin", "97", "300"}},
         {"-i train_0.bin --vocab 97 --tokenizer one.json -o unfit", 1, {"one.json", "300", "97"}},
+        {"-i train_0.bin --vocab 320 --tokenizer one.json -o unfit", 1, {"train_0.bin", "97", "300"}},
+        {"-i padded.bin --vocab 320 --tokenizer one.json -x 20 -o unread",
+         1,
+         {"padded.bin", "token 300", "vocabulary of 300"}},
+        {"-i 'one_train_*.bin' --init-from less -o unfit", 1, {"less/tokenizer.json", "300", "299"}},
     };
+    // A token of the padding, and a config.json with a vocabulary that is smaller than the tokenizer's.
+    Shard shard = good_shard(200);
+    shard.vocabulary = 0, shard.bad_at = 7, shard.bad_token = 300;
+    write_shard("padded.bin", shard);
+    shell(
+        "cp -r fits/step_00000002 less; sed -i 's/\"vocab_size\":.*/\"vocab_size\":299,/' less/config.json");
     int wrong = 0;
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
         wrong += !is_answered_well(&cases[i], run("%s %s %s", trainer, small, cases[i].options));
     assert_int_equal(wrong, 0);
     assert_false(exists("unfit"));
+}
+
+// Tokens without text are printed as numbers: here, from "300 " to "319 ".
+static int shows_a_padded_token(const char* text) {
+    for (; *text; text++)
+        if (text[0] == '3' && (text[1] == '0' || text[1] == '1') && isdigit((unsigned char)text[2]) &&
+            text[3] == ' ')
+            return 1;
+    return 0;
+}
+
+// Models with more rows than the tokenizer has tokens: trained, resumed and read; the rows of the padding are never sampled, even
+// where they are the likeliest by far.
+static void test_padded_vocabulary(void** state) {
+    (void)state;
+    const char* padded =
+        "--layers 1 --channels 32 --heads 2 -t 16 -b 2 -v 0 -i 'one_train_*.bin' -j 'one_val_*.bin'";
+    const Result* result = run("%s %s --vocab 320 --tokenizer one.json -x 2 -v 1 -o padded", trainer, padded);
+    must_end_well(result);
+    assert_non_null(
+        strstr(result->out, "the tokenizer has 300 tokens: the vocabulary's last 20 are padding"));
+    must_end_well(run("%s %s -x 4 --resume -o padded", trainer, padded));
+    // The norm's gain and every row of the padding are large: with any hidden state one of 20 rows wins.
+    const char* path = "padded/step_00000004/model.safetensors";
+    randomize_weights(path);
+    FILE* file = fopen(path, "r+b");
+    uint64_t header;
+    assert_int_equal(fread(&header, 8, 1, file), 1);
+    fseek(file, 8 + (long)header + 300L * 32 * 4, SEEK_SET); // the embedding comes first
+    for (int i = 0; i < 20 * 32; i++) {
+        const float value = (i / 32 % 2 ? 1e4f : -1e4f) * (float)(1 + i % 32);
+        fwrite(&value, 4, 1, file);
+    }
+    fclose(file);
+    for (int i = 0; i < 15; i++) {
+        static const char* const temperatures[] = {"0", "1", "100"};
+        result =
+            run("%s --generate --init-from padded --sample-length 15 --seed %d --temperature %s --top-k 400",
+                trainer, i / 3, temperatures[i % 3]);
+        must_end_well(result);
+        assert_false(shows_a_padded_token(result->out));
+    }
+    must_end_well(run("%s --write-logits logits --tokens 1,319 --init-from padded", trainer));
+    // Without a tokenizer nobody knows which rows are padding.
+    shell("rm padded/step_00000004/tokenizer.json padded/tokenizer.json");
+    result = run("%s --generate --init-from padded --sample-length 15", trainer);
+    must_end_well(result);
+    assert_true(shows_a_padded_token(result->out));
+    must_end_well(run("%s --generate --init-from padded --tokenizer one.json --sample-length 3", trainer));
 }
 
 // A file that may not grow: whatever was being written when it ended is gone, what was whole before stays.
@@ -850,6 +910,7 @@ int main(void) {
         cmocka_unit_test(test_help_follows_the_table),
         cmocka_unit_test(test_bad_input_gets_one_clear_line),
         cmocka_unit_test(test_tokenizers_data_and_checkpoints_must_fit),
+        cmocka_unit_test(test_padded_vocabulary),
         cmocka_unit_test(test_a_full_disk_leaves_no_partial_checkpoint),
         cmocka_unit_test(test_a_full_file_system_leaves_no_partial_checkpoint),
         cmocka_unit_test(test_generation_is_that_of_the_logits),
