@@ -1716,7 +1716,7 @@ static void log_member(Metrics* metrics, int step, const char* key, cJSON* value
 }
 
 // How the query heads stand after `step` steps. Of every layer: the statistic of the last one, the query heads of each KV
-// head, how many have changed their KV head since the start, and how many KV heads nobody reads.
+// head, how many changes of the KV head of a query head there were from step to step, and how many KV heads nobody reads.
 static void log_heads(Metrics* metrics, const Model* model, int step) {
     HeadAllocation heads = gpt_read_heads(model);
     cJSON* layers = cJSON_CreateArray();

@@ -138,24 +138,26 @@ static inline AllocationSettings allocation_defaults(int dynamic) {
 }
 
 // All that later steps depend on. The arrays lie in one block, of the host's memory or of the device's; a checkpoint holds all but
-// the last two.
+// the last three, of which `counted` is the map wherever a step has ended.
 typedef struct {
     AllocationSettings settings;
     int L, H, G;
     void* block;
     double* statistic; // (L, G) n of the last step
     double* history;   // (L, G) dgqa: the running average, or n of the last window
-    long* moved;       // (L) query heads that changed their key/value head, since the start of the run
-    int* heads;        // (L, G) the allocation
-    int* map;          // (L, H) what follows from it
-    int* measured;     // (L) 1 when statistic holds a step's, 0 before the first
-    int* windows;      // (L) values of n that history was made from; 0: it has none
-    int* not_finite;   // (L) 1 + the first step whose n was not finite; 0: it always was
-    double* weights;   // (L, G) scratch
+    long* moved; // (L) query heads that a step gave another key/value head than the step before, of all steps
+    int* heads;  // (L, G) the allocation
+    int* map;    // (L, H) what follows from it
+    int* measured;   // (L) 1 when statistic holds a step's, 0 before the first
+    int* windows;    // (L) values of n that history was made from; 0: it has none
+    int* counted;    // (L, H) the map of the last step that `moved` has counted
+    int* not_finite; // (L) 1 + the first step whose n was not finite; 0: it always was
+    double* weights; // (L, G) scratch
 } HeadAllocation;
 
 static inline size_t allocation_bytes(int L, int H, int G) {
-    const size_t layer = 3 * (size_t)G * sizeof(double) + sizeof(long) + ((size_t)G + H + 3) * sizeof(int);
+    const size_t layer =
+        3 * (size_t)G * sizeof(double) + sizeof(long) + ((size_t)G + 2 * (size_t)H + 3) * sizeof(int);
     return (size_t)L * layer;
 }
 
@@ -176,7 +178,8 @@ static inline HeadAllocation allocation_at(void* block, AllocationSettings setti
     a.map = a.heads + groups;
     a.measured = a.map + (size_t)L * H;
     a.windows = a.measured + L;
-    a.not_finite = a.windows + L;
+    a.counted = a.windows + L;
+    a.not_finite = a.counted + (size_t)L * H;
     return a;
 }
 
@@ -187,6 +190,7 @@ static inline void allocation_start(HeadAllocation* a, AllocationSettings settin
         allocate_uniform(a->heads + (size_t)l * G, G, H);
         map_from_allocation(a->map + (size_t)l * H, a->heads + (size_t)l * G, G);
     }
+    memcpy(a->counted, a->map, (size_t)L * H * sizeof(int));
 }
 
 static inline void allocation_free(HeadAllocation* a) { free(a->block); }
@@ -199,10 +203,17 @@ HOST_AND_DEVICE static inline void allocation_apply(const HeadAllocation* a, int
     const int* heads = a->heads + (size_t)l * a->G;
     int* map = a->map + (size_t)l * a->H;
     for (int g = 0, h = 0; g < a->G; g++) {
-        for (const int end = h + heads[g]; h < end; h++) {
-            a->moved[l] += map[h] != g;
-            map[h] = g;
-        }
+        for (const int end = h + heads[g]; h < end; h++) map[h] = g;
+    }
+}
+
+// Once a step, when its last map is there: a map between two micro-batches does not count.
+HOST_AND_DEVICE static inline void allocation_count_moves(const HeadAllocation* a, int l) {
+    const int* map = a->map + (size_t)l * a->H;
+    int* counted = a->counted + (size_t)l * a->H;
+    for (int h = 0; h < a->H; h++) {
+        a->moved[l] += map[h] != counted[h];
+        counted[h] = map[h];
     }
 }
 
@@ -287,6 +298,7 @@ HOST_AND_DEVICE static inline void allocation_begin_step(const HeadAllocation* a
     }
     if (!a->measured[l]) return;
     allocation_update(a, l, n, step);
+    allocation_count_moves(a, l);
     allocation_remember(a, l, n, step);
 }
 
@@ -311,7 +323,9 @@ HOST_AND_DEVICE static inline void allocation_measure(const HeadAllocation* a, i
     double* n = a->statistic + (size_t)l * a->G;
     for (int g = 0; g < a->G; g++) n[g] = (double)sums[g] / (double)sequences;
     a->measured[l] = 1;
-    if (a->settings.source == SOURCE_FORWARD) allocation_remember(a, l, n, step);
+    if (a->settings.source != SOURCE_FORWARD) return;
+    allocation_count_moves(a, l);
+    allocation_remember(a, l, n, step);
 }
 
 // ----------------------------------------------------------------------------

@@ -283,6 +283,7 @@ static inline void checkpoint_load_heads(const char* directory, HeadAllocation* 
         heads_get_doubles(heads->statistic + first, layer, "statistic", heads->G, path);
         heads_get_doubles(heads->history + first, layer, "history", heads->G, path);
     }
+    memcpy(heads->counted, heads->map, (size_t)heads->L * heads->H * sizeof(int));
     cJSON_Delete(json);
 }
 

@@ -264,6 +264,7 @@ static HeadAllocation start(int dynamic, DgqaKind kind, int window) {
 
 static void step_with(HeadAllocation* a, int step, const double* n) {
     allocation_update(a, 1, n, step);
+    allocation_count_moves(a, 1);
     allocation_remember(a, 1, n, step);
 }
 
@@ -396,6 +397,28 @@ static void test_maps_of_a_batch(void** state) {
     allocation_free(&a);
 }
 
+// Moves are those from step to step, however many micro-batches have had maps of their own in between.
+static void test_moves_count_steps(void** state) {
+    (void)state;
+    HeadAllocation a = start(0, DGQA_EMA, 1);
+    static const float_acc up[4] = {1, 2, 3, 4}, down[4] = {4, 3, 2, 1}, sums[4] = {40, 30, 20, 10};
+    a.settings.source = SOURCE_FORWARD;
+    for (int step = 0; step < 3; step++) {
+        for (int batch = 0; batch < 5; batch++) {
+            allocation_of_batch(&a, 1, batch % 2 ? down : up, 1, 1, step);
+            assert_int_equal(a.moved[1], step ? 6 : 0);
+        }
+        must_have(&a, 0, 1, 3, 4);
+        allocation_measure(&a, 1, sums, 10, step);
+        assert_int_equal(a.moved[1], 6); // from 0,0,1,1,2,2,3,3 in the first step, and no more
+    }
+    allocation_of_batch(&a, 1, down, 1, 1, 3);
+    allocation_measure(&a, 1, sums, 10, 3);
+    assert_int_equal(a.moved[1], 6 + 8); // 1,2,2,2,3,3,3,3 becomes 0,0,0,0,1,1,1,2
+    assert_int_equal(a.moved[0], 0);
+    allocation_free(&a);
+}
+
 // One warning in a run, of which step and layer, however often it happens.
 static void warn_twice(void* nothing) {
     (void)nothing;
@@ -430,6 +453,7 @@ int main(void) {
         cmocka_unit_test(test_dgqa_diff),
         cmocka_unit_test(test_lagged_maps),
         cmocka_unit_test(test_maps_of_a_batch),
+        cmocka_unit_test(test_moves_count_steps),
         cmocka_unit_test(test_one_warning),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

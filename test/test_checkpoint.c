@@ -298,6 +298,7 @@ static void run_fill(Run* run, int step) {
         heads->heads[2 * l] = (step + l) % 5;
         heads->heads[2 * l + 1] = 4 - (step + l) % 5;
         allocation_apply(heads, l);
+        allocation_count_moves(heads, l);
         heads->measured[l] = (step + l) % 2;
         heads->windows[l] = step;
         heads->moved[l] = (1L << 52) + step;
@@ -400,6 +401,7 @@ static void assert_same_heads(const HeadAllocation* a, const HeadAllocation* b) 
     assert_memory_equal(a->statistic, b->statistic, groups * sizeof(double));
     for (size_t i = 0; i < groups; i++)
         assert_true(a->history[i] == b->history[i] || (isnan(a->history[i]) && isnan(b->history[i])));
+    assert_memory_equal(a->counted, b->counted, layers * a->H * sizeof(int));
     assert_memory_equal(a->measured, b->measured, layers * sizeof(int));
     assert_memory_equal(a->windows, b->windows, layers * sizeof(int));
     assert_memory_equal(a->moved, b->moved, layers * sizeof(long));

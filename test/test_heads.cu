@@ -77,6 +77,7 @@ static void compare(const Twins* twins, int step) {
     must_be_same("statistic", twins, step, b.statistic, a->statistic, groups * sizeof(double));
     must_be_same("history", twins, step, b.history, a->history, groups * sizeof(double));
     must_be_same("moved", twins, step, b.moved, a->moved, layers * sizeof(long));
+    must_be_same("counted", twins, step, b.counted, a->counted, heads * sizeof(int));
     must_be_same("heads", twins, step, b.heads, a->heads, groups * sizeof(int));
     must_be_same("map", twins, step, b.map, a->map, heads * sizeof(int));
     must_be_same("measured", twins, step, b.measured, a->measured, layers * sizeof(int));
