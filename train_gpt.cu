@@ -54,6 +54,7 @@ kernels of CUDA on an emulator (dev/simt).
 #include "runtime/comm.h"        // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_start
 #include "runtime/memory.h"      // defines Arena
+#include "runtime/limits.h"      // defines limits_memory, limits_try_threads, limits_disk_free
 #include "runtime/gpus.h"        // defines gpu_peak_flops
 #include "runtime/schedule.h"    // defines learning_rate
 #include "runtime/options.h"     // defines Options, options_parse
@@ -1459,16 +1460,34 @@ static void print_plan(const Run* run, const Model* model) {
 // What CUDA's libraries and the code of kernels take of a GPU's memory when they are first used, which is after the plan: a guess.
 #define GPU_LIBRARY_BYTES ((size_t)512 << 20)
 
+// What main memory, or that of the device, has for this process.
+static MemoryLimit available_memory(void) {
+    MemoryLimit limit = limits_memory("/proc/self/cgroup", "/sys/fs/cgroup", comm_local_size(),
+                                      limits_stacks(omp_get_max_threads()));
+    if (!DEVICE_HAS_OWN_MEMORY) return limit;
+    const size_t unused = device_memory_free();
+    limit.bytes = unused ? unused - (unused < GPU_LIBRARY_BYTES ? unused : GPU_LIBRARY_BYTES) : SIZE_MAX;
+    limit.name = "memory of the device";
+    return limit;
+}
+
+// A model that is only run has no micro-batch to make smaller.
+static void check_model_fits(const Model* model) {
+    const MemoryLimit limit = available_memory();
+    const size_t bytes = model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : memory_resident());
+    if (bytes > limit.bytes)
+        fail("the model takes %.1f GB and %.1f GB are free (%s)", (double)bytes / 1e9,
+             (double)limit.bytes / 1e9, limit.name);
+}
+
 // A plan that does not fit is refused before anything is taken, with the micro-batch that would fit, or with that and the level
 // of --recompute: the smaller batch costs less.
 static void check_plan_fits(const Run* run, const Model* model) {
     const Options* options = &run->options;
     const size_t planned = planned_bytes(run, model);
-    const size_t unused = DEVICE_HAS_OWN_MEMORY ? device_memory_free() : memory_available();
-    const size_t libraries = unused < GPU_LIBRARY_BYTES ? unused : GPU_LIBRARY_BYTES;
-    const size_t available =
-        DEVICE_HAS_OWN_MEMORY ? unused - libraries : unused / (size_t)comm_local_size() + run->resident;
-    if (!unused || planned <= available) return;
+    const MemoryLimit limit = available_memory();
+    const size_t available = limit.bytes;
+    if (planned <= available) return;
     for (int level = options->recompute; level < RECOMPUTE_LEVELS; level++) {
         const int same = level == (int)options->recompute;
         for (int B = options->batch - same; B >= 1; B--) {
@@ -1478,15 +1497,52 @@ static void check_plan_fits(const Run* run, const Model* model) {
                      options->zero);
             size_t bytes = planned_bytes(run, &smaller);
             if (bytes <= available)
-                fail("the plan takes %.1f GB and %.1f GB are free; --batch %d%s%s takes %.1f GB and trains "
+                fail("the plan takes %.1f GB and %.1f GB are free (%s); --batch %d%s%s takes %.1f GB and "
+                     "trains "
                      "the same (gradients accumulate)",
-                     (double)planned / 1e9, (double)available / 1e9, B, same ? "" : " --recompute ",
-                     same ? "" : recompute_names[level], (double)bytes / 1e9);
+                     (double)planned / 1e9, (double)available / 1e9, limit.name, B,
+                     same ? "" : " --recompute ", same ? "" : recompute_names[level], (double)bytes / 1e9);
         }
     }
-    fail("the plan takes %.1f GB and %.1f GB are free, and neither a smaller --batch nor --recompute fits: "
+    fail("the plan takes %.1f GB and %.1f GB are free (%s), and neither a smaller --batch nor --recompute "
+         "fits: "
          "choose fewer --layers or --channels, or a shorter --sequence-length",
-         (double)planned / 1e9, (double)available / 1e9);
+         (double)planned / 1e9, (double)available / 1e9, limit.name);
+}
+
+// A checkpoint must fit on its file system, and each of its files below the limit of a file's size; better to know before training
+// than after. How many will be written is told where they do not fit all.
+static void check_disk(const Run* run, const Model* model) {
+    const Options* options = &run->options;
+    const size_t weights = table_parameter_count(&model->layout.table) * sizeof(float_acc),
+                 state = 2 * model->layout.table.elements * sizeof(float_acc);
+    const size_t slice = state / (size_t)comm_size(), largest = weights > slice ? weights : slice;
+    if (!options->output || comm_rank() > 0) return;
+    if (largest > limits_file_bytes())
+        fail("--output %s: a checkpoint has a file of %.3f MB, and files may have %.3f MB (ulimit -f)",
+             options->output, (double)largest / 1e6, (double)limits_file_bytes() / 1e6);
+    const size_t one = weights + state, unused = limits_disk_free(options->output);
+    if (one > unused && !options->overwrite) // which makes room first
+        fail("--output %s: a checkpoint takes %.3f MB, and %.3f MB are free on its file system",
+             options->output, (double)one / 1e6, (double)unused / 1e6);
+    const long every = options->checkpoint_every, left = run->steps - run->state.step;
+    long count = every > 0 ? (left + every - 1) / every : 1;
+    if (options->keep > 0 && count > options->keep) count = options->keep + 1L; // older ones go last
+    if ((double)count * (double)one > (double)unused)
+        printf("--output %s: %ld checkpoints of %.3f MB, and %.3f MB are free on its file system; fewer by "
+               "--checkpoint-every or --keep\n",
+               options->output, count, (double)one / 1e6, (double)unused / 1e6);
+}
+
+// Where a thread cannot be started, the OpenMP library ends the process without cleaning up. All ranks of a machine start theirs
+// before any ends them.
+static void check_threads(void) {
+    const int needed = omp_get_max_threads() + 1; // those of OpenMP, one that reads the data, and a spare one
+    const int possible = limits_try_threads(needed, comm_barrier);
+    if (possible < needed)
+        fail("%d threads can be started and %d are needed: a limit of processes (ulimit -u, or pids.max of a "
+             "container) or of memory; OMP_NUM_THREADS=%d needs fewer",
+             possible, needed, possible > 2 ? possible - 1 : 1);
 }
 
 // ----------------------------------------------------------------------------
@@ -1896,6 +1952,7 @@ int main(int argc, char** argv) {
     if (run.options.moba_workspace) moba_set_workspace_bound(run.options.moba_workspace);
     const Options* options = &run.options;
     check_graph(options);
+    check_threads();
     find_checkpoints(&run);
     choose_model(&run);
     const int T = run.config.sequence_length;
@@ -1912,6 +1969,7 @@ int main(int argc, char** argv) {
         Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
         gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0, RECOMPUTE_NONE,
                  0);
+        check_model_fits(&model);
         gpt_allocate(&model);
         load_model(&model, &run, run.init_from);
         if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
@@ -1932,6 +1990,7 @@ int main(int argc, char** argv) {
     gpt_plan(&model, &run.config, options->batch, T, 1, options->recompute, options->zero);
     print_plan(&run, &model);
     check_plan_fits(&run, &model);
+    check_disk(&run, &model);
     if (options->dry_run) return 0;
     comm_barrier(); // what one rank takes, another one on this host would not find free
     gpt_allocate(&model);

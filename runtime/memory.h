@@ -88,30 +88,4 @@ static inline void arena_print(const Arena* arena) {
     }
 }
 
-// Bytes of main memory that this process holds now, and the most it has ever held (Linux).
-static inline size_t memory_resident(void) {
-    FILE* file = fopen("/proc/self/statm", "r");
-    long total = 0, resident = 0;
-    if (!file) return 0;
-    if (fscanf(file, "%ld %ld", &total, &resident) != 2) resident = 0;
-    fclose(file);
-    return (size_t)resident * (size_t)sysconf(_SC_PAGESIZE);
-}
-
-static inline size_t memory_proc_field(const char* path, const char* field) {
-    FILE* file = fopen(path, "r");
-    if (!file) return 0;
-    char line[256];
-    size_t kilobytes = 0, length = strlen(field);
-    while (fgets(line, sizeof(line), file))
-        if (!strncmp(line, field, length)) kilobytes = strtoul(line + length, NULL, 10);
-    fclose(file);
-    return kilobytes * 1024;
-}
-
-static inline size_t memory_peak(void) { return memory_proc_field("/proc/self/status", "VmHWM:"); }
-
-// Main memory that can be had without swapping; 0 when unknown.
-static inline size_t memory_available(void) { return memory_proc_field("/proc/meminfo", "MemAvailable:"); }
-
 #endif

@@ -813,22 +813,48 @@ static void test_padded_vocabulary(void** state) {
     must_end_well(run("%s --generate --init-from padded --tokenizer one.json --sample-length 3", trainer));
 }
 
-// A file that may not grow: whatever was being written when it ended is gone, what was whole before stays.
-static void test_a_full_disk_leaves_no_partial_checkpoint(void** state) {
+// Files that may not be as large as a checkpoint's are seen before training; so is memory that a shell does not allow.
+static void test_limits_are_seen_before_training(void** state) {
     (void)state;
     for (rlim_t bytes = 500; bytes < 200000; bytes *= 5) { // the message itself goes to a file
         Treatment treatment = {0};
         treatment.file_bytes = bytes;
-        shell("rm -rf full");
         const Result* result = run_treated(&treatment, command("full", "> /dev/null"));
-        if (result->exit_code == 0) break;
-        BadInput wanted = {"full disk", 1, {"full", "cannot write", "File too large"}};
+        BadInput wanted = {"full disk", 1, {"--output full", "a checkpoint has a file of", "ulimit -f"}};
         assert_true(is_answered_well(&wanted, result));
-        must_hold_nothing_partial("full");
-        assert_false(exists("full/latest"));
+        assert_false(exists("full"));
     }
-    must_end_well(train("full", "--overwrite"));
+    must_end_well(train("full", ""));
     must_be_same_run("whole", "full", STEPS);
+#ifndef __SANITIZE_ADDRESS__ // which maps terabytes
+    char line[4096];
+    print_to(line, sizeof(line), "sh -c \"ulimit -v 1500000; OMP_NUM_THREADS=1 exec %s\"",
+             command("virtual", "--layers 24 --channels 512 --heads 8 -t 512 -b 16 -d 8192"));
+    const Treatment nothing = {0};
+    must_fail_with(run_treated(&nothing, line), 1, "ulimit -v");
+    assert_false(exists("virtual"));
+    shell("rm -rf large; mkdir large; cp whole/step_00000030/* large");
+    shell(
+        "sed -i 's/\"max_position_embeddings\":.*/\"max_position_embeddings\":10000000,/' large/config.json");
+    must_fail_with(
+        run("sh -c 'ulimit -v 1500000; OMP_NUM_THREADS=1 exec %s --generate --init-from large -t 10000000'",
+            trainer),
+        1, "ulimit -v");
+#endif
+}
+
+// A file that may not grow beyond what metrics.jsonl needs: whatever was being written when it ended is gone.
+static void test_a_full_disk_leaves_no_partial_checkpoint(void** state) {
+    (void)state;
+    Treatment treatment = {0};
+    treatment.file_bytes = 12000; // more than any file of this small model, less than 200 lines of metrics
+    BadInput wanted = {"full disk", 1, {"full/", "cannot write", "File too large"}};
+    shell("rm -rf full");
+    const Result* result =
+        run_treated(&treatment, command("full", "--layers 1 --channels 2 --heads 1 --kv-heads 1 --ffn 1 "
+                                                "-x 200 > /dev/null"));
+    assert_true(is_answered_well(&wanted, result));
+    must_hold_nothing_partial("full");
 }
 
 static void test_a_full_file_system_leaves_no_partial_checkpoint(void** state) {
@@ -838,9 +864,13 @@ static void test_a_full_file_system_leaves_no_partial_checkpoint(void** state) {
         print_message("SKIPPED: a small file system cannot be mounted: %s\n", strerror(errno));
         skip();
     }
-    const Result* result = train("small/run", "");
+    const Result* result = train("small/run", "--channels 64 --ffn 128");
+    BadInput too_large = {"full file system", 1, {"--output small/run", "a checkpoint takes", "are free"}};
+    int good = is_answered_well(&too_large, result) && !exists("small/run");
+    result = train("small/run", "");
+    good = good && strstr(result->out, "8 checkpoints of") && strstr(result->out, "--keep");
     BadInput wanted = {"full file system", 1, {"small/run", "No space left on device", ""}};
-    int good = is_answered_well(&wanted, result);
+    good = is_answered_well(&wanted, result) && good;
     shell("cp -r small/run rescued");
     umount("small");
     assert_true(good);
@@ -911,6 +941,7 @@ int main(void) {
         cmocka_unit_test(test_bad_input_gets_one_clear_line),
         cmocka_unit_test(test_tokenizers_data_and_checkpoints_must_fit),
         cmocka_unit_test(test_padded_vocabulary),
+        cmocka_unit_test(test_limits_are_seen_before_training),
         cmocka_unit_test(test_a_full_disk_leaves_no_partial_checkpoint),
         cmocka_unit_test(test_a_full_file_system_leaves_no_partial_checkpoint),
         cmocka_unit_test(test_generation_is_that_of_the_logits),

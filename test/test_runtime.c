@@ -8,6 +8,7 @@ The host-side headers of runtime/: learning-rate schedules, sampling, metrics, w
 
 #include "runtime/checks.h"
 #include "runtime/gpus.h"
+#include "runtime/limits.h"
 #include "runtime/metrics.h"
 #include "runtime/random.h"
 #include "runtime/sampling.h"
@@ -813,7 +814,145 @@ static void selection_of_heads(void** state) {
     assert_int_equal((int)stats.rows, 0);
 }
 
+static int remove_tree(void** state) {
+    char line[PATH_MAX];
+    path_format(line, "rm -rf %s/*", folder);
+    return system(line) ? -1 : remove_folder(state);
+}
+
+#define in_own_tree(test) cmocka_unit_test_setup_teardown(test, setup_folder, remove_tree)
 #define in_own_folder(test) cmocka_unit_test_setup_teardown(test, setup_folder, remove_folder)
+
+// ----------------------------------------------------------------------------
+// Limits
+
+static const char* at(const char* name) {
+    static char paths[2][PATH_MAX];
+    static int next = 0;
+    char* path = paths[next++ % 2];
+    path_format(path, "%s/%s", folder, name);
+    return path;
+}
+
+// A file of a tree that stands for /sys/fs/cgroup, with its directories.
+static void put(const char* name, const char* text) {
+    char path[PATH_MAX], parent[PATH_MAX];
+    path_format(path, "%s", at(name));
+    path_format(parent, "%s", path);
+    *strrchr(parent, '/') = 0;
+    make_directories_or_fail(parent);
+    FILE* file = open_or_fail(path, "wb");
+    write_or_fail(text, strlen(text), file, path);
+    close_written_or_fail(file, path);
+}
+
+static size_t left_in(const char* root, const char* groups) {
+    char tree[PATH_MAX];
+    put("groups", groups);
+    path_format(tree, "%s", at(root));
+    return limits_control_groups(at("groups"), tree);
+}
+
+// Version 2: a group's own limit and those above it, less what is used; cached files do not count.
+static void limits_of_version_2(void** state) {
+    (void)state;
+    put("two/job/step/memory.max", "max\n");
+    put("two/job/step/memory.current", "1000\n");
+    assert_true(left_in("two", "0::/job/step\n") == SIZE_MAX);
+    put("two/job/memory.max", "10000\n");
+    put("two/job/memory.current", "7000\n");
+    assert_int_equal(left_in("two", "0::/job/step\n"), 3000);
+    put("two/job/memory.stat", "anon 5000\ninactive_file 1500\nactive_file 500\nfile 1\n");
+    assert_int_equal(left_in("two", "0::/job/step\n"), 5000);
+    put("two/job/step/memory.max", "2500\n");
+    assert_int_equal(left_in("two", "0::/job/step\n"), 1500);
+    put("two/job/step/memory.current", "2600\n"); // above its limit, as it may be for a moment
+    assert_int_equal(left_in("two", "0::/job/step\n"), 0);
+    assert_int_equal(left_in("two", "0::/job\n"), 5000);
+    assert_true(left_in("two", "0::/\n") == SIZE_MAX);
+    // In a container the group may have the host's name, and its limit lies at the root.
+    put("two/memory.max", "4000\n");
+    put("two/memory.current", "100\n");
+    assert_int_equal(left_in("two", "0::/docker/0123abc\n"), 3900);
+    assert_int_equal(left_in("two", "0::/\n"), 3900);
+}
+
+// Version 1: the groups of the memory controller alone, whose unlimited groups have a huge number.
+static void limits_of_version_1(void** state) {
+    (void)state;
+    put("one/memory/slurm/job/memory.limit_in_bytes", "9000\n");
+    put("one/memory/slurm/job/memory.usage_in_bytes", "4000\n");
+    put("one/memory/slurm/job/memory.stat",
+        "inactive_file 1\ntotal_inactive_file 100\ntotal_active_file 200\n");
+    put("one/memory/memory.limit_in_bytes", "9223372036854771712\n");
+    put("one/memory/memory.usage_in_bytes", "50000\n");
+    put("one/cpu/slurm/job/memory.limit_in_bytes", "5\n");
+    put("one/cpu/slurm/job/memory.usage_in_bytes", "1\n");
+    assert_int_equal(left_in("one", "5:cpu:/slurm/job\n4:memory:/slurm/job\n0::/\n"), 5300);
+    assert_int_equal(left_in("one", "4:hugetlb,memory:/slurm/job/task_0\n"), 5300);
+    assert_true(left_in("one", "4:cpu:/slurm/job\n") == SIZE_MAX);
+    assert_true(left_in("one", "4:memoryless:/slurm/job\n") == SIZE_MAX);
+    assert_true(left_in("one", "4:memory:/\n") == SIZE_MAX);
+    assert_true(left_in("one", "") == SIZE_MAX);
+    assert_true(left_in("one", "nonsense\n:\n") == SIZE_MAX);
+    assert_true(limits_control_groups(at("not there"), at("one")) == SIZE_MAX);
+}
+
+// The least limit is named, and what one process of two may have is half of what is free.
+static void the_least_limit_is_named(void** state) {
+    (void)state;
+    put("small/memory.max", "3000000\n");
+    put("small/memory.current", "1000000\n");
+    put("groups", "0::/\n");
+    char groups[PATH_MAX], root[PATH_MAX];
+    path_format(groups, "%s", at("groups"));
+    path_format(root, "%s", at("small"));
+    MemoryLimit limit = limits_memory(groups, root, 2, 0);
+    assert_string_equal(limit.name, "memory limit of this container or job");
+    assert_close((double)limit.bytes, 1e6 + (double)memory_resident(), 1e6);
+    struct rlimit kept, most;
+    getrlimit(RLIMIT_AS, &kept);
+    most = kept;
+    most.rlim_cur = (rlim_t)memory_proc_field("/proc/self/status", "VmSize:") + (64 << 20);
+    assert_int_equal(setrlimit(RLIMIT_AS, &most), 0);
+    limit = limits_memory(at("not there"), root, 1, 0);
+    const MemoryLimit with_stacks = limits_memory(at("not there"), root, 1, 32 << 20);
+    assert_int_equal(setrlimit(RLIMIT_AS, &kept), 0);
+    assert_string_equal(limit.name, "limit of virtual memory, ulimit -v");
+    assert_close((double)limit.bytes - (double)memory_resident(), 64 << 20, 4 << 20);
+    assert_close((double)limit.bytes - (double)with_stacks.bytes, 32 << 20, 4 << 20);
+}
+
+static void start_threads_with_a_limit(void* nothing) {
+    (void)nothing;
+    const struct rlimit few = {1, 1};
+    if (setrlimit(RLIMIT_NPROC, &few) != 0) exit(3);
+    if (getuid() == 0 && setuid(65534) != 0) exit(3); // root has no limit
+    fprintf(stderr, "%d threads\n", limits_try_threads(8, NULL));
+}
+
+static int seen_by_threads = 0;
+static void look(void) { seen_by_threads++; }
+
+static void threads_are_tried(void** state) {
+    (void)state;
+    assert_int_equal(limits_try_threads(3, look), 3);
+    assert_int_equal(seen_by_threads, 1);
+    const struct Captured captured = capture(start_threads_with_a_limit, NULL);
+    assert_int_equal(captured.exit_code, 0);
+    assert_string_equal(captured.text, "0 threads\n");
+    assert_true(limits_stacks(4) == 4 * limits_stacks(1));
+}
+
+static void files_have_room(void** state) {
+    (void)state;
+    assert_true(limits_disk_free(folder) > 0);
+    assert_true(limits_disk_free(at("not/there/yet")) == limits_disk_free(folder) ||
+                limits_disk_free(at("not/there/yet")) > 0);
+    assert_true(limits_disk_free("not/there/yet") < SIZE_MAX);
+    assert_true(limits_disk_free("/not/there/yet") < SIZE_MAX);
+    assert_true(limits_disk_free("/proc/run") == SIZE_MAX); // no blocks: not a place for files
+}
 
 int main(void) {
     const struct CMUnitTest tests[] = {
@@ -838,6 +977,11 @@ int main(void) {
         cmocka_unit_test(selection_by_hand),
         cmocka_unit_test(selection_of_heads),
         cmocka_unit_test(gpu_peaks_are_known_or_not_given),
+        in_own_tree(limits_of_version_2),
+        in_own_tree(limits_of_version_1),
+        in_own_tree(the_least_limit_is_named),
+        cmocka_unit_test(threads_are_tried),
+        in_own_tree(files_have_room),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
