@@ -1830,6 +1830,32 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     allocation_free(&heads);
 }
 
+// Hints speak of what is there: a run of no steps, or without --output, has no checkpoint.
+static int has_checkpoint(const Options* options) {
+    char latest[PATH_MAX];
+    return options->output && checkpoint_latest(options->output, latest);
+}
+
+// A word as a shell takes it, in quotes where it needs them.
+static void print_word(const char* word) {
+    const int plain = !word[strcspn(word, " \t\n\"'\\$`&|;<>()[]{}*?!#~=%")];
+    if (plain) printf("%s", word);
+    for (const char* c = plain ? "" : word; *c; c++) {
+        if (c == word) putchar('\'');
+        if (*c == '\'') printf("'\\''");
+        else putchar(*c);
+        if (!c[1]) putchar('\'');
+    }
+}
+
+static void hint_generation(const Run* run, const char* program) {
+    printf("---> HINT: ");
+    print_word(program);
+    printf(" --generate --init-from ");
+    print_word(run->options.output);
+    printf(run->tokenizer ? " --prompt 'some text' continues a text\n" : " samples from the model\n");
+}
+
 // A step that is due every `every` steps, and at the last one; never with 0.
 static int is_due(long every, int step, int last) { return every > 0 && (step % every == 0 || last); }
 
@@ -1905,7 +1931,8 @@ static void train(Model* model, Run* run) {
             if (last) break;
             printf("stopped after step %d of %d%s\n", step, run->steps,
                    out_of_time ? ": --max-seconds is over" : "");
-            if (options->output) printf("---> HINT: the same command with --resume goes on from here\n");
+            if (has_checkpoint(options))
+                printf("---> HINT: the same command with --resume goes on from here\n");
             if (stop_signal) {
                 free_staging(run); // NCCL waits for ever for the graph that uses it
                 exit(128 + stop_signal);
@@ -1921,9 +1948,9 @@ static void train(Model* model, Run* run) {
         if (!isfinite(loss) || !isfinite(norm)) {
             metrics_finish(&metrics);
             fail("step %d: the loss is %g and the gradient's norm %g: training has diverged; lower "
-                 "--learning-rate %g or "
-                 "lengthen --warmup, and go on from the last checkpoint",
-                 step + 1, loss, norm, options->learning_rate);
+                 "--learning-rate %g or lengthen --warmup%s",
+                 step + 1, loss, norm, options->learning_rate,
+                 has_checkpoint(options) ? ", and go on from the last checkpoint by --resume" : "");
         }
         metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun, attention);
     }
@@ -2012,12 +2039,12 @@ int main(int argc, char** argv) {
     if (comm_rank() == 0) prepare_output(&run);
     comm_barrier();
 
+    if (!options->output)
+        printf("nothing of this run is kept: --output DIR writes checkpoints and metrics\n");
     train(&model, &run);
 
     printf("peak memory %.1f MB\n", (double)memory_peak() / 1e6);
-    if (options->output)
-        printf("---> HINT: %s --generate --init-from %s --prompt 'some text' continues a text\n", argv[0],
-               options->output);
+    if (has_checkpoint(options)) hint_generation(&run, argv[0]);
     loader_close(run.train);
     loader_close(run.val);
     tokenizer_free(run.tokenizer);

@@ -72,34 +72,36 @@ typedef struct {
     size_t offset;      // in TrainingState
     size_t size;        // bytes
     int since;          // format version
-    const char* option; // that sets it, and may be another one in a resumed run; NULL: none
+    const char* option; // of STATE_OPTION, or NULL
 } StateField;
 
-#define STATE_FIELD(type, member, since, option)                                                             \
+// STATE_OPTION: a setting, by the option that may be another one in a resumed run.
+#define STATE_OPTION(type, member, since, option)                                                            \
     { #member, type, offsetof(TrainingState, member), sizeof(((TrainingState*)0)->member), since, option }
+#define STATE_FIELD(type, member, since) STATE_OPTION(type, member, since, NULL)
 static const StateField state_fields[] = {
-    STATE_FIELD(STATE_INT, step, 1, NULL),
-    STATE_FIELD(STATE_UINT64, sequences_seen, 1, NULL),
-    STATE_FIELD(STATE_UINT64, seed, 1, NULL),
-    STATE_FIELD(STATE_LONG, total_batch, 1, "--total-batch"),
-    STATE_FIELD(STATE_INT, sequence_length, 1, NULL),
-    STATE_FIELD(STATE_TEXT, schedule, 1, "--schedule"),
-    STATE_FIELD(STATE_LONG, max_steps, 1, "--steps"),
-    STATE_FIELD(STATE_LONG, warmup_steps, 1, "--warmup"),
-    STATE_FIELD(STATE_DOUBLE, learning_rate, 1, "--learning-rate"),
-    STATE_FIELD(STATE_DOUBLE, final_lr_fraction, 1, "--final-lr-fraction"),
-    STATE_FIELD(STATE_DOUBLE, decay_fraction, 1, "--decay-fraction"),
-    STATE_FIELD(STATE_DOUBLE, beta1, 1, "--beta1"),
-    STATE_FIELD(STATE_DOUBLE, beta2, 1, "--beta2"),
-    STATE_FIELD(STATE_DOUBLE, epsilon, 1, "--eps"),
-    STATE_FIELD(STATE_DOUBLE, weight_decay, 1, "--weight-decay"),
-    STATE_FIELD(STATE_DOUBLE, grad_clip, 1, "--clip"),
-    STATE_FIELD(STATE_DOUBLE, train_loss, 1, NULL),
-    STATE_FIELD(STATE_DOUBLE, val_loss, 1, NULL),
-    STATE_FIELD(STATE_UINT64, data_fingerprint, 2, NULL),
-    STATE_FIELD(STATE_UINT64, data_tokens, 2, NULL),
-    STATE_FIELD(STATE_UINT64, val_fingerprint, 2, NULL),
-    STATE_FIELD(STATE_INT, data_shards, 2, NULL),
+    STATE_FIELD(STATE_INT, step, 1),
+    STATE_FIELD(STATE_UINT64, sequences_seen, 1),
+    STATE_FIELD(STATE_UINT64, seed, 1),
+    STATE_OPTION(STATE_LONG, total_batch, 1, "--total-batch"),
+    STATE_FIELD(STATE_INT, sequence_length, 1),
+    STATE_OPTION(STATE_TEXT, schedule, 1, "--schedule"),
+    STATE_OPTION(STATE_LONG, max_steps, 1, "--steps"),
+    STATE_OPTION(STATE_LONG, warmup_steps, 1, "--warmup"),
+    STATE_OPTION(STATE_DOUBLE, learning_rate, 1, "--learning-rate"),
+    STATE_OPTION(STATE_DOUBLE, final_lr_fraction, 1, "--final-lr-fraction"),
+    STATE_OPTION(STATE_DOUBLE, decay_fraction, 1, "--decay-fraction"),
+    STATE_OPTION(STATE_DOUBLE, beta1, 1, "--beta1"),
+    STATE_OPTION(STATE_DOUBLE, beta2, 1, "--beta2"),
+    STATE_OPTION(STATE_DOUBLE, epsilon, 1, "--eps"),
+    STATE_OPTION(STATE_DOUBLE, weight_decay, 1, "--weight-decay"),
+    STATE_OPTION(STATE_DOUBLE, grad_clip, 1, "--clip"),
+    STATE_FIELD(STATE_DOUBLE, train_loss, 1),
+    STATE_FIELD(STATE_DOUBLE, val_loss, 1),
+    STATE_FIELD(STATE_UINT64, data_fingerprint, 2),
+    STATE_FIELD(STATE_UINT64, data_tokens, 2),
+    STATE_FIELD(STATE_UINT64, val_fingerprint, 2),
+    STATE_FIELD(STATE_INT, data_shards, 2),
 };
 #define STATE_FIELDS ((int)(sizeof(state_fields) / sizeof(state_fields[0])))
 

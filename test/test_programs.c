@@ -178,6 +178,46 @@ static void test_micro_batches_give_the_same_losses(void** state) {
     }
 }
 
+// The command of the last hint, run as a user would.
+static const Result* follow_the_hint(const Result* result) {
+    const char* hint = strstr(result->out, "---> HINT: ");
+    char line[4096];
+    assert_non_null(hint);
+    hint += strlen("---> HINT: ");
+    const char* end = strstr(hint, " continues a text\n");
+    if (!end) end = strstr(hint, " samples from the model\n");
+    assert_non_null(end);
+    print_to(line, sizeof(line), "%.*s", (int)(end - hint), hint);
+    return run("%s", line);
+}
+
+// What the program says of files is so: a hint's command works, and no hint names a checkpoint that is not there.
+static void test_hints_can_be_followed(void** state) {
+    (void)state;
+    must_end_well(follow_the_hint(train("hinted", "-u 0 -x 1")));
+    must_end_well(follow_the_hint(train("\"hinted it's \\$HOME\"", "-u 0 -x 1")));
+    const Result* result = train("no_steps", "-u 0 -x 0");
+    must_end_well(result);
+    assert_null(strstr(result->out, "HINT"));
+    result = run("%s " MODEL " " DATA " -b 4 -x 1", trainer);
+    must_end_well(result);
+    assert_null(strstr(result->out, "HINT"));
+    assert_non_null(strstr(result->out, "nothing of this run is kept: --output DIR"));
+    result = train("no_time", "-u 0 --max-seconds 1e-9"); // stopped before its first step
+    must_end_well(result);
+    assert_non_null(strstr(result->out, "stopped after step 0"));
+    assert_null(strstr(result->out, "HINT"));
+    result = train("no_time", "--resume -x 2 -n 1 -u 0");
+    must_end_well(result);
+    assert_null(strstr(result->out, "nothing of this run is kept"));
+    // Training that diverges points to the last checkpoint only where there is one.
+    result = train("diverged", "-l 1000 -u 0 -k constant --clip 0 -c 100 -n 0 -x 300");
+    assert_int_equal(result->exit_code, 1);
+    assert_non_null(strstr(result->err, "has diverged"));
+    assert_null(strstr(result->err, "--resume"));
+    assert_false(exists("diverged/latest"));
+}
+
 // What backward computes again are the same numbers. A run may also change the level on its way.
 static void test_recompute_changes_no_bit(void** state) {
     (void)state;
@@ -933,6 +973,7 @@ int main(void) {
         cmocka_unit_test(test_a_signal_writes_a_checkpoint),
         cmocka_unit_test(test_max_seconds_writes_a_checkpoint),
         cmocka_unit_test(test_micro_batches_give_the_same_losses),
+        cmocka_unit_test(test_hints_can_be_followed),
         cmocka_unit_test(test_recompute_changes_no_bit),
         cmocka_unit_test(test_a_resume_has_the_same_data),
         cmocka_unit_test(test_a_resume_tells_what_it_changes),
