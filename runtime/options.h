@@ -164,8 +164,9 @@ static const struct argp_option option_table[] = {
 
     {0, 0, 0, 0, "Query heads by keys (builds of GQA=kdgqa, dgqa, pgqa)", 0},
     {"kd-source", KEY_KD_SOURCE, "NAME", 0,
-     "kdgqa, dgqa: the keys that are measured: lagged (the step before's; default), forward (the batch's "
-     "own), weights (no data) or, as controls, random (a map drawn once) or shuffled (at every step)",
+     "kdgqa, dgqa: the keys that are measured: lagged (the step before's; default), forward (the "
+     "micro-batch's own, so results depend on --batch), weights (no data) or, as controls, random (a map "
+     "drawn once) or shuffled (at every step)",
      0},
     {"kd-min-heads", KEY_KD_MIN_HEADS, "N", 0,
      "kdgqa, dgqa: query heads that every KV head has at least (default 1)", 0},
