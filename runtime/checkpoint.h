@@ -680,7 +680,7 @@ static inline void checkpoint_check_tied_head(const SafetensorsFile* file, const
     enum { PIECE = 8192 };
     float_acc pieces[2][PIECE];
     for (uint64_t i = 0; same && i < count; i += PIECE) {
-        const size_t n = (size_t)(count - i < PIECE ? count - i : PIECE);
+        const size_t n = (size_t)(count - i < (uint64_t)PIECE ? count - i : (uint64_t)PIECE);
         safetensors_read(file, head, i, n, pieces[0], DTYPE_FLOAT_ACC);
         safetensors_read(file, embedding, i, n, pieces[1], DTYPE_FLOAT_ACC);
         for (size_t k = 0; k < n; k++) same = same && pieces[0][k] == pieces[1][k];
