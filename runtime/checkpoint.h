@@ -437,16 +437,26 @@ static inline int config_get_bool(const cJSON* json, const char* key, int missin
     return cJSON_IsTrue(item);
 }
 
+// A factor that must be 1, or absent.
+static inline void config_want_one(const cJSON* json, const char* key, const char* path) {
+    const cJSON* item = json_get(json, key);
+    if (item && !cJSON_IsNull(item) && !(cJSON_IsNumber(item) && item->valuedouble == 1))
+        fail("%s: %s is not 1, and this program does not compute that", path, key);
+}
+
 // Rotary positions: transformers up to 4 says rope_theta and rope_scaling, from 5 on rope_parameters.
 static inline void config_read_rope(ModelConfig* config, const cJSON* json, const char* path) {
     const char* const scaling_keys[] = {"rope_scaling", "rope_parameters"};
     config->rope_theta = config_get_positive(json, "rope_theta", 10000.0, path);
+    config_want_one(json, "partial_rotary_factor", path);
     for (int i = 0; i < 2; i++) {
         const cJSON* rope = json_get(json, scaling_keys[i]);
         if (!rope || cJSON_IsNull(rope)) continue;
         if (!cJSON_IsObject(rope)) fail("%s: %s is not an object", path, scaling_keys[i]);
         config_want_text(rope, "rope_type", "default", path);
         config_want_text(rope, "type", "default", path);
+        config_want_one(rope, "partial_rotary_factor", path);
+        if (!json_get(rope, "rope_type") && !json_get(rope, "type")) config_want_one(rope, "factor", path);
         config->rope_theta = config_get_positive(rope, "rope_theta", (double)config->rope_theta, path);
     }
 }
