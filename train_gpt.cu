@@ -1537,12 +1537,15 @@ static void check_disk(const Run* run, const Model* model) {
 // Where a thread cannot be started, the OpenMP library ends the process without cleaning up. All ranks of a machine start theirs
 // before any ends them.
 static void check_threads(void) {
-    const int needed = omp_get_max_threads() + 1; // those of OpenMP, one that reads the data, and a spare one
+    const int needed = omp_get_max_threads(); // one of OpenMP's is this one, and one more reads the data
     const int possible = limits_try_threads(needed, comm_barrier);
-    if (possible < needed)
-        fail("%d threads can be started and %d are needed: a limit of processes (ulimit -u, or pids.max of a "
-             "container) or of memory; OMP_NUM_THREADS=%d needs fewer",
-             possible, needed, possible > 2 ? possible - 1 : 1);
+    if (possible == needed) return;
+    char remedy[64] = "";
+    if (possible > 0) snprintf(remedy, sizeof(remedy), "; OMP_NUM_THREADS=%d needs no more", possible);
+    fail("%d threads are needed and %d can be started: a limit of processes (ulimit -u, or pids.max of a "
+         "container) "
+         "or of memory%s",
+         needed, possible, remedy);
 }
 
 // ----------------------------------------------------------------------------
