@@ -7,7 +7,7 @@
 set -euo pipefail
 
 # mpirun does not start without an ssh, even on one machine.
-packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev libopenmpi-dev openmpi-bin openssh-client gnuplot-nox)
+packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev libopenmpi-dev openmpi-bin openssh-client gnuplot-nox jq)
 if [ "${1:-}" = "--tests" ]; then packages+=(libcmocka-dev clang-format clang-tidy shellcheck python3 iproute2 procps); fi
 
 missing=()

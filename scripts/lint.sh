@@ -23,5 +23,5 @@ if command -v mpicc >/dev/null; then # the trainer once more, as many processes
 fi
 printf '%s\0' "${kernels[@]}" | tidy -x c++ -std=gnu++17 -DPRECISION_BF16 -DDEVICE_SIMT -Wno-unknown-pragmas
 echo "clang-tidy: $((${#programs[@]} + ${#kernels[@]})) programs"
-shellcheck "${scripts[@]}"
+shellcheck -x "${scripts[@]}"
 echo "shellcheck: ${#scripts[@]} scripts"

@@ -13,19 +13,19 @@
 #
 # --band draws the runs of one name, which differ in their seed, as one: the mean of their validation losses, and a band from
 # the least to the largest. It has the validations that all of them made, at the mean of their seconds.
+#
+# The legend says which runs cannot be compared: those that have not done all their steps, with the steps done; and where
+# the others differ in their tokens, how many each of them has.
 set -euo pipefail
-export LC_ALL=C
-
-fail() {
-    echo "plot.sh: $1" >&2
-    exit "${2:-1}"
-}
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
 
 output="" title="" smooth=5 band=0 runs=()
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help)
-        sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
+        usage
         exit 0
         ;;
     -o | --output | --title | --smooth)
@@ -38,6 +38,10 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     --band) band=1 ;;
+    --)
+        runs+=("${@:2}")
+        break
+        ;;
     -*) fail "$1: unknown option (see --help)" 2 ;;
     *) runs+=("$1") ;;
     esac
@@ -45,112 +49,150 @@ while [ $# -gt 0 ]; do
 done
 [ ${#runs[@]} -gt 0 ] || fail "no run given: name at least one output directory of train_gpt" 2
 [ -n "$output" ] || fail "--output PREFIX: needed; PREFIX.png and PREFIX.svg are written" 2
+[[ $output != */ ]] || fail "--output $output: ends in a slash; want the beginning of two file names" 2
 [[ $smooth =~ ^[0-9]{1,2}(\.[0-9]+)?$ ]] || fail "--smooth $smooth: want a percentage of the run, from 0 to 99" 2
-command -v gnuplot >/dev/null || fail "gnuplot is missing: run scripts/install.sh"
-mkdir -p "$(dirname "$output")" || fail "$output: cannot make its directory"
+needs gnuplot jq
+path output
+if [[ $output == */* ]]; then make_directory "${output%/*}/"; fi
 
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+take_signals
+make_scratch
 
 # ----------------------------------------------------------------------------
 # Each run's lines to columns: tokens, seconds (or nan), loss, in N.train and N.val.
 
-# Prints the upper end of the loss axis for the run: the largest loss after its first twentieth.
-columns() {
-    awk -v train="$1.train" -v val="$1.val" -v smooth="$smooth" '
-        function number(key,    text) {
-            if (!match($0, "\"" key "\":[^,}]*")) return ""
-            text = substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3)
-            return text == "null" || text ~ /1e999/ ? "" : text + 0
-        }
-        FILENAME ~ /timings.jsonl$/ {
-            if ($0 ~ /"event":"validation"/) val_seconds[number("step")] = number("seconds")
-            else if ($0 !~ /"event"/) seconds[number("step")] = number("seconds")
-            next
-        }
-        {
-            step = number("step"); tokens = number("tokens"); loss = number("loss"); validation = number("val_loss")
-        }
-        tokens > last { last = tokens }
-        loss != "" {
-            at[++count] = tokens; losses[count] = loss
-            when[count] = (step in seconds) ? seconds[step] : "nan"
-        }
-        validation != "" {
-            if (!(step in val_seconds)) val_seconds[step] = (step in seconds) ? seconds[step] : "nan"
-            print tokens, val_seconds[step], validation > val
-            val_at[++validations] = tokens; val_loss[validations] = validation
-        }
+# A line a value: its kind, its step, and the value; in order of the steps, and of one step in order of the files.
+# shellcheck disable=SC2016 # variables of jq
+values() { # directory
+    {
+        if [ -s "$1/timings.jsonl" ]; then
+            json_lines 'select(.step | finite) | select(.seconds | finite)
+                | if .event == "validation" then "val_seconds \(.step) \(.seconds)" elif .event == null then "seconds \(.step) \(.seconds)" else empty end' \
+                <"$1/timings.jsonl"
+        fi
+        json_lines 'if .event == "start" or .event == "resume" then (.steps | finite | "steps 0 \(.)")
+            else select(.step | finite) | select(.tokens | finite) | . as $line | ("loss", "val_loss") as $kind
+                | $line[$kind] | finite | "\($kind) \($line.step) \(.) \($line.tokens)" end' <"$1/metrics.jsonl"
+    } | sort -s -n -k 2,2
+}
+
+# Prints the upper end of the loss axis for the run, which is the largest loss after its first twentieth; its tokens, the steps
+# done, and the steps that it should do, or 0 where the run does not say.
+columns() { # directory, files
+    values "$1" | awk -v name="$2" -v smooth="$smooth" '
+        BEGIN { train = name ".train"; val = name ".val" }
+        $1 == "steps" { planned = $3; next }
+        $1 == "seconds" { seconds[$2] = $3; next }
+        $1 == "val_seconds" { val_seconds[$2] = $3; next }
+        { done = $2; last = $4 }
+        $1 == "loss" { if (!($2 in loss)) order[++count] = $2; loss[$2] = $3; tokens[$2] = $4 }
+        $1 == "val_loss" { if (!($2 in val_loss)) val_order[++validations] = $2; val_loss[$2] = $3; val_tokens[$2] = $4 }
         END {
             memory = count * smooth / 100
             keep = memory > 1 ? 1 - 1 / memory : 0
             for (i = 1; i <= count; i++) {
-                sum = keep * sum + losses[i]; weight = keep * weight + 1
-                print at[i], when[i], sum / weight > train
-                if (at[i] >= last / 20 && sum / weight > top) top = sum / weight
+                step = order[i]
+                sum = keep * sum + loss[step]; weight = keep * weight + 1
+                print tokens[step], (step in seconds ? seconds[step] : "nan"), sum / weight > train
+                if (tokens[step] + 0 >= last / 20 && sum / weight > top) top = sum / weight
             }
-            for (i = 1; i <= validations; i++)
-                if (val_at[i] >= last / 20 && val_loss[i] > top) top = val_loss[i]
-            print top + 0
-        }' "${@:2}"
+            for (i = 1; i <= validations; i++) {
+                step = val_order[i]
+                when = step in val_seconds ? val_seconds[step] : step in seconds ? seconds[step] : "nan"
+                print val_tokens[step], when, val_loss[step] > val
+                if (val_tokens[step] + 0 >= last / 20 && val_loss[step] + 0 > top) top = val_loss[step] + 0
+            }
+            print top + 0, last + 0, done + 0, planned + 0
+        }'
 }
 
-timed=1 top=0 names=()
+# From here all files have short names: a name of the user never reaches awk or gnuplot.
+caller=$PWD
+absolute() { if [[ $1 == /* ]]; then printf %s "$1"; else printf '%s/%s' "$caller" "$1"; fi; }
+cd "$scratch"
+timed=1 top_loss=0 names=() directories=() tokens=() notes=()
 for i in "${!runs[@]}"; do
     directory=${runs[i]} name=""
-    if [[ ! -d $directory && $directory == *=* ]]; then name=${directory%%=*} directory=${directory#*=}; fi
-    if [ -z "$name" ]; then name=$(basename "$directory"); fi
-    [ -d "$directory" ] || fail "$directory: no such directory; a run is what train_gpt --output names"
-    [ -s "$directory/metrics.jsonl" ] || fail "$directory: holds no run: metrics.jsonl is missing or empty"
-    files=("$directory/metrics.jsonl")
-    if [ -s "$directory/timings.jsonl" ]; then files=("$directory/timings.jsonl" "${files[@]}"); else timed=0; fi
-    : >"$scratch/$i.train"
-    : >"$scratch/$i.val"
-    run_top=$(columns "$scratch/$i" "${files[@]}")
-    [ -s "$scratch/$i.train" ] || [ -s "$scratch/$i.val" ] || fail "$directory/metrics.jsonl: has no loss yet"
-    top=$(awk -v a="$top" -v b="$run_top" 'BEGIN { print (a > b ? a : b) }')
-    names+=("$name")
+    if [[ $directory == *=* && ! -d $(absolute "$directory") ]]; then name=${directory%%=*} directory=${directory#*=}; fi
+    found=$(absolute "$directory")
+    if [ -z "$name" ]; then
+        name=${directory%"${directory##*[!/]}"}
+        name=${name##*/}
+    fi
+    [ -d "$found" ] || fail "$directory: no such directory; a run is what train_gpt --output names"
+    [ -s "$found/metrics.jsonl" ] || fail "$directory: holds no run: metrics.jsonl is missing or empty"
+    [ -r "$found/metrics.jsonl" ] || fail "$directory/metrics.jsonl: may not be read"
+    [ -s "$found/timings.jsonl" ] || timed=0
+    : >"$i.train"
+    : >"$i.val"
+    columns "$found" "$i" >"$i.end"
+    read -r run_top run_tokens steps planned <"$i.end"
+    [ -s "$i.train" ] || [ -s "$i.val" ] || fail "$directory/metrics.jsonl: has no loss yet"
+    top_loss=$(awk -v a="$top_loss" -v b="$run_top" 'BEGIN { print (a > b ? a : b) }')
+    note=""
+    if [ "$steps" -lt "$planned" ]; then note="only $steps of $planned steps"; fi
+    names+=("$name") directories+=("$directory") tokens+=("$run_tokens") notes+=("$note")
 done
 
 # ----------------------------------------------------------------------------
 # With --band: the runs of a name become one, of columns tokens, mean seconds, mean, least and largest loss.
 
 group_runs() {
-    local i j name labels=("${names[@]}")
-    names=()
+    local i j name labels=("${names[@]}") tokens_of=("${tokens[@]}") notes_of=("${notes[@]}") cut=()
+    names=() tokens=() notes=()
     for i in "${!labels[@]}"; do
         name=${labels[i]}
-        [ -s "$scratch/$i.val" ] || fail "${runs[i]}: has no validation yet, and --band draws nothing else"
-        : >"$scratch/$i.train"
-        for j in "${!names[@]}"; do
-            if [ "${names[j]}" = "$name" ]; then
-                cat "$scratch/$i.val" >>"$scratch/$j.group"
-                counts[j]=$((counts[j] + 1))
-                continue 2
-            fi
+        [ -s "$i.val" ] || fail "${directories[i]}: has no validation yet, and --band draws nothing else"
+        for j in "${!names[@]}" new; do
+            if [ "$j" = new ] || [ "${names[j]}" = "$name" ]; then break; fi
         done
-        cp "$scratch/$i.val" "$scratch/${#names[@]}.group"
-        counts[${#names[@]}]=1
-        names+=("$name")
+        if [ "$j" = new ]; then
+            j=${#names[@]}
+            names+=("$name") counts+=(0) cut+=(0) tokens+=("${tokens_of[i]}")
+            : >"$j.group"
+        fi
+        cat <"$i.val" >>"$j.group"
+        counts[j]=$((counts[j] + 1))
+        if [ -n "${notes_of[i]}" ]; then cut[j]=$((cut[j] + 1)); fi
+        if [ "${tokens_of[i]}" != "${tokens[j]}" ]; then tokens[j]="different numbers of"; fi
     done
     for j in "${!names[@]}"; do
+        : >"$j.train"
         awk -v runs="${counts[j]}" '
             { count[$1]++; seconds[$1] += $2; sum[$1] += $3 }
             count[$1] == 1 || $3 < least[$1] { least[$1] = $3 }
             count[$1] == 1 || $3 > largest[$1] { largest[$1] = $3 }
             END { for (at in count) if (count[at] == runs) print at, seconds[at] / runs, sum[at] / runs, least[at], largest[at] }
-        ' "$scratch/$j.group" | sort -n >"$scratch/$j.val"
-        [ -s "$scratch/$j.val" ] || fail "${names[j]}: its runs have no validation at the same number of tokens"
+        ' <"$j.group" | sort -n >"$j.val"
+        [ -s "$j.val" ] || fail "${names[j]}: its runs have no validation at the same number of tokens"
+        notes[j]=""
+        if [ "${cut[j]}" -gt 0 ]; then notes[j]="${cut[j]} of ${counts[j]} runs stopped early"; fi
     done
 }
 counts=()
 if [ "$band" = 1 ]; then group_runs; fi
 
+# Curves that end at different numbers of tokens say so.
+all_equal=1 first=""
+for i in "${!names[@]}"; do
+    if [ -n "${notes[i]}" ]; then continue; fi
+    first=${first:-${tokens[i]}}
+    if [ "${tokens[i]}" != "$first" ] || [[ ${tokens[i]} == different* ]]; then all_equal=0; fi
+done
+for i in "${!names[@]}"; do
+    if [ -z "${notes[i]}" ] && [ $all_equal = 0 ]; then notes[i]="${tokens[i]} tokens"; fi
+    if [ -n "${notes[i]}" ]; then names[i]+=" (${notes[i]})"; fi
+done
+
 # ----------------------------------------------------------------------------
 # The figure
 
-# Text inside gnuplot's single quotes.
-quote() { printf "'%s'" "${1//\'/\'\'}"; }
+# A text in gnuplot's single quotes, where only these have a meaning. Drawing and SVG want UTF-8 without control characters.
+quote() {
+    local text=${1//[[:cntrl:]]/ }
+    text=$(iconv -f UTF-8 -t UTF-8 <<<"$text" 2>/dev/null) || text=$(tr '\200-\377' '?' <<<"$text")
+    printf "'%s'" "${text//\'/\'\'}"
+}
 
 # What differs from run to run: colour (of different brightness), dash, marker.
 colours=('#000000' '#c1440e' '#2878b5' '#6b9e3e' '#8d5fa8' '#b8860b' '#7a7a7a' '#d48fb0')
@@ -162,16 +204,16 @@ curves() {
     local parts=() i style
     if [ "$band" = 1 ]; then
         for i in "${!names[@]}"; do
-            parts+=("$(quote "$scratch/$i.val") using $1:4:5 with filledcurves lc rgb '${colours[i % 8]}' fs transparent solid 0.2 noborder notitle")
+            parts+=("'$i.val' using $1:4:5 with filledcurves lc rgb '${colours[i % 8]}' fs transparent solid 0.2 noborder notitle")
         done
     fi
     for i in "${!names[@]}"; do
         style="lc rgb '${colours[i % 8]}' dt ${dashes[i % 8]}"
-        if [ -s "$scratch/$i.train" ]; then
-            parts+=("$(quote "$scratch/$i.train") using $1:3 with lines $style lw 1 notitle")
+        if [ -s "$i.train" ]; then
+            parts+=("'$i.train' using $1:3 with lines $style lw 1 notitle")
         fi
-        if [ -s "$scratch/$i.val" ]; then
-            parts+=("$(quote "$scratch/$i.val") using $1:3 with linespoints $style lw 2.2 pt ${markers[i % 8]} ps 0.9 title $(quote "${names[i]}")")
+        if [ -s "$i.val" ]; then
+            parts+=("'$i.val' using $1:3 with linespoints $style lw 2.2 pt ${markers[i % 8]} ps 0.9 title $(quote "${names[i]}")")
         else
             parts+=("NaN with lines $style lw 2.2 title $(quote "${names[i]}")")
         fi
@@ -186,14 +228,14 @@ if [ "$timed" = 1 ]; then panels=2; fi
 draw() {
     cat <<SETTINGS
 set terminal $1
-set output $(quote "$2")
+set output '$2'
 set encoding utf8
-set multiplot layout 1,$panels title "$heading" noenhanced font ',12'
+set multiplot layout 1,$panels title $heading noenhanced font ',12'
 set grid lc rgb '#c8c8c8' lw 0.6 dt solid
 set border 3 lw 1
 set tics nomirror out
 set key top right Left reverse samplen 5 spacing 1.25 noenhanced
-set yrange [*:$top]
+set yrange [*:$top_loss]
 set xrange [0:*]
 set xtics autofreq
 set format x '%.0s%c'
@@ -217,14 +259,12 @@ if [ "$band" = 1 ]; then
     if [ "$least" != "$largest" ]; then seeds="$least to $largest"; fi
     heading="validation loss: mean of $seeds runs each, bands from the least to the largest"
 fi
-title=${title//\\/\\\\}
-if [ -n "$title" ]; then heading="${title//\"/\\\"}\\n$heading"; fi
+heading=$(quote "$heading")
+if [ -n "$title" ]; then heading="$(quote "$title") . \"\\n\" . $heading"; fi
 width=$((panels * 560))
-draw "pngcairo size $((width * 2)),900 font 'sans,11' fontscale 1.8 lw 2 pointscale 1.8 dashlength 1.2" "$scratch/out.png" >"$scratch/png.gp"
-draw "svg size $width,450 dynamic font 'sans,11' lw 1 dashlength 1.2 background 'white'" "$scratch/out.svg" >"$scratch/svg.gp"
-for kind in png svg; do
-    gnuplot "$scratch/$kind.gp" 2>"$scratch/log" || fail "gnuplot failed: $(tail -n 1 "$scratch/log")"
-    cp "$scratch/out.$kind" "$output.$kind.partial" || fail "$output.$kind: cannot write"
-    mv "$output.$kind.partial" "$output.$kind"
-done
-echo "$output.png, $output.svg"
+draw "pngcairo size $((width * 2)),900 font 'sans,11' fontscale 1.8 lw 2 pointscale 1.8 dashlength 1.2" out.png >png.gp
+draw "svg size $width,450 dynamic font 'sans,11' lw 1 dashlength 1.2 background 'white'" out.svg >svg.gp
+# -d: whatever the user's own .gnuplot says.
+for kind in png svg; do run gnuplot -d "$kind.gp" 2>log || fail "gnuplot failed: $(tail -n 1 log)"; done
+for kind in png svg; do publish "out.$kind" "$(absolute "$output.$kind")"; done
+say "$output.png, $output.svg"
