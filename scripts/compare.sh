@@ -16,7 +16,13 @@
 # after the last step, the spread its sample standard deviation over the seeds; tokens/s are those of training steps alone,
 # the mean over the seeds, as is the part of a step that attention takes, forward and backward; peak memory is the largest of
 # the seeds.
+#
+# Variants are compared after equal numbers of tokens. A row that is not so is marked with the reason, in the table and in the
+# plot: a run that the variant's own --max-seconds has stopped, or options that change the tokens of a step.
 set -euo pipefail
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
 
 # name, flags of make, options of train_gpt. Blocks are for sequences of some 256 tokens.
 variants=(
@@ -26,11 +32,6 @@ variants=(
     "kdgqa|GQA=kdgqa|"
 )
 first_seed=1337
-
-fail() {
-    echo "compare.sh: $1" >&2
-    exit "${2:-1}"
-}
 
 # ----------------------------------------------------------------------------
 # Options
@@ -51,7 +52,7 @@ train_data="" val_data="" tokenizer="" seeds=3 steps="" output="" names=() own=(
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help)
-        sed -n '2,/^set -/s/^# \{0,1\}//p' "$0" | sed '$d'
+        usage
         exit 0
         ;;
     --)
@@ -92,17 +93,28 @@ done
 [ -n "$output" ] || fail "--output DIR: needed, where runs, table and plot go" 2
 [[ $seeds =~ ^[1-9][0-9]{0,2}$ ]] || fail "--seeds $seeds: want a number of at least 1" 2
 [[ $steps =~ ^[1-9][0-9]{0,7}$ ]] || fail "--steps ${steps:-(none)}: want a number of at least 1" 2
+needs jq gnuplot make
+path output
+
+# Options that this script sets, also where they are shortened, as in --out.
+refuse_own() { # where they stand, options
+    local option own
+    for option in "${@:2}"; do
+        if [[ $option == -[xioyj]* ]]; then fail "$option: not $1, it is set for every cell" 2; fi
+        [[ $option == --?* ]] || continue
+        for own in --steps --seed --output --resume --overwrite --dry-run --train-data --val-data --tokenizer; do
+            if [[ $own == "${option%%=*}"* ]]; then fail "$option: not $1, it is set for every cell" 2; fi
+        done
+    done
+}
+refuse_own "after --" "${common[@]}"
 for option in "${common[@]}"; do
-    case "${option%%=*}" in
-    --steps | --seed | --output | --resume | --overwrite | --dry-run | --train-data | --val-data | --tokenizer | --max-seconds | -[xioyj]*)
-        fail "$option: not after --, it is set for every cell" 2
-        ;;
-    esac
+    if [[ ${option%%=*} == --max* ]]; then fail "$option: not after --, every cell does all its steps" 2; fi
 done
 
 # Only one's own, or the named ones; an own variant takes the place of one in the table.
 for variant in "${own[@]}"; do
-    [[ $variant =~ ^[A-Za-z0-9_.-]+\|[^|]*\|[^|]*$ && $variant != .* ]] ||
+    [[ $variant =~ ^[A-Za-z0-9_.-]+\|[^|]*\|[^|]*$ && $variant != [.-]* && $variant != *[[:cntrl:]]* ]] ||
         fail "--variant $variant: want 'name|flags of make|options of train_gpt', the name of letters, digits, _ . -" 2
 done
 if [ ${#names[@]} -gt 0 ]; then
@@ -122,12 +134,14 @@ fi
 twice=$(printf '%s\n' "${variants[@]%%|*}" | sort | uniq -d | head -n 1)
 [ -z "$twice" ] || fail "$twice: named twice" 2
 
-# Where the build goes; flags that are not given have their defaults, whatever the environment says.
-top=$(cd "$(dirname "$0")/.." && pwd)
+# Where the build goes. make does not know names with spaces, so it gets this one from the top of the tree on.
 build=${BUILD:-build}
-if [[ $build != /* ]]; then build=$top/$build; fi
+build=${build#"$top"/}
+[[ $build =~ ^[A-Za-z0-9_./+,@-]+$ ]] || fail "BUILD=$build: make takes no such name; want letters, digits and _ . / + , @ -" 2
+programs=$build
+if [[ $build != /* ]]; then programs=$top/$build; fi
 
-# Sets flags (of make) and binary for a variant.
+# Sets flags (of make) and binary for a variant. Flags that are not given have their defaults, whatever the environment says.
 flags_of() {
     local flag DEVICE=cpu ATTN=dense GQA=gqa KCONV=0 PRECISION=fp32
     for flag in $1; do
@@ -137,18 +151,33 @@ flags_of() {
         esac
     done
     flags=("DEVICE=$DEVICE" "ATTN=$ATTN" "GQA=$GQA" "KCONV=$KCONV" "PRECISION=$PRECISION")
-    binary=$build/train_gpt_${DEVICE}_${ATTN}_${GQA}_kconv${KCONV}_$PRECISION
+    binary=$programs/train_gpt_${DEVICE}_${ATTN}_${GQA}_kconv${KCONV}_$PRECISION
 }
 for variant in "${variants[@]}"; do
-    IFS='|' read -r _ text _ <<<"$variant"
+    IFS='|' read -r name text options <<<"$variant"
     flags_of "$text"
+    read -ra options <<<"$options"
+    refuse_own "in --variant $name" "${options[@]}"
 done
 
-mkdir -p "$output" 2>/dev/null || fail "--output $output: cannot make this directory"
-exec 9>"$output/lock"
-flock -n 9 || fail "--output $output: another comparison is at work there"
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+# The lock's holder has written who it is. Its training program holds the lock as well, so a comparison that was killed keeps
+# others out until that has ended.
+holder() {
+    local process since
+    IFS=' ' read -r process since <"$output/lock" || true
+    if kill -0 "$process" 2>/dev/null; then
+        echo "process $process has been comparing there since $since"
+    else
+        echo "a training program that process ${process:-(unknown)} started there (since ${since:-(unknown)}) still runs"
+    fi
+}
+make_directory "$output"
+{ exec 9>>"$output/lock"; } 2>/dev/null || fail "--output $output: cannot be written to"
+flock -n 9 || fail "--output $output: $(holder)"
+printf '%s %s on %s\n' $$ "$(date '+%F %T')" "${HOSTNAME:-this machine}" >"$output/lock" || fail "--output $output: cannot be written to"
+resumes="the same line goes on from there"
+take_signals
+make_scratch
 
 # ----------------------------------------------------------------------------
 # Build, and try the options of every variant before the first is trained
@@ -166,66 +195,52 @@ prepare() {
 
 for variant in "${variants[@]}"; do
     prepare "$variant"
-    echo "building $name: ${flags[*]}"
-    if ! make -C "$top" --no-print-directory train "BUILD=$build" "${flags[@]}" >"$output/build.log" 2>&1; then
+    say "building $name: ${flags[*]}"
+    : >"$output/build.log" || fail "$output/build.log: cannot be written"
+    if ! build "$build" train "${flags[@]}" >"$output/build.log" 2>&1; then
         reason=$(sed -n 's/.*\*\*\* \(.*: must be one of: .*\)\. *Stop\.$/\1/p' "$output/build.log")
         if [ -n "$reason" ]; then fail "$name: $reason" 2; fi
         fail "$name: the build failed; see $output/build.log"
     fi
     status=0
-    "$binary" "${command[@]}" --dry-run >/dev/null 2>"$scratch/errors" || status=$?
+    run "$binary" "${command[@]}" --dry-run >/dev/null 2>"$scratch/errors" || status=$?
     [ $status -eq 0 ] || fail "$name: $(head -n 1 "$scratch/errors")" $status
 done
 
 # ----------------------------------------------------------------------------
 # Train: seed by seed, so that what is there after an interruption can be compared
 
+# A cell is done with when it has a checkpoint and a validation of the last step; or, where the variant has a --max-seconds of
+# its own, when that has ended it.
 finished() { # cell
-    grep -q "^{\"step\":$steps,.*\"val_loss\":[-0-9]" "$1/metrics.jsonl" 2>/dev/null &&
-        [ -s "$1/$(printf 'step_%08d' "$steps")/model.safetensors" ]
+    [ -s "$1/metrics.jsonl" ] && [ -s "$1/$(printf 'step_%08d' "$steps")/model.safetensors" ] &&
+        [ -n "$(json_lines "select(.step == $steps) | .val_loss | finite" <"$1/metrics.jsonl")" ]
 }
-
-# A signal to this script goes to the training program, which writes a checkpoint and ends.
-child=""
-interrupted=""
-stop() {
-    interrupted=yes
-    if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi
-}
-trap stop INT TERM
 
 train_cell() { # seed; the variant is prepared
     local cell=$output/$name/seed_$1 status=0
-    mkdir -p "$output/$name"
+    make_directory "$output/$name"
     printf '%q ' "${flags[@]}" "${command[@]}" --seed "$1" >"$scratch/settings"
     if [ -e "$cell.settings" ]; then
         cmp -s "$scratch/settings" "$cell.settings" ||
             fail "$cell: was begun with other options ($cell.settings); name another --output or delete $output/$name"
     fi
     if finished "$cell"; then
-        echo "$name, seed $1: finished before"
+        say "$name, seed $1: finished before"
         return
     fi
-    cp "$scratch/settings" "$cell.settings"
-    echo "$name, seed $1: $(date +%H:%M:%S), watch it with tail -f $cell.log"
-    "$binary" "${command[@]}" --seed "$1" --output "$cell" --resume >>"$cell.log" 2>"$cell.errors" &
-    child=$!
-    # A trapped signal ends the wait before the child has ended.
-    while kill -0 "$child" 2>/dev/null; do
-        status=0
-        wait "$child" || status=$?
-    done
-    child=""
-    if [ -n "$interrupted" ]; then fail "interrupted at $name, seed $1; the same line goes on from there" 130; fi
+    publish "$scratch/settings" "$cell.settings"
+    say "$name, seed $1: $(date +%H:%M:%S), watch it with tail -f $cell.log"
+    run "$binary" "${command[@]}" --seed "$1" --output "$cell" --resume >>"$cell.log" 2>"$cell.errors" || status=$?
     [ $status -eq 0 ] || fail "$name, seed $1: exit code $status: $(head -n 1 "$cell.errors")"
-    finished "$cell" || fail "$name, seed $1: ended without a validation and a checkpoint of step $steps; see $cell.log"
+    finished "$cell" || [[ " ${command[*]}" == *" --max"* ]] ||
+        fail "$name, seed $1: ended without a validation and a checkpoint of step $steps; see $cell.log"
     rm "$cell.errors"
 }
 
 for ((seed = first_seed; seed < first_seed + seeds; seed++)); do
     for variant in "${variants[@]}"; do
         prepare "$variant"
-        if [ -n "$interrupted" ]; then fail "interrupted before $name, seed $seed; the same line goes on from there" 130; fi
         train_cell "$seed"
     done
 done
@@ -233,71 +248,65 @@ done
 # ----------------------------------------------------------------------------
 # Table and plot
 
-# One line for a cell: parameters in millions, validation loss, tokens, milliseconds of its steps and of their attention, peak
-# memory in MB.
-cell_line() {
-    awk '
-        function number(key) {
-            return match($0, "\"" key "\":[^,}]*") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) + 0 : 0
-        }
-        / M parameters,/ { parameters = $1 }
-        /^peak memory/ { if ($3 > memory) memory = $3 }
-        /"step_ms"/ {
-            steps = number("step") - before
-            busy += number("step_ms") * steps
-            attention += number("attention_ms") * steps
-            before = number("step")
-            tokens = number("tokens")
-        }
-        /"val_loss"/ { loss = number("val_loss") }
-        END { printf "%s %.9g %d %.3f %.3f %s\n", parameters, loss, tokens, busy, attention, memory + 0 }
-    ' "$1.log" "$1/timings.jsonl" "$1/metrics.jsonl"
-}
-
-json_text() {
-    local text=${1//\\/\\\\}
-    printf '"%s"' "${text//\"/\\\"}"
-}
-
-# A row of the table, as Markdown or JSON, from the lines of its cells.
-row() { # kind, name, flags and options as JSON members
-    awk -v kind="$1" -v name="$2" -v members="${3//\\/\\\\}" '
-        { parameters = $1; loss[NR] = $2; sum += $2; if ($4 > 0) { rate += 1000 * $3 / $4; share += $5 / $4 }; if ($6 > memory) memory = $6 }
-        END {
-            mean = sum / NR
-            for (i = 1; i <= NR; i++) { square += (loss[i] - mean) ^ 2; all = all (i > 1 ? ", " : "") loss[i] }
-            sd = NR > 1 ? sqrt(square / (NR - 1)) : 0
-            if (kind == "markdown")
-                printf "| %s | %.2f M | %.4f | %s | %.0f | %.0f %% | %s |\n", name, parameters, mean,
-                    (NR > 1 ? sprintf("%.4f", sd) : "-"), rate / NR, 100 * share / NR, (memory ? sprintf("%.0f MB", memory) : "-")
-            else
-                printf "    {%s, \"parameters_millions\": %s, \"val_losses\": [%s], \"val_loss_mean\": %.6f, \"val_loss_sd\": %s, \"tokens_per_second\": %.1f, \"attention_share\": %.4f, \"peak_memory_mb\": %s}",
-                    members, parameters, all, mean, (NR > 1 ? sprintf("%.6f", sd) : "null"), rate / NR, share / NR, (memory ? memory : "null")
-        }' "$scratch/cells"
-}
-
 labelled=()
-{
-    echo "| variant | parameters | validation loss, mean of $seeds | standard deviation | tokens/s | attention | peak memory |"
-    echo "|---|---|---|---|---|---|---|"
-} >"$scratch/table.md"
-printf '{\n  "steps": %d,\n  "seeds": [%s],\n  "options": %s,\n  "variants": [' "$steps" \
-    "$(seq -s ', ' "$first_seed" $((first_seed + seeds - 1)))" "$(json_text "${common[*]}")" >"$scratch/table.json"
-separator=""
 for variant in "${variants[@]}"; do
     IFS='|' read -r name text options <<<"$variant"
     for ((seed = first_seed; seed < first_seed + seeds; seed++)); do
-        cell_line "$output/$name/seed_$seed"
         labelled+=("$name=$output/$name/seed_$seed")
-    done >"$scratch/cells"
-    row markdown "$name" "" >>"$scratch/table.md"
-    printf '%s\n' "$separator" >>"$scratch/table.json"
-    row json "$name" "\"name\": \"$name\", \"flags\": $(json_text "$text"), \"options\": $(json_text "$options")" >>"$scratch/table.json"
-    separator=","
-done
-printf '\n  ]\n}\n' >>"$scratch/table.json"
-cp "$scratch/table.md" "$scratch/table.json" "$output/"
+        summary "$output/$name/seed_$seed" "$output/$name/seed_$seed.log" | jq -c --arg name "$name" --arg flags "$text" \
+            --arg options "$options" --argjson seed "$seed" '{name: $name, flags: $flags, options: $options, seed: $seed} + .'
+    done
+done >"$scratch/cells"
 
-"$top/scripts/plot.sh" --band "${labelled[@]}" --output "$output/loss" --title "${common[*]}" >/dev/null
-cat "$output/table.md"
-echo "done. Table (table.md, table.json) and curves (loss.png, loss.svg) are in $output"
+# Rows in the order of the variants. A row is measured by the number of tokens that most complete runs have, and by the length
+# of the first row's sequences.
+jq -s --argjson steps "$steps" --arg options "${common[*]}" '
+    def mean: add / length;
+    def rounded: if . == null then null else . * 1e6 | round / 1e6 end;
+    (map(select(.step == $steps)) | group_by(.tokens) | max_by([length, .[0].tokens]) | .[0].tokens) as $tokens
+    | .[0].sequence_length as $length
+    | . as $cells
+    | {steps: $steps, seeds: (map(.seed) | unique), options: $options, variants: [
+        reduce $cells[].name as $name ([]; if index($name) then . else . + [$name] end) | .[] as $name
+        | [$cells[] | select(.name == $name)] | . as $runs | map(.val_loss | numbers) as $losses
+        | [ (.[] | select(.step < $steps) | "seed \(.seed) stopped at step \(.step) of \($steps)"
+                + if .val_step == null then "" else ", loss of step \(.val_step)" end),
+            (map(.tokens) | unique | select(all($runs[]; .step == $steps)) | select(. != [$tokens]) | "\(map(tostring) | join(", ")) tokens, others \($tokens)"),
+            (.[0].sequence_length | select(. != $length) | "sequences of \(.), others of \($length)") ] as $notes
+        | .[0] | {
+            name, flags, options, parameters_millions,
+            val_losses: ($runs | map(.val_loss)),
+            val_loss_mean: (if ($losses | length) == 0 then null else $losses | mean | rounded end),
+            val_loss_sd: (if ($losses | length) < 2 then null else
+                ($losses | mean) as $mean | $losses | (map((. - $mean) * (. - $mean)) | add) / (length - 1) | sqrt | rounded end),
+            tokens: ($runs | map(.tokens)),
+            tokens_per_second: ($runs | map(select(.busy_ms > 0) | 1000 * .tokens / .busy_ms) | if length == 0 then null else mean | rounded end),
+            attention_share: ($runs | map(select(.busy_ms > 0) | .attention_ms / .busy_ms) | if length == 0 then null else mean | rounded end),
+            peak_memory_mb: ($runs | map(.peak_memory_mb) | max | select(. > 0) // null),
+            comparable: ($notes | length == 0), note: ($notes | if length == 0 then null else join("; ") end) }]}
+' <"$scratch/cells" >"$scratch/table.json"
+
+markdown() {
+    local name parameters mean sd tokens rate attention memory note cell
+    echo "| variant | parameters | validation loss, mean of $seeds | standard deviation | tokens | tokens/s | attention | peak memory |"
+    echo "|---|---|---|---|---|---|---|---|"
+    # Every cell is a word, and one that is missing a dash.
+    jq -r '.variants[] | [.name, .parameters_millions, .val_loss_mean, .val_loss_sd, (.tokens | add / length / 1e6),
+        .tokens_per_second, (.attention_share | numbers * 100) // null, .peak_memory_mb, .note] | map(. // "-") | @tsv' <"$scratch/table.json" |
+        while IFS=$'\t' read -r name parameters mean sd tokens rate attention memory note; do
+            if [ "$note" != - ]; then name+=" (not comparable: $note)"; fi
+            printf '| %s |' "$name"
+            for cell in "%.2f M=$parameters" "%.4f=$mean" "%.4f=$sd" "%.3f M=$tokens" "%.0f=$rate" "%.0f %%=$attention" "%.0f MB=$memory"; do
+                # shellcheck disable=SC2059 # the format of this column
+                if [ "${cell##*=}" = - ]; then printf ' - |'; else printf " ${cell%%=*} |" "${cell##*=}"; fi
+            done
+            printf '\n'
+        done
+}
+markdown >"$scratch/table.md"
+
+"$top/scripts/plot.sh" --band --output "$output/loss" --title "${common[*]}" -- "${labelled[@]}" >/dev/null
+publish "$scratch/table.md" "$output/table.md"
+publish "$scratch/table.json" "$output/table.json"
+show "$output/table.md"
+say "done. Table (table.md, table.json) and curves (loss.png, loss.svg) are in $output"
