@@ -204,7 +204,7 @@ for variant in "${variants[@]}"; do
     fi
     status=0
     run "$binary" "${command[@]}" --dry-run >/dev/null 2>"$scratch/errors" || status=$?
-    [ $status -eq 0 ] || fail "$name: $(head -n 1 "$scratch/errors")" $status
+    [ $status -eq 0 ] || fail "$name: $(tail -n 1 "$scratch/errors")" $status
 done
 
 # ----------------------------------------------------------------------------
@@ -231,11 +231,10 @@ train_cell() { # seed; the variant is prepared
     fi
     publish "$scratch/settings" "$cell.settings"
     say "$name, seed $1: $(date +%H:%M:%S), watch it with tail -f $cell.log"
-    run "$binary" "${command[@]}" --seed "$1" --output "$cell" --resume >>"$cell.log" 2>"$cell.errors" || status=$?
-    [ $status -eq 0 ] || fail "$name, seed $1: exit code $status: $(head -n 1 "$cell.errors")"
+    run "$binary" "${command[@]}" --seed "$1" --output "$cell" --resume >>"$cell.log" 2>"$scratch/errors" || status=$?
+    [ $status -eq 0 ] || fail "$name, seed $1: exit code $status: $(tail -n 1 "$scratch/errors")"
     finished "$cell" || [[ " ${command[*]}" == *" --max"* ]] ||
         fail "$name, seed $1: ended without a validation and a checkpoint of step $steps; see $cell.log"
-    rm "$cell.errors"
 }
 
 for ((seed = first_seed; seed < first_seed + seeds; seed++)); do

@@ -18,9 +18,10 @@ unset CDPATH GLOBIGNORE GREP_OPTIONS POSIXLY_CORRECT BASH_ENV ENV
 # ----------------------------------------------------------------------------
 # Messages
 
-# Ends the script with one line, whatever characters a name in it has.
+# Ends the script with one line, whatever characters a name in it has, also where the errors of a command go to a file.
+exec {user}>&2
 fail() { # message, exit code
-    printf '%s: %s\n' "$script" "${1//[[:cntrl:]]/?}" >&2
+    printf '%s: %s\n' "$script" "${1//[[:cntrl:]]/?}" >&"$user"
     exit "${2:-1}"
 }
 
@@ -97,7 +98,13 @@ stop() { # signal
     if [ -n "$child" ]; then signal_child TERM; else end_interrupted; fi
 }
 end_interrupted() { fail "ended by SIG$interrupted${resumes:+; $resumes}" $((128 + $(kill -l "$interrupted"))); }
-signal_child() { kill "-$1" -- "-$child" 2>/dev/null || kill "-$1" "$child" 2>/dev/null || true; }
+# Before the child is a session of its own it is still this shell's copy, in which a signal would be lost.
+signal_child() { # signal
+    until kill "-$1" -- "-$child" 2>/dev/null; do
+        kill -0 "$child" 2>/dev/null || break
+        sleep 0.01
+    done
+}
 pause() {
     if [ -n "$child" ]; then signal_child STOP; fi
     kill -STOP $$
@@ -113,7 +120,7 @@ take_signals() {
 }
 
 start() { # command...
-    setsid -- "$@" </dev/null &
+    setsid -- "$@" </dev/null {user}>&- &
     child=$!
 }
 
@@ -142,7 +149,7 @@ build() { # build directory, as make takes it, then make's arguments
     make_directory "$directory"
     { exec {lock}>>"$directory/scripts.lock"; } 2>/dev/null || fail "$directory: cannot be written"
     if ! flock -n "$lock"; then
-        echo "$script: waits for another script's build in $directory" >&2
+        echo "$script: waits for another script's build in $directory" >&"$user"
         run flock "$lock"
     fi
     run make -C "$top" --no-print-directory "BUILD=$1" "${@:2}" || status=$?
