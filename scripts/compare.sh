@@ -193,11 +193,12 @@ prepare() {
         --checkpoint-every "$quarter" --keep 1 "${common[@]}" "${options[@]}" --steps "$steps")
 }
 
+lock_build "$build"
 for variant in "${variants[@]}"; do
     prepare "$variant"
     say "building $name: ${flags[*]}"
     : >"$output/build.log" || fail "$output/build.log: cannot be written"
-    if ! build "$build" train "${flags[@]}" >"$output/build.log" 2>&1; then
+    if ! run make -C "$top" --no-print-directory "BUILD=$build" train "${flags[@]}" >"$output/build.log" 2>&1; then
         reason=$(sed -n 's/.*\*\*\* \(.*: must be one of: .*\)\. *Stop\.$/\1/p' "$output/build.log")
         if [ -n "$reason" ]; then fail "$name: $reason" 2; fi
         fail "$name: the build failed; see $output/build.log"
@@ -206,6 +207,7 @@ for variant in "${variants[@]}"; do
     run "$binary" "${command[@]}" --dry-run >/dev/null 2>"$scratch/errors" || status=$?
     [ $status -eq 0 ] || fail "$name: $(tail -n 1 "$scratch/errors")" $status
 done
+exec {build_lock}>&-
 
 # ----------------------------------------------------------------------------
 # Train: seed by seed, so that what is there after an interruption can be compared

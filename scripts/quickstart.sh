@@ -7,9 +7,16 @@
 #   scripts/quickstart.sh --text FILE...      on your own text, 10 kB or more; the first 32 MB of it
 #   scripts/quickstart.sh --minutes 20        takes about that long in all (default 4.5); what the setup leaves goes to training
 #
+# All variants do the same number of steps, chosen by the speed measured here. Where other work slows one of them it gets up to
+# four times as long; one that needs more is stopped, and marked in the table and in the plot, since it cannot be compared.
+#
 # Everything it makes is in quickstart/01, the next time in quickstart/02, and so on.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
+caller=$PWD
+cd "$top"
 
 # The variants: name, flags of make, options of train_gpt; BLOCK is an eighth of a sequence. scripts/compare.sh compares such
 # variants over several seeds.
@@ -31,16 +38,11 @@ val_bytes=60000     # about so much of it is kept for validation, and at most a 
 # ----------------------------------------------------------------------------
 # Options
 
-fail() {
-    echo "quickstart.sh: $1" >&2
-    exit "${2:-1}"
-}
-
 minutes=4.5 texts=()
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help)
-        sed -n '2,/^set -/s/^# \{0,1\}//p' "scripts/quickstart.sh" | sed '$d'
+        usage
         exit 0
         ;;
     --minutes)
@@ -67,16 +69,16 @@ done
 # Relative names are the caller's, and this script has gone to the top of the tree.
 for i in "${!texts[@]}"; do
     text=${texts[i]}
-    if [[ $text != /* ]]; then text=$OLDPWD/$text; fi
+    if [[ $text != /* ]]; then text=$caller/$text; fi
     [ -e "$text" ] || fail "--text ${texts[i]}: no such file"
     [ -f "$text" ] || fail "--text ${texts[i]}: not a regular file"
     [ -r "$text" ] || fail "--text ${texts[i]}: may not be read"
     [ -s "$text" ] || fail "--text ${texts[i]}: is empty"
-    head -c 1000000 "$text" | LC_ALL=C grep -qaP '\x00' && fail "--text ${texts[i]}: holds zero bytes: not a text file"
+    [ "$(head -c "$text_bytes" <"$text" | tr -dc '\000' | wc -c)" -eq 0 ] || fail "--text ${texts[i]}: holds zero bytes: not a text file"
     texts[i]=$text
 done
 if [ ${#texts[@]} -gt 0 ]; then
-    bytes=$(cat "${texts[@]}" | wc -c)
+    bytes=$(cat -- "${texts[@]}" | wc -c)
     [ "$bytes" -ge 10000 ] || fail "--text: $bytes bytes in all are too few to train and to validate on; 10000 are the least"
 fi
 
@@ -85,13 +87,13 @@ fi
 
 started=$EPOCHREALTIME
 elapsed() { awk -v a="$started" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.0f", b - a }'; }
-say() { printf '[%4s s] %s\n' "$(elapsed)" "$*"; }
+tell() { say "$(printf '[%4s s] %s' "$(elapsed)" "$*")"; }
 
 # Runs a command whose output goes to a log file; shows the log's end where it fails.
 quietly() {
     local log=$1
     shift
-    if ! "$@" >"$log" 2>&1; then
+    if ! run "$@" >"$log" 2>&1; then
         tail -n 15 "$log" >&2
         fail "failed: $* (its output is in $log)"
     fi
@@ -107,23 +109,28 @@ show_progress() {
         *) continue ;;
         esac
         last=$SECONDS
-        say "  $line"
+        printf '[%4s s]   %s\n' "$(elapsed)" "$line" 2>/dev/null || return 0
     done
 }
 
-# A directory of its own for every time.
+# A directory of its own for every time, also where two begin at once.
+make_directory quickstart
 number=1
-while [ -e "quickstart/$(printf %02d $number)" ]; do number=$((number + 1)); done
+until mkdir "quickstart/$(printf %02d $number)" 2>/dev/null; do
+    [ -e "quickstart/$(printf %02d $number)" ] || fail "$top/quickstart: cannot be written to"
+    number=$((number + 1))
+done
 out=quickstart/$(printf %02d $number)
-mkdir -p "$out"
-if [ $number -gt 1 ]; then say "earlier results stay where they are in quickstart/; this time everything goes to $out"; fi
+resumes="what it has made so far is in $out"
+take_signals
+if [ $number -gt 1 ]; then tell "earlier results stay where they are in quickstart/; this time everything goes to $out"; fi
 
 # ----------------------------------------------------------------------------
 # Install, build
 
-say "installing what is missing (scripts/install.sh)"
+tell "installing what is missing (scripts/install.sh)"
 scripts/install.sh
-say "building the tokenizer and the variants"
+tell "building the tokenizer and the variants"
 programs=() builds=("BUILD=build tokenizer")
 for variant in "${variants[@]}"; do
     IFS='|' read -r _ flags _ <<<"$variant"
@@ -133,23 +140,29 @@ for variant in "${variants[@]}"; do
     builds+=("${flags[*]} DEVICE=cpu PRECISION=fp32 BUILD=build ${programs[-1]}")
 done
 # A line of arguments for each make, as many at once as there are cores.
-quietly "$out/build.log" xargs -L 1 -P "$(nproc)" make --no-print-directory < <(printf '%s\n' "${builds[@]}")
+printf '%s\n' "${builds[@]}" >"$out/builds.txt"
+lock_build build
+quietly "$out/build.log" xargs -a "$out/builds.txt" -L 1 -P "$(nproc)" make --no-print-directory
 for i in "${!variants[@]}"; do cp "${programs[i]}" "$out/train_gpt_${variants[i]%%|*}"; done
+exec {build_lock}>&-
+rm "$out/builds.txt"
 
 # ----------------------------------------------------------------------------
 # Text to token shards
 
 if [ ${#texts[@]} -gt 0 ]; then
-    printf '%s\n' "${texts[@]}" >"$out/files.txt"
+    source=("${texts[@]}") # not a list in a file, where a name ends with its line
     prompt=""
 else
     # Sorted, and text only: the same machine gives the same data.
     LC_ALL=C find /usr/include -type f -name '*.h' -size +0 -print0 | LC_ALL=C sort -z |
         LC_ALL=C xargs -0 -r grep -lIa '' >"$out/files.txt" || true
     [ -s "$out/files.txt" ] || fail "/usr/include: holds no headers; give a text with --text FILE"
+    bytes=$(tr '\n' '\0' <"$out/files.txt" | xargs -0 cat -- | wc -c)
+    [ "$bytes" -ge 10000 ] || fail "/usr/include: holds too few headers; give a text with --text FILE"
+    source=(--files-from "$out/files.txt")
     prompt="#ifndef"
 fi
-bytes=$(tr '\n' '\0' <"$out/files.txt" | xargs -0 cat | wc -c)
 
 # A small text has few words to learn: it gets a smaller vocabulary and shorter sequences.
 vocabulary=4096 T=256
@@ -157,17 +170,22 @@ if [ "$bytes" -lt 3000000 ]; then vocabulary=1024; fi
 if [ "$bytes" -lt 300000 ]; then vocabulary=512 T=128; fi
 if [ "$bytes" -lt 50000 ]; then vocabulary=320 T=64; fi
 used=$((bytes < text_bytes ? bytes : text_bytes))
-say "training a tokenizer of $vocabulary tokens on $(wc -l <"$out/files.txt") files, $(awk -v b=$used 'BEGIN { printf "%.2f", b / 1e6 }') MB"
+files=${#texts[@]}
+if [ "$files" -eq 0 ]; then files=$(wc -l <"$out/files.txt"); fi
+tell "training a tokenizer of $vocabulary tokens on $files files, $(awk -v b=$used 'BEGIN { printf "%.2f", b / 1e6 }') MB"
 fraction=$(awk -v b="$used" -v v=$val_bytes 'BEGIN { print (v / b > 0.1 ? 0.1 : v / b) }')
-source=(--files-from "$out/files.txt" --max-bytes "$text_bytes")
+source=(--max-bytes "$text_bytes" "${source[@]}")
 quietly "$out/tokenizer.log" build/tokenizer train --vocab-size "$vocabulary" -o "$out/tokenizer.json" "${source[@]}"
-say "writing token shards"
+tell "writing token shards"
 quietly "$out/prepare.log" build/tokenizer prepare -t "$out/tokenizer.json" --output-prefix "$out/text" \
     --validation-fraction "$fraction" "${source[@]}"
 val_tokens=$(sed -n 's/.*_val_\*\.bin: \([0-9]*\) tokens.*/\1/p' "$out/prepare.log")
 tokens=$(sed -n 's/.*_train_\*\.bin: \([0-9]*\) tokens.*/\1/p' "$out/prepare.log")
 token_bytes=$(sed -n 's/.* \([0-9.]*\) bytes a token.*/\1/p' "$out/prepare.log")
-say "  $tokens tokens to train on, $val_tokens to validate on, $token_bytes bytes each"
+if [ "${tokens:-0}" -le "$T" ] || [ "${val_tokens:-0}" -le "$T" ]; then
+    fail "the text repeats itself: it is ${tokens:-0} tokens to train on and ${val_tokens:-0} to validate on, and each must be more than $T"
+fi
+tell "  $tokens tokens to train on, $val_tokens to validate on, $token_bytes bytes each"
 
 # ----------------------------------------------------------------------------
 # How fast is this machine?
@@ -177,102 +195,114 @@ variants=("${variants[@]//BLOCK/$((T / 8 < 16 ? 16 : T / 8))}")
 shared=("${model[@]}" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --tokenizer "$out/tokenizer.json"
     -t "$T" -b "$batch" "${training[@]}")
 
-say "measuring the speed of this machine"
-speed_of() { # milliseconds a step of one variant, after the first two where there are more
-    local name=$1 i=$2
-    read -ra options <<<"${variants[i]##*|}"
+tell "measuring the speed of this machine"
+milliseconds=0 speeds=()
+for i in "${!variants[@]}"; do
+    IFS='|' read -r name _ options <<<"${variants[i]}"
+    read -ra options <<<"$options"
     quietly "$out/speed.log" "$out/train_gpt_$name" "${shared[@]}" "${options[@]}" \
         --steps 1000 --val-every 0 --log-every 1 --max-seconds 4 --output "$out/speed_$name"
-    awk -F'"step_ms":' '/"step_ms"/ { if (++n == 3) sum = count = 0; sum += $2; count++ } END { printf "%.1f", sum / count }' "$out/speed_$name/timings.jsonl"
+    # Without the first two steps, where there are more.
+    speed=$(json_lines 'select(.event == null) | .step_ms | finite' <"$out/speed_$name/timings.jsonl" |
+        awk '{ if (++n == 3) sum = count = 0; sum += $1; count++ } END { if (count) printf "%.1f", sum / count }')
+    [ -n "$speed" ] || fail "$name: no step in 4 seconds"
     rm -rf "$out/speed_$name"
-}
-milliseconds=0
-for i in "${!variants[@]}"; do
-    name=${variants[i]%%|*}
-    speed=$(speed_of "$name" "$i")
-    say "  $name: $speed ms a step of $step_tokens tokens"
+    tell "  $name: $speed ms a step of $step_tokens tokens"
+    speeds+=("$speed")
     milliseconds=$(awk -v a="$milliseconds" -v b="$speed" 'BEGIN { print a + b }')
 done
 
 # What is left, less 10 s for the table and the sample. Of a step, a forward pass is a third: so long take 5 validations.
 budget=$(awk -v m="$minutes" -v e="$(elapsed)" 'BEGIN { left = 60 * m - e - 10; print (left < 5 ? 5 : left) }')
 most=$((passes * tokens / step_tokens + 1))
-steps=$(awk -v left="$budget" -v ms="$milliseconds" -v most="$most" -v val="$((5 * val_tokens / 3 / step_tokens))" 'BEGIN {
+validations=$((5 * val_tokens / 3 / step_tokens)) # in steps
+steps=$(awk -v left="$budget" -v ms="$milliseconds" -v most="$most" -v val="$validations" 'BEGIN {
     steps = int((left * 1000 / ms - val) / 10) * 10
     if (steps > most) steps = most
     print (steps < 20 ? 20 : steps)
 }')
 every=$(((steps + 3) / 4))
 log_every=$((steps / 200 > 0 ? steps / 200 : 1))
-say "each variant is trained for $steps steps of $step_tokens tokens: all the same, about ${budget%.*} s together$(
+tell "each variant is trained for $steps steps of $step_tokens tokens: all the same, about ${budget%.*} s together$(
     [ "$steps" -lt "$most" ] || echo " or less (after $passes passes over the text it ends)"
 )"
 
 # ----------------------------------------------------------------------------
 # Train, side by side
 
-# Where the machine becomes slower than measured, a variant ends early rather than the command late.
-longest=$(awk -v left="$budget" -v n=${#variants[@]} 'BEGIN { print 1.25 * left / n + 2 }')
-for variant in "${variants[@]}"; do
-    IFS='|' read -r name flags options <<<"$variant"
+# Where the machine becomes slower than measured, a variant gets more time: four times what it needs here, and half a minute.
+for i in "${!variants[@]}"; do
+    IFS='|' read -r name flags options <<<"${variants[i]}"
     read -ra options <<<"$options"
-    say "training $name: $flags ${options[*]}"
-    if ! "$out/train_gpt_$name" "${shared[@]}" "${options[@]}" --steps "$steps" --warmup $((steps / 20)) \
-        --val-every "$every" --val-batches 1000000 --log-every "$log_every" --max-seconds "$longest" --output "$out/$name" \
-        2>"$out/$name.errors" | tee "$out/$name.log" | show_progress; then
-        cat "$out/$name.errors" >&2
-        fail "$name: training failed; its output is in $out/$name.log"
+    expected=$(awk -v ms="${speeds[i]}" -v steps=$((steps + validations)) 'BEGIN { printf "%.0f", ms * steps / 1000 }')
+    limit=$((4 * expected + 30))
+    tell "training $name: $flags ${options[*]}; about $expected s, at most $limit s"
+    : >"$out/$name.log"
+    begun=$SECONDS status=0
+    start "$out/train_gpt_$name" "${shared[@]}" "${options[@]}" --steps "$steps" --warmup $((steps / 20)) \
+        --val-every "$every" --val-batches 1000000 --log-every "$log_every" --max-seconds "$limit" --output "$out/$name" \
+        >"$out/$name.log" 2>"$out/$name.errors"
+    tail -s 0.2 -n +1 -f --pid="$child" "$out/$name.log" 2>/dev/null | show_progress &
+    progress=$!
+    await || status=$?
+    wait "$progress" || true
+    # What somebody's signal has stopped is marked, as is what its time limit has, if there is anything to show of it.
+    validated=$(json_lines '.val_loss | finite' <"$out/$name/metrics.jsonl" 2>/dev/null) || true
+    if [ $status -gt 128 ] && [ -n "$validated" ]; then
+        tell "  $name was stopped by SIG$(kill -l $((status - 128)))"
+    elif [ $status -ne 0 ]; then
+        fail "$name: training failed with exit code $status: $(tail -n 1 "$out/$name.errors")"
     fi
+    if [ $((SECONDS - begun)) -gt $((expected + expected / 2 + 5)) ]; then
+        tell "  $name took $((SECONDS - begun)) s, not $expected: something else used the machine"
+    fi
+    summary "$out/$name" "$out/$name.log" | jq -c --arg name "$name" '{name: $name} + .' >>"$out/summaries.jsonl"
 done
 
 # ----------------------------------------------------------------------------
 # Table, plot, sample
 
-# One line for a variant: parameters, tokens, validation loss, bits per byte, speed, seconds, memory.
-table_line() {
-    local name=$1
-    cat "$out/$name.log" "$out/$name/timings.jsonl" "$out/$name/metrics.jsonl" | awk -v name="$name" -v token_bytes="$token_bytes" '
-        function number(key) {
-            return match($0, "\"" key "\":[^,}]*") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) + 0 : 0
-        }
-        / M parameters,/ { parameters = $1 }
-        /^peak memory/ { memory = $3 }
-        /"event":"start"/ { cache = 2 * 4 * number("layers") * number("kv_heads") * number("head_dim") }
-        /"step_ms"/ { busy += number("step_ms") * (number("step") - before) / 1000; before = number("step"); tokens = number("tokens") }
-        /"seconds"/ { seconds = number("seconds") }
-        /"val_loss"/ { loss = number("val_loss") }
-        END {
-            printf "%-10s %8.2f M %9.2f M %11.4f %10.3f %10.0f %9.0f %8.0f MB %9.1f kB\n", name, parameters, tokens / 1e6,
-                loss, loss / log(2) / token_bytes, tokens / busy, seconds, memory, cache / 1000
-        }'
+# Every row is words; one that has not done all steps has a star and a line below the table.
+rows() {
+    jq -r --argjson steps "$steps" --argjson bytes "$token_bytes" '[.name + if .step < $steps then " *" else "" end, .parameters_millions, .tokens / 1e6,
+        .val_loss, .val_loss / (2 | log) / $bytes, if .busy_ms > 0 then 1000 * .tokens / .busy_ms else 0 end, .seconds, .peak_memory_mb,
+        .key_value_bytes / 1000] | @tsv' <"$out/summaries.jsonl"
 }
-
+marks() {
+    jq -r --argjson steps "$steps" 'select(.step < $steps) | "* \(.name) was stopped at step \(.step) of \($steps): not to be compared; its validation loss is of step \(.val_step)"' \
+        <"$out/summaries.jsonl"
+}
 {
-    printf '%-10s %10s %11s %11s %10s %10s %9s %11s %12s\n' variant parameters tokens "validation" "bits per" tokens/s seconds peak "KV cache"
-    printf '%-10s %10s %11s %11s %10s %10s %9s %11s %12s\n' "" "" "" loss byte "" "" memory "a token"
-    for variant in "${variants[@]}"; do table_line "${variant%%|*}"; done
-} >"$out/table.txt"
+    printf '%-11s %9s %11s %11s %10s %10s %9s %11s %12s\n' variant parameters tokens "validation" "bits per" tokens/s seconds peak "KV cache"
+    printf '%-11s %9s %11s %11s %10s %10s %9s %11s %12s\n' "" "" "" loss byte "" "" memory "a token"
+    rows | while IFS=$'\t' read -ra row; do
+        printf '%-11s %7.2f M %9.2f M %11.4f %10.3f %10.0f %9.0f %8.0f MB %9.1f kB\n' "${row[@]}"
+    done
+    marks
+} >"$out/table.partial"
+mv "$out/table.partial" "$out/table.txt"
 
 labelled=()
 for variant in "${variants[@]}"; do labelled+=("${variant%%|*}=$out/${variant%%|*}"); done
-scripts/plot.sh "${labelled[@]}" --output "$out/loss" --title "quickstart: ${model[*]//--/}, T $T, vocabulary $vocabulary" >/dev/null
+scripts/plot.sh --output "$out/loss" --title "quickstart: ${model[*]//--/}, T $T, vocabulary $vocabulary" -- "${labelled[@]}" >/dev/null
 
-best=$(sort -k6,6n <(tail -n +3 "$out/table.txt") | awk 'NR == 1 { print $1 }')
+# Of those that have done all steps, where there are any.
+best=$(jq -r -s --argjson steps "$steps" '(map(select(.step == $steps)) | select(length > 0)) // . | min_by(.val_loss) | .name' <"$out/summaries.jsonl")
 if [ -z "$prompt" ]; then
     # The first words of a line in the middle of the text.
-    prompt=$(tail -c +$((bytes / 2)) "${texts[0]}" 2>/dev/null | sed -n '2,200{/[^ ].* .* /{p;q}}' | cut -d' ' -f1-3 || true)
+    prompt=$(tail -c +$((bytes / 2)) <"${texts[0]}" 2>/dev/null | sed -n '2,200{/[^ ].* .* /{p;q}}' | cut -d' ' -f1-3 || true)
 fi
 options=()
 if [ -n "$prompt" ]; then options=(--prompt "$prompt"); fi
-"$out/train_gpt_$best" --generate --init-from "$out/$best" --tokenizer "$out/tokenizer.json" --sample-length "$T" \
+run "$out/train_gpt_$best" --generate --init-from "$out/$best" --tokenizer "$out/tokenizer.json" --sample-length "$T" \
     --temperature 0.6 --top-k 40 --seed 1 "${options[@]}" >"$out/sample.txt" 2>"$out/sample.errors" ||
     fail "the sample failed: $(tail -n 1 "$out/sample.errors")"
 
-echo
-cat "$out/table.txt"
-echo
-echo "--- a sample of $best (temperature 0.6, top-k 40), which begins with \"$prompt\""
-cat "$out/sample.txt"
-echo "---"
-say "done. Table, sample, curves (loss.png, loss.svg), checkpoints and shards are in $out"
-echo "---> HINT: $out/train_gpt_$best --generate --init-from $out/$best --prompt '$prompt' --temperature 0.6 --top-k 40"
+say
+show "$out/table.txt"
+say
+say "--- a sample of $best (temperature 0.6, top-k 40), which begins with \"$prompt\""
+show "$out/sample.txt"
+say "---"
+tell "done. Table, sample, curves (loss.png, loss.svg), checkpoints and shards are in $out"
+say "---> HINT: $out/train_gpt_$best --generate --init-from $out/$best --prompt ${prompt@Q} --temperature 0.6 --top-k 40"

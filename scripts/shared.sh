@@ -142,19 +142,15 @@ run() { # command...
     await
 }
 
-# make, one at a time in a build directory: two compilers would write one program.
-build() { # build directory, as make takes it, then make's arguments
-    local directory=$1 lock status=0
+# One script at a time builds in a directory: two compilers would write one program. $build_lock is closed when it has.
+lock_build() { # build directory, as make takes it
+    local directory=$1
     if [[ $directory != /* ]]; then directory=$top/$directory; fi
     make_directory "$directory"
-    { exec {lock}>>"$directory/scripts.lock"; } 2>/dev/null || fail "$directory: cannot be written"
-    if ! flock -n "$lock"; then
-        echo "$script: waits for another script's build in $directory" >&"$user"
-        run flock "$lock"
-    fi
-    run make -C "$top" --no-print-directory "BUILD=$1" "${@:2}" || status=$?
-    exec {lock}>&-
-    return $status
+    { exec {build_lock}>>"$directory/scripts.lock"; } 2>/dev/null || fail "$directory: cannot be written to"
+    flock -n "$build_lock" && return
+    say "waiting for another script's build in $directory"
+    run flock "$build_lock"
 }
 
 # ----------------------------------------------------------------------------
