@@ -8,20 +8,18 @@
 # TINYSTORIES_URL names another place that holds the files. A download that was cut off goes on where it ended; a file gets
 # its name when it is whole.
 set -euo pipefail
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
 
 url=${TINYSTORIES_URL:-https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main}
 files=(TinyStoriesV2-GPT4-valid.txt TinyStoriesV2-GPT4-train.txt)
 directory=data/tinystories
 
-fail() {
-    echo "download_tinystories.sh: $1" >&2
-    exit "${2:-1}"
-}
-
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help)
-        sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"
+        usage
         exit 0
         ;;
     --small) files=("${files[0]}") ;;
@@ -31,7 +29,10 @@ while [ $# -gt 0 ]; do
     shift
 done
 command -v curl >/dev/null || fail "curl is missing: apt-get install curl"
-mkdir -p "$directory" || fail "$directory: cannot make the directory"
+path directory
+make_directory "$directory"
+resumes="the same command goes on from what is there"
+take_signals
 
 # The file's size by its server, or nothing where it does not say.
 remote_size() {
@@ -41,7 +42,7 @@ remote_size() {
 for file in "${files[@]}"; do
     target=$directory/$file
     if [ -e "$target" ]; then
-        echo "$target is there"
+        say "$target is there"
         continue
     fi
     size=$(remote_size "$url/$file") || fail "$url/$file: cannot be had (see above)"
@@ -53,14 +54,14 @@ for file in "${files[@]}"; do
         have=0
     fi
     [ "$free" -gt $((size - have)) ] || fail "$directory: $((size - have)) bytes are needed, $free are free"
-    echo "$target: $size bytes, $have of them are there"
+    say "$target: $size bytes, $have of them are there"
     if [ "$have" -lt "$size" ]; then
         status=0
-        curl -fL --progress-bar --retry 3 -C - -o "$target.partial" "$url/$file" || status=$?
+        run curl -fL --progress-bar --retry 3 -C - -o "$target.partial" "$url/$file" || status=$?
         if [ $status -eq 33 ]; then # this server gives files from their beginning only
             rm "$target.partial"
             status=0
-            curl -fL --progress-bar --retry 3 -o "$target.partial" "$url/$file" || status=$?
+            run curl -fL --progress-bar --retry 3 -o "$target.partial" "$url/$file" || status=$?
         fi
         [ $status -eq 0 ] || fail "$url/$file: cut off; the same command goes on from what is there"
     fi
@@ -68,4 +69,4 @@ for file in "${files[@]}"; do
     [ "$have" -eq "$size" ] || fail "$target.partial: $have bytes, must be $size; delete it and start again"
     mv "$target.partial" "$target"
 done
-echo "---> HINT: scripts/pretrain_tinystories.sh trains on it"
+say "---> HINT: scripts/pretrain_tinystories.sh trains on it"

@@ -7,7 +7,10 @@
 #   scripts/gpu_check.sh --rehearse      the same on the emulator, with sizes of a toy: shows that this script works, no more
 # shellcheck disable=SC2317 # functions that check() calls
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
+cd "$top" || exit
 
 build=${BUILD:-build}
 out=$build/gpu_check
@@ -122,7 +125,7 @@ compare_curves() {
             printf "%d steps: losses differ by %.3f %% in the mean and %.2f %% at most; at the end %.4f in bf16, %.4f in fp32\n", \
                 NR, 100 * sum / NR, 100 * most, bf16, fp32
             exit !(NR == 200 && sum / NR <= 0.01 && val <= 0.01)
-        }' "$out/losses.txt"
+        }' <"$out/losses.txt"
 }
 
 text_bytes=8000000

@@ -5,6 +5,9 @@
 #   scripts/install.sh            to build and train
 #   scripts/install.sh --tests    also what the tests and the linters need
 set -euo pipefail
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
 
 # mpirun does not start without an ssh, even on one machine.
 packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev libopenmpi-dev openmpi-bin openssh-client gnuplot-nox jq)

@@ -2,7 +2,10 @@
 # Layout by clang-format, mistakes by clang-tidy, scripts by shellcheck. Used by make lint; scripts/install.sh --tests brings
 # the three.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
+cd "$top"
 
 mapfile -t sources < <(git ls-files '*.h' '*.c' '*.cu' '*.cuh')
 # train_gpt.cu is C as well; every other .cu is C++, for nvcc and the emulator.

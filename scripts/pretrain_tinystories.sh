@@ -7,33 +7,45 @@
 #
 # DATA and RUN name other directories for the data and the run.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
+cd "$top"
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    usage
+    exit 0
+fi
 data=${DATA:-data/tinystories}
-run=${RUN:-runs/tinystories}
+output=${RUN:-runs/tinystories}
+path data
+path output
+literal_pattern "$data/stories"
+resumes="the same line goes on from there"
+take_signals
 
 scripts/install.sh
-make tokenizer train
+run make tokenizer train
 
-scripts/download_tinystories.sh "$data"
+run scripts/download_tinystories.sh "$data"
 train=$data/TinyStoriesV2-GPT4-train.txt valid=$data/TinyStoriesV2-GPT4-valid.txt
 
 # A vocabulary for simple English; 100 MB of it are enough to know the words.
 if [ ! -e "$data/tokenizer.json" ]; then
-    build/tokenizer train --vocab-size 4096 --max-bytes 100000000 --separator '<|endoftext|>' -o "$data/tokenizer.json" "$train"
+    run build/tokenizer train --vocab-size 4096 --max-bytes 100000000 --separator '<|endoftext|>' -o "$data/tokenizer.json" "$train"
 fi
 # The empty file says that the shards are all there.
 if [ ! -e "$data/prepared" ]; then
-    build/tokenizer prepare -t "$data/tokenizer.json" --separator '<|endoftext|>' --output-prefix "$data/stories" \
+    run build/tokenizer prepare -t "$data/tokenizer.json" --separator '<|endoftext|>' --output-prefix "$data/stories" \
         --validation "$valid" "$train"
     touch "$data/prepared"
 fi
 
-command=(build/train_gpt -i "$data/stories_train_*.bin" -j "$data/stories_val_*.bin" --tokenizer "$data/tokenizer.json"
+command=(build/train_gpt -i "${literal}_train_*.bin" -j "${literal}_val_*.bin" --tokenizer "$data/tokenizer.json"
     --layers 6 --channels 384 --heads 6 --kv-heads 2 -t 512 -b 8 -d 32768
     -l 1e-3 -u 200 -k cosine -v 250 -m 10 -s 500 -n 250 --keep 2 --prompt "Once upon a time"
-    --temperature 0.8 --output "$run")
+    --temperature 0.8 --output "$output")
 
 # A run that fails, or is killed by the system, goes on from its last checkpoint.
-scripts/restart.sh "${command[@]}" "$@"
+run scripts/restart.sh "${command[@]}" "$@"
 
-build/train_gpt --generate --init-from "$run" --prompt "Once upon a time" --sample-length 200 --temperature 0.8 --top-k 50
+run build/train_gpt --generate --init-from "$output" --prompt "Once upon a time" --sample-length 200 --temperature 0.8 --top-k 50

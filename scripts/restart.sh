@@ -13,12 +13,11 @@
 # Exit code: 0 finished, 2 the command line was wrong, 128 + the signal where one ended it in order, else the command's own: a
 # checkpoint that could not be written when the signal came is a failure. A run that --max-seconds has stopped counts as finished.
 set -uo pipefail
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
 
-usage() { awk 'NR > 1 && !sub(/^# ?/, "") && !/^#/ { exit } NR > 1' "$0"; }
-fail_usage() {
-    echo "restart.sh: $*" >&2
-    exit 2
-}
+fail_usage() { fail "$*" 2; }
 
 tries=3 pause=5 where=0
 while [ $# -gt 0 ]; do

@@ -5,7 +5,7 @@
 set -ufo pipefail
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait leave the core to others
 
-records=$(mktemp -d)
+records=$(mktemp -d) || exit 1
 trap 'rm -rf "$records"' EXIT
 
 # A program's record: what it printed; then a line with its exit code and seconds, by which it is known to have ended. In the

@@ -8,7 +8,8 @@
 # and has then $script, its name, and $top, the top of the tree.
 script=${self:?}
 script=${script##*/}
-top=${self%/*/*}
+top=$(readlink -f -- "${BASH_SOURCE[0]}")
+top=${top%/scripts/shared.sh}
 top=${top:-/}
 
 # A number has a point and a letter is a byte in every locale. CDPATH makes cd go elsewhere and print; the others change bash or grep.

@@ -15,13 +15,11 @@
 # What stands after -- are options of train_gpt; --output is needed, and --resume is added. Run it on the first machine of the
 # list. Variables of the environment that begin with NCCL_, OMP_ or MOBA_ go to all machines.
 set -euo pipefail
-scripts=$(cd "$(dirname "$0")" && pwd)
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
 
-usage() { awk 'NR > 1 && !sub(/^# ?/, "") && !/^#/ { exit } NR > 1' "$0"; }
-fail_usage() {
-    echo "train_hosts.sh: $*" >&2
-    exit 2
-}
+fail_usage() { fail "$*" 2; }
 
 hosts="" interface="" program=build/train_gpt restart=()
 while [ $# -gt 0 ]; do
@@ -55,7 +53,7 @@ machines=$(awk '
         if (match($0, /[ \t]slots *= *[0-9]+/)) { slots = substr($0, RSTART, RLENGTH); sub(/.*= */, "", slots) }
         printf "%s%s:%d", comma, $1, slots
         comma = ","
-    }' "$hosts")
+    }' <"$hosts")
 [ -n "$machines" ] || fail_usage "--hosts $hosts: names no machine"
 
 # MPI starts the processes and exchanges NCCL's identifiers; on CPUs it also sends the gradients.
@@ -72,5 +70,5 @@ fi
 for name in $(compgen -e | grep -E '^(NCCL|OMP|MOBA)_'); do environment+=(-x "$name"); done
 
 # Processes are not bound to single cores, since each has several threads.
-exec "$scripts/restart.sh" "${restart[@]}" mpirun --host "$machines" --map-by slot --bind-to none "${environment[@]}" \
+exec "$top/scripts/restart.sh" "${restart[@]}" mpirun --host "$machines" --map-by slot --bind-to none "${environment[@]}" \
     "$(realpath "$program")" "$@"

@@ -10,13 +10,11 @@
 #
 # What stands after -- are options of train_gpt; --output is needed, and --resume is added.
 set -euo pipefail
-scripts=$(cd "$(dirname "$0")" && pwd)
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/*}/shared.sh"
 
-usage() { awk 'NR > 1 && !sub(/^# ?/, "") && !/^#/ { exit } NR > 1' "$0"; }
-fail_usage() {
-    echo "train_node.sh: $*" >&2
-    exit 2
-}
+fail_usage() { fail "$*" 2; }
 
 processes="" program=build/train_gpt restart=()
 while [ $# -gt 0 ]; do
@@ -44,4 +42,4 @@ if [ -z "$processes" ]; then
 fi
 
 # Processes are not bound to single cores, since each has several threads; more of them than cores may be asked for.
-exec "$scripts/restart.sh" "${restart[@]}" mpirun -np "$processes" --bind-to none --oversubscribe "$program" "$@"
+exec "$top/scripts/restart.sh" "${restart[@]}" mpirun -np "$processes" --bind-to none --oversubscribe "$program" "$@"

@@ -1,21 +1,31 @@
 #!/usr/bin/env bash
 # What docs/results/variants.md reports: every variant on one text and on the retrieval task, three seeds each. About two hours
-# on two cores; interrupted, the same line goes on. Run it from the top of the tree:
+# on two cores; interrupted, the same line goes on.
 #
 #   docs/results/variants.sh runs/variants
 set -euo pipefail
-out=${1:?which directory?}
+self=$(readlink -f -- "$0")
+# shellcheck source=scripts/shared.sh
+. "${self%/docs/*}/scripts/shared.sh"
+[ $# -eq 1 ] || fail "want one directory, for the runs" 2
+out=$1
+if [[ $out != /* ]]; then out=$PWD/$out; fi
+cd "$top"
 export OMP_NUM_THREADS=1
-mkdir -p "$out"
-make -j"$(nproc)" DEVICE=cpu all >/dev/null
+make_directory "$out"
+literal_pattern "$out"
+pattern=$literal
+resumes="the same line goes on from there"
+take_signals
+run make -j"$(nproc)" DEVICE=cpu all >/dev/null
 
 # ----------------------------------------------------------------------------
 # The text: C headers
 
 if [ ! -e "$out/text_val_000000.bin" ]; then
     find /usr/include -name '*.h' | LC_ALL=C sort >"$out/files.txt"
-    build/tokenizer train -q --vocab-size 1024 --max-bytes 32000000 --files-from "$out/files.txt" -o "$out/tokenizer.json"
-    build/tokenizer prepare -q -t "$out/tokenizer.json" --max-bytes 32000000 --files-from "$out/files.txt" --output-prefix "$out/text"
+    run build/tokenizer train -q --vocab-size 1024 --max-bytes 32000000 --files-from "$out/files.txt" -o "$out/tokenizer.json"
+    run build/tokenizer prepare -q -t "$out/tokenizer.json" --max-bytes 32000000 --files-from "$out/files.txt" --output-prefix "$out/text"
 fi
 
 blocks=(
@@ -27,7 +37,7 @@ blocks=(
     --variant 'moba_32x8_k5|ATTN=flashmoba KCONV=5|--moba-block 32 --moba-topk 8'
     --variant 'dense_k3|ATTN=dense KCONV=3|'
 )
-scripts/compare.sh --train-data "$out/text_train_*.bin" --val-data "$out/text_val_*.bin" --tokenizer "$out/tokenizer.json" \
+run scripts/compare.sh --train-data "$pattern/text_train_*.bin" --val-data "$pattern/text_val_*.bin" --tokenizer "$out/tokenizer.json" \
     --seeds 3 --steps 600 --output "$out/text" "${blocks[@]}" \
     --variant 'dense_k5|ATTN=dense KCONV=5|' \
     --variant 'kdgqa|GQA=kdgqa|' \
@@ -43,7 +53,7 @@ curves() { # file, directory of the runs, variants
     for name in "${@:3}"; do
         for seed in 1337 1338 1339; do runs+=("$name=$out/$2/$name/seed_$seed"); done
     done
-    scripts/plot.sh --band "${runs[@]}" --output "$out/$1" --title "$1" >/dev/null
+    scripts/plot.sh --band --output "$out/$1" --title "$1" -- "${runs[@]}" >/dev/null
 }
 curves variants_blocks text dense moba_128x2 moba_64x4 moba_32x8 moba_32x8_k3 dense_k3
 curves variants_heads text dense kdgqa shuffled_map random_map dgqa_diff pgqa
@@ -57,8 +67,8 @@ if [ ! -e "$out/needle_index.jsonl" ]; then
         printf ' The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.'
     done >"$out/filler.txt"
     { cat "$out/filler.txt" && for letter in {a..z} {A..Z}; do printf ' Code %s: %s.' "$letter" "$letter"; done; } >"$out/words.txt"
-    build/tokenizer train -q --vocab-size 384 -o "$out/words.json" "$out/words.txt"
-    build/retrieval -q -t "$out/words.json" --filler "$out/filler.txt" --lengths 32,64,128,256,512,1024 --samples 40000 --pairs 1 \
+    run build/tokenizer train -q --vocab-size 384 -o "$out/words.json" "$out/words.txt"
+    run build/retrieval -q -t "$out/words.json" --filler "$out/filler.txt" --lengths 32,64,128,256,512,1024 --samples 40000 --pairs 1 \
         --template ' Code {key}: {value}.' --key-length 1 --value-length 1 --value-alphabet ABCDEFGHIJKLMNOPQRSTUVWXYZ \
         --evaluation-samples 40 --output-prefix "$out/needle"
 fi
@@ -66,14 +76,14 @@ from=()
 for T in 32 64 128 256 512 1024; do
     settings=(--steps 300 --learning-rate 2e-3 -u 20)
     if [ "$T" = 32 ]; then settings=(--steps 1500 --learning-rate 4e-3 -u 50); fi
-    build/train_gpt_cpu_dense_gqa_kconv0_fp32 -i "$out/needle_${T}_train_*.bin" -j "$out/needle_${T}_val_*.bin" \
+    run build/train_gpt_cpu_dense_gqa_kconv0_fp32 -i "$pattern/needle_${T}_train_*.bin" -j "$pattern/needle_${T}_val_*.bin" \
         --tokenizer "$out/words.json" --layers 2 --channels 64 --heads 4 --kv-heads 4 -t "$T" -b $((1024 / T)) -d 1024 --seed 3 \
         --weight-decay 0 -v 200 --val-batches 8 "${settings[@]}" "${from[@]}" -o "$out/base_$T" --resume
     from=(--init-from "$out/base_$T")
 done
 
 needle() { # steps, directory, options of compare.sh
-    scripts/compare.sh --train-data "$out/needle_1024_train_*.bin" --val-data "$out/needle_1024_val_*.bin" \
+    run scripts/compare.sh --train-data "$pattern/needle_1024_train_*.bin" --val-data "$pattern/needle_1024_val_*.bin" \
         --tokenizer "$out/words.json" --steps "$1" --output "$out/$2" "${@:3}"
 }
 model=(--init-from "$out/base_1024" -t 1024 -b 1 -d 1024 --weight-decay 0 --val-batches 8)
@@ -91,7 +101,7 @@ needle 400 needle --seeds 3 "${blocks[@]}" \
 curves variants_needle needle dense moba_128x2 moba_64x4 moba_32x8 moba_32x8_k3 dense_k3
 
 # Accuracy of every cell at 1024 tokens, in all and by the needle's depth.
-grep '"length":1024' "$out/needle_index.jsonl" >"$out/far_index.jsonl"
+jq -c 'select(.length == 1024)' <"$out/needle_index.jsonl" >"$out/far_index.jsonl"
 cp "$out/needle_1024_val_000000.bin" "$out/far_1024_val_000000.bin"
 for cell in "$out"/swapped/*/seed_* "$out"/needle/*/seed_*; do
     [ -d "$cell" ] || continue
