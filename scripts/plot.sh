@@ -53,10 +53,9 @@ done
 [[ $smooth =~ ^[0-9]{1,2}(\.[0-9]+)?$ ]] || fail "--smooth $smooth: want a percentage of the run, from 0 to 99" 2
 needs gnuplot jq
 path output
-if [[ $output == */* ]]; then make_directory "${output%/*}/"; fi
-
 take_signals
 make_scratch
+if [[ $output == */* ]]; then make_directory "${output%/*}/"; fi
 
 # ----------------------------------------------------------------------------
 # Each run's lines to columns: tokens, seconds (or nan), loss, in N.train and N.val.
@@ -125,7 +124,7 @@ for i in "${!runs[@]}"; do
     [ -s "$found/timings.jsonl" ] || timed=0
     : >"$i.train"
     : >"$i.val"
-    columns "$found" "$i" >"$i.end"
+    columns "$found" "$i" >"$i.end" 2>log || fail "$directory: $(tail -n 1 log)"
     read -r run_top run_tokens steps planned <"$i.end"
     [ -s "$i.train" ] || [ -s "$i.val" ] || fail "$directory/metrics.jsonl: has no loss yet"
     top_loss=$(awk -v a="$top_loss" -v b="$run_top" 'BEGIN { print (a > b ? a : b) }')
@@ -265,6 +264,10 @@ width=$((panels * 560))
 draw "pngcairo size $((width * 2)),900 font 'sans,11' fontscale 1.8 lw 2 pointscale 1.8 dashlength 1.2" out.png >png.gp
 draw "svg size $width,450 dynamic font 'sans,11' lw 1 dashlength 1.2 background 'white'" out.svg >svg.gp
 # -d: whatever the user's own .gnuplot says.
-for kind in png svg; do run gnuplot -d "$kind.gp" 2>log || fail "gnuplot failed: $(tail -n 1 log)"; done
+# gnuplot does not notice a full disk.
+for kind in png svg; do
+    run gnuplot -d "$kind.gp" 2>log || fail "gnuplot failed: $(tail -n 1 log)"
+    tail -c 20 "out.$kind" | grep -qaE 'IEND|</svg>' || fail "$scratch/out.$kind: is cut: there is no space for it"
+done
 for kind in png svg; do publish "out.$kind" "$(absolute "$output.$kind")"; done
 say "$output.png, $output.svg"

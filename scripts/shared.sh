@@ -158,9 +158,10 @@ lock_build() { # build directory, as make takes it
 # Runs
 
 # Values of a file of JSON lines on standard input, by a program of jq for one line. A line that a crash has cut, or filled with
-# zeros, is no JSON and is left out. `finite` selects numbers; 1e999, which jq reads as the largest double, is infinity.
+# zeros, is no JSON and is left out. `finite` selects numbers: jq reads 1e999 as the largest double, NaN as a number below all.
+finite="def finite: numbers | select((isnan | not) and fabs < 1e308);"
 json_lines() { # program
-    jq -R -r "def finite: numbers | select(fabs < 1e308); fromjson? | objects | $1"
+    jq -R -r "$finite fromjson? | objects | $1"
 }
 
 # A run as a JSON object, from what train_gpt wrote to its directory and to its log: steps planned and done, tokens, the last
@@ -170,8 +171,7 @@ summary() { # directory, log
     {
         json_lines tojson <"$1/metrics.jsonl"
         if [ -e "$1/timings.jsonl" ]; then json_lines tojson <"$1/timings.jsonl"; fi
-    } | jq -s -c --argjson log "$(summary_of_log <"$2")" '
-        def finite: numbers | select(fabs < 1e308);
+    } | jq -s -c --argjson log "$(summary_of_log <"$2")" "$finite"'
         def by_step: map(select(.step | finite)) | group_by(.step) | map(last);
         (map(select(.event == "start" or .event == "resume")) | add // {}) as $description
         | (map(select((.loss // .val_loss) | finite)) | by_step | last // {}) as $done

@@ -24,6 +24,23 @@ check() { # name, command...
     fi
 }
 
+# Until the command succeeds: an event, however slow the machine is. Fails after ten minutes, or when the process has ended.
+wait_for() { # process, command...
+    local deadline=$((SECONDS + 600))
+    until "${@:2}"; do
+        if [ "$SECONDS" -ge "$deadline" ] || ! kill -0 "$1" 2>/dev/null; then return 1; fi
+        sleep 0.05
+    done
+}
+
+# No program has this as its working directory.
+no_process_in() { # directory
+    local process
+    for process in /proc/[0-9]*; do
+        if [ "$(readlink "$process/cwd" 2>/dev/null)" = "$1" ]; then return 1; fi
+    done
+}
+
 # The command must fail with this exit code and one line that holds the text.
 refuses() { # exit code, text, command...
     local wanted=$1 text=$2 status=0
@@ -80,7 +97,7 @@ check gpu_check_says_what_is_missing_and_can_be_rehearsed gpu_check
 # Quickstart, in a copy of the tree: the results of the user's own stay as they are.
 
 mkdir "$scratch/tree"
-git ls-files -z | xargs -0 cp --parents -t "$scratch/tree"
+git ls-files -z | xargs -0 cp -p --parents -t "$scratch/tree"
 [ ! -d build ] || cp -a build "$scratch/tree/build"
 seq -f "The number %g comes before the number that follows it." 1 1700 >"$scratch/small text.txt"
 : >"$scratch/empty.txt"
@@ -117,13 +134,44 @@ second_time() {
 }
 check quickstart_keeps_earlier_results second_time
 
+# One variant is stopped by its limit, which a stand-in for its trainer makes short: a star, a line and a note in the plot.
+stopped_variant() {
+    local real=$scratch/tree/build/train_gpt_cpu_moba_gqa_kconv0_fp32 out=$scratch/tree/quickstart/03 status=0
+    mv "$real" "$real.real"
+    printf '#!/bin/bash\nif [[ "$*" == *--warmup* ]]; then set -- "$@" --max-seconds 0.000001; fi\nexec %q "$@"\n' "$real.real" >"$real"
+    chmod +x "$real"
+    quickstart --text "small text.txt" --minutes 0.2 || status=$?
+    mv "$real.real" "$real"
+    cat "$out/table.txt"
+    [ "$status" -eq 0 ] && grep -q '^moba \* ' "$out/table.txt" && grep -q '^dense  ' "$out/table.txt" &&
+        grep -q '^\* moba was stopped at step [0-9]* of [0-9]*: not to be compared' "$out/table.txt" &&
+        grep -q '>moba (only [0-9]* of [0-9]* steps)<' "$out/loss.svg" && grep -q '>dense<' "$out/loss.svg"
+}
+check quickstart_marks_a_variant_that_was_stopped stopped_variant
+
+stopped_quickstart() {
+    local script status signal
+    for signal in HUP TERM; do
+        (cd "$scratch" && exec env --default-signal=INT,HUP tree/scripts/quickstart.sh --text "small text.txt" --minutes 2) >"$scratch/stopped" 2>"$scratch/errors" &
+        script=$!
+        wait_for "$script" grep -q 'training dense' "$scratch/stopped" || return 1
+        kill -"$signal" "$script"
+        status=0
+        wait "$script" || status=$?
+        cat "$scratch/errors"
+        [ "$status" -eq $((128 + $(kill -l "$signal"))) ] && [ "$(wc -l <"$scratch/errors")" -eq 1 ] &&
+            grep -q "^quickstart.sh: ended by SIG$signal" "$scratch/errors" && wait_for $$ no_process_in "$scratch/tree" || return 1
+    done
+}
+check quickstart_ends_by_a_signal stopped_quickstart
+
 # ----------------------------------------------------------------------------
 # Comparison, with the tokenizer and the shards that quickstart made
 
 # compare STEPS DIR OPTION...: two variants, two seeds, the smallest model.
 compare() {
     local data=$scratch/tree/quickstart/01
-    exec "$scratch/tree/scripts/compare.sh" --train-data "$data/text_train_*.bin" --val-data "$data/text_val_*.bin" \
+    exec env --default-signal=INT,HUP "$scratch/tree/scripts/compare.sh" --train-data "$data/text_train_*.bin" --val-data "$data/text_val_*.bin" \
         --tokenizer "$data/tokenizer.json" --steps "$1" --output "$scratch/$2" "${@:3}" \
         -- --layers 1 --channels 32 --heads 2 --kv-heads 1 -t 64 -b 2 --val-batches 2
 }
@@ -148,7 +196,7 @@ compare_table() {
     # Again: nothing is trained, and the table is the same. With another seed: that alone is.
     cp -a "$out" "$scratch/compared before"
     (compare 20 compared --seeds 2) >"$scratch/again" && [ "$(grep -c 'finished before' "$scratch/again")" -eq 8 ] &&
-        diff -r -x '*.png' -x '*.svg' -x build.log "$out" "$scratch/compared before" || return 1
+        diff -r -x '*.png' -x '*.svg' -x build.log -x lock "$out" "$scratch/compared before" || return 1
     (compare 20 compared --seeds 3 --variants dense moba) >"$scratch/again" &&
         [ "$(grep -c 'finished before' "$scratch/again")" -eq 4 ] && [ "$(wc -l <"$out/table.md")" -eq 4 ] || return 1
     # What was begun with other options is not gone on with.
@@ -157,31 +205,194 @@ compare_table() {
 compare_in_a_shell() { (compare "$@"); }
 check compare_makes_a_table_and_runs_nothing_twice compare_table
 
-compare_killed() {
-    local out=$scratch/killed script steps moment signal most
-    # Interrupted in the middle of the second variant, then killed there with all its processes: the first is not run again,
-    # the second goes on from its checkpoint.
-    compare_in_a_shell 1000 killed --seeds 1 --variants dense kdgqa >"$scratch/whole" || return 1
+# A variant that its own limit stops, one of other tokens, and one of other sequences stand in the table with a mark, and in the plot.
+compare_marks() {
+    local out=$scratch/marked
+    compare_in_a_shell 20 marked --seeds 1 --variant 'whole|ATTN=dense|' --variant 'again|ATTN=dense|' \
+        --variant 'stopped|ATTN=dense|--max-seconds 0.000001' --variant 'more|ATTN=dense|-d 256' --variant 'longer|ATTN=dense|-t 128 -b 1' || return 1
+    cat "$out/table.md"
+    grep -q '^| whole | ' "$out/table.md" && grep -q '^| again | ' "$out/table.md" &&
+        grep -q '^| stopped (not comparable: seed 1337 stopped at step [0-9]* of 20' "$out/table.md" &&
+        grep -q '^| more (not comparable: 5120 tokens, others 2560)' "$out/table.md" &&
+        grep -q '^| longer (not comparable: sequences of 128, others of 64)' "$out/table.md" &&
+        [ "$(jq -c '[.variants[].comparable]' <"$out/table.json")" = '[true,true,false,false,false]' ] &&
+        grep -q '>stopped (1 of 1 runs stopped early)<' "$out/loss.svg" && grep -q '>more (5120 tokens)<' "$out/loss.svg" &&
+        refuses 2 "in --variant x" compare_in_a_shell 20 never --variant 'x|ATTN=dense|--train elsewhere' &&
+        refuses 2 "in --variant x" compare_in_a_shell 20 never --variant 'x|ATTN=dense|--outp=elsewhere'
+}
+check compare_marks_what_is_not_of_equal_tokens compare_marks
+
+# How many steps the second variant's run has logged.
+steps_logged() { grep -c step_ms "$scratch/killed/kdgqa/seed_1337/timings.jsonl" 2>/dev/null || true; }
+has_logged() { [ "$(steps_logged)" -ge "$1" ]; }
+no_process() { ! pgrep -f "$1" >/dev/null; }
+
+# Interrupted in the middle of the second variant by each signal, while a second comparison is refused, then killed there with all
+# its processes: the first variant is not run again, the second one goes on from its checkpoint.
+compare_killed() { # steps
+    local out=$scratch/killed steps=$1 script signal from status
+    rm -rf "$out" "$scratch/whole run"
+    compare_in_a_shell "$steps" killed --seeds 1 --variants dense kdgqa >"$scratch/whole" || return 1
     mv "$out" "$scratch/whole run"
-    for moment in "TERM 100" "KILL 400"; do
-        read -r signal most <<<"$moment"
-        (compare 1000 killed --seeds 1 --variants dense kdgqa) &
+    for signal in HUP INT TERM KILL; do
+        from=$(steps_logged)
+        (compare "$steps" killed --seeds 1 --variants dense kdgqa) 2>"$scratch/killed.errors" &
         script=$!
-        for _ in $(seq 1 600); do
-            steps=$(grep -c step_ms "$out/kdgqa/seed_1337/timings.jsonl" 2>/dev/null)
-            [ "${steps:-0}" -lt "$most" ] || break
-            sleep 0.05
-        done
+        if ! wait_for "$script" has_logged $((${from:-0} + steps / 20)); then
+            wait "$script" && return 2
+            return 1
+        fi
+        if [ "$signal" = TERM ]; then refuses 1 "process $script has been comparing" compare_in_a_shell "$steps" killed --seeds 1 || return 1; fi
         kill -"$signal" "$script"
-        if [ "$signal" = KILL ]; then pkill -KILL -f "$out/kdgqa/seed_1337"; fi
-        wait "$script" && return 1
-        [ ! -e "$out/table.md" ] || return 1
+        status=0
+        wait "$script" || status=$?
+        [ "$status" -ne 0 ] || return 2
+        if [ "$signal" = KILL ]; then
+            pkill -KILL -f "$out/kdgqa/seed_1337"
+            wait_for $$ no_process "$out/kdgqa/seed_1337" || return 1
+        else
+            grep -q "^compare.sh: ended by SIG$signal" "$scratch/killed.errors" && no_process "$out/kdgqa/seed_1337" || return 1
+        fi
+        [ "$status" -eq $((128 + $(kill -l "$signal"))) ] && [ ! -e "$out/table.md" ] || return 1
     done
-    compare_in_a_shell 1000 killed --seeds 1 --variants dense kdgqa >"$scratch/again" || return 1
+    compare_in_a_shell "$steps" killed --seeds 1 --variants dense kdgqa >"$scratch/again" || return 1
     grep -q 'dense, seed 1337: finished before' "$scratch/again" && grep -q '^resuming' "$out/kdgqa/seed_1337.log" &&
         cmp "$out/kdgqa/seed_1337/metrics.jsonl" "$scratch/whole run/kdgqa/seed_1337/metrics.jsonl"
 }
-check compare_goes_on_after_an_interruption compare_killed
+# A run that ends before the signal comes tells nothing: again with more steps.
+compare_killed_in_time() {
+    local steps status
+    for steps in 1000 4000 16000 64000; do
+        status=0
+        compare_killed "$steps" || status=$?
+        [ "$status" -eq 2 ] || return "$status"
+    done
+    return 1
+}
+check compare_goes_on_after_an_interruption compare_killed_in_time
+
+# ----------------------------------------------------------------------------
+# Locales, names, places that cannot be written, with the tokenizer and the shards that quickstart made
+
+# A locale with a decimal comma, where one can be made.
+locale=$scratch/locales
+mkdir "$locale"
+localedef -i de_DE -f UTF-8 "$locale/de_DE.UTF-8" >"$scratch/localedef" 2>&1
+localedef -i tr_TR -f UTF-8 "$locale/tr_TR.UTF-8" >>"$scratch/localedef" 2>&1
+has_comma() { [ "$(LOCPATH=$locale LC_ALL=$1 /usr/bin/printf %.1f 0,5 2>/dev/null)" = 0,5 ]; }
+tiny=(--layers 1 --channels 32 --heads 2 --kv-heads 1 -t 64 -b 2 --val-batches 2)
+tiny_run() { # directory, options
+    local data=$scratch/tree/quickstart/01
+    "$scratch/tree/build/train_gpt_cpu_dense_gqa_kconv0_fp32" -i "$data/text_train_*.bin" -j "$data/text_val_*.bin" \
+        --tokenizer "$data/tokenizer.json" "${tiny[@]}" --steps 20 --val-every 5 --output "$1" "${@:2}" >"$scratch/run.log"
+}
+
+locales() {
+    local name
+    tiny_run "$scratch/in C" || return 1
+    compare_in_a_shell 20 "table in C" --seeds 2 --variant 'dense|ATTN=dense|' || return 1
+    for name in de_DE.UTF-8 tr_TR.UTF-8; do
+        export LOCPATH=$locale LC_ALL=$name
+        tiny_run "$scratch/in $name" && compare_in_a_shell 20 "table in $name" --seeds 2 --variant 'dense|ATTN=dense|' &&
+            "$top/scripts/plot.sh" "x=$scratch/in C" --smooth 7.5 --output "$scratch/in $name/curve" || return 1
+        unset LOCPATH LC_ALL
+        cmp "$scratch/in C/metrics.jsonl" "$scratch/in $name/metrics.jsonl" &&
+            jq -e . <"$scratch/table in $name/table.json" >"$scratch/jq" &&
+            diff <(cut -d'|' -f1-6 <"$scratch/table in C/table.md") <(cut -d'|' -f1-6 <"$scratch/table in $name/table.md") &&
+            grep -q '"step_ms":[0-9]*\.[0-9]' "$scratch/in $name/timings.jsonl" || return 1
+        (env -i PATH="$PATH" LC_ALL=POSIX "$top/scripts/plot.sh" "x=$scratch/in C" --smooth 7.5 --output "$scratch/in C/curve") || return 1
+        cmp "$scratch/in C/curve.svg" "$scratch/in $name/curve.svg" || return 1
+    done
+}
+if has_comma de_DE.UTF-8 && has_comma tr_TR.UTF-8; then
+    check locales_change_no_number locales
+else
+    echo "SKIPPED: locales with a decimal comma are not tested, since localedef makes none here"
+    [ -d "$scratch/in C" ] || tiny_run "$scratch/in C"
+fi
+
+# Directories by every name, from another folder, with CDPATH, without HOME and TERM, and nothing on standard input to hang on.
+mkfifo "$scratch/silent"
+exec {silent}<>"$scratch/silent"
+names() ( # in a shell of its own, which changes its directory
+    local name
+    mkdir "$scratch/names" && cd "$scratch/names" || return 1
+    for name in lr=1e-3 -x 'two words' "q'\"%\\\`touch hacked\`\$(touch hacked)" '[a-z]*' $'line\nfeed' $'not\xffutf8'; do
+        mkdir -- "./$name" && cp "$scratch/in C/"*.jsonl "./$name/" &&
+            timeout 600 env -i PATH="$PATH" CDPATH=/:/tmp BASH_ENV="$scratch/nowhere" \
+                "$top/scripts/plot.sh" --title "$name" --output "$name" -- "$name" "lr=1e-3" "name=$name" <&"$silent" || return 1
+        [ -s "./$name.png" ] && [ -s "./$name.svg" ] && [ ! -e hacked ] || return 1
+        python3 -c 'import sys, xml.dom.minidom; xml.dom.minidom.parse(sys.stdin.buffer)' <"./$name.svg" || return 1
+    done
+    (umask 077 && compare_from_here 20 --output -t=32) && [ -s ./-t=32/table.json ]
+)
+compare_from_here() { # steps, options
+    local data=$scratch/tree/quickstart/01
+    timeout 600 env -u HOME -u TERM CDPATH=/:/tmp "$scratch/tree/scripts/compare.sh" --train-data "$data/text_train_*.bin" \
+        --val-data "$data/text_val_*.bin" --tokenizer "$data/tokenizer.json" --steps "$1" --seeds 1 --variants dense "${@:2}" -- "${tiny[@]}" <&"$silent"
+}
+check every_name_of_a_directory names
+
+spaced_tree() {
+    cp -a "$scratch/tree" "$scratch/my tree" &&
+        (cd / && "$scratch/my tree/scripts/compare.sh" --train-data "$scratch/tree/quickstart/01/text_train_*.bin" --val-data "$scratch/tree/quickstart/01/text_val_*.bin" \
+            --tokenizer "$scratch/tree/quickstart/01/tokenizer.json" --steps 20 --seeds 1 --variants dense --output "$scratch/spaced" -- "${tiny[@]}")
+}
+check a_tree_with_a_space spaced_tree
+
+# A line that a crash has cut or filled with zeros, and steps that stand there twice, change no curve; infinity is no loss.
+crashed() {
+    local whole=$scratch/in\ C crashed=$scratch/crashed
+    mkdir "$scratch/short" "$crashed"
+    head -n 15 "$whole/metrics.jsonl" >"$scratch/short/metrics.jsonl"
+    cp "$whole/timings.jsonl" "$scratch/short"
+    cp "$whole/timings.jsonl" "$crashed"
+    {
+        head -n 12 "$whole/metrics.jsonl"
+        sed -n '10,15p' "$whole/metrics.jsonl"
+        printf '%s\n' '{"step":18,"tokens":2304,"loss":1e999,"grad_norm":1}' '{"step":18,"tokens":2304,"loss":null}' '{"step":18,"tokens":2304,"loss":NaN}'
+        printf '\0\0\0\0\n{"step":19,"tokens":2432,"loss":3.'
+    } >"$crashed/metrics.jsonl"
+    "$top/scripts/plot.sh" "x=$scratch/short" --output "$scratch/short/curve" && "$top/scripts/plot.sh" "x=$crashed" --output "$crashed/curve" || return 1
+    grep -o '>x[^<]*<' "$scratch/short/curve.svg"
+    cmp "$scratch/short/curve.svg" "$crashed/curve.svg" && grep -q '>x (only [0-9]* of 20 steps)<' "$crashed/curve.svg"
+}
+check lines_cut_by_a_crash_are_not_drawn crashed
+
+# One line and exit code 1, and no part of a file.
+unwritable() {
+    local plot=("$top/scripts/plot.sh" "$scratch/in C")
+    refuses 1 "standard output: is closed" bash -c '"$@" >&-' - "${plot[@]}" -o "$scratch/no/curve" &&
+        refuses 1 "standard output: cannot be written" bash -c '"$@" >/dev/full' - "${plot[@]}" -o "$scratch/full/curve" &&
+        refuses 1 "cannot make this directory" "${plot[@]}" -o "$scratch/small text.txt/curve" &&
+        refuses 1 "no directory for temporary files" env TMPDIR="$scratch/nowhere" "${plot[@]}" -o "$scratch/no/curve" &&
+        refuses 1 "cannot make this directory" compare_in_a_shell 20 "small text.txt/x" --seeds 1 &&
+        [ ! -e "$scratch/no" ] || return 1
+    mkdir -p "$scratch/taken/curve.png"
+    refuses 1 "cannot be written" "${plot[@]}" -o "$scratch/taken/curve" && [ "$(ls "$scratch/taken")" = curve.png ] || return 1
+    # A file that may not grow stands for a full disk.
+    mkdir "$scratch/limited"
+    refuses 1 "there is no space for it" bash -c 'trap "" XFSZ; ulimit -f 8; exec "$@"' - "${plot[@]}" -o "$scratch/limited/curve" && [ -z "$(ls "$scratch/limited")" ]
+}
+check output_that_cannot_be_written unwritable
+
+# ----------------------------------------------------------------------------
+# README's commands from a text to a model, in their order, in a fresh copy of the tree; only sizes are smaller.
+
+readme() ( # in a shell of its own, too
+    mkdir "$scratch/fresh" && git ls-files -z | xargs -0 cp -p --parents -t "$scratch/fresh" && cd "$scratch/fresh" || return 1
+    # `make` stands for the programs that are built here already.
+    cp -a "$scratch/tree/build" build && mkdir my_text && cp "$scratch/small text.txt" my_text/one.txt || return 1
+    # shellcheck disable=SC2016 # the fence of Markdown
+    sed -n '/^## From a text to a model/,/^## /p' README.md | sed -n '/^```sh$/,/^```$/p' | sed '/^```/d' >block.sh
+    [ "$(grep -c 'build/' block.sh)" -ge 4 ] || return 1
+    sed -i -e 's/--vocab-size 4096/--vocab-size 400/; s/--layers 6 --channels 384 --heads 6 --kv-heads 2 -t 512 -b 8 -d 32768/--layers 1 --channels 32 --heads 2 --kv-heads 1 -t 64 -b 2 -d 128/' \
+        -e 's/ -u 100 -n 500/ -x 20 -u 5 -n 10/; s/scripts\/install.sh && make$/scripts\/install.sh \&\& make DEVICE=cpu/' block.sh
+    cat block.sh
+    bash -euo pipefail block.sh || return 1
+    [ -s runs/mine/step_00000020/model.safetensors ] && [ -s runs/mine/loss.svg ]
+)
+check readme_from_a_text_to_a_model readme
 
 # ----------------------------------------------------------------------------
 # Download and recipe, from a server on this machine
@@ -198,10 +409,7 @@ if ! command -v python3 >/dev/null || ! command -v curl >/dev/null; then
 fi
 python3 -u -m http.server 0 --bind 127.0.0.1 --directory "$scratch/site" >"$scratch/server" 2>&1 &
 server=$!
-for _ in $(seq 1 50); do
-    grep -q 'port [0-9]' "$scratch/server" && break
-    sleep 0.1
-done
+wait_for "$server" grep -q 'port [0-9]' "$scratch/server"
 TINYSTORIES_URL=http://127.0.0.1:$(sed -n 's/.* port \([0-9]*\).*/\1/p' "$scratch/server" | head -n 1)
 export TINYSTORIES_URL
 
