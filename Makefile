@@ -381,6 +381,7 @@ unkind-programs: unkind-operations $(SIMT_TRAINERS) $(BUILD)/tokenizer $(BUILD)/
 	  ln -sf "$$(realpath $(BUILD)/$$program)" $(UNKIND_BUILD)/$$program; done
 	@$(MAKE) --no-print-directory BUILD=$(UNKIND_BUILD) UNKIND=1 LINKED=1 $(addprefix $(UNKIND_BUILD)/,$(PROGRAM_TESTS)) \
 	  $(patsubst $(BUILD)/%,$(UNKIND_BUILD)/%,$(filter-out $(SIMT_TRAINERS),$(TESTED_VARIANTS)) $(USERS_TRAINER))
+	@ln -sf $(notdir $(USERS_TRAINER)) $(UNKIND_BUILD)/train_gpt
 
 unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) TOKENIZER=$(UNKIND_BUILD)/tokenizer,$(addprefix $(UNKIND_BUILD)/,$(3)))
 limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
