@@ -1540,6 +1540,17 @@ static char* fuzz_bytes(const char* bytes, size_t* length, size_t reach, uint64_
     return changed;
 }
 
+// Reads the file once; the code with which the reader failed, or 0. A function of its own, so that no variable of the caller lives
+// in a register that longjmp() restores.
+static __attribute__((noinline)) int read_or_fail_back(const Fuzz* fuzz) {
+    static jmp_buf jump;
+    after_failure = &jump;
+    const int code = setjmp(jump);
+    if (code == 0) fuzz->read(fuzz->argument);
+    after_failure = NULL;
+    return code;
+}
+
 // In a child: each round reads one changed file. A reader finds nothing wrong, or fails with code 1 and one line.
 static void fuzz_rounds(void* argument) {
     const Fuzz* fuzz = (const Fuzz*)argument;
@@ -1558,11 +1569,7 @@ static void fuzz_rounds(void* argument) {
         assert_int_equal(ftruncate(fileno(messages), 0), 0);
         lseek(fileno(messages), 0, SEEK_SET);
         dup2(fileno(messages), 2);
-        static jmp_buf jump;
-        after_failure = &jump;
-        int code = setjmp(jump);
-        if (code == 0) fuzz->read(fuzz->argument);
-        after_failure = NULL;
+        int code = read_or_fail_back(fuzz);
         dup2(real_stderr, 2);
         for (int file = first_free; file < first_free + 8; file++) close(file); // what the failure left open
         ssize_t got = pread(fileno(messages), line, sizeof(line) - 1, 0);
