@@ -253,7 +253,7 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 
 # Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
 # for every architecture (build/cuda), where warnings are errors and nothing is run: by make test as objects for the newest
-# architecture, by make test-long for the others. The trainer's kernels are those of the tests: the newest architecture is enough.
+# architecture, by make test-long for the others.
 KERNEL_TEST_SOURCES := test_moba_kernels test_gqa test_kernels test_heads
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
@@ -262,7 +262,7 @@ COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_count
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,train_gpt_bf16 test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS_LONG := $(if $(NVCC),$(BUILD)/cuda/train_gpt_fp32.o $(foreach arch,$(OLDER_ARCHS), \
-                       $(patsubst %,$(BUILD)/cuda/%.sm_$(arch).cubin,test_layout $(KERNEL_TEST_NAMES))))
+                       $(patsubst %,$(BUILD)/cuda/%.sm_$(arch).cubin,train_gpt_bf16 test_layout $(KERNEL_TEST_NAMES))))
 
 # An object that nothing runs needs no optimized code for the host.
 NEWEST_OBJECT := -c $(call with_ptx,$(NEWEST_ARCH)) -Xcompiler -O0
@@ -323,6 +323,11 @@ $(BUILD)/cuda/test_layout.sm_$(1).cubin: test/test_layout.cu Makefile
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
 	$$(Q)$$(call compile_object,-cubin -arch=sm_$(1))
+
+$(BUILD)/cuda/train_gpt_bf16.sm_$(1).cubin: train_gpt.cu Makefile
+	@mkdir -p $$(@D)
+	@echo "  build $$@"
+	$$(Q)$$(call compile_object,-cubin -arch=sm_$(1) $$(call names,dense,gqa,0) $$(call precision,bf16) $$(CUDA_COMM))
 endef
 $(foreach arch,$(OLDER_ARCHS),$(eval $(call rules_of_older_arch,$(arch))))
 
