@@ -13,10 +13,10 @@ kernels of CUDA on an emulator (dev/simt).
 */
 #include <malloc.h>
 #include <omp.h>
-#include <signal.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, fail_usage, malloc_or_fail
 #include "runtime/precision.h" // defines floatX, float_acc
+#include "runtime/signals.h"   // defines signals_start, signals_take, signals_stop
 #include "runtime/random.h"    // defines random_uniform, random_stream
 #include "runtime/model.h"     // defines ModelConfig, ParameterLayout, flops_per_token
 #if defined(DEVICE_CPU)
@@ -936,6 +936,9 @@ static int known_tokens(const ModelConfig* config, const Tokenizer* tokenizer) {
     return tokenizer ? tokenizer_vocab_size(tokenizer) : config->vocab_size;
 }
 
+// The signal by which a run is to stop, 0: none. A signal of one rank counts for all, so all of them call this together.
+static int stop_wanted(void) { return comm_max(signals_stop()); }
+
 // Where sampled text goes: the terminal, and as tokens where there is no tokenizer.
 static void print_token(const Tokenizer* tokenizer, int token) {
     size_t length = 0;
@@ -946,9 +949,10 @@ static void print_token(const Tokenizer* tokenizer, int token) {
 }
 
 // Continues the prompt by up to --sample-length tokens, as far as the model's sequence reaches or until the text ends, and
-// prints both. `name` and `number` key the random stream, so a sample is the same however the run came to it.
-static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* options, const char* name,
-                       uint64_t number) {
+// prints both. `name` and `number` key the random stream, so a sample is the same however the run came to it. Returns 0 where a
+// signal has broken it off, else 1.
+static int gpt_sample(Model* model, Tokenizer* tokenizer, const Options* options, const char* name,
+                      uint64_t number) {
     const int V = known_tokens(&model->config, tokenizer), most = model->T;
     const int end_of_text = tokenizer ? tokenizer_special_id(tokenizer, "<|endoftext|>") : -1;
     TokenBuffer prompt = {NULL, 0, 0};
@@ -964,13 +968,14 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
     floatX* scratch =
         (floatX*)malloc_or_fail((size_t)model->config.padded_vocab * sizeof(floatX), "a sample's logits");
     int* workspace = (int*)malloc_or_fail(sampling_workspace_bytes(V), "sampling");
-    int count = 0, done = 0;
+    int count = 0, done = 0, stopped = 0;
     for (size_t i = 0; i < prompt.count; i++) {
         tokens[count++] = prompt.ids[i];
         if (i > 0) print_token(tokenizer, prompt.ids[i]);
     }
     uint64_t stream = random_stream(name) ^ number;
     for (int i = 0; i < options->sample_length && count < most; i++) {
+        if ((stopped = stop_wanted() != 0)) break;
         gpt_next_logits(model, logits, tokens, count, done, scratch);
         done = count;
         double uniform = random_uniform(options->seed, stream, (uint64_t)i);
@@ -987,6 +992,7 @@ static void gpt_sample(Model* model, Tokenizer* tokenizer, const Options* option
     free(logits);
     free(scratch);
     free(workspace);
+    return !stopped;
 }
 
 // Runs the model over --tokens and writes all logits: how other programs are compared with this one.
@@ -1551,14 +1557,6 @@ static void check_threads(void) {
 // ----------------------------------------------------------------------------
 // The loop
 
-static volatile sig_atomic_t stop_requested = 0;
-
-// The first signal lets the step end and a checkpoint be written; the second one kills.
-static void request_stop(int number) {
-    stop_requested = number;
-    signal(number, SIG_DFL);
-}
-
 static double seconds_now(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -1566,23 +1564,29 @@ static double seconds_now(void) {
 }
 
 // The mean loss over the first --val-batches total batches of the validation data, or all of it: the same tokens whatever
-// the micro-batch and the number of ranks, who take turns.
-static double validate(Model* model, const Run* run) {
+// the micro-batch and the number of ranks, who take turns. Returns 0 where a signal has broken it off, else 1 and the loss.
+static int validate(Model* model, const Run* run, double* loss) {
     const int T = run->config.sequence_length, B = run->options.batch;
     uint64_t count = (uint64_t)run->options.val_batches * (uint64_t)run->sequences_per_step;
     if (count > loader_sequences(run->val)) count = loader_sequences(run->val);
     int* tokens = (int*)malloc_or_fail((size_t)2 * B * T * sizeof(int), "a validation batch");
     double sum = 0;
+    int stopped = 0;
     const uint64_t stride = (uint64_t)B * (uint64_t)comm_size();
-    for (uint64_t first = (uint64_t)B * (uint64_t)comm_rank(); first < count; first += stride) {
+    for (uint64_t turn = 0; turn < count; turn += stride) {
+        const uint64_t first = turn + (uint64_t)B * (uint64_t)comm_rank();
+        if ((stopped = stop_wanted() != 0)) break;
+        if (first >= count) continue; // the other ranks share the last turn
         int rows = count - first < (uint64_t)B ? (int)(count - first) : B;
         loader_read(run->val, first, rows, tokens, tokens + (size_t)B * T);
         gpt_forward(model, tokens, rows, T, 0, NULL);
         sum += gpt_loss(model, tokens + (size_t)B * T, rows, T, 0, 0);
     }
     free(tokens);
+    if (stopped) return 0;
     comm_sum(&sum, 1);
-    return sum / ((double)count * T);
+    *loss = sum / ((double)count * T);
+    return 1;
 }
 
 // Seconds that attention took in the last forward and backward pass, of all layers; the device has done with them.
@@ -1721,6 +1725,7 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     to.directory = comm_rank() == 0 ? options->output : NULL;
     to.quiet = comm_rank() > 0;
     to.resume_step = run->state.step;
+    to.unmeasured = run->state.unmeasured;
     to.total_steps = run->steps;
     to.log_every = (int)options->log_every;
     to.tokens_per_step = (uint64_t)options->total_batch;
@@ -1793,8 +1798,8 @@ static void log_heads(Metrics* metrics, const Model* model, int step) {
 }
 
 // What the router's choices are worth after `step` steps, layer by layer (runtime/selection.h): on the first sequences of the
-// validation data, which are run once more for it.
-static void log_selection(Metrics* metrics, Model* model, const Run* run, int step) {
+// validation data, which are run once more for it. Returns 0 where a signal has broken it off, and nothing is logged; else 1.
+static int log_selection(Metrics* metrics, Model* model, const Run* run, int step) {
     enum { SEQUENCES = 4 };
     const ModelConfig* config = &model->config;
     const int T = config->sequence_length, H = config->heads, G = config->kv_heads, D = config->head_dim,
@@ -1805,7 +1810,9 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
     int* selected = (int*)malloc_or_fail(choices * sizeof(int), "chosen blocks");
     SelectionStats* stats = (SelectionStats*)calloc_or_fail((size_t)L, sizeof(SelectionStats), "choices");
     HeadAllocation heads = gpt_read_heads(model);
+    int stopped = 0;
     for (uint64_t s = 0; s < SEQUENCES && s < loader_sequences(run->val); s++) {
+        if ((stopped = stop_wanted() != 0)) break;
         loader_read(run->val, s, 1, tokens, tokens + T);
         gpt_forward(model, tokens, 1, T, 0, NULL);
         for (int l = 0; l < L; l++) {
@@ -1819,18 +1826,20 @@ static void log_selection(Metrics* metrics, Model* model, const Run* run, int st
         }
     }
     cJSON* layers = cJSON_CreateArray();
-    for (int l = 0; l < L; l++) {
+    for (int l = 0; l < L && !stopped; l++) {
         if (layer_attention(config, l) == ATTENTION_DENSE) continue;
         cJSON* json = selection_json(&stats[l]);
         json_add_whole(json, "layer", l);
         cJSON_AddItemToArray(layers, json);
     }
-    log_member(metrics, step, "moba", layers);
+    if (stopped) cJSON_Delete(layers);
+    else log_member(metrics, step, "moba", layers);
     free(tokens);
     free(qkv);
     free(selected);
     free(stats);
     allocation_free(&heads);
+    return !stopped;
 }
 
 // Hints speak of what is there: a run of no steps, or without --output, has no checkpoint.
@@ -1862,6 +1871,47 @@ static void hint_generation(const Run* run, const char* program) {
 // A step that is due every `every` steps, and at the last one; never with 0.
 static int is_due(long every, int step, int last) { return every > 0 && (step % every == 0 || last); }
 
+enum { RANK_0_IS_DONE = 1000 }; // more than the number of any signal
+
+// The measurements that rank 0 makes alone. 0: a signal has broken them off.
+static int measure_alone(Model* model, const Run* run, Metrics* metrics, int step, int validating,
+                         int sampling) {
+    const Options* options = &run->options;
+    if (validating && heads_are_key_driven(&run->config)) log_heads(metrics, model, step);
+    // Its forward passes are for metrics.jsonl alone.
+    if (validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
+        run->config.moba_topk > 1 && !log_selection(metrics, model, run, step))
+        return 0;
+    if (!sampling) return 1;
+    metrics_message(metrics, "step %d  sample:", step);
+    return gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
+}
+
+// Validation, what else is logged with it, and a sample, where they are due after `step` steps. Returns 0 where a signal comes
+// before the end of them; then the checkpoint says so, and the resumed run does all of them.
+static int measure(Model* model, Run* run, Metrics* metrics, int step, int last) {
+    const int validating = is_due(run->options.val_every, step, last),
+              sampling = step > 0 && is_due(run->options.sample_every, step, last);
+    if (!validating && !sampling) return 1;
+    if (stop_wanted()) return 0;
+    if (validating && run->val) {
+        const double begun = seconds_now();
+        double loss;
+        if (!validate(model, run, &loss)) return 0;
+        run->state.val_loss = loss;
+        metrics_validation(metrics, step, loss, seconds_now() - begun);
+    }
+    int stopped = 0;
+    if (comm_rank() == 0) {
+        stopped = !measure_alone(model, run, metrics, step, validating, sampling);
+        if (!stopped) comm_max(RANK_0_IS_DONE);
+        return !stopped;
+    }
+    // Each question of rank 0 whether to stop is the others' as well.
+    while (!(stopped = stop_wanted())) {}
+    return stopped == RANK_0_IS_DONE;
+}
+
 // What a checkpoint's state.json says of the settings; where the run stands is added as it goes.
 static void describe_state(Run* run) {
     const Options* options = &run->options;
@@ -1891,49 +1941,35 @@ static void describe_state(Run* run) {
 static void train(Model* model, Run* run) {
     const Options* options = &run->options;
     static Metrics metrics;
+    signals_take();
     start_metrics(&metrics, run);
     if (run->changes[0]) metrics_changes(&metrics, run->state.step, run->changes);
     allocate_staging(run);
     loader_start(run->train, run->state.sequences_seen + (uint64_t)(comm_rank() * options->batch),
                  (uint64_t)comm_size() * (uint64_t)options->batch, options->batch);
-    signal(SIGINT, request_stop);
-    signal(SIGTERM, request_stop);
-    signal(SIGUSR1, request_stop); // mpirun passes it on, and Slurm can send it before a job's time is over
     const double started = seconds_now();
     const int first_step = run->state.step;
     // What was done at the step that is resumed is not done again.
-    int fresh = run->resume_from[0] == 0;
+    int fresh = run->resume_from[0] == 0 || run->state.unmeasured;
 
     for (int step = first_step;; step++) {
         const int last = step == run->steps;
-        // A signal, or the clock, of one rank counts for all.
+        // The clock of one rank counts for all.
         const int out_of_time =
             comm_max(options->max_seconds > 0 && seconds_now() - started >= options->max_seconds);
-        const int stop_signal = comm_max(stop_requested), stopping = stop_signal || out_of_time;
-        const int speaks = comm_rank() == 0;
-        const int validating = fresh && is_due(options->val_every, step, last);
-        if (validating && run->val) {
-            double begun = seconds_now();
-            run->state.val_loss = validate(model, run);
-            metrics_validation(&metrics, step, run->state.val_loss, seconds_now() - begun);
-        }
-        if (speaks && validating && heads_are_key_driven(&run->config)) log_heads(&metrics, model, step);
-        // Its forward passes are for metrics.jsonl alone.
-        if (speaks && validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
-            run->config.moba_topk > 1)
-            log_selection(&metrics, model, run, step);
-        if (speaks && fresh && step > 0 && is_due(options->sample_every, step, last)) {
-            metrics_message(&metrics, "step %d  sample:", step);
-            gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
-        }
+        if (fresh) run->state.unmeasured = !measure(model, run, &metrics, step, last);
+        int stop_signal = stop_wanted();
         if (fresh && options->output && step > 0 &&
-            (is_due(options->checkpoint_every, step, last) || last || stopping))
+            (is_due(options->checkpoint_every, step, last) || last || stop_signal || out_of_time)) {
             save_checkpoint(model, run, &metrics, step);
-        if (last || stopping) {
+            stop_signal = stop_wanted(); // one that came meanwhile needs no further step
+        }
+        const int finished = last && !run->state.unmeasured;
+        if (finished || stop_signal || out_of_time) {
             metrics_finish(&metrics);
-            if (last) break;
+            if (finished) break;
             printf("stopped after step %d of %d%s\n", step, run->steps,
-                   out_of_time ? ": --max-seconds is over" : "");
+                   stop_signal ? "" : ": --max-seconds is over");
             if (has_checkpoint(options))
                 printf("---> HINT: the same command with --resume goes on from here\n");
             if (stop_signal) {
@@ -1957,6 +1993,7 @@ static void train(Model* model, Run* run) {
         }
         metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun, attention);
     }
+    signals_release();
     free_staging(run);
 }
 
@@ -1968,9 +2005,20 @@ static void yield_while_waiting(char** argv) {
     execv("/proc/self/exe", argv); // where this fails, all is as it was
 }
 
+// A closed stdin, stdout or stderr gets a place: the first file that the program opens would take its number, and what is printed
+// would go into that file.
+static void open_standard_files(void) {
+    int file;
+    do file = open("/dev/null", O_RDWR);
+    while (file >= 0 && file <= STDERR_FILENO);
+    if (file > STDERR_FILENO) close(file);
+}
+
 int main(int argc, char** argv) {
     program_name = "train_gpt";
+    open_standard_files();
     yield_while_waiting(argv);
+    signals_start();
     comm_start();
     // Otherwise the C library keeps a heap for every thread and what was freed, and no plan knows how much of it.
     mallopt(M_ARENA_MAX, 1);
@@ -2002,7 +2050,7 @@ int main(int argc, char** argv) {
         check_model_fits(&model);
         gpt_allocate(&model);
         load_model(&model, &run, run.init_from);
-        if (options->generate) gpt_sample(&model, run.tokenizer, options, "generate", 0);
+        if (options->generate) (void)gpt_sample(&model, run.tokenizer, options, "generate", 0);
         else if (options->write_logits) write_logits(&model, options);
         else eval_retrieval(&model, task, options, run.init_from, run.tokenizer);
         if (task) retrieval_close(task);

@@ -58,6 +58,7 @@ typedef struct {
     // results
     double train_loss; // of the last step
     double val_loss;   // the last one measured; nan before the first
+    int unmeasured; // 1: a signal came before the validation and the sample of `step` were done; a resume does them
     // the data, as loader_fingerprint() has them; 0: none, or not known
     uint64_t data_fingerprint, data_tokens, val_fingerprint;
     int data_shards;
@@ -98,6 +99,7 @@ static const StateField state_fields[] = {
     STATE_OPTION(STATE_DOUBLE, grad_clip, 1, "--clip"),
     STATE_FIELD(STATE_DOUBLE, train_loss, 1),
     STATE_FIELD(STATE_DOUBLE, val_loss, 1),
+    STATE_FIELD(STATE_INT, unmeasured, 2),
     STATE_FIELD(STATE_UINT64, data_fingerprint, 2),
     STATE_FIELD(STATE_UINT64, data_tokens, 2),
     STATE_FIELD(STATE_UINT64, val_fingerprint, 2),

@@ -1,7 +1,8 @@
 /*
 Processes that train one model together: who they are, and the sums they make.
 
-    comm_start();                                          // first of all
+    signals_start();                                       // first of all (runtime/signals.h)
+    comm_start();
     loader_start(loader, comm_rank() * B, comm_size() * B, B);
     comm_reduce_scatter(grads, count, stream);             // each rank gets its shard of the sum
     comm_all_gather(params, bytes, stream);                // every rank gets every rank's shard
@@ -29,11 +30,11 @@ Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 #include <assert.h>
 #include <omp.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/resource.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, failure_begin, failure_end
 #include "runtime/precision.h" // defines float_acc
+#include "runtime/signals.h"   // defines signals_on_alarm
 #if defined(COMM_MPI)
 #include <mpi.h>
 #endif
@@ -433,12 +434,11 @@ static inline int comm_can_be_recorded(void) { return 1; }
 // Start and end
 
 // What MPI and NCCL do while they start and end may wait for ever, for a rank that is not there or by a network that leads
-// nowhere, and nothing can be asked meanwhile: so a clock ends the process, which ends the job. What it says is made before, as
-// little may be called in a signal's handler.
+// nowhere, and nothing can be asked meanwhile: so a clock ends the process, which ends the job. The thread that waits for signals
+// prints comm_last_words, which the main thread made before.
 static char comm_last_words[512];
 
-static inline void comm_time_is_over(int signal_number) {
-    (void)signal_number;
+static inline void comm_time_is_over(void) {
     const ssize_t wrote = write(STDERR_FILENO, comm_last_words, strlen(comm_last_words));
     (void)wrote; // there is nobody else to tell
     _exit(1);
@@ -465,11 +465,14 @@ static inline void comm_watch(const char* doing) {
              "%s: %s is not done after %d s: another rank is not there, or the network between them; see "
              "docs/distributed.md, Networks\n",
              who, doing, seconds);
-    signal(SIGALRM, comm_time_is_over);
+    signals_on_alarm(comm_time_is_over);
     alarm((unsigned)seconds);
 }
 
-static inline void comm_watch_end(void) { alarm(0); }
+static inline void comm_watch_end(void) {
+    alarm(0);
+    signals_on_alarm(NULL);
+}
 
 // Quarters of a second that this rank waits before it tells of a failure. All ranks often fail alike: then the first of them
 // speaks, and has ended the others before it is their turn. Far ones have a turn on each host. Who fails for another's sake leaves

@@ -19,7 +19,8 @@ main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validatio
 A step has the number of optimizer steps done with it, 1, 2, ..., total_steps, and a validation that of those done
 before it, 0 for the fresh model. (llm.c counts training steps from 0, so main.log does.) A run resumed at step k
 drops every line of a later step, and a last line that was cut; the file is written anew and renamed. A validation
-at k is kept, and not written a second time. A resume with another description than before adds
+at k is kept, and not written a second time; only where a signal broke off the measurements at k, their lines are
+dropped as well. A resume with another description than before adds
 {"event":"resume","step":k, ...}.
 
 On a terminal one live line is redrawn, messages scroll above it; elsewhere a plain line every log_every steps.
@@ -46,10 +47,11 @@ A file that cannot be written ends the run with one line (exit code 1).
 
 // All zero is a run without files, with a line every step.
 typedef struct {
-    const char* directory;    // where the files are; NULL: none
-    int resume_step;          // steps done before; 0: a new run, whose files begin empty
-    int total_steps;          // where the run ends
-    int log_every;            // steps between two plain lines of a display that is no terminal; 0 is 1
+    const char* directory; // where the files are; NULL: none
+    int resume_step;       // steps done before; 0: a new run, whose files begin empty
+    int unmeasured;        // 1: what was measured at resume_step is measured again, and its lines are dropped
+    int total_steps;       // where the run ends
+    int log_every;         // steps between two plain lines of a display that is no terminal; 0 is 1
     uint64_t tokens_per_step; // of all ranks
     uint64_t tokens_before;   // of the resume_step steps done before, which may have been of another size
     double flops_per_step;    // floating-point operations a step, forward and backward; 0: not known
@@ -169,19 +171,26 @@ __attribute__((format(printf, 2, 3))) static inline void metrics_write(MetricsFi
     if (written < 0 || fflush(out->file) != 0) fail("%s: cannot write: %s", out->path, strerror(errno));
 }
 
-// Does this line, without its newline, belong to the first `step` steps? What is no line of ours does not.
-static inline int metrics_line_kept(const char* line, int step) {
+// Is this line, of the step that is resumed, the step's own, and not that of a measurement after it?
+static inline int metrics_line_of_step(const char* line) {
+    return strstr(line, "\"loss\":") || strstr(line, "\"step_ms\":");
+}
+
+// Does this line, without its newline, belong to the first `step` steps? What is no line of ours does not. Where the last of
+// these steps is unmeasured, its validation and the like do not belong to them either.
+static inline int metrics_line_kept(const char* line, int step, int unmeasured) {
     size_t length = strlen(line);
     char event[32], kind[4];
     int at, end = 0;
     if (line[0] == '{') {
         if (line[length - 1] != '}') return 0;
         if (!strncmp(line, "{\"event\":\"start\"", 16)) return 1;
-        if (sscanf(line, "{\"step\":%d,", &at) == 1) return at <= step;
+        if (sscanf(line, "{\"step\":%d,", &at) == 1)
+            return at < step || (at == step && (!unmeasured || metrics_line_of_step(line)));
         return sscanf(line, "{\"event\":\"%31[^\"]\",\"step\":%d%n", event, &at, &end) == 2 && at <= step;
     }
     if (sscanf(line, "s:%d %3[a-z]:%n", &at, kind, &end) != 2 || end == 0) return 0;
-    return !strcmp(kind, "trl") ? at < step : at <= step;
+    return at < step || (at == step && !unmeasured && strcmp(kind, "trl") != 0);
 }
 
 // What the resumed run has to know of a line that is kept. `description` is that of the last start or resume.
@@ -205,7 +214,7 @@ static inline void metrics_cut_file(Metrics* m, const char* path, char* descript
     FILE* file = open_or_fail(partial, "wb");
     for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
         *end = 0;
-        if (!metrics_line_kept(line, m->options.resume_step)) continue;
+        if (!metrics_line_kept(line, m->options.resume_step, m->options.unmeasured)) continue;
         metrics_remember(m, line, description);
         *end = '\n';
         write_or_fail(line, (size_t)(end - line) + 1, file, partial);

@@ -5,6 +5,7 @@ For tests that run the built programs: a process and what became of it, the file
     must_end_well(result);
     must_fail_with(run("%s -b 0", trainer), 2, "--batch 0");
     must_be_same_run("first", "second", 3);
+    pid_t job = start("build/train_gpt ...", "out.txt", "err.txt");   // beside the test
 
 Include it after the tree's other headers: cmocka.h makes fail() a macro of its own. What must be equal is compared as bytes.
 */
@@ -16,6 +17,7 @@ Include it after the tree's other headers: cmocka.h makes fail() a macro of its 
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -80,12 +82,38 @@ static inline void sleep_ms(long ms) {
     nanosleep(&wait, NULL);
 }
 
-// Whether a child has ended; it can still be waited for.
+static inline double now(void) {
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
+}
+
+// The signals by which a run stops.
+static const int stop_signals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU};
+enum { STOP_SIGNALS = sizeof(stop_signals) / sizeof(stop_signals[0]) };
+
+// In the child, before exec: a test that nohup or the background of a script started ignores signals, and its children would.
+// SIGXCPU writes a core where the limit allows it.
+static inline void heed_signals(void) {
+    const struct rlimit no_core = {0, 0};
+    (void)setrlimit(RLIMIT_CORE, &no_core);
+    for (int i = 0; i < STOP_SIGNALS; i++) signal(stop_signals[i], SIG_DFL);
+}
+
+// 1: the process has ended; it can still be waited for.
 static inline int has_ended(pid_t child) {
     siginfo_t info;
     memset(&info, 0, sizeof(info));
-    assert_int_equal(waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT), 0);
-    return info.si_pid == child;
+    waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT);
+    return info.si_pid != 0;
+}
+
+// Waits until the file has so many lines; fails where the process ends before.
+static inline void await_lines(pid_t child, const char* path, int lines) {
+    while (count_lines(path) < lines) {
+        assert_false(has_ended(child));
+        sleep_ms(5);
+    }
 }
 
 static inline void treat(pid_t child, const Treatment* treatment) {
@@ -111,6 +139,7 @@ static inline const Result* run_treated(const Treatment* treatment, const char* 
     pid_t child = fork();
     assert_true(child >= 0);
     if (child == 0) {
+        heed_signals();
         int out = open("stdout.txt", O_WRONLY | O_CREAT | O_TRUNC, 0666);
         int err = open("stderr.txt", O_WRONLY | O_CREAT | O_TRUNC, 0666);
         if (dup2(out, 1) < 0 || dup2(err, 2) < 0) _exit(126);
@@ -155,6 +184,53 @@ __attribute__((format(printf, 1, 2))) static inline const Result* run(const char
     va_end(arguments);
     const Treatment nothing = {0};
     return run_treated(&nothing, line);
+}
+
+// Starts a line of sh, which goes on beside the test.
+static inline pid_t start(const char* line, const char* out, const char* err) {
+    char command[16384];
+    print_to(command, sizeof(command), "exec %s >%s 2>%s", line, out, err);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        heed_signals();
+        execl("/bin/sh", "sh", "-c", command, (char*)NULL);
+        _exit(126);
+    }
+    return child;
+}
+
+// Waits for what start() has started: its exit code, 128 + the signal where one ended it.
+static inline int end_of(pid_t child) {
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+// No thread of the process has a handler for the signals that stop a run, which would use the stack of the code that it
+// interrupts; all threads block them but the one that waits for them, which /proc shows as not blocking them.
+static inline void must_take_signals_on_no_stack(pid_t process, int least_threads) {
+    char path[320], text[8192];
+    unsigned long long stopping = 0, blocked, caught;
+    int threads = 0, waiting = 0;
+    for (int i = 0; i < STOP_SIGNALS; i++) stopping |= 1ull << (stop_signals[i] - 1);
+    print_to(path, sizeof(path), "/proc/%d/task", (int)process);
+    DIR* tasks = opendir(path);
+    assert_non_null(tasks);
+    for (struct dirent* task; (task = readdir(tasks));) {
+        if (task->d_name[0] == '.') continue;
+        print_to(path, sizeof(path), "/proc/%d/task/%s/status", (int)process, task->d_name);
+        read_text(text, sizeof(text), path);
+        assert_int_equal(sscanf(strstr(text, "SigBlk:"), "SigBlk: %llx", &blocked), 1);
+        assert_int_equal(sscanf(strstr(text, "SigCgt:"), "SigCgt: %llx", &caught), 1);
+        assert_true((caught & stopping) == 0);
+        threads++;
+        if ((blocked & stopping) == stopping) continue;
+        assert_true((blocked & stopping) == 0 && atoi(task->d_name) != (int)process);
+        waiting++;
+    }
+    closedir(tasks);
+    assert_true(waiting <= 1 && threads >= least_threads);
 }
 
 static inline void must_end_well(const Result* result) {

@@ -233,24 +233,6 @@ static void test_shards_take_less_memory(void** state) {
 // ----------------------------------------------------------------------------
 // Ends
 
-static double now(void) {
-    struct timespec at;
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
-}
-
-static pid_t start(const char* line) {
-    char command[8192];
-    print_to(command, sizeof(command), "exec %s >stdout.txt 2>stderr.txt", line);
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        execl("/bin/sh", "sh", "-c", command, (char*)NULL);
-        _exit(126);
-    }
-    return child;
-}
-
 // The rank-th process that `parent` has started; 0 where there is none yet.
 static pid_t child_of(pid_t parent, int rank) {
     char path[64], text[1024];
@@ -288,7 +270,7 @@ static int kill_one(int number) {
     const int until = count_lines("killed/metrics.jsonl") + new_lines;
     print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -n 1 -x %d -o killed -b 1 --zero 1 --resume",
              mpirun(KILLED_RANKS), dense, STEPS);
-    const pid_t job = start(line);
+    const pid_t job = start(line, "stdout.txt", "stderr.txt");
     pid_t victim = 0;
     int status;
     for (const double since = now(); !victim && now() - since < PATIENCE; sleep_ms(5))
@@ -333,9 +315,10 @@ static void test_a_signal_stops_all(void** state) {
     (void)state;
     char line[4096], out[65536];
     print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1", mpirun(2), dense);
-    const pid_t job = start(line);
+    const pid_t job = start(line, "stdout.txt", "stderr.txt");
     int status;
-    while (!has_ended(job) && count_lines("stopped/metrics.jsonl") < 6) sleep_ms(5);
+    await_lines(job, "stopped/metrics.jsonl", 6);
+    for (int rank = 0; rank < 2; rank++) must_take_signals_on_no_stack(child_of(job, rank), 2);
     kill(job, SIGUSR1);
     assert_int_equal(waitpid(job, &status, 0), job);
     assert_int_equal(WEXITSTATUS(status), 128 + SIGUSR1);
@@ -344,6 +327,27 @@ static void test_a_signal_stops_all(void** state) {
     assert_true(exists("stopped/latest"));
     must_end_well(run("%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1 --resume --max-seconds 0.2",
                       mpirun(3), dense));
+}
+
+// Nearly all of the time goes into validations, so that a signal comes in one of them: all ranks break it off, whether mpirun
+// has told all of them or the second one alone knows. The run that goes on is what it would have been.
+static void test_a_signal_stops_a_validation_of_all(void** state) {
+    (void)state;
+    const char* slow = MODEL " " RUN " -j train.bin -m 100000 -v 1 -s 5 -x 20 -b 1";
+    char line[4096];
+    must_end_well(run("%s %s %s -o unbroken", mpirun(3), dense, slow));
+    for (int i = 0; i < 3; i++) {
+        print_to(line, sizeof(line), "%s %s %s -o broken --resume", mpirun(3), dense, slow);
+        const pid_t job = start(line, "stdout.txt", "stderr.txt");
+        await_lines(job, "broken/metrics.jsonl", 4 + 2 * i); // the start, then validations and steps in turn
+        sleep_ms(20);
+        kill(i == 1 ? child_of(job, 1) : job, SIGUSR1);
+        assert_int_equal(end_of(job), 128 + SIGUSR1);
+        assert_true(exists("broken/latest"));
+    }
+    must_end_well(run("%s %s %s -o broken --resume", mpirun(3), dense, slow));
+    must_equal("broken/metrics.jsonl", "unbroken/metrics.jsonl");
+    must_equal("broken/step_00000020/model.safetensors", "unbroken/step_00000020/model.safetensors");
 }
 
 // ----------------------------------------------------------------------------
@@ -502,6 +506,7 @@ int main(void) {
         cmocka_unit_test(test_shards_take_less_memory),
         cmocka_unit_test(test_a_killed_rank_ends_the_job),
         cmocka_unit_test(test_a_signal_stops_all),
+        cmocka_unit_test(test_a_signal_stops_a_validation_of_all),
         cmocka_unit_test(test_bad_calls_are_told_once),
         cmocka_unit_test(test_ranks_that_differ_are_found),
         cmocka_unit_test(test_a_start_that_hangs_is_given_up),

@@ -12,6 +12,7 @@ compared as bytes.
 #include "runtime/options.h" // option_table
 #include "test/programs.h"   // run, must_end_well, must_equal, write_shard
 #include <sys/mount.h>
+#include <termios.h>
 
 static char trainer[PATH_MAX]; // the programs
 static char tokenizer[PATH_MAX];
@@ -121,19 +122,18 @@ static void test_killed_at_any_moment_it_resumes_bitwise(void** state) {
 
 static void test_a_signal_writes_a_checkpoint(void** state) {
     (void)state;
-    static const int signals[] = {SIGTERM, SIGINT};
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < STOP_SIGNALS; i++) {
         char output[32];
         print_to(output, sizeof(output), "signalled_%d", i);
         char metrics[64];
         print_to(metrics, sizeof(metrics), "%s/metrics.jsonl", output);
         Treatment treatment = {0};
-        treatment.signal = signals[i];
+        treatment.signal = stop_signals[i];
         treatment.until_file = metrics;
         treatment.until_lines = 5 + i;
         const Result* result = run_interrupted(&treatment, command(output, "-n 0"), output);
-        if (result->exit_code != 128 + signals[i]) print_error("%s%s\n", result->out, result->err);
-        assert_int_equal(result->exit_code, 128 + signals[i]);
+        if (result->exit_code != 128 + stop_signals[i]) print_error("%s%s\n", result->out, result->err);
+        assert_int_equal(result->exit_code, 128 + stop_signals[i]);
         assert_non_null(strstr(result->out, "stopped after step "));
         assert_non_null(strstr(result->out, "--resume"));
         int stopped = atoi(strstr(result->out, "stopped after step ") + 19);
@@ -144,6 +144,195 @@ static void test_a_signal_writes_a_checkpoint(void** state) {
         must_end_well(train(output, "--resume"));
         must_be_same_run("whole", output, STEPS);
     }
+}
+
+// The cause of stops that crashed: oneDNN's matrix products keep their stack pointer in the heap while they compute.
+static void test_signals_are_taken_on_no_stack(void** state) {
+    (void)state;
+    char line[4096];
+    print_to(line, sizeof(line), "env OMP_NUM_THREADS=4 %s", command("threads", "-x 1000000 -n 0"));
+    const pid_t job = start(line, "threads.txt", "threads_err.txt");
+    await_lines(job, "threads/metrics.jsonl", 10);
+    must_take_signals_on_no_stack(job, 5); // four that compute, and one that waits
+    kill(job, SIGTERM);
+    assert_int_equal(end_of(job), 128 + SIGTERM);
+}
+
+// What was ignored when the program started stays so.
+static void test_nohup_ignores_the_terminal(void** state) {
+    (void)state;
+    const pid_t job = start(command("nohup", "-x 1000000 -n 0"), "nohup.txt", "nohup_err.txt");
+    await_lines(job, "nohup/metrics.jsonl", 4);
+    kill(job, SIGTERM);
+    assert_int_equal(end_of(job), 128 + SIGTERM);
+    char line[4096];
+    print_to(line, sizeof(line), "nohup %s", command("nohup", "--resume -x 1000000 -n 0"));
+    const pid_t deaf = start(line, "nohup.txt", "nohup_err.txt");
+    const int lines = count_lines("nohup/metrics.jsonl");
+    await_lines(deaf, "nohup/metrics.jsonl", lines + 3);
+    kill(deaf, SIGHUP);
+    await_lines(deaf, "nohup/metrics.jsonl", lines + 30);
+    kill(deaf, SIGINT);
+    assert_int_equal(end_of(deaf), 128 + SIGINT);
+}
+
+// Stopped at moments before the first step, the process ends by the signal itself, says nothing, and leaves nothing half-written.
+static void test_a_signal_before_training_ends_at_once(void** state) {
+    (void)state;
+    for (int i = 0; i < 24; i++) {
+        const int number = stop_signals[i % STOP_SIGNALS];
+        const pid_t job = start(command("early", "--resume"), "early.txt", "early_err.txt");
+        sleep_ms(6 * i);
+        kill(job, number);
+        const int code = end_of(job);
+        if (code) assert_int_equal(code, 128 + number);
+        must_hold_nothing_partial("early");
+        assert_int_equal(count_lines("early_err.txt"), 0);
+    }
+    must_end_well(train("early", "--resume"));
+    must_be_same_run("whole", "early", STEPS);
+}
+
+// The seconds that the first validation of a run has taken.
+static double seconds_of_validation(const char* output) {
+    char path[256], text[8192];
+    print_to(path, sizeof(path), "%s/timings.jsonl", output);
+    read_text(text, sizeof(text), path);
+    const char* spent = strstr(text, "\"spent\":");
+    assert_non_null(spent);
+    return strtod(spent + 8, NULL);
+}
+
+static int validations_of(const char* output) {
+    double values[64];
+    return read_metric(values, 64, output, "val_loss");
+}
+
+// Runs a line until its metrics have so many lines, and stops it a quarter of a validation later. 1: it is stopped, and no further
+// validation is logged.
+static int is_stopped_in_validation(const char* line, int lines) {
+    const pid_t job = start(line, "slow.txt", "slow_err.txt");
+    await_lines(job, "slow/metrics.jsonl", lines);
+    const int before = validations_of("slow");
+    sleep_ms((long)(250 * seconds_of_validation("slow")));
+    kill(job, SIGTERM);
+    const int code = end_of(job);
+    if (code == 0) return 0; // it came after all
+    assert_int_equal(code, 128 + SIGTERM);
+    assert_true(exists("slow/latest"));
+    return validations_of("slow") == before;
+}
+
+// A validation that a signal breaks off is not logged, and the resumed run does it: after a step, as the first thing of a resumed
+// run, and after the last step.
+static void test_a_signal_breaks_off_a_validation(void** state) {
+    (void)state;
+    char line[4096];
+    write_shard("long.bin", good_shard(600000));
+    const char* slow = "-j long.bin -m 100000 -v 4 -x 6 -n 0";
+    must_end_well(train("unbroken", slow));
+    print_to(line, sizeof(line), "%s %s --resume", command("slow", ""), slow);
+    int broken = is_stopped_in_validation(line, 6); // start, validation, four steps
+    broken += is_stopped_in_validation(line, 6);
+    broken += is_stopped_in_validation(line, 9); // the validation of step 4, two steps
+    assert_true(broken >= 1);                    // all three, unless the machine stumbles
+    print_message("%d of 3 validations were broken off\n", broken);
+    must_end_well(run_treated(&(Treatment){0}, line));
+    must_be_same_run("unbroken", "slow", 6);
+    must_equal("unbroken/step_00000006/state.json", "slow/step_00000006/state.json");
+    must_equal("unbroken/main.log", "slow/main.log");
+    must_hold_nothing_partial("slow");
+}
+
+// So is a sample.
+static void test_a_signal_breaks_off_a_sample(void** state) {
+    (void)state;
+    char line[4096], text[65536];
+    const char* sampling = "-j train_0.bin -t 2048 -b 1 -d 2048 -v 0 -x 4 -s 3 --sample-length 3000 -n 0";
+    must_end_well(train("sampled", sampling));
+    read_text(text, sizeof(text), "stdout.txt");
+    const char* whole = strstr(text, "sample:");
+    assert_non_null(whole);
+    const size_t most = strcspn(strchr(whole, '\n') + 1, "\n");
+    print_to(line, sizeof(line), "%s %s --resume", command("interrupted", ""), sampling);
+    const pid_t job = start(line, "sample.txt", "sample_err.txt");
+    for (text[0] = 0; !strstr(text, "sample:\n"); sleep_ms(2)) {
+        assert_false(has_ended(job));
+        if (exists("sample.txt")) read_text(text, sizeof(text), "sample.txt");
+    }
+    kill(job, SIGINT);
+    assert_int_equal(end_of(job), 128 + SIGINT);
+    read_text(text, sizeof(text), "sample.txt");
+    assert_non_null(strstr(text, "stopped after step 3 of 4"));
+    const size_t printed = strcspn(strstr(text, "sample:\n") + 8, "\n");
+    print_message("%zu of %zu bytes were printed\n", printed, most);
+    assert_true(printed < most);
+    const Result* result = run_treated(&(Treatment){0}, line);
+    must_end_well(result);
+    assert_int_equal(strcspn(strstr(result->out, "sample:\n") + 8, "\n"), most);
+    must_be_same_run("sampled", "interrupted", 4);
+}
+
+// Starts a run whose stdout is `out`, with a terminal as its session's.
+static pid_t start_on(const char* output, int out, const char* terminal) {
+    char line[4096];
+    print_to(line, sizeof(line), "exec %s", command(output, "-x 1000000 -n 0"));
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        heed_signals();
+        signal(SIGPIPE, SIG_DFL);
+        setsid();
+        if (terminal) out = open(terminal, O_RDWR); // the session has none yet, so this one becomes it
+        if (dup2(out, 1) < 0 || dup2(out, 2) < 0) _exit(126);
+        close(out);
+        execl("/bin/sh", "sh", "-c", line, (char*)NULL);
+        _exit(126);
+    }
+    return child;
+}
+
+// Whoever reads the output is gone: the window of a terminal closes, or the other end of a pipe.
+static void test_output_without_a_reader_writes_a_checkpoint(void** state) {
+    (void)state;
+    int ends[2];
+    assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
+    pid_t job = start_on("unread", ends[1], NULL);
+    close(ends[1]);
+    await_lines(job, "unread/metrics.jsonl", 5);
+    close(ends[0]);
+    assert_int_equal(end_of(job), 128 + SIGPIPE);
+    assert_true(exists("unread/latest"));
+    must_end_well(train("unread", "--resume -x 1000000 -n 0 --max-seconds 0.05"));
+
+    const int screen = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+    if (screen < 0 || grantpt(screen) != 0 || unlockpt(screen) != 0) {
+        print_message("SKIPPED: no pseudo-terminal can be had here\n");
+        skip();
+    }
+    job = start_on("closed", -1, ptsname(screen));
+    await_lines(job, "closed/metrics.jsonl", 5);
+    close(screen);
+    assert_int_equal(end_of(job), 128 + SIGHUP);
+    assert_true(exists("closed/latest"));
+    must_end_well(train("closed", "--resume -x 1000000 -n 0 --max-seconds 0.05"));
+}
+
+// Where stdout is closed, no file of the run takes its number, and what is printed goes nowhere.
+static void test_a_closed_stdout_is_no_file_of_the_run(void** state) {
+    (void)state;
+    char line[4096];
+    print_to(line, sizeof(line), "%s <&-", command("mute", "-x 1000000 -n 0"));
+    const pid_t job = start(line, "&-", "&-");
+    await_lines(job, "mute/metrics.jsonl", 5);
+    for (int i = 0; i < 3; i++) {
+        char path[64], target[PATH_MAX] = "";
+        print_to(path, sizeof(path), "/proc/%d/fd/%d", (int)job, i);
+        assert_true(readlink(path, target, sizeof(target) - 1) > 0);
+        assert_string_equal(target, "/dev/null");
+    }
+    kill(job, SIGTERM);
+    assert_int_equal(end_of(job), 128 + SIGTERM);
 }
 
 static void test_max_seconds_writes_a_checkpoint(void** state) {
@@ -971,6 +1160,13 @@ int main(void) {
         cmocka_unit_test(test_training_learns_and_repeats_bitwise),
         cmocka_unit_test(test_killed_at_any_moment_it_resumes_bitwise),
         cmocka_unit_test(test_a_signal_writes_a_checkpoint),
+        cmocka_unit_test(test_signals_are_taken_on_no_stack),
+        cmocka_unit_test(test_nohup_ignores_the_terminal),
+        cmocka_unit_test(test_a_signal_before_training_ends_at_once),
+        cmocka_unit_test(test_a_signal_breaks_off_a_validation),
+        cmocka_unit_test(test_a_signal_breaks_off_a_sample),
+        cmocka_unit_test(test_output_without_a_reader_writes_a_checkpoint),
+        cmocka_unit_test(test_a_closed_stdout_is_no_file_of_the_run),
         cmocka_unit_test(test_max_seconds_writes_a_checkpoint),
         cmocka_unit_test(test_micro_batches_give_the_same_losses),
         cmocka_unit_test(test_hints_can_be_followed),

@@ -14,7 +14,9 @@ The host-side headers of runtime/: learning-rate schedules, sampling, metrics, w
 #include "runtime/sampling.h"
 #include "runtime/schedule.h"
 #include "runtime/selection.h"
+#include "runtime/signals.h"
 #include "test/capture.h"
+#include <sys/resource.h>
 
 // last, as it has a macro `fail` of its own
 #include <setjmp.h>
@@ -67,6 +69,221 @@ static void a_long_failure_is_a_line(void** state) {
     assert_int_equal(ftell(kept), 4 * PATH_MAX - 2);
     assert_int_equal(fgetc(kept), '\n');
     fclose(kept);
+}
+
+// ----------------------------------------------------------------------------
+// Signals. Each test sends them to a child, which says by a byte how far it is.
+
+static int child_says; // the child's end of the pipe
+
+static void say(char what) {
+    const ssize_t wrote = write(child_says, &what, 1);
+    if (wrote != 1) _exit(99);
+}
+
+static void must_say(int child, char what) {
+    char said = 0;
+    assert_int_equal(read(child, &said, 1), 1);
+    assert_int_equal(said, what);
+}
+
+// Starts the child; its words come out of *says.
+static pid_t start_child(void (*what)(void), int* says) {
+    int ends[2];
+    assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
+    fflush(NULL);
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        const struct rlimit no_core = {0, 0};
+        setrlimit(RLIMIT_CORE, &no_core);
+        for (int i = 0; i < SIGNALS_HANDLED; i++) signal(signals_handled[i], SIG_DFL);
+        child_says = ends[1];
+        what();
+        _exit(98);
+    }
+    close(ends[1]);
+    *says = ends[0];
+    return child;
+}
+
+static int status_of(pid_t child, int says) {
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    close(says);
+    return status;
+}
+
+// Until the waiting thread has taken what was sent.
+static void wait_until_none_is_pending(void) {
+    sigset_t pending;
+    do {
+        sleep(0);
+        sigpending(&pending);
+        for (int i = 0; i < SIGNALS_HANDLED; i++)
+            if (sigismember(&pending, signals_handled[i]))
+                sigemptyset(&pending), sigaddset(&pending, SIGKILL);
+    } while (sigismember(&pending, SIGKILL));
+}
+
+static void train_until_a_signal(void) {
+    signals_start();
+    signals_take();
+    say('r');
+    while (!signals_stop()) sched_yield();
+}
+
+static void stop_in_order(void) {
+    train_until_a_signal();
+    _exit(signals_stop());
+}
+
+static void stop_at_length(void) {
+    train_until_a_signal();
+    say('s');
+    for (;;) pause();
+}
+
+static void is_not_training(void) {
+    signals_start();
+    say('r');
+    for (;;) pause();
+}
+
+static char half_written[PATH_MAX];
+
+static void is_loading(void) {
+    scratch_path_begin(half_written);
+    fclose(open_or_fail(half_written, "wb"));
+    is_not_training();
+}
+
+static void has_trained(void) {
+    signals_start();
+    signals_take();
+    signals_release();
+    say('r');
+    for (;;) pause();
+}
+
+static void a_signal_is_a_wish_to_stop_while_training(void** state) {
+    (void)state;
+    for (int i = 0; i < SIGNALS_HANDLED; i++) {
+        const int number = signals_handled[i];
+        int says;
+        pid_t child = start_child(stop_in_order, &says);
+        must_say(says, 'r');
+        kill(child, number);
+        int status = status_of(child, says);
+        assert_true(WIFEXITED(status));
+        assert_int_equal(WEXITSTATUS(status), number);
+        // Before and after the loop it ends the process.
+        path_format(half_written, "/tmp/half_written_%d", (int)getpid());
+        void (*const idle[])(void) = {is_loading, has_trained};
+        for (int k = 0; k < 2; k++) {
+            child = start_child(idle[k], &says);
+            must_say(says, 'r');
+            kill(child, number);
+            status = status_of(child, says);
+            assert_true(WIFSIGNALED(status) && WTERMSIG(status) == number);
+            assert_false(path_exists(half_written));
+        }
+    }
+}
+
+// timeout(1) sends its signal twice, one right after the other.
+static void the_same_moment_again(void) {
+    signals_same_seconds = 1000;
+    train_until_a_signal();
+    kill(getpid(), SIGTERM);
+    kill(getpid(), SIGHUP);
+    wait_until_none_is_pending();
+    _exit(signals_stop());
+}
+
+static void at_once_the_second_time(void) {
+    signals_same_seconds = 0;
+    stop_at_length();
+}
+
+static void a_second_signal_ends_the_process(void** state) {
+    (void)state;
+    int says;
+    pid_t child = start_child(the_same_moment_again, &says);
+    must_say(says, 'r');
+    kill(child, SIGTERM);
+    int status = status_of(child, says);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == SIGTERM);
+    child = start_child(at_once_the_second_time, &says);
+    must_say(says, 'r');
+    kill(child, SIGTERM);
+    must_say(says, 's');
+    kill(child, SIGXCPU); // comes again every second
+    kill(child, SIGINT);
+    status = status_of(child, says);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGINT);
+}
+
+static void ignores_the_terminal(void) {
+    signal(SIGHUP, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
+    stop_in_order();
+}
+
+static void ignored_signals_stay_ignored(void** state) {
+    (void)state;
+    int says;
+    const pid_t child = start_child(ignores_the_terminal, &says);
+    must_say(says, 'r');
+    kill(child, SIGHUP);
+    kill(child, SIGINT);
+    kill(child, SIGUSR1);
+    const int status = status_of(child, says);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == SIGUSR1);
+}
+
+static void time_is_over(void) { _exit(77); }
+
+static void waits_for_a_clock(void) {
+    signals_on_alarm(time_is_over);
+    train_until_a_signal();
+    if (signals_stop() != SIGALRM) _exit(1); // kill's, which is no clock's
+    alarm(1);
+    for (;;) pause();
+}
+
+static void the_clock_is_no_signal(void** state) {
+    (void)state;
+    int says;
+    const pid_t child = start_child(waits_for_a_clock, &says);
+    must_say(says, 'r');
+    kill(child, SIGALRM);
+    const int status = status_of(child, says);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 77);
+}
+
+static int pipe_is_ignored;
+
+static void writes_to_nobody(void) {
+    int ends[2];
+    signal(SIGPIPE, pipe_is_ignored ? SIG_IGN : SIG_DFL);
+    if (pipe(ends) != 0 || dup2(ends[1], STDOUT_FILENO) < 0) _exit(99);
+    signals_start();
+    signals_take();
+    if (signals_stop()) _exit(1); // somebody could read
+    close(ends[0]);
+    (void)!write(STDOUT_FILENO, "x", 1);
+    _exit(signals_stop());
+}
+
+static void output_without_a_reader_is_a_wish_to_stop(void** state) {
+    (void)state;
+    for (pipe_is_ignored = 0; pipe_is_ignored < 2; pipe_is_ignored++) {
+        int says;
+        const pid_t child = start_child(writes_to_nobody, &says);
+        const int status = status_of(child, says);
+        assert_true(WIFEXITED(status) && WEXITSTATUS(status) == (pipe_is_ignored ? 0 : SIGPIPE));
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -484,6 +701,41 @@ static void metrics_count_tokens_seen(void** state) {
     assert_non_null(strstr(text, "\"changes\":\"--total-batch 1000 to 400, \\\"quoted\\\"\"}\n"));
     assert_non_null(strstr(text, "{\"step\":6,\"tokens\":5400,"));
     free(text);
+    free(m);
+}
+
+// Lines of measurements that a signal broke off after step 3 are not kept; those of the step itself and of earlier steps are.
+static void metrics_of_a_step_to_measure_again(void** state) {
+    (void)state;
+    Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
+    for (int unmeasured = 0; unmeasured < 2; unmeasured++) {
+        MetricsOptions o = run_options(0, 1);
+        metrics_start(m, &o);
+        for (int step = 1; step <= 3; step++) {
+            metrics_step(m, step, 1.0, 1.0, 1e-3, 0.1, 0.01);
+            metrics_validation(m, step, 1.5, 0.1);
+            metrics_member(m, step, "heads", "[]");
+        }
+        metrics_finish(m);
+        o = run_options(3, 1);
+        o.unmeasured = unmeasured;
+        metrics_start(m, &o);
+        assert_int_equal(m->last_validation, unmeasured ? 2 : 3);
+        metrics_finish(m);
+        char *metrics = contents("metrics.jsonl"), *timings = contents("timings.jsonl"),
+             *log = contents("main.log");
+        assert_non_null(strstr(metrics, "{\"step\":2,\"tokens\":2000,\"heads\":[]}"));
+        assert_non_null(strstr(metrics, "{\"step\":3,\"tokens\":3000,\"loss\":"));
+        assert_non_null(strstr(timings, "{\"step\":3,"));
+        assert_non_null(strstr(log, "s:2 trl"));
+        const char* const dropped[] = {strstr(metrics, "{\"step\":3,\"tokens\":3000,\"val_loss\":"),
+                                       strstr(metrics, "{\"step\":3,\"tokens\":3000,\"heads\":"),
+                                       strstr(log, "s:3 tel")};
+        for (int i = 0; i < 3; i++) assert_int_equal(dropped[i] == NULL, unmeasured);
+        free(metrics);
+        free(timings);
+        free(log);
+    }
     free(m);
 }
 
@@ -958,6 +1210,11 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_failure_is_one_write),
         cmocka_unit_test(a_long_failure_is_a_line),
+        cmocka_unit_test(a_signal_is_a_wish_to_stop_while_training),
+        cmocka_unit_test(a_second_signal_ends_the_process),
+        cmocka_unit_test(ignored_signals_stay_ignored),
+        cmocka_unit_test(the_clock_is_no_signal),
+        cmocka_unit_test(output_without_a_reader_is_a_wish_to_stop),
         cmocka_unit_test(schedules_by_hand),
         cmocka_unit_test(schedules_at_the_edges),
         cmocka_unit_test(schedule_names),
@@ -968,6 +1225,7 @@ int main(void) {
         cmocka_unit_test(metrics_numbers_read_back),
         in_own_folder(metrics_resume_is_seamless),
         in_own_folder(metrics_count_tokens_seen),
+        in_own_folder(metrics_of_a_step_to_measure_again),
         in_own_folder(metrics_resume_oddities),
         in_own_folder(metrics_on_a_full_disk),
         cmocka_unit_test(metrics_description_is_bounded),
