@@ -61,6 +61,7 @@ kernels of CUDA on an emulator (dev/simt).
 #include "runtime/sampling.h"    // defines sample_token
 #include "runtime/weights.h"     // defines Weights, weights_upload
 #include "runtime/checkpoint.h"  // defines checkpoint_save, checkpoint_load_model
+#include "runtime/run_lock.h"    // defines run_lock
 #include "runtime/metrics.h"     // defines Metrics
 #include "runtime/selection.h"   // defines SelectionStats, selection_add
 #include "tokenizer/tokenizer.h" // defines tokenizer_load, tokenizer_encode, tokenizer_decode
@@ -1105,12 +1106,20 @@ static void check_graph(const Options* options) {
         fail_usage("--cuda-graph: not under mpirun with this build, whose gradients the host adds up");
 }
 
+// Whether this process changes the directory of a run; other modes only read it.
+static int is_to_train(const Options* options) {
+    return !options->dry_run && !options->generate && !options->write_logits && !options->eval_retrieval;
+}
+
 static void find_checkpoints(Run* run) {
     const Options* options = &run->options;
     if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
     if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
     if (options->output && !options->eval_retrieval) checkpoint_check_output(options->output);
-    if (options->resume && !options->dry_run && comm_rank() == 0) checkpoint_clean(options->output);
+    if (options->output && is_to_train(options) && comm_rank() == 0 && is_directory(options->output)) {
+        run_lock(options->output);
+        if (options->resume) checkpoint_clean(options->output);
+    }
     comm_barrier();
     if (options->resume && checkpoint_latest(options->output, run->resume_from)) {
         run->state = checkpoint_load_state(run->resume_from);
@@ -1370,15 +1379,19 @@ static void load_optimizer(Model* model, const char* directory) {
 static void prepare_output(Run* run) {
     const Options* options = &run->options;
     if (!options->output) return;
+    make_directories_or_fail(options->output);
+    run_lock(options->output);
     char path[PATH_MAX];
     path_format(path, "%s/metrics.jsonl", options->output);
     char latest[PATH_MAX];
-    int occupied = path_exists(path) || checkpoint_latest(options->output, latest);
-    if (occupied && !options->resume && !options->overwrite)
+    const int begun = checkpoint_latest(options->output, latest);
+    if ((begun || path_exists(path)) && !options->resume && !options->overwrite)
         fail_usage("--output %s: holds a run; go on with --resume, delete it with --overwrite, or name "
                    "another directory",
                    options->output);
-    make_directories_or_fail(options->output);
+    if (begun && options->resume && !run->resume_from[0])
+        fail("--output %s: another run has begun there since this one looked for a checkpoint; start again",
+             options->output);
     checkpoint_clean(options->output);
     if (options->overwrite) {
         checkpoint_remove_all(options->output);

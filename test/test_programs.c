@@ -335,6 +335,36 @@ static void test_a_closed_stdout_is_no_file_of_the_run(void** state) {
     assert_int_equal(end_of(job), 128 + SIGTERM);
 }
 
+// ----------------------------------------------------------------------------
+// Two at once
+
+// The second process is refused, and says who has the directory; it removes nothing of what the first may be writing.
+static void test_a_directory_is_of_one_run(void** state) {
+    (void)state;
+    char pid[64];
+    const pid_t first = start(command("shared", "-x 1000000 -n 0"), "shared.txt", "shared_err.txt");
+    await_lines(first, "shared/metrics.jsonl", 6);
+    shell("mkdir shared/step_00000007.tmp; touch shared/latest.tmp");
+    print_to(pid, sizeof(pid), "pid %d on ", (int)first);
+    static const char* const tries[] = {"", "--resume", "--overwrite"};
+    for (int i = 0; i < 3; i++) {
+        must_fail_with(train("shared", tries[i]), 1, "--output shared: another run is at work there: ");
+        must_fail_with(train("shared/../shared", tries[i]), 1, pid);
+    }
+    must_end_well(train("shared", "--dry-run --resume"));
+    assert_true(exists("shared/step_00000007.tmp") && exists("shared/latest.tmp"));
+    assert_false(has_ended(first));
+    const int lines = count_lines("shared/metrics.jsonl");
+    await_lines(first, "shared/metrics.jsonl", lines + 3);
+    // Killed, it has the lock no more, though the file is there.
+    kill(first, SIGKILL);
+    assert_int_equal(end_of(first), 128 + SIGKILL);
+    assert_true(exists("shared/lock"));
+    must_end_well(train("shared", "--resume"));
+    must_be_same_run("whole", "shared", STEPS);
+    assert_false(exists("shared/lock"));
+}
+
 static void test_max_seconds_writes_a_checkpoint(void** state) {
     (void)state;
     int parts = 0;
@@ -1167,6 +1197,7 @@ int main(void) {
         cmocka_unit_test(test_a_signal_breaks_off_a_sample),
         cmocka_unit_test(test_output_without_a_reader_writes_a_checkpoint),
         cmocka_unit_test(test_a_closed_stdout_is_no_file_of_the_run),
+        cmocka_unit_test(test_a_directory_is_of_one_run),
         cmocka_unit_test(test_max_seconds_writes_a_checkpoint),
         cmocka_unit_test(test_micro_batches_give_the_same_losses),
         cmocka_unit_test(test_hints_can_be_followed),

@@ -16,7 +16,18 @@ The host-side headers of runtime/: learning-rate schedules, sampling, metrics, w
 #include "runtime/selection.h"
 #include "runtime/signals.h"
 #include "test/capture.h"
+#include <sys/file.h>
 #include <sys/resource.h>
+
+// flock() as a file system may answer it: with this error; 0: as the system does.
+static int lock_error = 0;
+static int flock_or_fail(int file, int operation) {
+    errno = lock_error;
+    return lock_error ? -1 : flock(file, operation);
+}
+#define flock flock_or_fail
+#include "runtime/run_lock.h"
+#undef flock
 
 // last, as it has a macro `fail` of its own
 #include <setjmp.h>
@@ -1066,6 +1077,71 @@ static void selection_of_heads(void** state) {
     assert_int_equal((int)stats.rows, 0);
 }
 
+// ----------------------------------------------------------------------------
+// The lock of a run's directory
+
+static void lock_folder(void* unused) {
+    (void)unused;
+    run_lock(folder);
+    run_lock(folder); // again is fine
+}
+
+static void hold_the_lock(void) {
+    run_lock(folder);
+    say('l');
+    for (;;) pause();
+}
+
+static void a_directory_has_one_lock(void** state) {
+    (void)state;
+    char path[PATH_MAX], who[64];
+    int says;
+    path_format(path, "%s/lock", folder);
+    assert_int_equal(capture(lock_folder, NULL).exit_code, 0);
+    assert_false(path_exists(path)); // gone at exit
+    const pid_t holder = start_child(hold_the_lock, &says);
+    must_say(says, 'l');
+    struct Captured refused = capture(lock_folder, NULL);
+    assert_int_equal(refused.exit_code, 1);
+    snprintf(who, sizeof(who), "another run is at work there: pid %d on ", (int)holder);
+    assert_non_null(strstr(refused.text, who));
+    assert_non_null(strstr(refused.text, " since 2"));
+    assert_ptr_equal(strchr(refused.text, '\n') + 1, refused.text + strlen(refused.text));
+    // The user knows better, and deletes the file.
+    unlink(path);
+    assert_int_equal(capture(lock_folder, NULL).exit_code, 0);
+    kill(holder, SIGKILL);
+    (void)status_of(holder, says);
+}
+
+static void a_dead_holder_has_no_lock(void** state) {
+    (void)state;
+    char path[PATH_MAX];
+    int says;
+    path_format(path, "%s/lock", folder);
+    const pid_t holder = start_child(hold_the_lock, &says);
+    must_say(says, 'l');
+    kill(holder, SIGKILL);
+    (void)status_of(holder, says);
+    assert_true(path_exists(path));
+    const struct Captured next = capture(lock_folder, NULL);
+    assert_int_equal(next.exit_code, 0);
+    assert_string_equal(next.text, "");
+}
+
+static void a_file_system_without_locks_is_warned_of(void** state) {
+    (void)state;
+    static const int errors[] = {ENOLCK, ENOSYS, EOPNOTSUPP};
+    for (int i = 0; i < 3; i++) {
+        lock_error = errors[i];
+        const struct Captured warned = capture(lock_folder, NULL);
+        assert_int_equal(warned.exit_code, 0);
+        assert_non_null(strstr(warned.text, "warning: "));
+        assert_non_null(strstr(warned.text, strerror(errors[i])));
+    }
+    lock_error = 0;
+}
+
 static int remove_tree(void** state) {
     char line[PATH_MAX];
     path_format(line, "rm -rf %s/*", folder);
@@ -1215,6 +1291,9 @@ int main(void) {
         cmocka_unit_test(ignored_signals_stay_ignored),
         cmocka_unit_test(the_clock_is_no_signal),
         cmocka_unit_test(output_without_a_reader_is_a_wish_to_stop),
+        in_own_folder(a_directory_has_one_lock),
+        in_own_folder(a_dead_holder_has_no_lock),
+        in_own_folder(a_file_system_without_locks_is_warned_of),
         cmocka_unit_test(schedules_by_hand),
         cmocka_unit_test(schedules_at_the_edges),
         cmocka_unit_test(schedule_names),

@@ -1,0 +1,108 @@
+/*
+The lock of a run's directory: one process at a time trains in it.
+
+    run_lock("runs/mine");           // before anything in the directory is changed; again and again is fine
+
+Where another process holds the lock, run_lock() fails with a line that says which one, on which host, and since when.
+The lock is flock()'s, on the file `lock` in the directory: the system takes it back when the process ends, however it ends.
+The file is removed at exit. A run that was killed leaves the file behind, without the lock.
+
+A file system may know no locks: then run_lock() warns, and the run goes on. A server may keep the lock of a host that
+crashed: deleting the file is then the way on.
+*/
+#ifndef RUNTIME_RUN_LOCK_H
+#define RUNTIME_RUN_LOCK_H
+
+#include <sys/file.h>
+#include <time.h>
+#include "runtime/checks.h" // defines fail, warn, path_format
+
+// A process that was killed may take this long to be gone, while the next one starts already.
+enum { RUN_LOCK_TRIES = 10, RUN_LOCK_PAUSE_MS = 50 };
+
+typedef struct {
+    int held;
+    int file; // stays open for as long as the process lives
+    char path[PATH_MAX];
+} RunLock;
+
+static RunLock run_lock_of_process;
+
+// Whether `path` names the open file: its holder may have deleted it, and another process made a new one.
+static inline int run_lock_is_named(int file, const char* path) {
+    struct stat open_one, named;
+    return fstat(file, &open_one) == 0 && stat(path, &named) == 0 && open_one.st_ino == named.st_ino &&
+           open_one.st_dev == named.st_dev;
+}
+
+static inline void run_lock_remove(void) {
+    if (run_lock_is_named(run_lock_of_process.file, run_lock_of_process.path))
+        unlink(run_lock_of_process.path);
+}
+
+// The line by which the holder has signed.
+static inline void run_lock_read(int file, char* text, size_t size) {
+    const ssize_t got = pread(file, text, size - 1, 0);
+    text[got > 0 ? got : 0] = 0;
+    for (char* c = text; *c; c++)
+        if (*c < ' ' || *c > '~') *c = *c == '\n' ? 0 : '?';
+    if (!text[0]) snprintf(text, size, "a process that has not said its name yet");
+}
+
+// A disk without room for the line does not matter.
+static inline void run_lock_sign(int file) {
+    char host[128] = "?", since[64], line[256];
+    const time_t now = time(NULL);
+    (void)gethostname(host, sizeof(host) - 1);
+    strftime(since, sizeof(since), "%Y-%m-%d %H:%M:%S", localtime(&now));
+    const int length = snprintf(line, sizeof(line), "pid %ld on %s since %s\n", (long)getpid(), host, since);
+    if (ftruncate(file, 0) == 0) (void)!pwrite(file, line, (size_t)length, 0);
+}
+
+// The locked file; -1 and errno, EWOULDBLOCK where another process holds the lock. `holder` says who that is.
+static inline int run_lock_try(const char* path, char* holder, size_t size) {
+    for (;;) {
+        const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (file < 0) return -1;
+        if (flock(file, LOCK_EX | LOCK_NB) == 0) {
+            if (run_lock_is_named(file, path)) return file;
+            close(file);
+            continue;
+        }
+        const int error = errno;
+        run_lock_read(file, holder, size);
+        close(file);
+        errno = error;
+        return -1;
+    }
+}
+
+// For the one process of a run that writes to the directory, which must exist.
+static inline void run_lock(const char* directory) {
+    RunLock* lock = &run_lock_of_process;
+    char holder[256] = "";
+    if (lock->held) return;
+    path_format(lock->path, "%s/lock", directory);
+    for (int i = 0; i < RUN_LOCK_TRIES; i++) {
+        const struct timespec pause = {0, RUN_LOCK_PAUSE_MS * 1000000L};
+        lock->file = run_lock_try(lock->path, holder, sizeof(holder));
+        if (lock->file >= 0 || errno != EWOULDBLOCK) break;
+        if (i + 1 < RUN_LOCK_TRIES) nanosleep(&pause, NULL);
+        errno = EWOULDBLOCK;
+    }
+    if (lock->file < 0 && errno == EWOULDBLOCK)
+        fail("--output %s: another run is at work there: %s; if that one is dead, delete %s", directory,
+             holder, lock->path);
+    if (lock->file < 0 && (errno == EACCES || errno == EPERM || errno == EROFS || errno == EISDIR))
+        fail("%s: %s", lock->path, strerror(errno));
+    if (lock->file < 0) {
+        warn("warning: %s: cannot be locked: %s; see to it that no other run uses %s", lock->path,
+             strerror(errno), directory);
+        return;
+    }
+    run_lock_sign(lock->file);
+    lock->held = 1;
+    atexit(run_lock_remove);
+}
+
+#endif
