@@ -82,10 +82,13 @@ done
 if [ ! -t 1 ]; then export TERM=dumb; fi
 
 # The first signal becomes SIGUSR1, on which train_gpt writes a checkpoint, and which mpirun passes on to every process: of
-# SIGTERM it would kill them a second later, too soon for a checkpoint. The second one ends the command at once.
-child="" signal=0
+# SIGTERM it would kill them a second later, too soon for a checkpoint. The second one ends the command at once; what comes within
+# a second of the first is the same again: timeout, and a shell whose terminal closes, send theirs twice.
+child="" signal=0 signalled=0
 # shellcheck disable=SC2317 # the traps call it
 pass_on() {
+    if [ "$signal" -ne 0 ] && [ $((SECONDS - signalled)) -le 1 ]; then return; fi
+    if [ "$signal" -eq 0 ]; then signalled=$SECONDS; fi
     if [ -n "$child" ]; then kill -"$([ "$signal" -eq 0 ] && echo USR1 || echo TERM)" "$child" 2>/dev/null; fi
     signal=$1
 }

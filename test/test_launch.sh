@@ -172,7 +172,9 @@ signalled() {
         restart ./trainer -o out &
         script=$!
         wait_until [ -e waiting ] || return 1
-        kill -"${signal%:*}" -- "-$script" # all of its group, as a terminal does
+        # To all of its group, as a terminal does; and again, as the shell does whose terminal closes.
+        kill -"${signal%:*}" -- "-$script"
+        kill -"${signal%:*}" "$script" 2>/dev/null
         ends_with "${signal#*:}" wait "$script" && [ "$(starts)" -eq 1 ] && [ -d out/step_00000099 ] || return 1
     done
     # Where the checkpoint fails, that is what is to be known.
