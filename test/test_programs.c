@@ -297,13 +297,13 @@ static void test_output_without_a_reader_writes_a_checkpoint(void** state) {
     (void)state;
     int ends[2];
     assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
-    pid_t job = start_on("unread", ends[1], NULL);
+    pid_t job = start_on("no_reader", ends[1], NULL);
     close(ends[1]);
-    await_lines(job, "unread/metrics.jsonl", 5);
+    await_lines(job, "no_reader/metrics.jsonl", 5);
     close(ends[0]);
     assert_int_equal(end_of(job), 128 + SIGPIPE);
-    assert_true(exists("unread/latest"));
-    must_end_well(train("unread", "--resume -x 1000000 -n 0 --max-seconds 0.05"));
+    assert_true(exists("no_reader/latest"));
+    must_end_well(train("no_reader", "--resume -x 1000000 -n 0 --max-seconds 0.05"));
 
     const int screen = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
     if (screen < 0 || grantpt(screen) != 0 || unlockpt(screen) != 0) {
