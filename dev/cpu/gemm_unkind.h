@@ -30,46 +30,53 @@ static inline uint64_t unkind_seed(void) {
     return seed ? strtoull(seed, NULL, 10) : 1;
 }
 
-// The sums of one row for up to UNKIND_COLUMNS columns. `order` chooses the first term, the direction, the number of partial
-// sums that take turns, and whether the old value of C is added first or last.
-static inline void unkind_sums(floatX* c,       // (columns) in and out
+// The sums of one row for UNKIND_COLUMNS columns. `order` chooses the first term, the direction, the number of partial sums that
+// take turns, and whether the old value of C is added first or last.
+static inline void unkind_sums(floatX* sums,    // (UNKIND_COLUMNS)
                                const floatX* a, // (K), elements `a_step` apart
-                               const floatX* b, // (K, columns): element (k, n) at b[k * b_row + n * b_column]
-                               int K, size_t a_step, size_t b_row, size_t b_column, int columns, floatX beta,
-                               uint64_t order) {
+                               const floatX* b, // (K, UNKIND_COLUMNS)
+                               const floatX* old, int K, size_t a_step, uint64_t order) {
+    enum { COLUMNS = UNKIND_COLUMNS, PARTS = 8 };
     const int parts = 1 << (order & 3), forward = (order >> 2) & 1, old_first = (order >> 3) & 1;
     const int shift = K > 0 ? (int)((order >> 8) % (uint64_t)K) : 0;
-    floatX sums[8][UNKIND_COLUMNS] = {{0}};
+    floatX part_sums[PARTS][COLUMNS];
+    for (int part = 0; part < parts; part++)
+        for (int n = 0; n < COLUMNS; n++) part_sums[part][n] = 0;
     for (int i = 0; i < K; i++) {
         const int step = forward ? i : K - 1 - i, k = step + shift < K ? step + shift : step + shift - K;
-        const floatX x = a[k * a_step];
-        for (int n = 0; n < columns; n++) sums[i % parts][n] += x * b[k * b_row + n * b_column];
+        const floatX x = a[(size_t)k * a_step], *row = b + (size_t)k * COLUMNS;
+        floatX* part = part_sums[i & (parts - 1)];
+        for (int n = 0; n < COLUMNS; n++) part[n] += x * row[n];
     }
-    for (int n = 0; n < columns; n++) {
-        const floatX old = beta == 0 ? 0 : beta * c[n];
-        floatX sum = old_first ? old : 0;
-        for (int part = 0; part < parts; part++) sum += sums[(part + (order >> 4)) % (uint64_t)parts][n];
-        c[n] = old_first ? sum : sum + old;
-    }
+    for (int n = 0; n < COLUMNS; n++) sums[n] = old_first ? old[n] : 0;
+    for (int i = 0; i < parts; i++)
+        for (int n = 0; n < COLUMNS; n++) sums[n] += part_sums[(i + (int)(order >> 4 & 7)) & (parts - 1)][n];
+    for (int n = 0; n < COLUMNS && !old_first; n++) sums[n] += old[n];
 }
 
 // As gemm() of matmul.h.
 static inline void gemm_unkind(int transA, int transB, int M, int N, int K, const floatX* A, int lda,
                                const floatX* B, int ldb, floatX beta, floatX* C, int ldc) {
-    const int shared = omp_in_parallel() || (double)M * N * K < 1e5;
+    enum { COLUMNS = UNKIND_COLUMNS };
     uint64_t shape = unkind_hash(unkind_seed(), (uint64_t)(omp_in_parallel() ? 1 : omp_get_max_threads()));
     const int words[] = {transA, transB, M, N, K, lda, ldb, ldc};
     for (int i = 0; i < 8; i++) shape = unkind_hash(shape, (uint64_t)words[i]);
-#pragma omp parallel for schedule(static) if (!shared)
-    for (int m = 0; m < M; m++) {
-        const uint64_t row = unkind_hash(shape, (uint64_t)m);
-        for (int n = 0; n < N; n += UNKIND_COLUMNS) {
-            const int columns = N - n < UNKIND_COLUMNS ? N - n : UNKIND_COLUMNS;
-            unkind_sums(C + (size_t)m * ldc + n, A + (transA ? (size_t)m : (size_t)m * lda),
-                        B + (transB ? (size_t)n * ldb : (size_t)n), K, transA ? (size_t)lda : 1,
-                        transB ? 1 : (size_t)ldb, transB ? (size_t)ldb : 1, columns, beta,
-                        unkind_hash(row, (uint64_t)n));
+#pragma omp parallel for schedule(static) if (!omp_in_parallel() && (double)M * N * K > 1e5)
+    for (int first = 0; first < N; first += COLUMNS) {
+        const int columns = N - first < COLUMNS ? N - first : COLUMNS;
+        floatX* b = (floatX*)calloc_or_fail((size_t)K * COLUMNS, sizeof(floatX), "some columns of a product");
+        for (int k = 0; k < K; k++)
+            for (int n = 0; n < columns; n++)
+                b[(size_t)k * COLUMNS + n] =
+                    transB ? B[(size_t)(first + n) * ldb + k] : B[(size_t)k * ldb + first + n];
+        for (int m = 0; m < M; m++) {
+            floatX *c = C + (size_t)m * ldc + first, old[COLUMNS] = {0}, sums[COLUMNS];
+            for (int n = 0; n < columns && beta != 0; n++) old[n] = beta * c[n];
+            unkind_sums(sums, A + (transA ? (size_t)m : (size_t)m * lda), b, old, K, transA ? (size_t)lda : 1,
+                        unkind_hash(unkind_hash(shape, (uint64_t)m), (uint64_t)first));
+            for (int n = 0; n < columns; n++) c[n] = sums[n];
         }
+        free(b);
     }
 }
 
