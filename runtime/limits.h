@@ -109,7 +109,7 @@ static inline size_t limits_groups_free(const char* root, const char* group) {
 
 // Is "memory" one of the names, with commas between?
 static inline int limits_names_memory(const char* names) {
-    for (const char* at = names; (at = strstr(at, "memory")); at++)
+    for (const char* at = strstr(names, "memory"); at; at = strstr(at + 1, "memory"))
         if ((at == names || at[-1] == ',') && (at[6] == 0 || at[6] == ',')) return 1;
     return 0;
 }
