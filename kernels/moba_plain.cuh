@@ -354,6 +354,7 @@ __global__ void __launch_bounds__(2 * PLAIN_KEYS)
     clear(dv);
     load_rows<D>(k_tile, neighbours(x.qkv + of_group, stride, first_key, x.T), x.keys);
     load_rows<D>(v_tile, neighbours(x.qkv + of_group + x.G * D, stride, first_key, x.T), x.keys);
+    cp_async_commit();
     k.take(k_tile, warp_row), v.take(v_tile, warp_row);
     for (int turn = 2 * first_head; turn < 2 * end_head; turn++) {
         const int h = turn / 2;

@@ -514,7 +514,7 @@ static const Case cases[] = {
 
     KERNEL(no_wait_for_copy, FORWARD, WRONG, 1, 64, 1024, 256, same),
     KERNEL(wait_for_one_group_too_few, FORWARD, WRONG, 1, 32, 1024, 256, same),
-    KERNEL(copy_not_committed, FORWARD, WRONG, 1, 64, 1024, 256, same),
+    KERNEL(copy_not_committed, FORWARD, "never committed", 1, 64, 1024, 256, same),
     KERNEL(no_barrier_after_wait, REVERSE, WRONG, 1, 64, 1024, 64, pair_times_four),
     KERNEL(no_barrier_after_wait, THREAD, "data race", 1, 64, 1024, 64, pair_times_four),
     KERNEL(stage_overwritten_too_early, FORWARD, WRONG, 1, 16, 512, 16,

@@ -146,6 +146,7 @@ __global__ void copy_words_from(const char* from, int offset, int pairs) {
     SHARED_MEMORY(char, bytes);
     if (pairs) cp_async8(bytes, from + offset, true);
     else cp_async4(bytes, from + offset, true);
+    cp_async_commit();
 }
 
 __global__ void copy_to(const char* from, char* to) { cp_async16(to, from, true); }

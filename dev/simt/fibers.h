@@ -156,6 +156,12 @@ struct Thread {
     unsigned first_pending, pending_end, open_group;
 };
 
+// Whether the thread has issued copies since its last commit.
+inline bool has_open_copies(const Thread* thread) {
+    return thread->first_pending != thread->pending_end &&
+           thread->pending[(thread->pending_end - 1) % MAX_PENDING].group == thread->open_group;
+}
+
 // The lanes of one mask that meet in one operation. What they bring lies in two buffers by turns: a fast lane may bring its
 // next value before a slow one has read the last.
 struct alignas(16) Payload {
@@ -438,6 +444,8 @@ SIMT_INTERNAL inline void fiber_main() {
 #endif
     acquire(&block.start_order);
     block.run(block.arguments);
+    if (has_open_copies(current))
+        kernel_error("the thread ends with copies by cp.async that it never committed: no wait covers them");
     release(&block.end_order);
     warps[current->warp].returned |= 1u << current->lane;
     block.live--;
