@@ -208,7 +208,7 @@ static void test_generation_is_that_of_the_cpu(void** state) {
 static void test_too_large_a_batch_is_refused(void** state) {
     (void)state;
     const Result* result =
-        run("%s --layers 12 --channels 768 --vocab 97 -t 1024 -b 1048576 -d 1073741824 -i train.bin -x 1",
+        run("%s --layers 12 --channels 768 --vocab 97 -t 1024 -b 131072 -d 134217728 -i train.bin -x 1",
             builds[1].trainer);
     assert_non_null(strstr(result->out, "planned peak"));
     must_fail_with(result, 1, "takes");
