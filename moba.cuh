@@ -1,72 +1,27 @@
 /*
 Mixture of block attention, forward and backward (docs/math.md section 2). The CUDA twin of dev/cpu/moba.h.
 
-Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean key scores
-highest with it; one softmax over all of them. Key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571):
+Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean
+keys score highest with it. One softmax covers all these keys. The algorithm is FlashMoBA (Optimizing Mixture
+of Block Attention, arXiv 2511.11571): it goes through the key blocks and gathers the queries of each.
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
-    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // kernels/keys.cuh
-    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
+    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);   // kernels/keys.cuh
+    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL,
+                      stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
-A chain of kernels without a word from the host:
+Both are chains of kernels with no host synchronisation. This file has them in this order:
 
-    router       scores of a tile of queries with tiles of centroids, the newest first; the best K-1 of a row in registers, and a
-                 tile that improves no row of a warp is done with when its scores have been compared
-    lists        for every head and key block the queries that attend to it, ascending: count, scan, fill
-    partials     an item is a key block and up to MOBA_ITEM queries of its list: the block's keys and values stay in shared
-                 memory, gathered queries stream by, their entries of the list before them, and each leaves a row of output
-                 and its log-sum-exp
-    merge        a query adds its K rows up, in the order of its choices, and pgqa's noise to the sum
+    router      top-k selection: the K-1 best blocks of every query, by its scores with the centroids
+    lists       the queries that attend to each key block, ascending: count, prefix sum, scatter
+    forward     a work item is one key block and up to MOBA_ITEM queries of its list: a partial row of output
+                and a log-sum-exp for each query; then a merge of the partial rows of each query
+    backward    the same work items: dK and dV of the keys, a partial row of dQ of each query; then two merges
+    workspaces  heads are processed in groups, so that the partial rows stay within a bound
 
-A query's own block is one of its K choices, the first: its list begins with the block's own tokens, and a mask hides
-the future from them. So the causal part needs no kernel of its own, and costs the same bytes as one that would be
-fused with the merge: a row of queries read and a row of output written and read again, instead of a query read, and
-keys and values by every tile.
-
-The backward goes over the same lists once. An item gathers each of its queries and their gradients one time and makes 5
-products: S = K Q^T, dP = V dO^T, dV += P dO and dK += dS Q in registers, and dQ = dS^T K, for which dS goes through shared
-memory from the warps that own keys to those that own columns of dQ: a row for each choice, merged as in the forward.
-Items of blocks with more than MOBA_ITEM queries leave their sums of dK and dV in fp32, and they are added up in the
-order of heads and items; where one item has the whole list and the KV head one query head, it writes both gradients itself.
-Nothing is added by atomics but integers: every run has the same bits. What rounds dQ: dS, the row of each choice, and
-the sum, to 8 bits each; a component that all keys of a block have in common makes the first of these large (the sum of a
-query's dS is 0, but not that of the rounded ones).
-
-A block of more than MOBA_KEYS keys is so many parts of MOBA_KEYS keys, each with rows of its own.
-
-Partial rows cost K times the output. So heads go in groups whose share of the workspace stays below
-moba_workspace_bound (--moba-workspace), and where one head is too much, a piece of its queries goes at a time. With a map that
-no host knows, a KV head may have queries in two groups: its sums stay in memory, and the items of the next group go on
-from them. Workspace for B 2, H 16, D 128, S 128, K 8 and a bound of 1074 MB, beside 8BHT bytes of statistics:
-
-    T                       8K      16K     32K     64K     128K    256K    512K
-    forward, heads a group  32      16      15      7       3       1       half a head
-    MB                      554     554     1040    973     837     562     571
-    backward                16      15      7       3       1       half    a quarter
-    MB                      541     1015    948     813     543     680     952
-
-The plan has the whole bound where not all heads fit, as more heads may of shorter sequences.
-Queries, keys, values, output and their gradients are 16BTHD bytes there (8.6 GB at 128K). The larger workspace, choices and
-centroids come on top of that: 11 % at 128K, 6 % at 256K, 4.5 % at 512K, and more where T is so small that a bound of
-1 GB is a large one.
-
-Bytes (bf16), a query head: router 2TD + (T/128)(n/2) 4D + 4T(K-1), n = T/S; partials TK(4D + 4)
-+ items * 4SD; merge TK(2D + 4) + 2TD; backward TK(4D + 8) for gathered rows, TK 4D for partial rows, 4SD for every
-item's keys and values, and 4SD for gradients that an item writes itself, or else 16SD of sums written and read again and
-4SD / (heads of the group). With T 64K, S 128, K 8, D 128 and choices at random a block has 1.5 items; partials are then 322 MB
-a head, 1.12 times T(K-1)(4D + 4) + items * 4SD, which is without the own block; the backward is 747 MB where every query head
-has its own KV head and 807 MB where 4 share one, before the merge. (Two passes and sums of every item took 1156 MB.)
-
-The router's scores are of bf16 queries and of centroids in two terms of bf16, 16 bits: near enough to fp32 for the same
-choice, with twice the products of a router that rounds its centroids.
-
-Registers (nvcc 13.0 -Xptxas -v, bf16, nothing spills on sm_80 and sm_90): forward 212 at D 128 and 247 at D 64, backward 255
-at both, router at most 182. Shared memory of a block is at most 98 KB, within the 99 KB of sm_86 and sm_89.
-By the clocks of gqa.cuh's head, a tile of 32 queries with 128 keys takes the backward at D 128 (8 warps of 16 keys) 2048
-of products and 3328 of ldmatrix, where two passes took 2867 and 4096; at D 64 (4 warps of 32 keys, 2 blocks) 1024 and 1152,
-where two passes took 1434 and 1664. 64 keys an item would gather all rows twice. No GPU has run this: nothing is measured.
+Only integer counts use atomics, so every run gives the same bits. Bytes and clocks: docs/results/kernels.md.
 */
 #ifndef MOBA_CUH
 #define MOBA_CUH
@@ -77,36 +32,42 @@ where two passes took 1434 and 1664. 64 keys an item would gather all rows twice
 // load, store
 #include "kernels/vector.cuh"
 
-// Keys of an item, and the most queries.
+// Most keys of a work item. A larger key block is split into parts of MOBA_KEYS keys; each part has its own
+// partial rows.
 #if defined(PRECISION_BF16)
 enum { MOBA_KEYS = 128 };
 #else
 enum { MOBA_KEYS = 32 };
 #endif
+// Most queries of a work item.
 enum { MOBA_ITEM = 1024 };
-// Queries whose entries of lists one warp writes.
+// Queries of a tile of the lists: one warp writes the list entries of one tile.
 enum { MOBA_LIST_QUERIES = 256 };
-// An entry of a list: the token of a query, and above it the number of the choice.
+// A list entry holds the token of a query in its low MOBA_TOKEN_BITS bits, and the number of the choice above
+// them.
 enum { MOBA_TOKEN_BITS = 25 };
 
-// What lists, partial rows and sums of the heads that are computed at a time may take, unless an eighth of one head takes more.
+// Upper bound, in bytes, of the lists, partial rows and sums of one group of heads (--moba-workspace). It is
+// exceeded only if one eighth of a head needs more.
 static size_t moba_workspace_bound = (size_t)1 << 30;
 
-// Before a workspace is measured.
+// Call this before any *_workspace() function.
 static inline void moba_set_workspace_bound(size_t bytes) { moba_workspace_bound = bytes; }
 
-// Sizes of one call; the rows computed are start..T-1.
+// Sizes of one call. It computes rows start..T-1.
 typedef struct {
     int B, T, start, H, G, D, S, K;
 } moba_shape_t;
 
-// Numbers of elements of what the caller keeps between forward and backward, or between two tokens.
+// Numbers of elements of two arrays of the caller. The backward pass reads `selected`. In generation, a later
+// call (start > 0) reads the centroids of earlier blocks.
 static inline size_t moba_selected_count(int B, int T, int H, int K) { return (size_t)B * H * T * (K - 1); }
 static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
     return (size_t)B * (T / S) * G * D;
 }
 
-// Starts to copy `count` rows into a tile, each thread of the block its share; rows that do not exist become 0.
+// Starts asynchronous copies of `count` rows into a tile. All threads of the block take part. Rows that do
+// not exist become 0.
 template <int D, typename Rows>
 __device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int count) {
     constexpr int CHUNKS = D / CHUNK;
@@ -119,7 +80,9 @@ __device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int co
 // ----------------------------------------------------------------------------
 // Router
 
-// The router multiplies floatX: what bf16 leaves of a centroid, and what it leaves of the rest.
+// The router multiplies floatX. In bf16 a centroid is the sum of two terms: the rounded centroid and the
+// rounded rest. Together they have 16 significant bits, close enough to fp32 to select the same blocks. This
+// takes twice the products.
 #if defined(PRECISION_BF16)
 enum { MOBA_TERMS = 2 };
 static __global__ void moba_split_kernel(floatX* terms, // (MOBA_TERMS, count)
@@ -136,10 +99,10 @@ static __global__ void moba_split_kernel(floatX* terms, // (MOBA_TERMS, count)
 enum { MOBA_TERMS = 1 };
 #endif
 
-// Scores and blocks in one order: the higher score, of equal ones the later block. A score that is not a number is 0,
-// and so is what cannot be chosen.
+// A rank orders pairs of score and block: the higher score wins, and of equal scores the later block. The
+// rank is 0 if the score is NaN or the block cannot be chosen.
 typedef unsigned long long moba_rank_t;
-static const moba_rank_t MOBA_NO_SLOT = ~0ull; // higher than all
+static const moba_rank_t MOBA_NO_SLOT = ~0ull; // higher than every rank: marks a slot that is not used
 
 static __device__ __forceinline__ moba_rank_t moba_rank(float score, int block, int eligible) {
     if (block >= eligible || score != score) return 0;
@@ -148,7 +111,8 @@ static __device__ __forceinline__ moba_rank_t moba_rank(float score, int block, 
     return (moba_rank_t)ordered << 32 | (unsigned)block;
 }
 
-// The score of a rank, -INFINITY of one that is no block's: the least that another one must have to be as high.
+// The score of a rank; -INFINITY for the rank of an empty slot. A candidate needs at least this score to
+// replace it.
 static __device__ __forceinline__ float moba_score(moba_rank_t rank) {
     const unsigned ordered = (unsigned)(rank >> 32);
     return ordered == 0 ? -INFINITY : __uint_as_float(ordered >> 31 ? ordered ^ 0x80000000u : ~ordered);
@@ -162,8 +126,9 @@ static __device__ __forceinline__ moba_rank_t quad_highest(moba_rank_t x) {
     return x;
 }
 
-// The best of the scores that a row has had. A quad has a row, each of its lanes EACH of the slots. An empty slot has a
-// rank below all others and different from theirs: its number.
+// The highest ranks of a row so far. The four lanes of a quad share a row, and each lane holds EACH slots.
+// The rank of an empty slot is its number, from 1: all these numbers differ and are below the rank of every
+// block.
 template <int EACH> struct best_of_row {
     moba_rank_t slots[EACH], lowest;
 
@@ -183,7 +148,8 @@ template <int EACH> struct best_of_row {
         find_lowest();
     }
 
-    // The best of the candidates takes the place of the worst so far, until none is better. All rows of a warp together.
+    // The best candidate replaces the lowest slot, again and again, until no candidate is better. All lanes
+    // of a warp must call this together.
     template <int COUNT> __device__ __forceinline__ void take(moba_rank_t (&candidates)[COUNT]) {
         for (;;) {
             moba_rank_t best = 0;
@@ -202,7 +168,7 @@ template <int EACH> struct best_of_row {
         }
     }
 
-    // The newest block first, then -1.
+    // Writes the selected blocks, the newest first, then -1 for every empty slot.
     __device__ __forceinline__ void write(int* selected, bool exists) const {
         int order[EACH], before[EACH] = {};
 #pragma unroll
@@ -229,7 +195,8 @@ template <int D> struct moba_route_shape {
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
-// One block chooses for QUERIES queries of one head, a warp for 16 of them.
+// One thread block selects the key blocks for QUERIES queries of one head; a warp handles 16 queries. It
+// reads the newest centroids first.
 template <int D, int EACH>
 __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 1)
     moba_route_kernel(int* selected,       // (B, H, T, choices)
@@ -244,7 +211,7 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
     floatX* ring = q_tile + QUERIES * D; // two slots of MOBA_TERMS tiles
 
     const int h = blockIdx.y, b = blockIdx.z, stride = (H + 2 * G) * D, blocks = T / S;
-    const int first_query = start + (gridDim.x - 1 - blockIdx.x) * QUERIES; // long rows first
+    const int first_query = start + (gridDim.x - 1 - blockIdx.x) * QUERIES; // rows with most blocks first
     const int end_block = (min(T, first_query + QUERIES) - 1) / S;
     const int tiles = (end_block + COLUMNS - 1) / COLUMNS;
     const floatX* of_head = terms + ((size_t)b * blocks * G + kv_of_q[h]) * D;
@@ -263,7 +230,7 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
                      QUERIES);
     load(0);
     const int lane = lane_of_warp(), warp_row = warp_of_block() * 16;
-    const int query = first_query + warp_row + lane / 4; // and the 8th after it
+    const int query = first_query + warp_row + lane / 4; // this lane has rows query and query + 8
     const int eligible[2] = {query / S, (query + 8) / S};
     best_of_row<EACH> best[2];
     best[0].begin(choices), best[1].begin(choices);
@@ -282,7 +249,7 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 #pragma unroll
                 for (int i = 0; i < 4; i++) scores[0][n][i] += more[0][n][i];
         }
-        // Most tiles have nothing for any of the rows of the warp.
+        // A warp skips a tile whose scores improve none of its rows. Most tiles are skipped.
         bool improves = false;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -312,28 +279,35 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 }
 
 // ----------------------------------------------------------------------------
-// Lists. A group of heads is heads first_head..first_head+heads-1 of the sequences first_sequence..; its heads are
-// counted through, the heads of one sequence after those of the other. Or it is a piece of one head: some of its queries.
+// Lists
+//
+// Each head and key block has a list of the queries that attend to it. A query's own block is its choice 0,
+// so the list of a block begins with the block's own tokens, and a mask hides the future from them. The
+// causal part thus needs no kernel of its own.
+//
+// Lists are built for one group of heads at a time: heads first_head..first_head+heads-1 of the sequences
+// first_sequence..first_sequence+sequences-1. The kernels number these pairs, sequence by sequence, and call
+// the number `head`. A group may also be a piece of one head: only some of its queries.
 
 typedef struct {
     int T, H, G, S, K;
-    int blocks;      // also the last one, which may lack keys
+    int blocks;      // including the last one, which may have fewer than S keys
     int keys, parts; // S = keys * parts
     int first_sequence, first_head, sequences, heads;
-    int start, end;          // the group's queries are start..end-1
-    int queries;             // and there is room for so many
+    int start, end;          // the queries of the group are start..end-1
+    int queries;             // capacity: the arrays have room for this many queries of each head
     int tiles;               // of MOBA_LIST_QUERIES queries
-    int max_items, max_more; // of a head: of all its blocks, and beyond the first of each block
+    int max_items, max_more; // most work items of a head: all, and all but the first of each block
     const int* selected;     // (B, H, T, K-1)
     const floatX* qkv;       // (B, T, H + 2G, D)
     const int* kv_of_q;      // (H)
-    // of every head of the group:
-    int* counts;     // (tiles, blocks) entries of a tile in a list, then where the next one goes
-    int* totals;     // (blocks) entries of a list
-    int* begins;     // (blocks + 1) where lists begin
-    int* first_item; // (blocks + 1) where the items of a block begin
-    int* entries;    // (queries * K) lists
-    int2* items;     // (max_items) block, first entry
+    // one array for every head of the group:
+    int* counts;     // (tiles, blocks) entries of a tile; later the position of its next entry in the list
+    int* totals;     // (blocks) number of entries of a list
+    int* begins;     // (blocks + 1) offset of a list in `entries`
+    int* first_item; // (blocks + 1) offset of a block's work items in `items`
+    int* entries;    // (queries * K) all lists, one after the other
+    int2* items;     // (max_items) block, offset of its first entry
 } moba_lists_t;
 
 static __device__ __forceinline__ int moba_sequence(const moba_lists_t& x, int head) {
@@ -342,12 +316,12 @@ static __device__ __forceinline__ int moba_sequence(const moba_lists_t& x, int h
 static __device__ __forceinline__ int moba_head(const moba_lists_t& x, int head) {
     return x.first_head + head % x.heads;
 }
-// Where the head's rows begin in (B, H, T).
+// The head's first row in (B, H, T).
 static __device__ __forceinline__ size_t moba_rows(const moba_lists_t& x, int head) {
     return ((size_t)moba_sequence(x, head) * x.H + moba_head(x, head)) * x.T;
 }
 
-// The block that is a query's choice: the first is its own.
+// The key block of a query's choice. Choice 0 is the query's own block.
 static __device__ __forceinline__ int moba_choice(const moba_lists_t& x, int head, int t, int choice) {
     return choice == 0 ? t / x.S : x.selected[(moba_rows(x, head) + t) * (x.K - 1) + choice - 1];
 }
@@ -357,6 +331,7 @@ static __device__ __forceinline__ int* moba_tile_counts(const moba_lists_t& x, i
            ((size_t)head * x.tiles + t / MOBA_LIST_QUERIES - x.start / MOBA_LIST_QUERIES) * x.blocks;
 }
 
+// Counts the entries of every tile in every list. One thread for each query and choice.
 static __global__ void moba_count_kernel(moba_lists_t x) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int head = blockIdx.y, t = x.start + (int)(i / x.K);
@@ -365,7 +340,8 @@ static __global__ void moba_count_kernel(moba_lists_t x) {
     if (block >= 0) atomicAdd(moba_tile_counts(x, head, t) + block, 1);
 }
 
-// A thread goes over the tiles of one block. It has the counts of MOBA_SCAN_TILES of them under way at a time.
+// Prefix sum of the counts over the tiles. One thread for each key block; it keeps MOBA_SCAN_TILES loads in
+// flight.
 enum { MOBA_SCAN_TILES = 8 };
 static __global__ void moba_scan_tiles_kernel(moba_lists_t x) {
     const int block = blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
@@ -386,12 +362,14 @@ static __global__ void moba_scan_tiles_kernel(moba_lists_t x) {
     x.totals[(size_t)head * x.blocks + block] = total;
 }
 
-// At least one: the gradients of a block that nobody has chosen are written, too.
+// Work items of a list. At least one, because the gradients of a block that no query selected are written,
+// too.
 static __device__ __forceinline__ int moba_items(int entries) {
     return max(1, (entries + MOBA_ITEM - 1) / MOBA_ITEM);
 }
 
-// A thread adds up neighbouring blocks, the first thread what the others have, and then every thread goes over its blocks again.
+// Prefix sums of entries and work items over the key blocks of one head. Each thread adds up its neighbouring
+// blocks, thread 0 adds up the sums of the threads, and then every thread goes over its blocks again.
 enum { MOBA_SCAN_THREADS = 256 };
 static __global__ void moba_scan_blocks_kernel(moba_lists_t x) {
     __shared__ int2 sums[MOBA_SCAN_THREADS + 1]; // entries, items
@@ -420,9 +398,10 @@ static __global__ void moba_scan_blocks_kernel(moba_lists_t x) {
         begins[x.blocks] = sums[MOBA_SCAN_THREADS].x, first_item[x.blocks] = sums[MOBA_SCAN_THREADS].y;
 }
 
-// A warp goes over the choices of its tile in the order of queries, 32 at a time: of several queries, or half of one. Lanes that
-// have the same block write neighbouring entries, and the first of them counts all. A query has a power of two of places,
-// and those beyond its choices hold none.
+// Scatters the entries of one tile into the lists, in the order of queries. A warp handles 32 places at a
+// time, which are the choices of several queries or half of those of one. Lanes with the same block write
+// neighbouring entries, and the first of these lanes adds their number to the count. A query has K places,
+// rounded up to a power of two; the places beyond K are empty.
 static __global__ void moba_fill_kernel(moba_lists_t x) {
     const int head = blockIdx.y, tile = x.start / MOBA_LIST_QUERIES + blockIdx.x;
     const int first = max(x.start, tile * MOBA_LIST_QUERIES);
@@ -441,13 +420,13 @@ static __global__ void moba_fill_kernel(moba_lists_t x) {
     int next = block_of(lane);
     for (int done = 0; done < queries << places_log2; done += 32) {
         const int place = done + lane, block = next;
-        next = block_of(place + 32); // on its way while this one is written
+        next = block_of(place + 32); // this load is in flight while the current entry is written
         const unsigned same = __match_any_sync(ALL_LANES, block), before = same & ((1u << lane) - 1);
         const int counted = block >= 0 ? counts[block] : 0;
         if (block >= 0)
             entries[begins[block] + counted + __popc(before)] =
                 (int)((unsigned)choice_of(place) << MOBA_TOKEN_BITS) | (first + (place >> places_log2));
-        __syncwarp(); // all have read what is counted up
+        __syncwarp(); // all lanes have read their counts before one of them changes
         if (block >= 0 && before == 0) counts[block] = counted + __popc(same);
         __syncwarp();
     }
@@ -455,19 +434,19 @@ static __global__ void moba_fill_kernel(moba_lists_t x) {
 
 static __device__ __forceinline__ int moba_token(int entry) { return entry & ((1 << MOBA_TOKEN_BITS) - 1); }
 
-// One item: keys first_key.. of one block, and entries of its list.
+// One work item, or one part of it: x.keys keys from first_key on, and some entries of the block's list.
 typedef struct {
-    int block, more; // it is the first of the block (0), or the more-th of all others of the head
-    int first_key, end_local, count; // queries before end_local are the block's own
+    int block, more; // more: 0 for the first item of a block; all other items of a head are numbered from 1
+    int first_key, end_local, count; // tokens below end_local are in this block: they need the causal mask
     const int* entries;              // (count)
 } moba_item_t;
 
-// How many of a head's items before those of a block, or before the end, are not the first of their blocks.
+// Counts the head's items with more > 0 in all blocks before `block`; block may be x.blocks.
 static __device__ __forceinline__ int moba_more_before(const moba_lists_t& x, int head, int block) {
     return x.first_item[(size_t)head * (x.blocks + 1) + block] - block;
 }
 
-// False where the block of threads has none.
+// Finds the work item of this thread block. Returns false if there is none.
 static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_lists_t& x, int head) {
     const int i = blockIdx.x / x.parts, part = blockIdx.x % x.parts;
     if (i >= x.first_item[(size_t)head * (x.blocks + 1) + x.blocks]) return false;
@@ -482,19 +461,21 @@ static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_l
     return true;
 }
 
-// Rows are gathered by entries that are in shared memory already, or every row would wait for its entry first: while a tile
-// is used, the next one is gathered and the entries of the one after that are on their way. That makes three tiles; the place of
-// one among four takes no division, and fewer registers.
+// A ring of tiles of list entries in shared memory. The entries are loaded one tile ahead of the rows, or
+// every gathered row would first wait for its entry: while a tile is in use, the next rows and the entries
+// after these are in flight. Three tiles are enough; with four the slot number needs no division and fewer
+// registers.
 enum { MOBA_TILES_OF_ENTRIES = 4 };
 
-// Starts to copy entries of an item, from its first-th on, and 0 beyond its last one.
+// Starts asynchronous copies of QUERIES entries of an item, from entry `first` on. Entries beyond the last
+// one become 0.
 template <int QUERIES>
 __device__ __forceinline__ void load_entries(int* to, const moba_item_t& item, int first) {
     const int i = threadIdx.x;
     if (i < QUERIES) cp_async4(to + i, item.entries + first + i, first + i < item.count);
 }
 
-// Row i of a tile is the token of entry i, of the entries that there are.
+// Row source of a tile: row i is the token of list entry i, for i < end.
 template <typename Element> struct gathered_rows {
     Element* memory;
     const int* entries; // in shared memory
@@ -515,8 +496,9 @@ __device__ __forceinline__ gathered_rows<Element> gathered(Element* memory, int 
     return rows;
 }
 
-// Starts to copy gathered rows into a tile, each of THREADS threads its share. It reads all its entries before the first copy:
-// a copy may write what it does not know, so that the compiler reads nothing ahead of it.
+// Starts asynchronous copies of gathered rows into a tile, by THREADS threads. A thread reads all its entries
+// before its first copy: the compiler must assume that a copy writes to any memory, so it moves no read ahead
+// of a copy.
 template <int ROWS, int D, int THREADS, typename Element>
 __device__ __forceinline__ void load_gathered(floatX* tile, const gathered_rows<Element>& rows) {
     constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS, EACH = ROWS / STEP;
@@ -531,7 +513,8 @@ __device__ __forceinline__ void load_gathered(floatX* tile, const gathered_rows<
                    rows.has(first + i * STEP));
 }
 
-// Where partial rows are, (heads, queries, K, parts): those of a query, and the first part of an entry's.
+// Indices into the partial rows (heads, queries, K, parts): the first row of a query, and the first part of
+// an entry's row.
 static __device__ __forceinline__ size_t moba_first_partial(const moba_lists_t& x, int head, int t) {
     return ((size_t)head * x.queries + t - x.start) * x.K * x.parts;
 }
@@ -539,7 +522,7 @@ static __device__ __forceinline__ size_t moba_partial(const moba_lists_t& x, int
     return moba_first_partial(x, head, moba_token(entry)) + ((unsigned)entry >> MOBA_TOKEN_BITS) * x.parts;
 }
 
-// Row i of a tile goes to the partial row of entry i, of one part of the keys.
+// Row destination of a tile: row i goes to the partial row of list entry i, for one part of the keys.
 template <int D> struct partial_rows {
     floatX* memory;
     const int* entries;
@@ -577,12 +560,13 @@ template <int D> struct moba_forward_shape {
     }
 };
 
-// One block computes an item; a warp 16M of every QUERIES of its queries. The tile of queries after the one in use is on
-// its way.
+// One thread block computes one work item. Its keys and values stay in shared memory; tiles of QUERIES
+// gathered queries pass through a ring, and a warp computes 16M queries of each tile. The next tile is in
+// flight while one is in use.
 template <int D, int COLUMNS>
 __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     moba_forward_kernel(floatX* partial_out, // (heads, queries, K, parts, D)
-                        float* partial_lse,  // (heads, queries, K, parts) in powers of two
+                        float* partial_lse,  // (heads, queries, K, parts) log2 of the sums
                         moba_lists_t x, float scale_log2) {
     typedef moba_forward_shape<D> shape;
     constexpr int M = shape::M, QUERIES = shape::QUERIES;
@@ -601,7 +585,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     auto entries_of = [&](int first) {
         return entries_ring + first / QUERIES % MOBA_TILES_OF_ENTRIES * QUERIES;
     };
-    auto load = [&](int first) { // a tile, and the entries of the one after it
+    auto load = [&](int first) { // loads a tile of queries, and the entries of the tile after it
         if (first < item.count) {
             load_gathered<QUERIES, D, shape::THREADS>(
                 ring + first / QUERIES % 2 * QUERIES * D,
@@ -615,13 +599,13 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
     load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
     load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
     cp_async_wait<0>();
-    __syncthreads(); // the first entries are there; keys and values come with the first queries
+    __syncthreads(); // the first entries have arrived; keys and values arrive with the first queries
     load(0);
 
     const int warp_row = warp_of_block() * 16 * M;
     for (int first = 0; first < item.count; first += QUERIES) {
         cp_async_wait<0>();
-        __syncthreads(); // the tile is there, and nobody uses the one before it any more
+        __syncthreads(); // the tile has arrived, and no warp uses the previous one any more
         load(first + QUERIES);
         if (first + warp_row >= item.count) continue;
         floatX* q_tile = ring + first / QUERIES % 2 * QUERIES * D;
@@ -658,7 +642,7 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = warp_row + 16 * m + lane / 4 + 8 * half;
-                // A part of the own block may lie in the future as a whole.
+                // total is 0 if all keys of this part of the own block are in the query's future
                 const float total = row_total(softmax.sum[m][half]), inverse = total > 0 ? 1 / total : 0;
 #pragma unroll
                 for (int c = 0; c < D / 8; c++)
@@ -668,20 +652,22 @@ __global__ void __launch_bounds__(moba_forward_shape<D>::THREADS, 2)
                     partial_lse[moba_partial(x, head, entries[row]) + part] =
                         total > 0 ? softmax.maximum[m][half] + log2f(total) : -INFINITY;
             }
-        __syncwarp(); // the warp's own queries are not needed any more
+        __syncwarp(); // the rows replace the warp's own queries, which all its lanes have read
         store_rows(partials<D>(partial_out, x, head, part, entries, end), q_tile, warp_row, sum);
     }
 }
 
-// How many choices a query has.
+// Number of choices of a query, including its own block.
 static __device__ __forceinline__ int moba_count_choices(const moba_lists_t& x, int head, int t) {
     int count = 1;
     while (count < x.K && moba_choice(x, head, t, count) >= 0) count++;
     return count;
 }
 
-// The rows of D that a lane of LANES has 16 bytes of: one query each. With noise, which takes all lanes of a warp, those beyond the
-// last query do it once more and keep it to themselves; and ten registers more than the 38 without.
+// Merges the partial rows of a query by their log-sum-exp, in the order of its choices, and adds pgqa's noise
+// if NOISY. LANES neighbouring lanes share a query, and each lane has 16 bytes of its row. The noise needs
+// all lanes of a warp, so lanes beyond the last query repeat it and store nothing. NOISY is a variant because
+// the noise takes ten registers more.
 enum { MOBA_MERGE_THREADS = 128 };
 template <int D, bool NOISY>
 __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
@@ -716,21 +702,36 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
 
 // ----------------------------------------------------------------------------
 // Backward
+//
+// A work item gathers each of its queries and their gradients once and makes 5 products: S = K Q^T, dP = V
+// dO^T, dV += P dO, dK += dS Q and dQ = dS^T K. dS goes through shared memory, from the warps that own keys
+// to the warps that own columns of dQ. Each choice of a query gets one partial row of dQ; another kernel
+// adds up these rows.
+//
+// dK and dV of a key block are sums over all work items and query heads that read it. Each item stores its
+// sums in fp32, and another kernel adds them up in the order of heads and items. If one item has the whole
+// sum (moba_is_whole), it writes dK and dV itself.
+//
+// dQ is rounded to bf16 (8 significant bits) three times: dS, the row of each choice, and the sum. The first
+// error is large if the keys of a block have a large common component: the exact dS of a query add up to 0
+// and cancel it, but the rounded ones do not.
 
-// Sums of the gradients of keys and values, in fp32 and of keys not scaled yet.
+// Sums of the gradients of keys and values, in fp32. The sums of keys are not multiplied by the scale yet.
 typedef struct {
-    float* of_heads; // (heads, 2, T, D) what the first items of all blocks have
-    float* more;     // (heads, max_more, parts, 2, keys, D) and the other items
+    float* of_heads; // (heads, 2, T, D) sums of the first item of every block
+    float* more;     // (heads, max_more, parts, 2, keys, D) sums of the other items
 } moba_sums_t;
 
-// Whether the sums of a head go on from those that are there. The first head of a group does when the group before it had the
-// same KV head, or the same head's earlier queries.
+// Whether the sums of a head start from the carry-over that the previous group left in of_heads. This is so
+// for the first head of a group, if the previous group had the same KV head or earlier queries of the same
+// head.
 static __device__ __forceinline__ bool moba_goes_on(const moba_lists_t& x, int head) {
     const int h = moba_head(x, head);
     return h == x.first_head && (x.start > 0 || (h > 0 && x.kv_of_q[h - 1] == x.kv_of_q[h]));
 }
 
-// Whether one item has the whole gradients of a block: nobody else has to add anything, and no sums are needed.
+// Whether one item has the whole gradients of a block, so that no sums are needed: no other query head reads
+// the KV head, all queries are in this group, and the block has a single item.
 static __device__ __forceinline__ bool moba_is_whole(const moba_lists_t& x, int head, int block) {
     const int h = moba_head(x, head), g = x.kv_of_q[h];
     return x.start == 0 && x.end == x.T && (h == 0 || x.kv_of_q[h - 1] < g) &&
@@ -738,7 +739,7 @@ static __device__ __forceinline__ bool moba_is_whole(const moba_lists_t& x, int 
            moba_more_before(x, head, block) == moba_more_before(x, head, block + 1);
 }
 
-// Where an item has its sums, and how many rows there are: among those of all keys, none is beyond the last token.
+// The sums of an item, and their number of rows. The rows of of_heads end at the last token.
 typedef struct {
     float *keys, *values;
     int count;
@@ -759,7 +760,7 @@ static __device__ __forceinline__ rows_of_sums moba_sums_of(const moba_sums_t& s
     return rows;
 }
 
-// A warp's rows of sums, from and to memory (.., D) where `rows` rows exist.
+// Load and store a warp's rows of sums, from and to memory (rows, D), D = 8C. Rows beyond `rows` are skipped.
 template <int M, int C>
 __device__ __forceinline__ void load_sums(float (&sum)[M][C][4], const float* from, int first_row, int rows) {
     const int lane = lane_of_warp();
@@ -795,25 +796,27 @@ __device__ __forceinline__ void store_sums(float* to, int first_row, int rows, c
 
 template <int D> struct moba_backward_shape {
 #if defined(PRECISION_BF16)
-    enum { M = D <= 64 ? 2 : 1, QUERIES = 32 }; // M at most: there may be 16 keys
+    enum { M = D <= 64 ? 2 : 1, QUERIES = 32 }; // this M or 1: a part may have only 16 keys
 #else
     enum { M = 1, QUERIES = D <= 64 ? 32 : 16 };
 #endif
     enum { TILE = QUERIES * D };
-    enum { COLUMNS = 32 }; // of the gradients of 16 queries that a warp computes at a time
+    enum { COLUMNS = 32 }; // a warp computes this many columns of dQ of 16 queries at a time
 };
 
-// What a tile of gathered queries comes with: statistics as gqa.cuh has them, and entries of the list. Both are 0 beyond the last
-// query, as are the rows of queries and gradients, so that its probabilities are 1 and add nothing.
+// Statistics (as in gqa.cuh) and list entries of a tile of gathered queries. Beyond the last query they are
+// 0, and so are the rows of queries and gradients. The probabilities of such a row are then 1 and add nothing
+// to any gradient.
 template <int QUERIES> struct moba_tile_rows {
     float4 statistics[QUERIES / 2];
     int2 entries[QUERIES / 2];
 };
 
-// What a block has to know of its item once in a tile. Its sums leave no registers to keep that in.
+// Values that a thread block reads once per tile. They are in shared memory, because the sums of dK and dV
+// leave no registers for them.
 typedef struct {
     moba_item_t item;
-    size_t of_keys; // where the keys begin in (B, T, H + 2G, D)
+    size_t of_keys; // offset of the sequence's keys in (B, T, H + 2G, D)
     const floatX *queries, *dout;
     const float2* statistics;
 } moba_work;
@@ -825,11 +828,12 @@ template <int D> static constexpr size_t moba_backward_shared_bytes(int keys) {
            carved_bytes<moba_tile_rows<shape::QUERIES>>(MOBA_TILES_OF_ENTRIES) + carved_bytes<moba_work>(1);
 }
 
-// One block computes an item: what it adds to the gradients of its keys and values, and a row for each of its queries.
-// A warp owns 16M keys; scores are made transposed, as in gqa.cuh, so that P and dS are the left operands of what they
-// are multiplied with next. For the gradients of queries dS goes through shared memory, and a warp computes COLUMNS of
-// 16 rows at a time. Two tiles of queries take turns: one is used, and then takes its gradients on their way out, while the
-// other one is loaded. The gradients of outputs have one tile, which is loaded during dQ and the next scores.
+// One thread block computes one work item: the sums of dK and dV of its keys, and one partial row of dQ for
+// each query. A warp owns 16M keys. The scores are transposed, as in gqa.cuh, so that P and dS are left
+// operands of the next products. For dQ, dS goes through shared memory, and a warp computes COLUMNS columns
+// of 16 rows at a time. There are two tiles of queries: while one is loaded, the other is in use and
+// afterwards stages dQ for its stores. There is one tile of output gradients; it is loaded during dQ and the
+// next scores.
 template <int D, int M>
 __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
     moba_backward_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
@@ -868,8 +872,8 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
         work->statistics = statistics + (sequence * x.H + h) * padded;
     }
     cp_async_wait<0>();
-    __syncthreads(); // the first entries are there; keys and values come with the first queries
-    auto load_queries = [&](int first) { // with their statistics, and the entries of the tile after them
+    __syncthreads(); // the first entries have arrived; keys and values arrive with the first queries
+    auto load_queries = [&](int first) { // also loads their statistics, and the entries of the next tile
         const int end = work->item.count - first, row = threadIdx.x;
         tile_rows_t* rows = rows_of(first);
         const int* entries = (const int*)rows->entries;
@@ -936,7 +940,7 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
             }
         }
         cp_async_wait<0>();
-        __syncthreads(); // dO is there; nobody uses the dS or the other tile of queries of the turn before any more
+        __syncthreads(); // dO has arrived; no warp uses the previous dS or the other tile of queries any more
         load_queries(first + QUERIES);
         multiply_transposed(dscores, v, dout_tile, 0);
         multiply_add(dv, probs, dout_tile, 0);
@@ -958,7 +962,7 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
         }
         multiply_add(dk, dscores, q_tile, 0);
         cp_async_wait<0>();
-        __syncthreads(); // dS and the next queries are there; nobody uses the queries and dO any more
+        __syncthreads(); // dS and the next queries are complete; no warp uses these queries and dO any more
         load_dout(first + QUERIES);
         for (int unit = warp_of_block(); unit < QUERIES / 16 * D / COLUMNS; unit += warps) {
             const int row = unit / (D / COLUMNS) * 16, column = unit % (D / COLUMNS) * COLUMNS;
@@ -979,15 +983,17 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS / M, M)
         store_sums(of_item.values, warp_row, of_item.count, dv);
         return;
     }
-    __syncthreads(); // nobody uses the keys any more; the values are the warp's own
+    __syncthreads(); // no warp uses the keys any more; a warp replaces only its own rows of the values
     scale_rows(dk, scale);
     floatX* to = dqkv + work->of_keys;
     store_rows(neighbours(to, stride, item.first_key, x.T), k_tile, warp_row, dk);
     store_rows(neighbours(to + x.G * D, stride, item.first_key, x.T), v_tile, warp_row, dv);
 }
 
-// The gradients of one key or value from the sums of the group's heads, in their order. Sums of a KV head that the next
-// group goes on with take the place of those of the first head. A KV head that nobody reads gets zeros, with the head after it.
+// Adds up the gradients of keys (which = 0) and values (1) over the heads of the group, in order. LANES
+// neighbouring lanes share a key. If the next group continues the last KV head, its sum becomes the
+// carry-over, in the sums of the group's first head. A KV head that no query head reads gets zeros while the
+// next query head, or the last one, is handled.
 template <int D>
 __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     moba_merge_keys_kernel(floatX* dqkv, // (B, T, H + 2G, D)
@@ -1002,7 +1008,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
                  (x.H + which * x.G) * D + column;
     const int last = x.first_head + x.heads - 1;
     const bool goes_on =
-        x.end < x.T || (last + 1 < x.H && x.kv_of_q[last] == x.kv_of_q[last + 1]); // in the next group
+        x.end < x.T || (last + 1 < x.H && x.kv_of_q[last] == x.kv_of_q[last + 1]); // there is a carry-over
     Values<CHUNK> sum = {};
     for (int head = first_head; head < first_head + x.heads; head++) {
         const int h = moba_head(x, head), g = x.kv_of_q[h], next_g = h + 1 < x.H ? x.kv_of_q[h + 1] : x.G;
@@ -1010,7 +1016,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
             store(to + empty * D, Values<CHUNK>{});
         for (int empty = g + 1; h + 1 == x.H && empty < x.G; empty++) store(to + empty * D, Values<CHUNK>{});
         const int begin = moba_more_before(x, head, block), end = moba_more_before(x, head, block + 1);
-        if (goes_on && x.heads == 1 && begin == end) return; // the sums are where they should be
+        if (goes_on && x.heads == 1 && begin == end) return; // the sums are the carry-over already
         if (moba_is_whole(x, head, block)) continue;
         if (h == 0 || x.kv_of_q[h - 1] < g) sum = {};
         const Values<CHUNK> first = load<CHUNK>(sums.of_heads + head * of_head + of_key);
@@ -1027,6 +1033,7 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     if (goes_on) store(sums.of_heads + first_head * of_head + of_key, sum);
 }
 
+// Adds up the partial rows of dQ of a query, in the order of its choices.
 template <int D>
 __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
     moba_merge_queries_kernel(floatX* dqkv, // (B, T, H + 2G, D)
@@ -1048,27 +1055,35 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
 
 // ----------------------------------------------------------------------------
 // Workspaces
+//
+// The partial rows take K times the memory of the output. So heads are processed in groups whose workspace
+// stays within moba_workspace_bound. If a single head needs more, a group is a piece of its queries. Query
+// heads of one KV head may be in two groups, because kv_of_q is in device memory and the host cannot read it
+// while it makes the groups. The sums of such a KV head stay in memory, and the work items of the next group
+// start from this carry-over.
 
 typedef struct {
     moba_lists_t lists;
     floatX* partial_rows;
     float* partial_lse; // forward
     moba_sums_t sums;   // backward
-    int heads;          // of the group, in all its sequences
+    int heads;          // heads of the group, summed over its sequences
 } moba_group_t;
 
-// What goes at a time: heads of sequences, or a piece of one head.
+// Largest size of a group: sequences, heads of each, queries of each head.
 typedef struct {
     int sequences, heads, queries;
 } moba_turn_t;
 
+// Takes count elements from a workspace, rounded up to 256 bytes. Returns NULL if memory is NULL.
 static inline void* moba_take(char* memory, size_t* used, size_t count, size_t size) {
     void* taken = memory ? memory + *used : NULL;
     *used += (count * size + 255) / 256 * 256;
     return taken;
 }
 
-// Lays out what so many queries of so many heads need, or without memory only counts its bytes.
+// Lays out the workspace of a group of `heads` heads and `queries` queries of each, and returns its bytes. If
+// memory is NULL, it only counts the bytes.
 static inline size_t moba_lay_out(moba_group_t* group, char* memory, const moba_shape_t* s, int heads,
                                   int queries, int is_backward) {
     moba_lists_t* x = &group->lists;
@@ -1100,8 +1115,10 @@ static inline size_t moba_bytes(const moba_shape_t* s, int heads, int queries, i
     return moba_lay_out(&group, NULL, s, heads, queries, is_backward);
 }
 
-// As many heads as the bound allows, of several sequences only when all heads go. Where one head is too much, a piece of it.
-enum { MOBA_PIECES = 8 }; // at most: keys and values are loaded again for each, and their sums
+// Chooses the size of the groups: as many heads as the bound allows, and several sequences only if all heads
+// fit. If one head does not fit, it is cut into up to MOBA_PIECES pieces. Each piece loads keys, values and
+// their sums again.
+enum { MOBA_PIECES = 8 };
 static inline moba_turn_t moba_turn(const moba_shape_t* s, int is_backward) {
     moba_turn_t turn = {1, 1, s->T};
     const size_t fit = moba_workspace_bound / moba_bytes(s, 1, s->T, is_backward);
@@ -1117,8 +1134,8 @@ static inline moba_turn_t moba_turn(const moba_shape_t* s, int is_backward) {
     return turn;
 }
 
-// Enough for these sequences, and for fewer and shorter ones: where not all heads go at once, more of them may when they are
-// shorter, up to the bound.
+// Bytes that are enough for these sequences, and for fewer or shorter ones. If not all heads fit at once,
+// this is at least the bound, because more heads of shorter sequences may go at once.
 static inline size_t moba_turn_bytes(const moba_shape_t* s, int is_backward) {
     const moba_turn_t turn = moba_turn(s, is_backward);
     const size_t bytes = moba_bytes(s, turn.sequences * turn.heads, turn.queries, is_backward);
@@ -1127,7 +1144,8 @@ static inline size_t moba_turn_bytes(const moba_shape_t* s, int is_backward) {
     return bytes > least ? bytes : least;
 }
 
-// The group that begins with this head of this sequence, and with this query; without heads where there is none.
+// Begins the group at this sequence, head and query. The group has no heads if `sequence` is beyond the last
+// one.
 static inline void moba_begin_group(moba_group_t* group, const moba_shape_t* s, const moba_turn_t* turn,
                                     int sequence, int head, int query) {
     moba_lists_t* x = &group->lists;
@@ -1140,7 +1158,8 @@ static inline void moba_begin_group(moba_group_t* group, const moba_shape_t* s, 
     group->heads = x->sequences * x->heads;
 }
 
-// Pieces begin where tiles of lists do.
+// First query of the first piece, at most s->start. Every piece begins at the first query of a tile of the
+// lists.
 static inline int moba_first_query(const moba_shape_t* s, const moba_turn_t* turn) {
     return s->start / turn->queries * turn->queries;
 }
@@ -1155,7 +1174,7 @@ static inline moba_group_t moba_first_group(char* memory, const moba_shape_t* s,
     return group;
 }
 
-// The pieces of a head one after the other, then the next heads, then the next sequences.
+// The next group: the next piece of the head, or else the next heads, or else the next sequences.
 static inline void moba_next_group(moba_group_t* group, const moba_shape_t* s, const moba_turn_t* turn) {
     const moba_lists_t* x = &group->lists;
     const int first_query = moba_first_query(s, turn), next_head = x->first_head + x->heads;
@@ -1179,7 +1198,7 @@ static inline dim3 moba_item_grid(const moba_group_t* group) {
     return dim3((unsigned)(group->lists.max_items * group->lists.parts), (unsigned)group->heads);
 }
 
-// A thread for every 16 bytes of `rows` rows.
+// Grid of the merges: one thread for every 16 bytes of `rows` rows.
 template <int D> static inline dim3 moba_merge_grid(int rows, int heads, int sequences) {
     return dim3((unsigned)ceil_div(rows, MOBA_MERGE_THREADS / (D / CHUNK)), (unsigned)heads,
                 (unsigned)sequences);
@@ -1277,7 +1296,7 @@ static inline void flashmoba_backward_launch(floatX* dqkv, const floatX* dout, c
     }
 }
 
-// Bytes of the workspaces, with moba_workspace_bound as it is then and when they are used.
+// Bytes of the workspaces. moba_workspace_bound must be the same here and when the workspace is used.
 static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
     const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
     size_t used = 0;
@@ -1293,9 +1312,10 @@ static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, in
     return used + moba_turn_bytes(&shape, 1);
 }
 
-// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already. The centroids
-// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids. With
-// noise (or NULL) also these rows of noise->noised.
+// Computes rows start..T-1 of out, lse and selected, and of noise->noised unless noise is NULL. If start > 0,
+// qkv already holds the earlier keys and values. The centroids are those of all complete blocks
+// (keys_forward). The workspace needs no initial value. With K = 1, selected is empty and centroids are not
+// read.
 static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      int* selected, // (B, H, T, K-1) blocks chosen, the newest first, then -1
@@ -1318,7 +1338,7 @@ static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
                                       stream);
 }
 
-// Every element of dqkv is written: exact zeros for a KV head without queries.
+// Writes every element of dqkv. A KV head that no query head reads gets exact zeros.
 static inline void flashmoba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                       const floatX* dout,   // (B, T, H, D)
                                       const floatX* out,    // (B, T, H, D)
