@@ -1,38 +1,34 @@
 /*
-ATTN=moba: mixture of block attention as it was first published (Lu et al., MoBA, arXiv 2502.13189, algorithm 1), to compare
-flashmoba with. The twin of moba_forward and moba_backward in dev/cpu/moba.h: the same function as flashmoba_forward and
-flashmoba_backward of moba.cuh with the same arguments, by other means (docs/math.md section 2). It has a file of its own, for
-nobody needs it to understand the other.
+ATTN=moba: mixture of block attention as it was first published (Lu et al., MoBA, arXiv 2502.13189,
+algorithm 1). It is here for comparison with flashmoba. The twin of moba_forward and moba_backward in
+dev/cpu/moba.h. It computes the same function as flashmoba_forward and flashmoba_backward (moba.cuh), with the
+same arguments and another algorithm (docs/math.md section 2).
 
     void* workspace = device_malloc(moba_forward_workspace(B, T, H, G, D, S, K), "attention");
-    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // kernels/keys.cuh
-    moba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, stream);
+    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);   // kernels/keys.cuh
+    moba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL,
+                 stream);
     workspace = device_malloc(moba_backward_workspace(B, T, H, G, D, S, K), "attention");
     moba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
-    scores       of every query with every block, in fp32, all of them in memory
-    selection    the best K-1 of a row
-    pairs        of a query and a block that it chose: a matrix of blocks by queries says who chose whom, and its rows, one
-                 after the other, are the pairs in the order of blocks and tokens
-    gather       the queries of the pairs, copied side by side
-    attention    twice, of neighbouring queries and one block of keys: the block's own tokens, causally, and its pairs
-    merge        a query's two attentions by their log-sum-exp
+    scores       of every query with every block: a matrix of fp32 in memory
+    selection    the best K-1 blocks of each row of the matrix
+    pairs        (query, selected block), in the order of blocks and then tokens
+    gather       the queries of the pairs, copied into neighbouring rows
+    attention    once for the block's own tokens, causally, and once for its pairs
+    merge        of a query's own attention and its pairs, by their log-sum-exp
 
-The backward makes the pairs again from the selection, and gathers the gradients of the outputs too. The gradients of keys and
-values are sums over the block's own tokens and its pairs, head by head; those of queries are one row for the own block and one
-for each pair, added up at the end. All sums have a fixed order: every run has the same bits.
-
-Bytes of memory (bf16), a query head, n = T/S: scores 4Tn, matrix Tn, pairs T(K-1)(4D + 12) forward and T(K-1)(6D + 8) backward.
-The scores and the matrix are read and written whole, so time and memory are quadratic in T, as they were; a block that all
-queries choose is one block of threads in the backward, as flashmoba's are not. Nothing here is pipelined.
+The backward rebuilds the pairs from the selection and makes the same two passes. All sums have a fixed order,
+so every run gives the same bits. Time and memory are quadratic in T, and nothing is pipelined.
+Bytes: docs/results/kernels.md.
 */
 #ifndef KERNELS_MOBA_PLAIN_CUH
 #define KERNELS_MOBA_PLAIN_CUH
 
-// the order of scores, load_rows, moba_supports, moba_take
+// moba_rank_t, load_rows, moba_supports, moba_take
 #include "moba.cuh"
 
-// Keys that are in shared memory at one time, and rows of queries beside them.
+// Most keys that are in shared memory at one time.
 #if defined(PRECISION_BF16)
 enum { PLAIN_KEYS = 64 };
 #else
@@ -40,25 +36,25 @@ enum { PLAIN_KEYS = 32 };
 #endif
 enum { PLAIN_WARPS = 4, PLAIN_THREADS = 32 * PLAIN_WARPS, PLAIN_QUERIES = 16 * PLAIN_WARPS };
 enum { PLAIN_COLUMNS = 16 }; // keys of one product
-// Blocks of threads that share the pairs of one block of keys.
+// Thread blocks that share the pairs of one key block.
 enum { PLAIN_SHARES = 8 };
 
-// What one call works on.
+// Sizes and arrays of one call. A pair is a query and a key block that it selected.
 typedef struct {
     int B, T, start, H, G, S, K;
-    int blocks;          // that can be chosen: with all S keys
-    int keys;            // of a block that are in shared memory at one time
-    size_t most;         // pairs of a head
+    int blocks;          // complete blocks, with all S keys: the ones that can be selected
+    int keys;            // keys of a block that are in shared memory at one time
+    size_t most;         // room for this many pairs of a head
     const floatX* qkv;   // (B, T, H + 2G, D)
     const int* selected; // (B, H, T, K-1)
     const int* kv_of_q;  // (H)
     // the pairs
-    unsigned char* choices; // (B, H, blocks, T) which choice of the query the block is, from 1, or 0
-    int* begins;            // (B, H, blocks + 1) where the pairs of a block begin
-    int* tokens;            // (B, H, most) the query of a pair
-    int* places;            // (B, H, T, K-1) the pair of a choice
-    floatX* queries;        // (B, H, most, D) gathered
-    floatX* gradients;      // (B, H, most, D) of the outputs, gathered; backward
+    unsigned char* choices; // (B, H, blocks, T) 1 + the choice that selected the block; 0: not selected
+    int* begins;            // (B, H, blocks + 1) index of the first pair of a block
+    int* tokens;            // (B, H, most) token of a pair's query
+    int* places;            // (B, H, T, K-1) index of the pair of a choice
+    floatX* queries;        // (B, H, most, D) gathered queries
+    floatX* gradients;      // (B, H, most, D) gathered gradients of the outputs (backward only)
 } plain_pairs_t;
 
 // ----------------------------------------------------------------------------
@@ -66,7 +62,8 @@ typedef struct {
 
 enum { PLAIN_TILE = 32, PLAIN_TILE_ROWS = 8 };
 
-// A block of threads computes a tile of queries by blocks. Every score is one sum in the order of d: equal centroids tie.
+// A thread block computes the scores of a tile of queries with a tile of key blocks. Every score is one sum
+// in the order of d, so equal centroids give equal scores.
 template <int D>
 __global__ void plain_scores_kernel(float* scores,          // (B, H, T, blocks)
                                     const float* centroids, // (B, blocks, G, D)
@@ -74,12 +71,12 @@ __global__ void plain_scores_kernel(float* scores,          // (B, H, T, blocks)
     __shared__ float queries[PLAIN_TILE][PLAIN_TILE + 1], means[PLAIN_TILE][PLAIN_TILE + 1];
     const int head = blockIdx.z, b = head / x.H, h = head % x.H, column = threadIdx.x;
     const int first_block = blockIdx.x * PLAIN_TILE, first_query = x.start + blockIdx.y * PLAIN_TILE;
-    if (first_block >= (min(x.T, first_query + PLAIN_TILE) - 1) / x.S) return; // nobody is past them
+    if (first_block >= (min(x.T, first_query + PLAIN_TILE) - 1) / x.S) return; // no query is past them
     const floatX* q = x.qkv + (size_t)b * x.T * (x.H + 2 * x.G) * D + h * D;
     const float* of_head = centroids + ((size_t)b * x.blocks * x.G + x.kv_of_q[h]) * D;
     float sums[PLAIN_TILE / PLAIN_TILE_ROWS] = {};
     for (int d = 0; d < D; d += PLAIN_TILE) {
-        __syncthreads(); // nobody reads the tile before any more
+        __syncthreads(); // no thread reads the previous tile any more
         for (int row = threadIdx.y; row < PLAIN_TILE; row += PLAIN_TILE_ROWS) {
             const size_t t = min(first_query + row, x.T - 1), block = min(first_block + row, x.blocks - 1);
             queries[row][column] = to_float(q[t * (x.H + 2 * x.G) * D + d + column]);
@@ -96,6 +93,7 @@ __global__ void plain_scores_kernel(float* scores,          // (B, H, T, blocks)
                 sums[row / PLAIN_TILE_ROWS];
 }
 
+// The highest rank of all lanes of a warp.
 static __device__ __forceinline__ moba_rank_t plain_highest(moba_rank_t rank) {
     for (int other = 16; other > 0; other /= 2) {
         const moba_rank_t theirs = __shfl_xor_sync(ALL_LANES, rank, other);
@@ -104,8 +102,9 @@ static __device__ __forceinline__ moba_rank_t plain_highest(moba_rank_t rank) {
     return rank;
 }
 
-// A warp for each query: the highest rank, the highest below it, and so on K-1 times; what ranks no lower than the last of
-// these is selected. Written the newest block first, then -1.
+// Top-k selection, one warp for each query. The warp finds the highest rank, then the highest below it, and
+// so on K-1 times. All blocks that rank no lower than the last one are selected. They are written the newest
+// first, then -1.
 static __global__ void plain_select_kernel(int* selected, // (B, H, T, K-1)
                                            const float* scores, plain_pairs_t x) {
     const int t = x.start + blockIdx.x * PLAIN_WARPS + warp_of_block(), eligible = t / x.S;
@@ -138,6 +137,8 @@ static __global__ void plain_select_kernel(int* selected, // (B, H, T, K-1)
 // ----------------------------------------------------------------------------
 // Pairs
 
+// Marks every selected block in the matrix `choices`, and counts the pairs of each block. One thread for each
+// choice.
 static __global__ void plain_mark_kernel(plain_pairs_t x) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
     const int t = x.start + (int)(i / (x.K - 1)), choice = (int)(i % (x.K - 1));
@@ -148,7 +149,8 @@ static __global__ void plain_mark_kernel(plain_pairs_t x) {
     atomicAdd(x.begins + head * (x.blocks + 1) + block + 1, 1);
 }
 
-// Numbers of pairs become where they begin.
+// Prefix sum: the number of pairs of each block becomes the index of its first pair. One thread for each
+// head.
 static __global__ void plain_scan_kernel(plain_pairs_t x) {
     const int head = blockIdx.x * blockDim.x + threadIdx.x;
     if (head >= x.B * x.H) return;
@@ -156,7 +158,8 @@ static __global__ void plain_scan_kernel(plain_pairs_t x) {
     for (int block = 0; block < x.blocks; block++) begins[block + 1] += begins[block];
 }
 
-// A warp goes through a block's row of the matrix, 32 tokens at a time.
+// Scatter: writes the pairs of a block in the order of tokens. A warp goes through the block's row of the
+// matrix, 32 tokens at a time.
 static __global__ void plain_fill_kernel(plain_pairs_t x) {
     const size_t head = blockIdx.y;
     const int block = blockIdx.x, lane = lane_of_warp();
@@ -173,11 +176,11 @@ static __global__ void plain_fill_kernel(plain_pairs_t x) {
     }
 }
 
-// Copies a row of each pair's query, 16 bytes a thread.
+// Copies the row of each pair's query to the place of the pair. A thread copies 16 bytes.
 enum { PLAIN_COPY_THREADS = 128 };
 template <int D>
 __global__ void plain_gather_kernel(floatX* gathered,   // (B, H, most, D)
-                                    const floatX* rows, // (B, T, heads, D) the first H of them
+                                    const floatX* rows, // (B, T, heads, D) reads the first H heads
                                     int heads, plain_pairs_t x) {
     constexpr int LANES = D / CHUNK;
     const size_t pair = ((size_t)blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
@@ -189,18 +192,20 @@ __global__ void plain_gather_kernel(floatX* gathered,   // (B, H, most, D)
 }
 
 // ----------------------------------------------------------------------------
-// The two attentions, of a block's own tokens and of its pairs. Either are neighbouring rows of a matrix.
+// Attention of a block's own tokens (OWN), and of its pairs. In both cases the queries are neighbouring rows
+// of a matrix.
 
 typedef struct {
     int first, end; // rows
 } plain_rows_t;
 
+// The block's own tokens, from x.start on.
 static __device__ __forceinline__ plain_rows_t plain_own(const plain_pairs_t& x, int block) {
     const plain_rows_t rows = {max(x.start, block * x.S), min(x.T, (block + 1) * x.S)};
     return rows;
 }
 
-// None of the last block, where it lacks keys.
+// The pairs of a block. A last block with fewer than S keys has none.
 static __device__ __forceinline__ plain_rows_t plain_chosen(const plain_pairs_t& x, int head, int block) {
     plain_rows_t rows = {0, 0};
     if (block < x.blocks && x.K > 1) {
@@ -210,12 +215,12 @@ static __device__ __forceinline__ plain_rows_t plain_chosen(const plain_pairs_t&
     return rows;
 }
 
-// One block of threads computes tiles of queries, those of a block of keys dealt out to `shares` of them; a warp 16 rows of a
+// The query tiles of one key block are divided among `shares` thread blocks. A warp computes 16 rows of a
 // tile.
 template <int D, bool OWN>
 __global__ void __launch_bounds__(PLAIN_THREADS)
-    plain_forward_kernel(floatX* out, // of own tokens (B, T, H, D), of pairs (B, H, most, D)
-                         float* lse,  // of own tokens (B, H, T), of pairs (B, H, most)
+    plain_forward_kernel(floatX* out, // own tokens: (B, T, H, D), pairs: (B, H, most, D)
+                         float* lse,  // own tokens: (B, H, T), pairs: (B, H, most)
                          plain_pairs_t x, int first_block, int shares, float scale_log2) {
     SHARED_MEMORY(floatX, shared);
     floatX* q_tile = shared;
@@ -240,10 +245,10 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
         q.take(q_tile, warp_row);
         softmax.begin();
         clear(sum);
-        __syncthreads(); // nobody uses the queries before any more
+        __syncthreads(); // no thread uses the previous queries any more
         load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), PLAIN_QUERIES);
         for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
-            __syncthreads(); // nor the keys and values
+            __syncthreads(); // no thread uses the previous keys and values any more
             load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
             load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
             cp_async_commit();
@@ -267,12 +272,13 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
             if (lane % 4 == 0 && row < rows.end)
                 lse_of_head[row] = softmax.maximum[0][half] * LN2 + logf(total);
         }
-        __syncwarp(); // the warp's own queries are not needed any more
+        __syncwarp(); // the rows replace the warp's own queries, which all its lanes have read
         store_rows(neighbours(of_head, OWN ? x.H * D : D, query, rows.end), q_tile, warp_row, sum);
     }
 }
 
-// Adds the pairs of a query to its own block, in the order of its choices; 16 bytes of a row a thread.
+// Merges the pairs of a query into the output of its own block, in the order of its choices. A thread has 16
+// bytes of a row.
 template <int D>
 __global__ void plain_merge_kernel(floatX* out,           // (B, T, H, D) in and out
                                    float* lse,            // (B, H, T)
@@ -306,8 +312,8 @@ __global__ void plain_merge_kernel(floatX* out,           // (B, T, H, D) in and
     if (column == 0) lse[row] = maximum + logf(total);
 }
 
-// Noise on rows start..T-1 of the output; 16 bytes of a row a thread. Those beyond the end compute along: a warp's lanes sum up
-// together.
+// Writes rows start..T-1 of the output with pgqa's noise. A thread has 16 bytes of a row. The noise needs all
+// lanes of a warp, so threads beyond the last row repeat it and store nothing.
 template <int D>
 __global__ void plain_noise_kernel(const floatX* out, // (B, T, H, D)
                                    plain_pairs_t x, NoisedRows noise) {
@@ -324,10 +330,10 @@ __global__ void plain_noise_kernel(const floatX* out, // (B, T, H, D)
 // ----------------------------------------------------------------------------
 // Backward
 
-enum { PLAIN_BACKWARD_QUERIES = 32 }; // of a tile of the keys' kernel
+enum { PLAIN_BACKWARD_QUERIES = 32 }; // queries of a tile of plain_backward_keys_kernel
 
-// One block of threads computes dk and dv of x.keys keys of one KV head: for each of its query heads the block's own tokens, then
-// its pairs. A warp owns 16 keys; the scores are made transposed, as in gqa.cuh.
+// One thread block computes dk and dv of x.keys keys of one KV head. For each query head of the KV head it
+// adds the block's own tokens, then its pairs. A warp owns 16 keys. The scores are transposed, as in gqa.cuh.
 template <int D>
 __global__ void __launch_bounds__(2 * PLAIN_KEYS)
     plain_backward_keys_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
@@ -365,7 +371,7 @@ __global__ void __launch_bounds__(2 * PLAIN_KEYS)
         const floatX* gradients =
             own ? dout + ((size_t)b * x.T * x.H + h) * D : x.gradients + head * x.most * D;
         for (int query = rows.first; query < rows.end; query += QUERIES) {
-            __syncthreads(); // nobody uses the tile before any more
+            __syncthreads(); // no thread uses the previous tile any more
             load_rows<D>(q_tile, neighbours(queries, own ? stride : D, query, rows.end), QUERIES);
             load_rows<D>(dout_tile, neighbours(gradients, own ? x.H * D : D, query, rows.end), QUERIES);
             for (int row = threadIdx.x; row < QUERIES; row += blockDim.x) {
@@ -398,7 +404,7 @@ __global__ void __launch_bounds__(2 * PLAIN_KEYS)
             multiply_add(dk, dscores, q_tile, 0);
         }
     }
-    // A head without queries has waited for nothing yet.
+    // If no query head reads this KV head, the loop above has waited for nothing.
     cp_async_wait<0>();
     __syncthreads();
     scale_rows(dk, scale);
@@ -406,11 +412,11 @@ __global__ void __launch_bounds__(2 * PLAIN_KEYS)
     store_rows(neighbours(dqkv + of_group + x.G * D, stride, first_key, x.T), v_tile, warp_row, dv);
 }
 
-// As plain_forward_kernel: dq of the own block, or of the pairs.
+// dq of the own block or of the pairs, divided among thread blocks as in plain_forward_kernel.
 template <int D, bool OWN>
 __global__ void __launch_bounds__(PLAIN_THREADS)
-    plain_backward_queries_kernel(floatX* dq, // of own tokens (B, T, H + 2G, D), of pairs (B, H, most, D)
-                                  const floatX* dout,       // (B, T, H, D)
+    plain_backward_queries_kernel(floatX* dq,         // own tokens: (B, T, H + 2G, D), pairs: (B, H, most, D)
+                                  const floatX* dout, // (B, T, H, D)
                                   const float2* statistics, // (B, H, padded)
                                   plain_pairs_t x, int shares, int padded, float scale) {
     SHARED_MEMORY(floatX, shared);
@@ -441,11 +447,11 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
         }
         q.take(q_tile, warp_row), gradient.take(dout_tile, warp_row);
         clear(sum);
-        __syncthreads(); // nobody uses the queries before any more
+        __syncthreads(); // no thread uses the previous queries any more
         load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), PLAIN_QUERIES);
         load_rows<D>(dout_tile, neighbours(gradients, OWN ? x.H * D : D, query, rows.end), PLAIN_QUERIES);
         for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
-            __syncthreads(); // nor the keys and values
+            __syncthreads(); // no thread uses the previous keys and values any more
             load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
             load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
             cp_async_commit();
@@ -467,11 +473,13 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
         }
         if (!some) continue;
         scale_rows(sum, scale);
-        __syncwarp(); // the warp's own queries are not needed any more
+        __syncwarp(); // the rows replace the warp's own queries, which all its lanes have read
         store_rows(neighbours(of_head, OWN ? stride : D, query, rows.end), q_tile, warp_row, sum);
     }
 }
 
+// Adds the dq of a query's pairs to that of its own block, in the order of its choices. A thread has 16 bytes
+// of a row.
 template <int D>
 __global__ void plain_merge_queries_kernel(floatX* dqkv,          // (B, T, H + 2G, D) in and out
                                            const floatX* of_pair, // (B, H, most, D)
@@ -496,7 +504,7 @@ __global__ void plain_merge_queries_kernel(floatX* dqkv,          // (B, T, H + 
 
 typedef struct {
     plain_pairs_t pairs;
-    floatX* of_pairs; // (B, H, most, D) outputs, or gradients of queries
+    floatX* of_pairs; // (B, H, most, D) of the pairs: outputs (forward) or gradients of queries (backward)
     // forward
     float* scores;   // (B, H, T, blocks)
     float* own_lse;  // (B, H, T)
@@ -505,12 +513,12 @@ typedef struct {
     float2* statistics; // (B, H, padded)
 } plain_workspace_t;
 
-// Lays out what a call needs, or without memory only counts its bytes.
+// Lays out the workspace of a call and returns its bytes. If memory is NULL, it only counts the bytes.
 static inline size_t plain_lay_out(plain_workspace_t* w, char* memory, const moba_shape_t* s,
                                    int is_backward) {
     plain_pairs_t* x = &w->pairs;
     const size_t heads = (size_t)s->B * s->H, T = (size_t)s->T;
-    const size_t forward = !is_backward, backward = is_backward != 0; // how many of these
+    const size_t forward = !is_backward, backward = is_backward != 0; // factors 0 or 1
     size_t used = 0;
     x->B = s->B, x->T = s->T, x->start = s->start, x->H = s->H, x->G = s->G, x->S = s->S, x->K = s->K;
     x->blocks = s->T / s->S;
@@ -547,15 +555,16 @@ static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, 
 // ----------------------------------------------------------------------------
 // The operations
 
-// A thread for every 16 bytes of `rows` rows.
+// Grid of the copies and merges: one thread for every 16 bytes of `rows` rows.
 template <int D> static inline dim3 plain_copy_grid(size_t rows, int heads) {
     const size_t rows_of_block = PLAIN_COPY_THREADS / (D / CHUNK);
     return dim3((unsigned)((rows + rows_of_block - 1) / rows_of_block), (unsigned)heads);
 }
 
-// Whether there is anything to choose from, whoever may choose it.
+// Whether any query can have a pair.
 static inline int plain_has_pairs(const plain_pairs_t* x) { return x->K > 1 && x->blocks > 0; }
 
+// Makes the pairs from the selection, and gathers their queries.
 template <int D> static inline void plain_pair_up(const plain_pairs_t* x, stream_t stream) {
     const int heads = x->B * x->H;
     const size_t choices = (size_t)(x->T - x->start) * (x->K - 1);
@@ -632,7 +641,7 @@ static inline void moba_backward_launch(floatX* dqkv, const floatX* dout, const 
            stream, dqkv, w->of_pairs, *x);
 }
 
-// As flashmoba_forward.
+// Same contract as flashmoba_forward (moba.cuh).
 static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                 int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
@@ -640,7 +649,7 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 const floatX* qkv,          // (B, T, H + 2G, D)
                                 const int* kv_of_q,         // (H) non-decreasing
                                 void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
-                                const AttentionNoise* noise, // NULL: none
+                                const AttentionNoise* noise, // NULL: no noise
                                 stream_t stream) {
     const moba_shape_t shape = {B, T, start, H, G, D, S, K};
     plain_workspace_t w;
@@ -652,7 +661,7 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
     if (D == 128) moba_forward_launch<128>(out, lse, selected, centroids, &w, noise, stream);
 }
 
-// Every element of dqkv is written: exact zeros for a KV head without queries.
+// Writes every element of dqkv. A KV head that no query head reads gets exact zeros.
 static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                  const floatX* dout,   // (B, T, H, D)
                                  const floatX* out,    // (B, T, H, D)
