@@ -1,22 +1,22 @@
 /*
-Tiles of attention: rows of D numbers in shared memory, and the products of a warp with them.
+Tiles of attention in shared memory, and the matrix products of a warp with them.
 
-A tile is a number of rows of queries, keys, values or gradients, each of D numbers of floatX. Where its rows come from
-is up to a function object, so that a tile may be neighbouring tokens or a gathered list:
+A tile holds rows of queries, keys, values or gradients; each row has D elements of floatX. A function object
+tells the address of each row, so a tile may hold neighbouring tokens or a gathered list:
 
     rows = neighbours(memory, stride, first, T);              // or another type with from(), has() and at()
-    load_tile<64, D, THREADS>(tile, rows);                    // by all threads; cp.async: commit, wait, barrier
-    tile_rows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows on the left of a product
+    load_tile<64, D, THREADS>(tile, rows);                    // all threads; then commit, wait and barrier
+    tile_rows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows as the left operand
     multiply_transposed(scores, queries, k_tile, 0);                      // scores = q k^T
     multiply_add(out, scores, v_tile, 0);                                 // out += scores v
 
-The results of a product are spread over the lanes of a warp as mma.m16n8k16 leaves them. sum[m][n][i] of a lane is the
-element of row 16 m + lane / 4 + 8 (i / 2) and column 8 n + 2 (lane % 4) + i % 2: the four lanes of a quad hold a row.
-This is also how the instruction wants its left operand, so that the result of one product goes into the next one
-without leaving the registers (Dao, FlashAttention-2, arXiv 2307.08691, section 3.3).
+A product is spread over the lanes of a warp as in the result of mma.m16n8k16. sum[m][n][i] of a lane is the
+element of row 16 m + lane / 4 + 8 (i / 2) and column 8 n + 2 (lane % 4) + i % 2: the four lanes of a quad
+hold a row. The left operand has the same layout, so the result of one product is the left operand of the next
+one without leaving the registers (Dao, FlashAttention-2, arXiv 2307.08691, section 3.3).
 
-bf16 multiplies on the tensor cores and sums in fp32. The fp32 build has the same functions in plain multiplications,
-for checking; everything outside this file is the same for both.
+The bf16 build multiplies on the tensor cores and accumulates in fp32. The fp32 build has the same functions
+with plain multiplications, for checking. Code outside this file is the same for both.
 */
 #ifndef KERNELS_TILE_CUH
 #define KERNELS_TILE_CUH
@@ -36,13 +36,14 @@ static __device__ __forceinline__ int warp_of_block(void) { return threadIdx.x /
 // ----------------------------------------------------------------------------
 // Shared memory
 
-// Memory is copied 16 bytes at a time, and a row of the matrices that ldmatrix loads has as many: a chunk.
+// A chunk is 16 bytes: the size of a copy, and of a row of the 8 x 8 matrices that ldmatrix loads.
 enum { CHUNK = 16 / sizeof(floatX) };
 
-// Where element (row, column) of a tile is. ldmatrix reads the same chunk of eight rows at once; laid out plainly these
-// would share their banks. So the chunks of a row change places, by exclusive or with the number of the row: any eight
-// chunks that are read together, along a row or down a column, cover all 32 banks. (Where a row is half as long as the banks
-// are wide, two rows change together.)
+// Index of element (row, column) in a tile. ldmatrix reads the same chunk of eight rows at once. In a plain
+// layout these eight chunks would lie in the same banks (a bank conflict). So the number of a chunk is
+// combined with the number of its row by exclusive or. Any eight chunks that are read together, along a row
+// or down a column, then cover all 32 banks. A row of 64 bytes covers only half of the banks, so two
+// neighbouring rows use the same exclusive or.
 template <int D> __device__ __forceinline__ int tile_offset(unsigned row, unsigned column) {
     constexpr unsigned CHUNKS = D / CHUNK;
     static_assert(CHUNKS == 4 || CHUNKS % 8 == 0, "rows of 64 bytes or a multiple of 128");
@@ -50,19 +51,19 @@ template <int D> __device__ __forceinline__ int tile_offset(unsigned row, unsign
     return row * D + ((column / CHUNK) ^ turn) * CHUNK + column % CHUNK;
 }
 
-// Neighbouring tokens: row i of the tile is row first + i of memory, where `end` rows exist.
+// Row source of neighbouring tokens: row i of the tile is row first + i of memory, which has `end` rows.
 template <typename Element> struct neighbour_rows {
     Element* memory;
     int stride, first, end;
 
-    // The rows from this one on.
+    // The same source, starting at `row`.
     __device__ __forceinline__ neighbour_rows from(int row) const {
         neighbour_rows rest = *this;
         rest.first += row;
         return rest;
     }
     __device__ __forceinline__ bool has(int row) const { return first + row < end; }
-    // An address that may be read also where the row does not exist.
+    // The address of the row. If the row does not exist, this is the last row, so it may still be read.
     __device__ __forceinline__ Element* at(int row) const {
         return memory + (size_t)min(first + row, end - 1) * stride;
     }
@@ -76,7 +77,7 @@ __device__ __forceinline__ neighbour_rows<Element> neighbours(Element* memory, i
     return rows;
 }
 
-// Starts to copy rows into a tile, each of THREADS threads its share; rows that do not exist become 0.
+// Starts asynchronous copies of ROWS rows into a tile, by THREADS threads. Rows that do not exist become 0.
 template <int ROWS, int D, int THREADS, typename Rows>
 __device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows) {
     constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS; // rows at a time
@@ -120,14 +121,14 @@ static __device__ __forceinline__ unsigned pack(float low, float high) {
     return bits;
 }
 
-// 16 x 16 elements of a tile as the left operand.
+// Loads 16 x 16 elements of a tile, from (row, column) on, as the left operand.
 template <int D>
 __device__ __forceinline__ void load_left(unsigned (&a)[4], const floatX* tile, int row, int column) {
     const unsigned lane = lane_of_warp();
     ldmatrix_x4(a, tile + row * D + (tile_offset<D>(lane % 16, lane / 16 * 8) ^ column));
 }
 
-// 16 x 16 elements of a tile as the left operand, the rows of which are the tile's columns.
+// Loads 16 x 16 elements of a tile as the left operand. The rows of the operand are the tile's columns.
 template <int D>
 __device__ __forceinline__ void load_left_transposed(unsigned (&a)[4], const floatX* tile, int row,
                                                      int column) {
@@ -136,7 +137,7 @@ __device__ __forceinline__ void load_left_transposed(unsigned (&a)[4], const flo
                       tile + row * D + (tile_offset<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8) ^ column));
 }
 
-// 16 x 16 elements of a tile as the right operand, the columns of which are the tile's rows.
+// Loads 16 x 16 elements of a tile as the right operand. The columns of the operand are the tile's rows.
 template <int D>
 __device__ __forceinline__ void load_right_transposed(unsigned (&b)[4], const floatX* tile, int row,
                                                       int column) {
@@ -144,14 +145,15 @@ __device__ __forceinline__ void load_right_transposed(unsigned (&b)[4], const fl
     ldmatrix_x4(b, tile + row * D + (tile_offset<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8) ^ column));
 }
 
-// 16 x 16 elements of a tile as the right operand, the columns of which are the tile's columns.
+// Loads 16 x 16 elements of a tile as the right operand. The columns of the operand are the tile's columns.
 template <int D>
 __device__ __forceinline__ void load_right(unsigned (&b)[4], const floatX* tile, int row, int column) {
     const unsigned lane = lane_of_warp();
     ldmatrix_x4_trans(b, tile + row * D + (tile_offset<D>(lane % 16, lane / 16 * 8) ^ column));
 }
 
-// 16 M rows of a tile on the left of a product: once and for all in registers, or loaded again for every product.
+// 16 M rows of a tile as the left operand of products. They are loaded once into registers (IN_REGISTERS), or
+// again for every product.
 template <int M, int D, bool IN_REGISTERS> struct tile_rows {
     unsigned at[M][D / 16][4];
 
@@ -177,7 +179,7 @@ template <int M, int D> struct tile_rows<M, D, false> {
     }
 };
 
-// product = left (16M, D) times the transpose of 8N rows of a tile, from first_row on.
+// product (16M, 8N) = left (16M, D) times the transpose of 8N rows of a tile, from first_row on.
 template <int M, int N, int D, bool IN_REGISTERS>
 __device__ __forceinline__ void multiply_transposed(float (&product)[M][N][4],
                                                     const tile_rows<M, D, IN_REGISTERS>& left,
@@ -227,8 +229,8 @@ __device__ __forceinline__ void multiply_add(float (&sum)[M][C][4], const float 
         }
 }
 
-// sum (16, 8C) += the transpose of 16 columns of the tile `left` (rows, COLUMNS), times 8C columns of the tile `right`
-// (rows, D); `rows` is a multiple of 16.
+// sum (16, 8C) += the transpose of 16 columns of the tile `left` (rows, COLUMNS), times 8C columns of the
+// tile `right` (rows, D); `rows` is a multiple of 16.
 template <int COLUMNS, int D, int C>
 __device__ __forceinline__ void multiply_columns_add(float (&sum)[1][C][4], const floatX* left,
                                                      int left_column, const floatX* right, int right_column,
@@ -253,7 +255,7 @@ static __device__ __forceinline__ void store_pair(floatX* at, float low, float h
 
 #else // fp32
 
-// fp32 rows are read from the tile whenever they are needed.
+// fp32: the products read the rows from the tile; IN_REGISTERS has no effect.
 template <int M, int D, bool IN_REGISTERS> struct tile_rows {
     const floatX* tile;
     int first_row;
@@ -288,7 +290,7 @@ __device__ __forceinline__ void multiply_add(float (&sum)[M][C][4], const float 
         for (int k = 0; k < 8 * N; k++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                // The lane of the quad that holds column k of this row hands it to the others.
+                // The lane of the quad that holds column k of this row broadcasts it to the quad.
                 const float factor =
                     __shfl_sync(ALL_LANES, left[m][k / 8][half * 2 + k % 2], (lane & ~3u) + k % 8 / 2);
 #pragma unroll
@@ -327,7 +329,8 @@ static __device__ __forceinline__ void store_pair(floatX* at, float low, float h
 // ----------------------------------------------------------------------------
 // Rows of results
 
-// The largest element and the sum of a row, given those of this lane's columns.
+// The largest element and the sum of a row. The argument is the largest element or the sum of this lane's
+// columns.
 static __device__ __forceinline__ float row_maximum(float largest) {
     largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
     return fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
@@ -338,8 +341,9 @@ static __device__ __forceinline__ float row_total(float sum) {
     return sum + __shfl_xor_sync(ALL_LANES, sum, 2);
 }
 
-// A running softmax over the columns of 16M rows, in powers of two: exp(x) = exp2(x log2(e)) and exp2 is one instruction.
-// Every lane has the whole maximum of its rows, scaled, and the sum over its own columns.
+// A running softmax over the columns of 16M rows. It uses powers of two: exp(x) = exp2(x log2(e)), and exp2
+// is one instruction. Every lane has the scaled maximum of its whole rows, but only the sums over its own
+// columns.
 template <int M> struct running_softmax {
     float maximum[M][2], sum[M][2];
 
@@ -350,9 +354,10 @@ template <int M> struct running_softmax {
             for (int half = 0; half < 2; half++) maximum[m][half] = -INFINITY, sum[m][half] = 0;
     }
 
-    // Scores become exp2(scale_log2 * score - maximum), and what was summed up with the old maximum is scaled to the new
-    // one. A score of -INFINITY is a key that the row does not see. The maximum is kept as it was rounded when scores were
-    // taken from it: while it stays the sums are multiplied by exactly 1, over any number of tiles.
+    // Replaces each score by exp2(scale_log2 * score - maximum), and rescales the sums from the old maximum
+    // to the new one. A score of -INFINITY marks a key that the row does not see. The maximum is stored after
+    // its multiplication by scale_log2 and rounding. So while it does not change, the sums are multiplied by
+    // exactly 1.
     template <int N, int C>
     __device__ __forceinline__ void update(float (&scores)[M][N][4], float (&out)[M][C][4],
                                            float scale_log2) {
@@ -365,7 +370,7 @@ template <int M> struct running_softmax {
                 for (int n = 0; n < N; n++)
                     largest = fmaxf(largest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
                 largest = fmaxf(maximum[m][half], row_maximum(largest) * scale_log2);
-                // A row that has seen nothing yet: -INFINITY minus itself would be NaN.
+                // A row that has seen no key yet: -INFINITY minus -INFINITY would be NaN.
                 const float offset = largest == -INFINITY ? 0 : largest;
                 const float correction = exp2_approximate(maximum[m][half] - offset);
                 maximum[m][half] = largest;
@@ -386,8 +391,9 @@ template <int M> struct running_softmax {
     }
 };
 
-// Writes 16M rows of a warp to memory, 8C of their D columns from first_column on, 16 bytes at a time, by way of the same
-// place of a tile, which no other warp reads or writes any more.
+// Writes 16M rows of a warp to memory: 8C of their D columns, from first_column on. The elements go through
+// the same rows and columns of a tile, so that each store has 16 bytes. No other warp may read or write this
+// part of the tile any more.
 template <int D, int M, int C, typename Rows>
 __device__ __forceinline__ void store_columns(const Rows& rows, floatX* tile, int first_row, int first_column,
                                               const float (&sum)[M][C][4]) {
@@ -414,6 +420,7 @@ __device__ __forceinline__ void store_columns(const Rows& rows, floatX* tile, in
     }
 }
 
+// The same for whole rows of D = 8C columns.
 template <int M, int C, typename Rows>
 __device__ __forceinline__ void store_rows(const Rows& rows, floatX* tile, int first_row,
                                            const float (&sum)[M][C][4]) {
