@@ -7,38 +7,18 @@ Causal attention, dense or in a sliding window, of H query heads over G key/valu
     workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
     attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
 
-The algorithm is FlashAttention-2's (Dao, arXiv 2307.08691): the scores exist one tile at a time, in registers, and the
-backward makes them again from the saved log-sum-exp. Head dimensions 32, 64 and 128 (attention_supports_head_dim). The noise of
-pgqa is added to finished rows where they lie in shared memory on their way out, and takes no register more.
+The algorithm is FlashAttention-2 (Dao, arXiv 2307.08691). The scores exist one tile at a time, in registers,
+and the backward recomputes them from the saved log-sum-exp. Head dimensions are 32, 64 and 128
+(attention_supports_head_dim).
 
-The backward is two kernels, without atomics and without sums that cross blocks, so that it is the same bits in every run:
-    keys      a block owns keys: dk and dv in registers, all queries of all heads of the group stream by. S, dP, dV, dK
-    queries   a block owns queries: dq in registers, keys and values stream by.                           S, dP, dQ
-That is 7 matrix products where one kernel would do with 5. But that one either adds dq up in memory by atomics, in an order
-that changes, or makes every block wait for its neighbour at every tile; and it passes dS from warp to warp by way of shared
-memory and two barriers a tile. Here P and dS never leave the registers of the warp that made them, which takes the transposed
-scores in the keys' kernel (its warps own keys), and a tile costs one barrier.
+The backward is two kernels. They have no atomics and no sums across thread blocks, so every run gives the
+same bits:
 
-What bounds them, counted and not yet measured: no GPU has run this. A multiprocessor takes about 2 clocks for an m16n8k16 on
-sm_80, about 1.6 on sm_90 (mma.sync reaches 62 % of what wgmma can), and 4 for an ldmatrix.x4 of 512 bytes. A warp of 32 rows
-uses every fragment of keys or values twice, one of 16 once, hence 32 wherever the sums leave the registers. For one warp and
-tile, products and loads in clocks of sm_90; the larger one is the floor:
-    kernel    D     a block        tile        mma     ldmatrix    registers   shared KB   blocks
-    forward   64    128 queries    64 keys     206     128         231         48          2
-              128   128 queries    48 keys     309     256         243         80          2
-    keys      64    128 keys       32 queries  206     192         250         48.5        2
-              128   128 keys       32 queries  206     320         235         96.5        1 (8 warps of 16 rows)
-    queries   64    128 queries    64 keys     310     192         243         65          2
-              128   128 queries    32 keys     309     320         254         97          2 (sm_80: 1)
-(registers: nvcc 13.0 -Xptxas -v, sm_90; nothing spills on sm_80 and sm_90). Queries stay in registers up to D 64; at 128 there
-is no room beside 128 sums a thread, and they are read again. Blocks that own the last queries go first, as they see the
-most keys. All shared memory is within the 99 KB that a block of sm_86 and sm_89 may have.
+    keys      a thread block owns keys; dk and dv are in registers; it reads the queries of its heads
+    queries   a thread block owns queries; dq is in registers; it reads the keys and values
 
-So the floors of useful work (4 D operations a score forward, 10 D backward) are 62 % of the peak of sm_90 forward, and
-backward 44 % at D 64 and 32 % at D 128. The prediction is three quarters of that at T of 2048 and more: forward 45 %, backward
-33 % and 24 %, where FlashAttention-2 has about 35 % and 32 % on an H100; forward and backward together 0.85 to 1 times its
-speed. If the keys' kernel at D 128 is what is missing: give pairs of warps 32 keys and half of D each, and pass P and dS
-between the two (240 instead of 320 clocks of loads).
+Together they make 7 matrix products; a single kernel would make 5. docs/results/kernels.md says why, and has
+the clocks and the predicted speed.
 */
 #ifndef GQA_CUH
 #define GQA_CUH
@@ -64,13 +44,14 @@ static inline float attention_scale(int D) { return (float)(1 / sqrt((double)D))
 #define LN2 0.693147181f
 
 // ----------------------------------------------------------------------------
-// Which query sees which key. Inside the kernels a window that sees the whole past is T wide.
+// Which query sees which key. In the kernels window is T for dense attention.
 
 static __device__ __forceinline__ bool sees(int query, int key, int window) {
     return (unsigned)(query - key) < (unsigned)window;
 }
 
-// Whether any of `queries` neighbouring queries sees any of `keys` neighbouring keys, and whether all see all.
+// Whether any of `queries` neighbouring queries sees any of `keys` neighbouring keys, and whether all see
+// all.
 static __device__ __forceinline__ bool some_see(int query, int queries, int key, int keys, int window) {
     return key < query + queries && query - (key + keys - 1) < window;
 }
@@ -107,8 +88,9 @@ template <int D> struct attention_forward_shape {
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
-// Writes 16M rows of a warp, which store_rows() has left in a tile, with noise. `first` is the tile's first row among the noise's
-// rows of one sequence, which are `stride` apart.
+// Adds noise to 16M rows of a warp that store_rows() has left in a tile, and writes them. The rows are still
+// in shared memory, so the noise needs no additional registers. `first` is the index of the tile's first row
+// in (B, T, H), and `stride` is the distance between rows.
 template <int M, int D, typename Rows>
 __device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX* tile, int first_row,
                                                   size_t first, int stride, const NoisedRows& noise) {
@@ -123,8 +105,9 @@ __device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX
     }
 }
 
-// One block computes QUERIES rows of one head; a warp 16M of them. Tiles of keys and of values take turns in a ring of
-// SLOTS: tile 2j is the j-th of the keys, 2j + 1 of the values; SLOTS - 1 of them are on their way while one is used.
+// One thread block computes QUERIES rows of one head; a warp computes 16M of them. Tiles of keys and values
+// share a ring of SLOTS slots: tile 2j is the j-th tile of the keys, tile 2j + 1 that of the values. SLOTS -
+// 1 tiles are in flight while one is in use.
 template <int D>
 __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention_forward_shape<D>::BLOCKS)
     attention_forward_kernel(floatX* out,        // (B, T, H, D)
@@ -138,7 +121,8 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
     floatX* q_tile = shared;
     floatX* ring = q_tile + QUERIES * D;
 
-    // The last queries see the most keys: long blocks first, short ones fill the gaps.
+    // The last queries see the most keys. Their thread blocks start first, and the short ones fill the gaps
+    // at the end.
     const int h = blockIdx.y, b = blockIdx.z, stride = (H + 2 * G) * D;
     const int first_query = start + (gridDim.x - 1 - blockIdx.x) * QUERIES;
     const int end_query = min(T, first_query + QUERIES), first_key = max(0, first_query - window + 1);
@@ -163,8 +147,8 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
     float sum[M][D / 8][4], scores[M][KEYS / 8][4];
     softmax.begin();
     clear(sum);
-    // A tile is there when every thread has waited for its part of it; by then nobody uses the one before it any more,
-    // and its slot can be filled again.
+    // A tile is complete after every thread has waited for its own copies and the barrier. After the barrier
+    // no warp uses the previous tile any more, so its slot can be filled again.
     cp_async_wait<SLOTS - 2>();
     __syncthreads();
     q.take(q_tile, warp_row);
@@ -199,7 +183,7 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
             if (lane % 4 == 0 && query < T)
                 lse[((size_t)b * H + h) * T + query] = softmax.maximum[m][half] * LN2 + logf(total);
         }
-    // The warp's own queries are not needed any more.
+    // The rows replace the warp's own queries, which no warp reads any more.
     const size_t of_head = (size_t)b * T * H + h;
     store_rows(neighbours(out + of_head * D, H * D, first_query, T), q_tile, warp_row, sum);
     if (noise.noised)
@@ -232,14 +216,16 @@ template <int D> struct attention_backward_queries_shape {
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
-// What the backward knows of a row of scores: x is its log-sum-exp in powers of two, y its delta. Rows are counted to a
-// multiple of ATTENTION_ROWS, so that tiles of them are whole; beyond T they are 0, as are queries and gradients there, which add nothing to dk and dv.
+// Statistics of a row of scores for the backward: x is its log-sum-exp, as a log2, and y its delta. The
+// number of rows is padded to a multiple of ATTENTION_ROWS, so that all tiles are whole. Rows beyond T are 0,
+// as are their queries and gradients, so they add nothing to dk and dv.
 enum { ATTENTION_ROWS = 128 };
 static inline int attention_padded(int T) {
     return (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS * ATTENTION_ROWS;
 }
 
-// delta = sum over d of dout * out: what the softmax subtracts from every gradient of a row's probabilities.
+// delta = sum over d of dout * out. The gradient of the softmax subtracts it from the gradient of each
+// probability of the row. LANES neighbouring lanes share a row.
 enum { STATISTICS_THREADS = 128 };
 template <int D>
 __global__ void __launch_bounds__(STATISTICS_THREADS)
@@ -269,8 +255,9 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
             t < T ? make_float2(lse[((size_t)b * H + h) * T + t] * LOG2_E, delta) : make_float2(0, 0);
 }
 
-// How many query heads read a KV head below g: those of g are from there on. Every warp counts; the shuffle tells the compiler
-// that all lanes have the same number, so that what follows from it needs no registers of every thread.
+// Counts the query heads that read a KV head below g. This is the index of the first query head that reads g,
+// as kv_of_q is non-decreasing. Every warp counts. The shuffle shows the compiler that all lanes have the
+// same number, so that values derived from it need no register of each thread.
 static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_q, int H) {
     int heads = 0;
     for (int h = 0; h < H; h += 32) {
@@ -280,10 +267,10 @@ static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_
     return __shfl_sync(ALL_LANES, heads, 0);
 }
 
-// One block computes dk and dv of KEYS keys of one KV head, from all queries of all its query heads in their order; a
-// warp computes 16M keys. The scores are made transposed (keys are rows, queries are columns), so that probabilities
-// and gradients of scores are the left operands of what they are multiplied with next. Tiles of queries with their
-// gradients and statistics are loaded one ahead. A group without heads gets zeros.
+// One thread block computes dk and dv of KEYS keys of one KV head, from all queries of all its query heads in
+// order. A warp computes 16M keys. The scores are transposed (keys are rows, queries are columns), so that
+// probabilities and gradients of scores are the left operands of the next products. Tiles of queries, with
+// their gradients and statistics, are loaded one tile ahead. A KV head that no query head reads gets zeros.
 template <int D>
 __global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
                                   attention_backward_keys_shape<D>::BLOCKS)
@@ -305,7 +292,7 @@ __global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
     const int g = blockIdx.y, b = blockIdx.z, stride = (H + 2 * G) * D, lane = lane_of_warp();
     const int first_head = count_heads_below(g, kv_of_q, H), end_head = count_heads_below(g + 1, kv_of_q, H);
 
-    // The queries that see any of the keys begin with the key of the same token.
+    // The first query that sees any of these keys is the one of the first key's token.
     const int first_key = blockIdx.x * KEYS, end_query = min(T, min(T, first_key + KEYS) - 1 + window);
     const size_t sequence = (size_t)b * T * stride, of_group = sequence + (H + g) * D;
     auto load = [&](int slot, int h, int query) {
@@ -379,14 +366,14 @@ __global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
         __syncthreads();
     }
 
-    // The warp's own keys and values are not needed any more.
+    // The rows replace the warp's own keys and values, which no warp reads any more.
     scale_rows(dk, scale);
     store_rows(neighbours(dqkv + of_group, stride, first_key, T), k_tile, warp_row, dk);
     store_rows(neighbours(dqkv + of_group + G * D, stride, first_key, T), v_tile, warp_row, dv);
 }
 
-// One block computes dq of QUERIES queries of one head, from all the keys that they see; a warp computes 16M queries.
-// Tiles of keys and values are loaded one ahead.
+// One thread block computes dq of QUERIES queries of one head, from all the keys that they see. A warp
+// computes 16M queries. Tiles of keys and values are loaded one tile ahead.
 template <int D>
 __global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
                                   attention_backward_queries_shape<D>::BLOCKS)
@@ -471,7 +458,7 @@ __global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
         __syncthreads();
     }
 
-    // The warp's own queries are not needed any more.
+    // The rows replace the warp's own queries, which no warp reads any more.
     scale_rows(dq, scale);
     store_rows(neighbours(dqkv + sequence + h * D, stride, first_query, T), q_tile, warp_row, dq);
 }
@@ -522,11 +509,11 @@ static inline size_t attention_backward_workspace(int B, int T, int H, int G, in
     return (size_t)B * H * attention_padded(T) * sizeof(float2);
 }
 
-// The window as the kernels take it.
+// The window of the kernels: T if `window` is 0 (dense) or at least T.
 static inline int attention_window(int window, int T) { return window > 0 && window < T ? window : T; }
 
-// Rows start..T-1 of out and lse, given queries of these rows and keys and values of all; start > 0 continues a
-// sequence whose earlier keys and values are in qkv already. With noise (or NULL) also these rows of noise->noised.
+// Computes rows start..T-1 of out and lse, and of noise->noised unless noise is NULL. It reads the queries of
+// these rows and all keys and values. If start > 0, qkv already holds the earlier keys and values.
 static inline void attention_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      const floatX* qkv,  // (B, T, H + 2G, D)
@@ -550,7 +537,8 @@ static inline void attention_forward(floatX* out,    // (B, T, H, D)
     }
 }
 
-// Every element of dqkv is written. The workspace has attention_backward_workspace() bytes and needs no initial value.
+// Writes every element of dqkv. The workspace has attention_backward_workspace() bytes and needs no initial
+// value.
 static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                       const floatX* dout,   // (B, T, H, D)
                                       const floatX* out,    // (B, T, H, D)
