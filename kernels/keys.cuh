@@ -1,29 +1,24 @@
 /*
-What keys and queries go through between the projection and attention, in one pass over them, in place (docs/math.md sections 1
-and 2). The twin of dev/cpu/keys.h.
+The step between the projection and attention: key convolution, positions and block centroids, in one pass
+over keys and queries, in place (docs/math.md sections 1 and 2). The twin of dev/cpu/keys.h.
 
     keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);
     void* workspace = device_malloc(keys_backward_workspace(B, T, G, D, taps), "keys");
     keys_backward(dqkv, dweight, raw, weight, table, workspace, B, T, H, G, D, taps, stream);
 
-    convolution  k'_t = k_t + silu( sum over l < taps of w_l * k_{t-l} )      keys, where there is a weight; `raw` keeps k
-    positions    pairs (i, i + D/2) turned by the table's angles              keys and queries, where there is a table
-    centroids    the means of blocks of S keys                                keys, where centroids are asked for
+    convolution  k'_t = k_t + silu( sum over l < taps of w_l * k_{t-l} )  keys, if weight is given; raw keeps k
+    positions    pairs (i, i + D/2) rotated by the angles of the table    keys and queries, if table is given
+    centroids    the mean of each block of S keys                         keys, if centroids is given
 
-Each part is there or not, by a pointer that is NULL or not. A centroid is of the keys as they are stored, rounded to floatX: the
-very ones that attention uses.
+A NULL pointer turns a part off. A centroid is the mean of the stored keys, which are rounded to floatX. These
+are the keys that attention uses.
 
-A block of threads has a tile of tokens of one head, in the forward of MoBA's layers a block of keys. A key needs the taps - 1 keys
-before it, and its gradient those of the taps - 1 keys after it, which the next tile's block may have overwritten by then: so a
-first small kernel copies such rows of every tile, the last ones to raw, the first ones of the gradient to the workspace. All other
-rows of raw a tile copies by itself, before it overwrites the first.
-
-Bytes, for each element of the keys (bf16):
-    forward    6, read once and written to raw and in place; without convolution 4, centroids alone 2. One pass for each part
-               took 14: convolution 8, positions 4, centroids 2
-    backward   6, gradient and raw read, gradient written; without convolution 4. One pass for each part took 20
-and, for the rows at the edges of tiles and the parts of dweight, 2 (taps - 1) / tile and (4 (taps - 1) + 8 taps) / KEYS_TILE. Queries
-are read and written once where there are positions. The filter reads a row `taps` times, out of the cache.
+A thread block has a tile of tokens of one head; with centroids, the tile is a key block. A key needs the
+taps - 1 keys before it, and the gradient of a key needs the gradients of the taps - 1 keys after it. The
+thread block of the neighbouring tile may have overwritten these rows already. So a small kernel first copies
+the edge rows of all tiles: in the forward the last rows of each tile to raw, in the backward the first rows of
+each tile to the workspace. Each tile itself copies its other rows to raw before it overwrites them.
+Bytes: docs/results/kernels.md.
 */
 #ifndef KERNELS_KEYS_CUH
 #define KERNELS_KEYS_CUH
@@ -36,9 +31,9 @@ are read and written once where there are positions. The filter reads a row `tap
 #include "kernels/vector.cuh"
 
 enum { KEYS_THREADS = 128 };
-enum { KEYS_TILE = 64 }; // tokens, where there are no blocks
+enum { KEYS_TILE = 64 }; // tokens of a tile without centroids
 
-// Every tile's last taps - 1 rows.
+// Copies the last taps - 1 rows of every tile to raw.
 template <int WIDTH>
 __global__ void keys_copy_kernel(floatX* raw, const floatX* qkv, int T, int start, int H, int G, int D,
                                  int tile, int taps) {
@@ -50,7 +45,8 @@ __global__ void keys_copy_kernel(floatX* raw, const floatX* qkv, int T, int star
     store(raw + token * width + c, load<WIDTH>(qkv + (token * (H + 2 * G) + H) * D + c));
 }
 
-// A thread has WIDTH elements of a row and their partners half a head on, of every blockDim.y-th row of the tile.
+// One thread block for each tile and head. A thread has WIDTH elements c.. of a row and the WIDTH elements
+// D/2 + c.. that they rotate with, in every blockDim.y-th row of the tile.
 template <int WIDTH>
 __global__ void __launch_bounds__(KEYS_THREADS)
     keys_forward_kernel(floatX* qkv,          // (B, T, H + 2G, D)
@@ -71,7 +67,7 @@ __global__ void __launch_bounds__(KEYS_THREADS)
     floatX* kept = has_taps ? raw + (size_t)blockIdx.z * T * width + of_key : NULL;
 
     if (has_taps) {
-        const int last = first + tile - taps; // the rows after it are in raw already
+        const int last = first + tile - taps; // keys_copy_kernel has copied the rows after this one
         for (int t = first + threadIdx.y; t < min(end, last + 1); t += blockDim.y) {
             if (t < start) continue;
             store(kept + t * width, load<WIDTH>(x + t * stride));
@@ -111,8 +107,9 @@ __global__ void __launch_bounds__(KEYS_THREADS)
     }
 }
 
-// Rows start..T-1 of every sequence, and the centroids of the blocks that these rows complete. Where start > 0, the keys 0..start-1
-// of qkv and raw, and the centroids of the blocks before start / S, are there from earlier calls. raw is for convolution alone, S for centroids.
+// Computes rows start..T-1 of every sequence, and the centroids of the blocks that these rows complete. If
+// start > 0, earlier calls have computed the keys 0..start-1 of qkv and raw, and the centroids of the blocks
+// before start / S. raw is used only for the convolution, S only for the centroids.
 static inline void keys_forward(floatX* qkv,            // (B, T, H + 2G, D) in and out
                                 floatX* raw,            // (B, T, G, D) keys before the convolution, or NULL
                                 float_acc* centroids,   // (B, T/S, G, D) or NULL
@@ -139,7 +136,7 @@ static inline void keys_forward(floatX* qkv,            // (B, T, H + 2G, D) in 
 // ----------------------------------------------------------------------------
 // Backward
 
-// Every tile's first taps - 1 rows of the keys' gradient.
+// Copies the first taps - 1 rows of every tile of the keys' gradient to the workspace.
 template <int WIDTH>
 __global__ void keys_ahead_kernel(floatX* ahead,      // (B, tiles, taps - 1, G, D)
                                   const floatX* dqkv, // (B, T, H + 2G, D)
@@ -153,7 +150,7 @@ __global__ void keys_ahead_kernel(floatX* ahead,      // (B, tiles, taps - 1, G,
           load<WIDTH>(dqkv + ((b * T + t) * (H + 2 * G) + H) * D + c));
 }
 
-// The gradient of the filter's sums becomes that of what silu makes of them.
+// The gradient of the filter's sum, from the sum and the gradient of silu(sum).
 template <int WIDTH>
 __device__ inline Values<WIDTH> keys_dsum(const Values<WIDTH>& sum, const Values<WIDTH>& gradient) {
     Values<WIDTH> d;
@@ -164,8 +161,9 @@ __device__ inline Values<WIDTH> keys_dsum(const Values<WIDTH>& sum, const Values
     return d;
 }
 
-// Threads as in the forward. The gradients of the filter's sums, dsum_t = dk'_t silu'(sum_t), are in shared memory for the tile and
-// the rows after it; then dk_t = dk'_t + sum over l of w_l * dsum_{t+l}, and a tile's part of dw_l = sum over t of dsum_t * k_{t-l}.
+// Threads as in the forward. First dsum_t = dk'_t silu'(sum_t), the gradients of the filter's sums, go to
+// shared memory, for the tile and the taps - 1 rows after it. Then dk_t = dk'_t + sum over l of w_l *
+// dsum_{t+l}, and the tile's part of dw_l = sum over t of dsum_t * k_{t-l}.
 template <int WIDTH>
 __global__ void __launch_bounds__(KEYS_THREADS)
     keys_backward_kernel(floatX* dqkv,         // (B, T, H + 2G, D)
@@ -228,7 +226,7 @@ __global__ void __launch_bounds__(KEYS_THREADS)
     }
 }
 
-// Bytes of the gradients at the edges of tiles; what follows them stays aligned.
+// Bytes of the gradients at the edges of tiles, rounded up so that the array after them is aligned.
 static inline size_t keys_ahead_bytes(int B, int T, int G, int D, int taps) {
     const size_t rows = (size_t)B * ceil_div(T, KEYS_TILE) * (taps - 1);
     return (rows * G * D * sizeof(floatX) + 15) / 16 * 16;
@@ -241,8 +239,9 @@ static inline size_t keys_backward_workspace(int B, int T, int G, int D, int tap
            (size_t)B * ceil_div(T, KEYS_TILE) * taps * G * D * sizeof(float);
 }
 
-// dqkv's queries and keys hold the gradients of what keys_forward left and become those of what it was given; dweight accumulates.
-// Without a weight, dweight, raw and workspace are not used.
+// In: dqkv holds the gradients of the queries and keys that keys_forward wrote. Out: the gradients of the
+// queries and keys that it was given. dweight accumulates. Without a weight, dweight, raw and workspace are
+// not used.
 static inline void keys_backward(floatX* dqkv,           // (B, T, H + 2G, D) in and out
                                  float_acc* dweight,     // (taps, G, D)
                                  const floatX* raw,      // (B, T, G, D)
