@@ -6,7 +6,7 @@ over keys and queries, in place (docs/math.md sections 1 and 2). The twin of dev
     void* workspace = device_malloc(keys_backward_workspace(B, T, G, D, taps), "keys");
     keys_backward(dqkv, dweight, raw, weight, table, workspace, B, T, H, G, D, taps, stream);
 
-    convolution  k'_t = k_t + silu( sum over l < taps of w_l * k_{t-l} )  keys, if weight is given; raw keeps k
+    convolution  k'_t = k_t + silu( sum over l < taps of w_l * k_{t-l} )  keys, if weight is given; raw has k
     positions    pairs (i, i + D/2) rotated by the angles of the table    keys and queries, if table is given
     centroids    the mean of each block of S keys                         keys, if centroids is given
 
@@ -16,8 +16,8 @@ are the keys that attention uses.
 A thread block has a tile of tokens of one head; with centroids, the tile is a key block. A key needs the
 taps - 1 keys before it, and the gradient of a key needs the gradients of the taps - 1 keys after it. The
 thread block of the neighbouring tile may have overwritten these rows already. So a small kernel first copies
-the edge rows of all tiles: in the forward the last rows of each tile to raw, in the backward the first rows of
-each tile to the workspace. Each tile itself copies its other rows to raw before it overwrites them.
+the edge rows of all tiles: in the forward the last rows of each tile to raw, in the backward the first rows
+of each tile to the workspace. Each tile itself copies its other rows to raw before it overwrites them.
 Bytes: docs/results/kernels.md.
 */
 #ifndef KERNELS_KEYS_CUH

@@ -1,5 +1,6 @@
 /*
-The only place that knows nvcc from g++: the CUDA headers or the emulator's, shared memory, and the launch of a kernel.
+Kernels for nvcc, or for g++ and the emulator: this file includes the CUDA headers or the emulator's, declares
+shared memory and launches kernels.
 
     __global__ void scale(float* x, float by, int n) {
         SHARED_MEMORY(float, tile); // as many bytes as the launch says
@@ -7,8 +8,8 @@ The only place that knows nvcc from g++: the CUDA headers or the emulator's, sha
     }
     launch(scale, (n + 255) / 256, 256, 256 * sizeof(float), stream, x, 2.0f, n);
 
-Elsewhere there is no <<<>>> and no extern __shared__. A launch that CUDA refuses, and on the emulator every error inside the
-kernel, ends the program with one line that names the launch.
+No other file uses <<<>>> or extern __shared__. If CUDA refuses a launch, the program ends with one line that
+names the launch. On the emulator, an error inside a kernel does the same.
 */
 #ifndef KERNELS_LAUNCH_CUH
 #define KERNELS_LAUNCH_CUH
@@ -29,7 +30,7 @@ kernel, ends the program with one line that names the launch.
 #error "kernels need nvcc, or g++ with -DDEVICE_SIMT"
 #endif
 
-// What a thread reads from device memory and writes there, where the emulator counts it.
+// Count the bytes that a thread reads from device memory and writes to it. Only the emulator counts.
 #if defined(DEVICE_SIMT)
 inline void count_loaded(size_t bytes) { simt::count(&simt::Counters::loaded, bytes); }
 inline void count_stored(size_t bytes) { simt::count(&simt::Counters::stored, bytes); }
@@ -38,8 +39,8 @@ __device__ __forceinline__ void count_loaded(size_t) {}
 __device__ __forceinline__ void count_stored(size_t) {}
 #endif
 
-// Several arrays in dynamic shared memory, each at a multiple of 128 bytes. Under the address sanitizer a gap that nobody may
-// touch follows each, so that an index beyond an array is found.
+// Several arrays in dynamic shared memory, each at a multiple of 128 bytes. Under the address sanitizer a
+// poisoned gap follows each array, so that the sanitizer finds an index beyond its end.
 //
 //     SHARED_MEMORY(char, rest);
 //     float* a = carve<float>(rest, 100);
@@ -64,7 +65,8 @@ template <class T> __device__ __forceinline__ T* carve(char*& rest, size_t count
     return array;
 }
 
-// A grid, and the place of the launch, which the compiler fills in where a number or a dim3 becomes a LaunchGrid.
+// A grid, with the file and line of the launch. The compiler fills these in when a number or a dim3 is
+// converted to a LaunchGrid.
 struct LaunchGrid {
     dim3 size;
     const char* file;
@@ -77,11 +79,13 @@ struct LaunchGrid {
         : size((unsigned)blocks), file(file_), line(line_) {}
 };
 
-// Dynamic shared memory that a block gets without asking for it (48 KB, less what kernels have as static arrays), and the most that it can have on every GPU from sm_80 on: sm_86 and sm_89
-// have the least. Kernels assert what they ask for where it is computed.
+// UNASKED: dynamic shared memory that a thread block may use without cudaFuncSetAttribute. CUDA allows 48 KB,
+// including the static arrays of the kernel. MOST: the most that a thread block can have on every GPU from
+// sm_80 on; sm_86 and sm_89 have the least. Kernels assert that they stay within MOST where they compute
+// their shared memory.
 constexpr size_t UNASKED_SHARED_BYTES = 40 * 1024, MOST_SHARED_BYTES = 99 * 1024;
 
-// The launch, with its error returned.
+// Launches a kernel and returns the error.
 template <class... P, class... A>
 inline cudaError_t try_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                               cudaStream_t stream, A... arguments) {
@@ -98,14 +102,15 @@ inline cudaError_t try_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_
     return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 
-// Who looks on at launches, to measure them: what is called before and after each, NULL for nobody. A kernel is known by its address;
-// cudaFuncGetName() tells its name.
+// A launch observer measures launches: launch() calls `before` and `after` around each one. NULL: no
+// observer. `kernel` is the kernel's address; cudaFuncGetName() gives its name.
 struct LaunchObserver {
     void (*before)(LaunchObserver* self, const void* kernel, cudaStream_t stream);
     void (*after)(LaunchObserver* self, const void* kernel, cudaStream_t stream);
 };
 inline LaunchObserver* launch_observer = NULL;
 
+// Launches a kernel. Ends the program if CUDA refuses the launch.
 template <class... P, class... A>
 inline void launch(void (*kernel)(P...), LaunchGrid grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, A... arguments) {
