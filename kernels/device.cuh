@@ -2,12 +2,12 @@
 The device of DEVICE=cuda and DEVICE=simt: a GPU, or the emulated one. The twin of dev/cpu/device.h.
 
     floatX* out = (floatX*)device_malloc(rows * C * sizeof(floatX), "activations");   // zeroed
-    copy_to_device(tokens, host_tokens, rows * sizeof(int), stream);                  // queued, as kernels are
+    copy_to_device(tokens, host_tokens, rows * sizeof(int), stream);                  // queued, like kernels
     copy_to_host(losses, device_losses, rows * sizeof(float), stream);
-    stream_synchronize(stream);                                                       // now losses are there
+    stream_synchronize(stream);                                                       // losses is complete
 
-A copy is asynchronous where the host's side is from host_malloc_pinned(); its memory must then stay as it is until the stream
-has been waited for.
+A copy is asynchronous if its host memory is from host_malloc_pinned(). Do not change this memory until
+stream_synchronize() has returned.
 */
 #ifndef KERNELS_DEVICE_CUH
 #define KERNELS_DEVICE_CUH
@@ -31,14 +31,14 @@ enum { DEVICE_IS_EMULATED = 1 };
 #define DEVICE_NAME "cuda"
 enum { DEVICE_IS_EMULATED = 0 };
 #endif
-#define DEVICE_HAS_OWN_MEMORY 1 // what device_malloc() gives is not main memory
+#define DEVICE_HAS_OWN_MEMORY 1 // device_malloc() does not allocate main memory
 
-// Ends the program where a call of the run-time failed; `doing` completes the sentence "CUDA: cannot ...".
+// Ends the program if a call of the CUDA runtime failed. `doing` completes the sentence "CUDA: cannot ...".
 static inline void device_check(cudaError_t error, const char* doing) {
     if (error != cudaSuccess) fail("CUDA: cannot %s: %s", doing, cudaGetErrorString(error));
 }
 
-// What the maker calls it.
+// The manufacturer's name of the device.
 static inline const char* device_name(void) {
     static cudaDeviceProp properties;
     int device = 0;
@@ -47,8 +47,9 @@ static inline const char* device_name(void) {
     return properties.name;
 }
 
-// Makes this the process of number `index` of the `count` on this machine: each has a GPU of its own, which the launcher may have
-// made the only one that it sees. Every one can be emulated.
+// Chooses the GPU of this process, which is number `index` of the `count` processes on this machine. Each
+// process needs its own GPU. The launcher may have set CUDA_VISIBLE_DEVICES so that a process sees only its
+// own. The emulator has no limit.
 static inline void device_choose(int index, int count) {
     int devices = 0;
     device_check(cudaGetDeviceCount(&devices), "count the GPUs");
@@ -59,14 +60,14 @@ static inline void device_choose(int index, int count) {
     device_check(cudaSetDevice(is_only_one ? 0 : index), "choose a GPU");
 }
 
-// Bytes that are free in the device's memory.
+// Free bytes of the device's memory.
 static inline size_t device_memory_free(void) {
     size_t available = 0, total = 0;
     device_check(cudaMemGetInfo(&available, &total), "ask for the free memory");
     return available;
 }
 
-// Zeroed memory of the device, for any stream.
+// Allocates zeroed device memory. Any stream may use it at once. `what` names it in an error.
 static inline void* device_malloc(size_t bytes, const char* what) {
     void* memory = NULL;
     cudaError_t error = cudaMalloc(&memory, bytes ? bytes : 1);
@@ -81,7 +82,7 @@ static inline void* device_malloc(size_t bytes, const char* what) {
 
 static inline void device_free(void* memory) { device_check(cudaFree(memory), "free memory"); }
 
-// Memory of the host that the device copies from and to while the host goes on.
+// Allocates pinned host memory: the device copies from and to it while the host continues.
 static inline void* host_malloc_pinned(size_t bytes, const char* what) {
     void* memory = NULL;
     cudaError_t error = cudaMallocHost(&memory, bytes ? bytes : 1);
@@ -109,7 +110,8 @@ static inline void copy_on_device(void* to, const void* from, size_t bytes, stre
     device_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy in its memory");
 }
 
-// A stream of one's own, which neither waits for the default stream nor has it wait: what is queued on it can be recorded.
+// Makes a stream with no synchronisation with the default stream, so that its work can be recorded in a
+// graph.
 static inline stream_t stream_make(void) {
     stream_t made;
     device_check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "make a stream");
@@ -118,12 +120,13 @@ static inline stream_t stream_make(void) {
 
 static inline void stream_free(stream_t done) { device_check(cudaStreamDestroy(done), "free a stream"); }
 
-// Waits for all that is queued; what went wrong in a kernel shows here.
+// Waits for all queued work. Reports an error that occurred in a kernel.
 static inline void stream_synchronize(stream_t stream) {
     device_check(cudaStreamSynchronize(stream), "finish what was queued");
 }
 
-// A moment in the order of the stream's work, which nothing waits for until two are compared, and the seconds between them.
+// A mark is a point in the stream's order of work. mark() does not wait. seconds_between() waits until the
+// stream has reached `done`, and returns the time between the two marks.
 typedef cudaEvent_t Mark;
 static inline Mark mark_make(void) {
     Mark made;
@@ -134,7 +137,8 @@ static inline void mark_free(Mark done) { device_check(cudaEventDestroy(done), "
 static inline void mark(Mark* at, stream_t stream) {
     cudaStreamCaptureStatus status;
     device_check(cudaStreamIsCapturing(stream, &status), "ask whether a stream is recorded");
-    // In a graph the event is to be recorded whenever the graph runs; elsewhere CUDA refuses the flag.
+    // In a graph, the external flag records the event on every run of the graph. Outside a graph CUDA refuses
+    // the flag.
     const unsigned flags =
         status == cudaStreamCaptureStatusNone ? cudaEventRecordDefault : cudaEventRecordExternal;
     device_check(cudaEventRecordWithFlags(*at, stream, flags), "record an event");
@@ -147,22 +151,23 @@ static inline double seconds_between(Mark begun, Mark done) {
 }
 
 // ----------------------------------------------------------------------------
-// Graphs: what is queued once as a whole
+// Graphs: a recorded sequence of work that is queued by one call
 
 #define DEVICE_HAS_GRAPHS 1
 
-// Zeroed, it has nothing recorded.
+// A zeroed Graph has no recording.
 typedef struct {
     cudaGraphExec_t executable;
 } Graph;
 
-// Between the two, what the caller queues on the stream is recorded and not done; copies are of pinned memory, and the host waits
-// for nothing. The stream may have work to do that was queued before. The kernels of the libraries must have run once, for at
-// their first call they load code and take memory.
+// Between graph_record_begin() and graph_record_end(), the work that the caller queues on the stream is
+// recorded and not executed. Copies must use pinned memory, and the host must not wait for the stream.
+// Earlier work may still be in the stream. Every library kernel must have run once before, because its first
+// call loads code and allocates memory.
 //
-// The arguments of kernels are part of the recording, so what changes from step to step needs a recording each. One of the same
-// work in the same order then replaces the arguments of the executable graph that is there, which is cheaper than to make one;
-// a launch of it that still runs keeps the old ones.
+// The arguments of kernels are part of the recording, so if they change from step to step, record every step.
+// If the new recording has the same work in the same order, it only updates the arguments of the executable
+// graph, which is cheaper than a new one. A launch that is still running keeps the old arguments.
 static inline void graph_record_begin(stream_t stream) {
     device_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "record a graph");
 }
@@ -172,7 +177,7 @@ static inline void graph_record_end(Graph* graph, stream_t stream) {
     device_check(cudaStreamEndCapture(stream, &recorded), "record a graph");
     cudaGraphExecUpdateResultInfo info;
     if (graph->executable && cudaGraphExecUpdate(graph->executable, recorded, &info) != cudaSuccess) {
-        (void)cudaGetLastError(); // no failure: this is how one learns that other work was recorded
+        (void)cudaGetLastError(); // not a failure: the recording has other work than the old graph
         stream_synchronize(stream);
         device_check(cudaGraphExecDestroy(graph->executable), "free a graph");
         graph->executable = NULL;
@@ -182,7 +187,7 @@ static inline void graph_record_end(Graph* graph, stream_t stream) {
     device_check(cudaGraphDestroy(recorded), "free a graph");
 }
 
-// Queues what was recorded.
+// Queues the recorded work.
 static inline void graph_launch(const Graph* graph, stream_t stream) {
     device_check(cudaGraphLaunch(graph->executable, stream), "launch a graph");
 }
@@ -192,7 +197,7 @@ static inline void graph_free(Graph* graph) {
     graph->executable = NULL;
 }
 
-// Names what is queued between the two, for a profiler that looks on.
+// Names the work that is queued between range_begin() and range_end(), for a profiler (NVTX).
 #if defined(DEVICE_SIMT)
 static inline void range_begin(const char* name) { (void)name; }
 static inline void range_end(void) {}

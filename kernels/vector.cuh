@@ -1,15 +1,16 @@
 /*
-What the kernels that are bound by memory share: rows read 16 bytes at a time, and sums in a fixed order.
+Functions shared by the memory-bound kernels: rows read 16 bytes at a time, and sums in a fixed order.
 
-    const int width = whole_packs(C, out, inp) ? PACK : 1;       // host: can rows of C elements be read so?
+    const int width = whole_packs(C, out, inp) ? PACK : 1;       // host: may it read 16 bytes at a time?
     Values<WIDTH> x = load<WIDTH>(inp + at);                     // WIDTH elements, widened to float
     store(out + at, x);                                          // rounded to floatX
 
     const dim3 block = row_block(C, width);                      // x threads for each of y rows
     float sum = row_sum(value);                                  // over the threads of one row
 
-A kernel is built for two widths: PACK elements (16 bytes of floatX), and 1 where a row's length or address is not a multiple of
-16 bytes. Sums go by butterfly through a warp and then from warp to warp: the same bits in every run and on every thread.
+A kernel is built for two widths: PACK elements (16 bytes of floatX), and 1 for rows whose length or address
+is not a multiple of 16 bytes. A sum is a butterfly reduction in each warp, then a sum over the warps in
+order. It has the same bits in every run and on every thread.
 */
 #ifndef KERNELS_VECTOR_CUH
 #define KERNELS_VECTOR_CUH
@@ -28,7 +29,8 @@ enum { WARP = 32 };
 
 template <int WIDTH> struct Values { float at[WIDTH]; };
 
-// 1 where rows of `width` elements of floatX (and so of float) that begin at these addresses consist of whole packs.
+// 1 if rows of `width` elements of floatX or float that begin at these addresses consist of whole packs. Else
+// 0.
 template <typename... Pointers> static inline int whole_packs(int width, Pointers... rows) {
     return width % PACK == 0 && ((uintptr_t)rows | ...) % 16 == 0;
 }
@@ -47,7 +49,7 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 __device__ inline void round_to(float* to, float x) { *to = x; }
 __device__ inline void round_to(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
 
-// What is left of a value that is stored as floatX.
+// The value after rounding to floatX.
 __device__ inline float rounded(float x) {
     floatX kept;
     round_to(&kept, x);
@@ -81,7 +83,7 @@ template <int WIDTH> __device__ inline void store(float* to, const Values<WIDTH>
     }
 }
 
-// bf16 is the upper half of a float: of two in a word, the first is the lower half.
+// bf16 is the upper half of a float. Of two bf16 in a 32-bit word, the first is in the lower half.
 template <int WIDTH> __device__ inline Values<WIDTH> load(const __nv_bfloat16* from) {
     Values<WIDTH> values;
     count_loaded(WIDTH * sizeof(*from));
@@ -113,8 +115,8 @@ template <int WIDTH> __device__ inline void store(__nv_bfloat16* to, const Value
 // ----------------------------------------------------------------------------
 // Sums and maxima of a row
 
-// The block of a kernel that works row by row: x threads for each row, up to 4 packs a thread before a thread takes more, and
-// as many rows (y) as make the block worth its start.
+// Thread block of a kernel that works row by row: x threads for each row and y rows. x grows up to 1024 until
+// each thread has at most 4 packs. y makes a block of at least 256 threads.
 static inline dim3 row_block(int width, int pack) {
     const int packs = ceil_div(width, pack);
     int threads = WARP;
@@ -133,8 +135,8 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// One value from each warp of a row's threads, handed to all of them; `warps` holds a value for each warp of the block. All
-// threads of the block must come here.
+// Gives all threads of a row the values of the row's warps. `warps` is shared memory with one value for each
+// warp of the block. All threads of the block must call this.
 __device__ inline const float* exchange_among_warps(float* warps, float value) {
     __syncthreads(); // an earlier exchange may still be read
     const int warps_of_row = (int)blockDim.x / WARP, first = (int)threadIdx.y * warps_of_row;
@@ -143,6 +145,7 @@ __device__ inline const float* exchange_among_warps(float* warps, float value) {
     return warps + first;
 }
 
+// The sum over the threads of a row. All threads of the block must call this.
 __device__ inline float row_sum(float value) {
     __shared__ float warps[WARP];
     value = warp_sum(value);
@@ -153,7 +156,7 @@ __device__ inline float row_sum(float value) {
     return sum;
 }
 
-// Of numbers; a NaN among them is left out.
+// The maximum over the threads of a row. It ignores NaN.
 __device__ inline float row_max(float value) {
     __shared__ float warps[WARP];
     value = warp_max(value);
@@ -165,12 +168,12 @@ __device__ inline float row_max(float value) {
 }
 
 // ----------------------------------------------------------------------------
-// Sums of columns: the second stage of what blocks have summed each for itself
+// Sums of columns: adds up the partial sums of thread blocks
 
 enum { COLUMN_SUM_PARTS = 16 };
 
-// A warp's width of columns a block, each in 16 parts that are then added in order. There is little to add and its loads are far
-// away: eight of these are under way at a time.
+// A thread block has 32 columns. Each column is summed in 16 parts, which are then added in order. The sums
+// are short and bound by the latency of the loads, so eight loads are in flight at a time.
 __global__ void column_sums_kernel(float* totals, const float* partials, int count, int columns) {
     __shared__ float parts[COLUMN_SUM_PARTS][WARP];
     const int c = (int)(blockIdx.x * WARP + threadIdx.x);
