@@ -1,14 +1,15 @@
 /*
-The noise of perturbed grouped attention (runtime/noise.h), for the kernels that write attention's output: they hand a row on while
-they have it, so that it is not read again.
+The noise of perturbed grouped attention (runtime/noise.h). The kernels that write attention's output call it
+while they hold a row, so the row is not read again.
 
-    const Values<PACK> own = ...;                     // from `column` on, of a row of D that D / PACK neighbouring lanes hold
-    store(rows.noised + at, noise_row<D>(own, row, column, noise));     // all lanes of the warp, in step
+    const Values<PACK> own = ...;      // from `column` on; D / PACK neighbouring lanes hold the row
+    store(rows.noised + at, noise_row<D>(own, row, column, noise));     // all lanes of the warp together
 
-z comes from the same random bits as on the CPU, and is computed from them in fp32.
+z comes from the same random bits as on the CPU. It is computed from them in fp32.
 
-Cost: 2 bytes an element of bf16; more than these, the arithmetic of a draw (ten rounds of Philox, a logarithm, a cosine). Dense
-attention has the registers for it anyway (gqa.cuh); the merge of moba.cuh takes ten more, and so has a variant without.
+Cost: 2 bytes of bf16 for each element, and the arithmetic of each random number (ten rounds of Philox, a
+logarithm, a cosine), which takes longer. Dense attention has enough registers for it (gqa.cuh). The merge of
+moba.cuh takes ten more, so it has a variant without noise.
 */
 #ifndef KERNELS_NOISE_CUH
 #define KERNELS_NOISE_CUH
@@ -17,11 +18,11 @@ attention has the registers for it anyway (gqa.cuh); the merge of moba.cuh takes
 #include "kernels/vector.cuh"
 #include "runtime/noise.h"
 
-// What a kernel takes of an AttentionNoise. Without noise `noised` is NULL.
+// The part of an AttentionNoise that kernels need. Without noise `noised` is NULL.
 typedef struct {
     floatX* noised; // (B, T, H, D)
     float alpha;
-    uint64_t seed, draws, first_row; // rows of D are counted over the whole step
+    uint64_t seed, draws, first_row; // first_row: number of the first row in the whole step
 } NoisedRows;
 
 static inline NoisedRows noised_rows(const AttentionNoise* noise, int T, int H) {
@@ -33,7 +34,8 @@ static inline NoisedRows noised_rows(const AttentionNoise* noise, int T, int H) 
     return rows;
 }
 
-// random_normal() in fp32. A uniform number within 2^-25 of 1 becomes 1, and z then 0 instead of up to 3e-4.
+// random_normal() in fp32. A uniform number within 2^-25 of 1 is rounded to 1. Then z is 0; in fp64 it would
+// be up to 3e-4.
 __device__ inline float noise_normal(uint64_t seed, uint64_t draws, uint64_t element) {
     uint64_t bits[2];
     random_bits(bits, seed, draws, element);
@@ -42,13 +44,13 @@ __device__ inline float noise_normal(uint64_t seed, uint64_t draws, uint64_t ele
     return sqrtf(-2 * logf(uniform)) * cospif(2 * turn);
 }
 
-// The sum over the LANES neighbours that hold a row.
+// The sum over the LANES neighbouring lanes that hold a row.
 template <int LANES> __device__ inline float neighbours_sum(float value) {
     for (int other = LANES / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
     return value;
 }
 
-// This lane's part of a row with its noise. row counts the rows of (B, T, H), as `noised` has them.
+// Returns this lane's part of a row with noise. `row` is the index of the row in (B, T, H).
 template <int D>
 __device__ inline Values<PACK> noise_row(const Values<PACK>& own, size_t row, int column,
                                          const NoisedRows& noise) {

@@ -1,6 +1,7 @@
 /*
-All inline PTX, as named functions. Under nvcc they are one instruction each; on the emulator their bodies are in
-dev/simt/matrix.h and dev/simt/copy.h. test/test_layout.cu checks both against plain index formulas.
+All inline PTX of the project, as named functions. With nvcc each is one instruction. On the emulator their
+bodies are in dev/simt/matrix.h and dev/simt/copy.h. test/test_layout.cu checks both against plain index
+formulas.
 
 bf16 tiles of A (16, 16) row major and B^T (8, 16) row major in shared memory, D (16, 8) in registers:
 
@@ -8,8 +9,8 @@ bf16 tiles of A (16, 16) row major and B^T (8, 16) row major in shared memory, D
     ldmatrix_x4(a, &A[lane % 16][lane / 16 * 8]);
     mma_m16n8k16_bf16(d, a, b[0], b[1]);
 
-Fragments, of lane l with g = l / 4 and t = l % 4 * 2; a register holds two neighbours, the lower index in its low half
-(PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"):
+Fragments, of lane l with g = l / 4 and t = l % 4 * 2; a register holds two neighbours, the lower index in its
+low half (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"):
 
     a[0..3]   A[g][t, t+1], A[g+8][t, t+1], A[g][t+8, t+9], A[g+8][t+8, t+9]
     b0, b1    B[t, t+1][g], B[t+8, t+9][g]
@@ -28,8 +29,8 @@ __device__ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline unsigned compute_here(unsigned value) { return value; }
 #else
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 m + i gives the address, a multiple of 16, of row i of
-// matrix m; r[m] becomes elements [g][t, t+1] of matrix m.
+// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 m + i gives the address, a multiple of
+// 16, of row i of matrix m; r[m] becomes elements [g][t, t+1] of matrix m.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -54,8 +55,8 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Begins a copy of 16 bytes, both addresses multiples of 16, past the L1 cache. Where it is not valid nothing is read, and
-// the 16 bytes become 0.
+// Starts an asynchronous copy of 16 bytes, which bypasses the L1 cache. Both addresses are multiples of 16.
+// If valid is false, nothing is read and the 16 bytes become 0.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid) {
     asm volatile(
         "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
@@ -63,7 +64,7 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
         : "memory");
 }
 
-// The same for 4 and for 8 bytes, and multiples of them, through the L1 cache.
+// The same for 4 and 8 bytes, through the L1 cache. Both addresses are multiples of 4 or 8.
 __device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid) {
     asm volatile(
         "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
@@ -78,24 +79,26 @@ __device__ __forceinline__ void cp_async8(void* shared, const void* global, bool
         : "memory");
 }
 
-// This thread's copies since the last commit become a group.
+// Puts this thread's copies since its last commit into a group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the newest `groups` of this thread's groups are unfinished. Other threads see the copies only after a
-// barrier that follows.
+// Waits until at most the newest `groups` groups of this thread are unfinished. It does not wait for copies
+// that are in no group. Other threads see the copies only after a later barrier.
 template <int groups> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
-// 2 to the power of x, to a relative 2^-22: one instruction, where exp2f() takes three more for results below 2^-126.
+// 2 to the power of x, with a relative error of at most 2^-22, in one instruction. Results below 2^-126
+// become 0; exp2f() takes three more instructions for them.
 __device__ __forceinline__ float exp2_approximate(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
 }
 
-// The same value, of which the compiler knows nothing: what is computed from it is computed here, every time, instead of
-// before the loop. A loop that needs all registers for its sums has none to keep addresses in.
+// Returns the same value, but hides its origin from the compiler. So the compiler computes addresses from it
+// here, in every iteration, and not once before the loop: a loop that needs all registers for its sums has
+// none for addresses.
 __device__ __forceinline__ unsigned compute_here(unsigned value) {
     asm volatile("" : "+r"(value));
     return value;
