@@ -1,13 +1,16 @@
 /*
-AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the global norm of the gradient that clips it. The twin of dev/cpu/adamw.h.
+AdamW (Loshchilov and Hutter, arXiv 1711.05101), and the global norm of the gradient, which clips it
+(docs/math.md section 5). The twin of dev/cpu/adamw.h.
 
-    sum_of_squares(&sums[i], partials, grads, count, stream);   // of each part of the gradient
+    sum_of_squares(&sums[i], partials, grads, count, stream);   // for each part of the gradient
     global_norm(norm, sums, parts, stream);
     adamw_update(params, masters, exp_avg, exp_avg_sq, grads, norm, decays, count, settings, stream);
 
-Cost, bytes an element: the norm 4; the update 30 with bf16 parameters and fp32 masters (moments and masters read and written,
-gradients read, parameters written), 28 in fp32. One launch updates any number of tensors: which of them decay is one number for
-each DECAY_BLOCK elements, 4/64 of a byte an element.
+One launch updates any number of tensors. decays has one number for each DECAY_BLOCK elements: 1 if they
+decay, else 0.
+
+Cost in bytes for each element: the norm 4; the update 30 with bf16 parameters and fp32 masters (moments and
+masters read and written, gradients read, parameters written), 28 in fp32; decays 4/64.
 */
 #ifndef KERNELS_ADAMW_CUH
 #define KERNELS_ADAMW_CUH
@@ -17,10 +20,10 @@ each DECAY_BLOCK elements, 4/64 of a byte an element.
 // AdamW
 #include "runtime/adamw.h"
 
-enum { GLOBAL_NORM_CHUNK = 65536 }; // elements that a block sums
+enum { GLOBAL_NORM_CHUNK = 65536 }; // elements that a thread block adds up
 enum { GLOBAL_NORM_BLOCK = 512 };
 
-// Elements of the scratch that sum_of_squares needs.
+// Number of elements of `partials`, the scratch array of sum_of_squares.
 static inline size_t global_norm_partials(size_t count) {
     return (count + GLOBAL_NORM_CHUNK - 1) / GLOBAL_NORM_CHUNK;
 }
@@ -41,7 +44,8 @@ template <int WIDTH> __global__ void squares_kernel(float* partials, const float
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// One block: the parts are few, and are added up in double. The root of the sum where ROOT says so.
+// Adds up the parts in double, in one thread block, because there are few. Takes the square root of the sum
+// if ROOT.
 template <bool ROOT> __global__ void total_kernel(float* total, const float* parts, size_t count) {
     __shared__ double sums[GLOBAL_NORM_BLOCK];
     double sum = 0;
@@ -54,7 +58,7 @@ template <bool ROOT> __global__ void total_kernel(float* total, const float* par
     if (threadIdx.x == 0) *total = (float)(ROOT ? sqrt(sums[0]) : sums[0]);
 }
 
-// Summed in a fixed order.
+// The sum of the squares of a gradient, in a fixed order.
 static inline void sum_of_squares(float_acc* sum,         // (1)
                                   float_acc* partials,    // (global_norm_partials(count))
                                   const float_acc* grads, // (count)
@@ -65,7 +69,7 @@ static inline void sum_of_squares(float_acc* sum,         // (1)
     launch(total_kernel<false>, 1, GLOBAL_NORM_BLOCK, 0, stream, sum, partials, chunks);
 }
 
-// The norm of a gradient from the sums of its parts' squares.
+// The norm of a gradient: the square root of the total of its parts' sums of squares.
 static inline void global_norm(float_acc* norm,       // (1)
                                const float_acc* sums, // (parts)
                                int parts, stream_t stream) {
@@ -95,10 +99,10 @@ __global__ void adamw_kernel(floatX* params, float* masters, float* exp_avg, flo
     if (masters) store(masters + at, p);
 }
 
-// Where the parameters have masters, these are what is updated and params are the copy of them that the model computes with.
-// The elements begin at a multiple of DECAY_BLOCK of the flat parameters.
+// With masters, the update changes the masters, and params becomes their rounded copy, which the model
+// computes with. The first element must be at a multiple of DECAY_BLOCK in the flat array of all parameters.
 static inline void adamw_update(floatX* params,          // (count)
-                                float_acc* masters,      // (count), or NULL: params are all there is
+                                float_acc* masters,      // (count), or NULL: update params directly
                                 float_acc* exp_avg,      // (count)
                                 float_acc* exp_avg_sq,   // (count)
                                 const float_acc* grads,  // (count)

@@ -1,10 +1,12 @@
 /*
-The loss: cross-entropy of softmax(logits), with its gradient written over the logits, so that probabilities are never stored.
-Padded columns V..Vp take no part: their gradient is 0. The twin of dev/cpu/classifier.h.
+The loss: cross-entropy of softmax(logits). Its gradient is written over the logits, so probabilities are
+never stored. The padded columns V..Vp have no probability, and their gradient is 0. The twin of
+dev/cpu/classifier.h.
 
-Cost: the logits read once and written once, 4 bytes an element of bf16; the gradient reads them a second time from the L2
-cache, which holds the rows that are being worked on: 100 KB a row of GPT-2's vocabulary, and two blocks of 1024 threads on a
-multiprocessor, so some 26 MB on the largest GPUs. Without the gradient 2 bytes.
+Cost for bf16: the logits are read once and written once, 4 bytes for each element; 2 bytes without the
+gradient. The gradient reads the logits a second time, from the L2 cache. The cache must hold the rows in use:
+100 KB a row for GPT-2's vocabulary and two thread blocks of 1024 threads on each multiprocessor, so about 26
+MB on the largest GPUs.
 */
 #ifndef KERNELS_CLASSIFIER_CUH
 #define KERNELS_CLASSIFIER_CUH
@@ -17,13 +19,13 @@ __global__ void fused_classifier_kernel(floatX* logits, float* losses, const int
                                         int rows, int V, int Vp, int write_gradient) {
     const int row = (int)(blockIdx.x * blockDim.y + threadIdx.y);
     const int begin = (int)threadIdx.x * WIDTH, step = (int)blockDim.x * WIDTH;
-    const int seen = row < rows ? V : 0; // threads without a row still meet the others at the sums
+    const int seen = row < rows ? V : 0; // threads without a row must still take part in row_sum and row_max
     floatX* x = logits + (size_t)row * Vp;
     const int target = row < rows ? targets[row] : 0;
     const float target_logit = row < rows ? to_float(x[target]) : 0;
 
-    // A running maximum, and the sum of exp(x - maximum) (Milakov and Gimelshein, arXiv 1805.02867). It begins at a finite
-    // number, because -inf - -inf is not one.
+    // A running maximum, and the sum of exp(x - maximum) (Milakov and Gimelshein, arXiv 1805.02867). The
+    // maximum starts at a finite number, because -inf - (-inf) is NaN.
     float maximum = -FLT_MAX, sum = 0;
     for (int v = begin; v < seen; v += step) {
         const Values<WIDTH> some = load<WIDTH>(x + v);
@@ -37,7 +39,7 @@ __global__ void fused_classifier_kernel(floatX* logits, float* losses, const int
     }
     const float row_maximum = row_max(maximum);
     sum = row_sum(sum * __expf(maximum - row_maximum));
-    __syncthreads(); // every thread has its target's logit, which the gradient overwrites
+    __syncthreads(); // every thread has read the target's logit, which the gradient overwrites
     if (row >= rows) return;
     if (threadIdx.x == 0) losses[row] = logf(sum) + row_maximum - target_logit;
     if (!write_gradient) return;

@@ -1,19 +1,21 @@
 /*
 Token embedding: out[row] = weight[token[row]]. The twin of dev/cpu/embedding.h.
 
-Forward, cost: each row read and written once, 4 bytes an element of bf16.
+Cost of the forward: each row is read and written once, 4 bytes for each element of bf16.
 
-Backward: a token may occur in any number of rows, whose gradients must be added in one order, without atomics, and without
-leaving one thread to add up the thousands of rows of a frequent token. So the rows are first sorted by token:
+Backward: a token may occur in thousands of rows. Their gradients must be added in a fixed order, without
+atomics, and not all by one thread. So the rows are first sorted by token:
 
-    1. keys (token, row), sorted in tiles in shared memory, then merged in pairs of runs until one run is left
-    2. a block for each 32 of the sorted rows adds up neighbours of the same token, and adds to dweight what began and ended
-       among its rows; a sum that crosses an edge goes to its row of `partials`
-    3. what crosses edges is added up along the blocks, in their order
+    1. keys (token, row) are sorted in tiles in shared memory; then pairs of sorted runs are merged until one
+       run is left
+    2. a thread block for each 32 sorted rows (a chunk) adds up neighbouring rows of the same token. If all rows
+       of a token are in the chunk, it adds their sum to dweight. A sum that crosses an edge goes to `partials`
+    3. the partial sums of a token are added up in the order of the chunks
 
-Cost: 2 bytes for each element of dout (bf16), 8 for each element of the rows of dweight that occur, up to 1/2 for the partial
-sums; before that the sort, 16 bytes a row for each of log2(rows / 1024) + 1 launches: bound by the launches, about 10 of a few
-microseconds for 2^19 rows.
+Cost of the backward: 2 bytes for each element of dout (bf16), 8 for each element of the rows of dweight that
+occur, up to 1/2 for the partial sums. Before that the sort takes 16 bytes a row for each of
+log2(rows / 1024) + 1 launches. It is bound by the launches: about 10 launches of a few microseconds for 2^19
+rows.
 */
 #ifndef KERNELS_EMBEDDING_CUH
 #define KERNELS_EMBEDDING_CUH
@@ -21,12 +23,13 @@ microseconds for 2^19 rows.
 #include "kernels/device.cuh"
 #include "kernels/vector.cuh"
 
-// A row and its token, in the order of tokens and then of rows: all keys differ, so there is only one sorted order.
+// A token (upper half) and its row (lower half). Keys sort by token, then by row. All keys differ, so there
+// is only one sorted order.
 typedef unsigned long long EmbeddingKey;
 
 enum { EMBEDDING_TILE = 1024 }; // keys that are sorted in shared memory
-enum { EMBEDDING_CHUNK = 32 };  // sorted rows that a block adds up
-enum { EMBEDDING_BATCH = 8 };   // of these, the rows that are on their way from memory at one time
+enum { EMBEDDING_CHUNK = 32 };  // sorted rows that a thread block adds up
+enum { EMBEDDING_BATCH = 8 };   // rows of a chunk whose loads are in flight at one time
 
 __device__ inline int key_token(EmbeddingKey key) { return (int)(key >> 32); }
 __device__ inline int key_row(EmbeddingKey key) { return (int)(key & 0xFFFFFFFFu); }
@@ -56,7 +59,8 @@ static inline void embedding_forward(floatX* out,          // (rows, C)
 // ----------------------------------------------------------------------------
 // Backward: the sort
 
-// Sorts EMBEDDING_TILE keys in shared memory (Batcher's bitonic network): each thread compares one pair at a time.
+// Sorts EMBEDDING_TILE keys in shared memory (Batcher's bitonic network): each thread compares one pair at a
+// time.
 __global__ void embedding_sort_kernel(EmbeddingKey* keys, // (rows) each tile of it sorted
                                       const int* tokens, int rows) {
     __shared__ EmbeddingKey tile[EMBEDDING_TILE];
@@ -80,7 +84,7 @@ __global__ void embedding_sort_kernel(EmbeddingKey* keys, // (rows) each tile of
         keys[start + i] = tile[i];
 }
 
-// How many of the sorted keys are below `key`.
+// Number of the sorted keys that are below `key`.
 __device__ inline int keys_below(const EmbeddingKey* keys, int count, EmbeddingKey key) {
     int first = 0;
     while (count > 0) {
@@ -91,7 +95,8 @@ __device__ inline int keys_below(const EmbeddingKey* keys, int count, EmbeddingK
     return first;
 }
 
-// Merges neighbouring sorted runs: a key's place is its place in its own run, and the number of smaller ones in the other.
+// Merges pairs of neighbouring sorted runs. The place of a key is its place in its own run plus the number of
+// smaller keys in the other run.
 __global__ void embedding_merge_kernel(EmbeddingKey* merged, const EmbeddingKey* keys, int rows, int run) {
     const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= rows) return;
@@ -110,8 +115,8 @@ template <int WIDTH> __device__ inline void add_to(float* to, const Values<WIDTH
     store(to, sum);
 }
 
-// A chunk has two rows of partials: the sum of the token that it continues, and that of the token that it begins and does not
-// end.
+// A chunk has two rows of partials. Row 0 is the sum of the token that continues from the previous chunk. Row
+// 1 is the sum of the token that begins in this chunk and continues in the next.
 template <int WIDTH>
 __global__ void embedding_chunk_kernel(float* dweight,           // (Vp, C)
                                        float* partials,          // (chunks, 2, C)
@@ -125,7 +130,7 @@ __global__ void embedding_chunk_kernel(float* dweight,           // (Vp, C)
     Values<WIDTH> sum = {};
     for (int batch = first; batch < end; batch += EMBEDDING_BATCH) {
         Values<WIDTH> added[EMBEDDING_BATCH];
-        // A row beyond the end is read as the last one, and not used.
+        // For a row beyond the end the last row is read, and not used.
         for (int j = 0; j < EMBEDDING_BATCH; j++)
             added[j] = load<WIDTH>(dout + (size_t)key_row(keys[min(batch + j, end - 1)]) * C + c);
         for (int j = 0; j < EMBEDDING_BATCH; j++) {
@@ -143,7 +148,7 @@ __global__ void embedding_chunk_kernel(float* dweight,           // (Vp, C)
     }
 }
 
-// The chunk in which a token begins that does not end there adds up the token's partial sums.
+// Adds up the partial sums of a token that crosses edges. The chunk in which the token begins does this.
 template <int WIDTH>
 __global__ void embedding_edge_kernel(float* dweight, const float* partials, const EmbeddingKey* keys,
                                       int rows, int C) {
