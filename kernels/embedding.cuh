@@ -8,8 +8,9 @@ atomics, and not all by one thread. So the rows are first sorted by token:
 
     1. keys (token, row) are sorted in tiles in shared memory; then pairs of sorted runs are merged until one
        run is left
-    2. a thread block for each 32 sorted rows (a chunk) adds up neighbouring rows of the same token. If all rows
-       of a token are in the chunk, it adds their sum to dweight. A sum that crosses an edge goes to `partials`
+    2. a thread block for each 32 sorted rows (a chunk) adds up neighbouring rows of the same token. If all
+       rows of a token are in the chunk, it adds their sum to dweight. A sum that crosses an edge goes to
+       `partials`
     3. the partial sums of a token are added up in the order of the chunks
 
 Cost of the backward: 2 bytes for each element of dout (bf16), 8 for each element of the rows of dweight that

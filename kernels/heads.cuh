@@ -1,17 +1,19 @@
 /*
-Query heads that follow the keys, step by step, without a word from the host (runtime/allocation.h). The twin of dev/cpu/heads.h.
+Key-driven maps of query heads to KV heads (runtime/allocation.h), computed at every step with no host
+synchronisation. The twin of dev/cpu/heads.h.
 
-    heads_begin_step(&heads, step, stream);                              // maps from what was measured before
-    heads_of_batch(&heads, l, norms, B, B, step, stream);                // or of one layer, in the middle of its forward pass
-    heads_measure(&heads, sums, sequences, step, stream);               // what was measured in this step
+    heads_begin_step(&heads, step, stream);                  // maps of all layers, from the last statistics
+    heads_of_batch(&heads, l, norms, B, B, step, stream);    // or the map of one layer, in its forward pass
+    heads_measure(&heads, sums, sequences, step, stream);    // the statistics of this step
 
-Here `heads` is of the host, and what it points to is the device's memory. Every step launches the same kernels, whether a map is
-due or not, so that a graph of one step is that of the next.
+The struct `heads` is in host memory, and its pointers are to device memory. Every step launches the same
+kernels, whether or not it makes a new map, so that the recorded graph of one step also fits the next.
 
-A lane does a whole layer, with the very functions that the host has: sums of a few numbers whose order decides the bits are
-nothing to share among lanes. So a warp does 32 layers, or one where the forward pass waits for it.
+One lane handles a whole layer, with the same functions as the host. The order of these short sums decides
+their bits, so they are not divided among lanes. A warp handles 32 layers, or a single layer in
+heads_of_batch.
 
-Cost: nothing but the launch and some thousand clocks of latency; a layer has a few hundred bytes.
+Cost: the launch and some thousand clocks of latency. A layer has a few hundred bytes.
 */
 #ifndef KERNELS_HEADS_CUH
 #define KERNELS_HEADS_CUH
@@ -30,7 +32,7 @@ __global__ void heads_begin_step_kernel(HeadAllocation heads, int step) {
     if (l < heads.L) allocation_begin_step(&heads, l, step);
 }
 
-// The maps of all layers, where the source is not the keys of this very step.
+// Makes the maps of all layers, from the last statistics or from random numbers (every source but `forward`).
 static inline void heads_begin_step(const HeadAllocation* heads, int step, stream_t stream) {
     launch(heads_begin_step_kernel, heads_grid(heads), HEADS_BLOCK, 0, stream, *heads, step);
 }
@@ -40,7 +42,8 @@ __global__ void heads_of_batch_kernel(HeadAllocation heads, int l, const float* 
     allocation_of_batch(&heads, l, norms, B, sequences, step);
 }
 
-// The map of layer l from its keys in this batch. sequences: B, and those of other ranks whose norms have been added.
+// Makes the map of layer l from its keys in this batch. sequences: B plus the sequences of the other ranks
+// whose norms have been added.
 static inline void heads_of_batch(const HeadAllocation* heads, int l,
                                   const float_acc* norms, // (B, G)
                                   int B, long sequences, int step, stream_t stream) {
@@ -52,7 +55,7 @@ __global__ void heads_measure_kernel(HeadAllocation heads, const float* sums, lo
     if (l < heads.L) allocation_measure(&heads, l, sums + (size_t)l * heads.G, sequences, step);
 }
 
-// The statistics of all layers, the means of these sums.
+// Computes the statistics of all layers: the means of these sums.
 static inline void heads_measure(const HeadAllocation* heads,
                                  const float_acc* sums, // (L, G) over the sequences
                                  long sequences, int step, stream_t stream) {

@@ -1,10 +1,11 @@
 /*
-Key convolution (Optimizing Mixture of Block Attention, arXiv 2511.11571; docs/math.md section 2): a short causal filter over the
-keys of a layer, channel by channel, with a residual. What a thread computes of
+Key convolution (Optimizing Mixture of Block Attention, arXiv 2511.11571; docs/math.md section 2): a short
+causal filter over the keys of a layer, for each channel, with a residual:
 
     k'_t = k_t + silu( sum over l < taps of w_l * k_{t-l} )        keys before the sequence are zero
 
-The passes over the keys, forward and backward, are keys_forward and keys_backward (kernels/keys.cuh).
+This file has the part of one thread. keys_forward and keys_backward (kernels/keys.cuh) make the passes over
+the keys.
 */
 #ifndef KERNELS_KEYCONV_CUH
 #define KERNELS_KEYCONV_CUH
@@ -13,7 +14,8 @@ The passes over the keys, forward and backward, are keys_forward and keys_backwa
 
 enum { KEYCONV_MAX_TAPS = 5 };
 
-// sum over l < taken of w_l * k_{t-l}; `key` and `weight` point at k_t and w_0, rows of `width` channels.
+// Returns the sum over l < taken of w_l * k_{t-l}, for WIDTH channels. `key` points at k_t, `weight` at w_0;
+// rows have `width` channels. taken is min(t + 1, taps).
 template <int WIDTH>
 __device__ inline Values<WIDTH> keyconv_filter(const floatX* key, const floatX* weight, int taken,
                                                size_t width) {
@@ -26,7 +28,7 @@ __device__ inline Values<WIDTH> keyconv_filter(const floatX* key, const floatX* 
     return sum;
 }
 
-// key += silu of the filter's sum
+// key += silu(keyconv_filter(keys, ...))
 template <int WIDTH>
 __device__ inline void keyconv_add(Values<WIDTH>& key, const floatX* keys, const floatX* weight, int taken,
                                    size_t width) {

@@ -1,11 +1,11 @@
 /*
-How long the keys of each key/value head are: the number from which key-driven attention hands out its query heads
-(docs/math.md section 3). The twin of dev/cpu/keynorm.h.
+The size of the keys of each key/value head: the statistic from which key-driven attention allocates query
+heads (docs/math.md section 3). The twin of dev/cpu/keynorm.h.
 
-    key_rms(rms, sums, qkv, B, T, H, G, D, stream);            // of this batch's keys, a number per sequence and head
-    key_weight_norm(norm, wk, gain, G, D, C, stream);          // of the weights that make them: no data at all
+    key_rms(rms, sums, qkv, B, T, H, G, D, stream);      // of the keys: a number for each sequence and head
+    key_weight_norm(norm, wk, gain, G, D, C, stream);    // of the key projection's weights: needs no data
 
-Cost: the keys, or the weights, read once.
+Cost: the keys or the weights are read once.
 */
 #ifndef KERNELS_KEYNORM_CUH
 #define KERNELS_KEYNORM_CUH
@@ -15,8 +15,9 @@ Cost: the keys, or the weights, read once.
 
 enum { KEYNORM_BLOCK = 512, KEYNORM_LOADS = 8 };
 
-// A block for each sequence and head, D / WIDTH neighbouring threads for a token. So that no load waits for the one before it, a
-// thread has KEYNORM_LOADS of them at a time; of a token beyond the last one it loads the last, and adds nothing.
+// One thread block for each sequence and head; D / WIDTH neighbouring threads for a token. A thread keeps
+// KEYNORM_LOADS loads in flight, so that no load waits for the previous one. For a token beyond the last one
+// it loads the last, and adds nothing.
 template <int WIDTH>
 __global__ void key_rms_kernel(float* rms, const floatX* qkv, int T, int H, int G, int D) {
     const int b = (int)blockIdx.x / G, g = (int)blockIdx.x % G;
@@ -45,7 +46,8 @@ __global__ void key_sums_kernel(float* sums, const float* rms, int B, int G) {
     sums[g] = sum;
 }
 
-// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of rms[b][g].
+// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of
+// rms[b][g].
 static inline void key_rms(float_acc* rms,    // (B, G)
                            float_acc* sums,   // (G) accumulates
                            const floatX* qkv, // (B, T, H + 2G, D), D at most KEYNORM_BLOCK
@@ -70,7 +72,8 @@ __global__ void key_weight_norm_kernel(float* norm, const floatX* wk, const floa
     if (threadIdx.x == 0) norm[blockIdx.x] = sqrtf(square);
 }
 
-// norm[g] = Frobenius norm of the D rows of Wk that make the keys of head g, each column times the gain of the norm before.
+// norm[g] = Frobenius norm of the D rows of Wk that make the keys of head g. Each column is multiplied by the
+// gain of the RMSNorm before the projection.
 static inline void key_weight_norm(float_acc* norm,    // (G)
                                    const floatX* wk,   // (G, D, C)
                                    const floatX* gain, // (C)

@@ -1,14 +1,14 @@
 /*
-Matrix products by cuBLASLt, with sums in fp32 whatever floatX is; in plain loops on the emulator. The twin of dev/cpu/matmul.h.
-Row-major, weights as Hugging Face has them (out, in).
+Matrix products by cuBLASLt, or by plain loops on the emulator. Sums are fp32 for every floatX. The twin of
+dev/cpu/matmul.h. Matrices are row-major; weights have the layout of Hugging Face (out, in).
 
     matmul_start();                                                     // once, before the first product
     out (rows, out_channels)  =  inp (rows, in_channels)  x  weight (out_channels, in_channels)^T
 
 fp32 is true fp32, never TF32. The gradient of a weight is fp32 and accumulates inside the product (beta = 1).
 
-Which algorithm cuBLASLt takes is asked once for each shape and alignment; from then on the same one serves, so a step's results
-are the same bits in every repetition. Partial sums of a product that is split along its inner dimension are kept in fp32.
+cuBLASLt chooses an algorithm once for each shape and alignment, and later products use the same one. So a
+repeated step gives the same bits. If a product is split along its inner dimension, its partial sums are fp32.
 */
 #ifndef KERNELS_MATMUL_CUH
 #define KERNELS_MATMUL_CUH
@@ -24,13 +24,14 @@ are the same bits in every repetition. Partial sums of a product that is split a
 // ----------------------------------------------------------------------------
 // cuBLASLt
 
-// What NVIDIA recommends for Hopper; smaller ones exclude some of the split products.
+// The workspace size that NVIDIA recommends for Hopper. A smaller one excludes some of the split products.
 #define MATMUL_WORKSPACE_BYTES ((size_t)32 << 20)
 
-// A product C (M,N) = op(A) op(B) + beta C of row-major matrices without gaps; transA means that A is stored (K,M).
+// A product C (M,N) = op(A) op(B) + beta C of row-major matrices without gaps between rows. transA: A is
+// stored as (K,M). transB: B is stored as (N,K).
 typedef struct {
     int transA, transB, M, N, K;
-    int accumulate;         // beta is 1 and C is fp32; else beta is 0 and C is floatX
+    int accumulate;         // 1: beta is 1 and C is fp32; 0: beta is 0 and C is floatX
     unsigned alignments[3]; // of the addresses of A, B and C, in bytes
 } MatmulShape;
 
@@ -41,7 +42,7 @@ typedef struct {
     cublasLtMatmulAlgo_t algorithm;
 } MatmulPlan;
 
-// A model has some 20 shapes; the one that was made first gives way when there are more than fit.
+// A model has some 20 shapes. If there are more than MATMUL_PLANS, a new plan replaces the oldest one.
 enum { MATMUL_PLANS = 128 };
 
 static struct {
@@ -56,14 +57,15 @@ static inline void matmul_check(cublasStatus_t status, const char* doing) {
         fail("cuBLASLt: cannot %s: %s", doing, cublasLtGetStatusString(status));
 }
 
-// The library's handle and workspace are taken now, so that the memory they need can be seen before a plan is made.
+// Makes the library's handle and workspace at the start, so that the free memory that the trainer measures
+// later does not include them.
 static inline void matmul_start(void) {
     if (matmul_library.handle) return;
     matmul_check(cublasLtCreate(&matmul_library.handle), "start");
     matmul_library.workspace = device_malloc(MATMUL_WORKSPACE_BYTES, "matrix products");
 }
 
-// What the library takes beyond what matmul_start() took.
+// Bytes that the products need in addition to the memory that matmul_start() allocates.
 static inline size_t matmul_scratch_bytes(void) { return 0; }
 
 static inline void matmul_preference(cublasLtMatmulPreference_t preference,
@@ -81,7 +83,7 @@ static inline void matmul_choose(MatmulPlan* plan) {
     const unsigned* alignments = plan->shape.alignments;
     matmul_preference(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace));
     matmul_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &in_fp32, sizeof(in_fp32));
-    // cuBLASLt's A is our B, as below
+    // cuBLASLt's A is our B: see matmul_plan_make()
     matmul_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignments[1], 4);
     matmul_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignments[0], 4);
     matmul_preference(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignments[2], 4);
@@ -106,7 +108,8 @@ static inline void matmul_plan_free(MatmulPlan* plan) {
     matmul_check(cublasLtMatrixLayoutDestroy(plan->c), "free a plan");
 }
 
-// cuBLASLt is column-major: read so, a row-major matrix is its transpose, and C^T (N,M) = op(B)^T op(A)^T is what it computes.
+// cuBLASLt is column-major. A row-major matrix in column-major order is its transpose, so cuBLASLt computes
+// C^T (N,M) = op(B)^T op(A)^T.
 static inline void matmul_plan_make(MatmulPlan* plan, MatmulShape shape) {
     const cudaDataType_t element = sizeof(floatX) == sizeof(float) ? CUDA_R_32F : CUDA_R_16BF;
     const cublasOperation_t opB = shape.transB ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -142,7 +145,7 @@ static inline const MatmulPlan* matmul_plan(MatmulShape shape) {
     return plan;
 }
 
-// The largest power of two that divides an address, up to what cuBLASLt can make use of.
+// The largest power of two that divides an address, at most 256: cuBLASLt does not use more.
 static inline unsigned alignment_of(const void* pointer) {
     unsigned alignment = 256;
     while ((uintptr_t)pointer % alignment) alignment /= 2;
