@@ -1,11 +1,12 @@
 /*
-RMSNorm (Zhang and Sennrich, arXiv 1910.07467), alone and behind a residual addition. The twin of dev/cpu/rmsnorm.h.
+RMSNorm (Zhang and Sennrich, arXiv 1910.07467), alone and after a residual addition. The twin of
+dev/cpu/rmsnorm.h.
 
     out = x * rstd * weight        rstd = 1 / sqrt(mean(x^2) + eps)
 
-Cost, bytes of device memory for each element of a row (2 bytes of bf16): forward 4 (read, write); with the residual 8 (two
-reads, two writes); backward 8 (dout, inp and dinp read, dinp written) and C floats a block for the weight's partial sums. A row
-is read twice, the second time from the cache.
+Cost in bytes of device memory for each element of a row (bf16, 2 bytes): forward 4 (read, write); with the
+residual 8 (two reads, two writes); backward 8 (dout, inp and dinp read, dinp written), and C floats for each
+thread block for the weight's partial sums. A row is read twice, the second time from the cache.
 */
 #ifndef KERNELS_RMSNORM_CUH
 #define KERNELS_RMSNORM_CUH
@@ -13,10 +14,12 @@ is read twice, the second time from the cache.
 #include "kernels/device.cuh"
 #include "kernels/vector.cuh"
 
-// Blocks of the backward, each with its own sum of dweight: about four for each multiprocessor of a large GPU.
+// Thread blocks of the backward: about four for each multiprocessor of a large GPU. Each has its own sum of
+// dweight.
 enum { RMSNORM_BACKWARD_BLOCKS = 512 };
 
-// The input of the norm: inp, or where there is a branch the two added, rounded as it is stored.
+// The input of the norm: inp, or inp + branch if there is a branch. The sum is rounded to floatX, as it is
+// stored.
 template <int WIDTH>
 __device__ inline Values<WIDTH> rmsnorm_input(const floatX* inp, const floatX* branch, size_t at) {
     Values<WIDTH> x = load<WIDTH>(inp + at);
@@ -37,7 +40,7 @@ __global__ void rmsnorm_forward_kernel(floatX* sum,          // (rows, C), or NU
                                        int rows, int C, float eps) {
     const int row = (int)(blockIdx.x * blockDim.y + threadIdx.y);
     const int first = (int)threadIdx.x * WIDTH, step = (int)blockDim.x * WIDTH;
-    const int end = row < rows ? C : 0; // threads without a row still meet the others at the sum
+    const int end = row < rows ? C : 0; // threads without a row must still take part in row_sum
     const size_t at = (size_t)row * C;
 
     float square = 0;
@@ -57,7 +60,7 @@ __global__ void rmsnorm_forward_kernel(floatX* sum,          // (rows, C), or NU
     }
 }
 
-// sum = residual + branch, out = RMSNorm(sum): one pass over memory for the two. The four do not overlap.
+// sum = residual + branch and out = RMSNorm(sum), in one pass over memory. The four arrays must not overlap.
 static inline void residual_rmsnorm_forward(floatX* sum,            // (rows, C)
                                             floatX* out,            // (rows, C)
                                             float_acc* rstd,        // (rows)
@@ -82,8 +85,9 @@ static inline void rmsnorm_forward(floatX* out,          // (rows, C)
 // ----------------------------------------------------------------------------
 // Backward
 
-// A block takes every gridDim.x-th group of rows. The threads of each of its rows keep their own sum of dweight in shared
-// memory, in which nobody else writes; at the end the block adds them up into its row of `partials`.
+// A group is blockDim.y rows. A thread block takes every gridDim.x-th group. The threads of one row have
+// their own sum of dweight in shared memory, so no other threads write to it. At the end the thread block
+// adds these sums up into its row of `partials`.
 template <int WIDTH>
 __global__ void rmsnorm_backward_kernel(floatX* dinp,         // (rows, C)
                                         float* partials,      // (gridDim.x, C)
@@ -99,7 +103,7 @@ __global__ void rmsnorm_backward_kernel(floatX* dinp,         // (rows, C)
 
     for (int group = (int)(blockIdx.x * blockDim.y); group < rows; group += (int)(gridDim.x * blockDim.y)) {
         const int row = group + (int)threadIdx.y;
-        const int end = row < rows ? C : 0; // threads without a row still meet the others at the sum
+        const int end = row < rows ? C : 0; // threads without a row must still take part in row_sum
         const size_t at = (size_t)row * C;
         float dot = 0;
         for (int c = first; c < end; c += step) {
@@ -137,7 +141,7 @@ static inline size_t rmsnorm_backward_workspace(int rows, int C) {
     return (size_t)RMSNORM_BACKWARD_BLOCKS * C * sizeof(float);
 }
 
-// dinp accumulates, for it is the gradient of the residual stream; so does dweight.
+// dinp accumulates, because it is the gradient of the residual stream. dweight accumulates, too.
 static inline void rmsnorm_backward(floatX* dinp,          // (rows, C)
                                     float_acc* dweight,    // (C)
                                     const floatX* dout,    // (rows, C)

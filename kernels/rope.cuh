@@ -1,11 +1,11 @@
 /*
-Rotary position embedding (Su et al., arXiv 2104.09864): the table of angles, and what a thread does with them. The pairs are
-(i, i + D/2), as in Hugging Face's LlamaForCausalLM.
+Rotary position embedding (Su et al., arXiv 2104.09864): the table of angles, and the rotation that one thread
+makes. The pairs are (i, i + D/2), as in Hugging Face's LlamaForCausalLM.
 
     rope_table(table, T, D, 10000);                         // on the host, once
 
-The passes over queries and keys are keys_forward and keys_backward (kernels/keys.cuh). The table stays in the cache, where the
-heads of a token read the same part of it.
+keys_forward and keys_backward (kernels/keys.cuh) make the passes over queries and keys. All heads of a token
+read the same part of the table, which stays in the cache.
 */
 #ifndef KERNELS_ROPE_CUH
 #define KERNELS_ROPE_CUH
@@ -13,7 +13,8 @@ heads of a token read the same part of it.
 #include "kernels/device.cuh"
 #include "kernels/vector.cuh"
 
-// (T, D/2, 2): cosine and sine of t * theta^(-2i/D). Computed in double, for the angle grows with t.
+// Writes table (T, D/2, 2): cosine and sine of t * theta^(-2i/D). Computes in double, because the angle grows
+// with t.
 static inline void rope_table(float_acc* table, int T, int D, float theta) {
     for (int t = 0; t < T; t++) {
         for (int i = 0; i < D / 2; i++) {
@@ -24,7 +25,8 @@ static inline void rope_table(float_acc* table, int T, int D, float theta) {
     }
 }
 
-// Turns WIDTH neighbouring pairs, whose angles begin at `angles`, by these times `direction`.
+// Rotates WIDTH neighbouring pairs (a, b) by their angles, which begin at `angles`. direction is 1, or -1 for
+// the gradient.
 template <int WIDTH>
 __device__ inline void rope_turn(Values<WIDTH>& a, Values<WIDTH>& b, const float* angles, float direction) {
     const Values<2 * WIDTH> turn = load<2 * WIDTH>(angles);

@@ -1,8 +1,9 @@
 /*
-SwiGLU (Shazeer, arXiv 2002.05202): out = silu(gate) * up, silu(x) = x / (1 + exp(-x)), on rows that hold gate and up. The twin
-of dev/cpu/swiglu.h.
+SwiGLU (Shazeer, arXiv 2002.05202): out = silu(gate) * up, with silu(x) = x / (1 + exp(-x)). A row holds gate,
+then up. The twin of dev/cpu/swiglu.h.
 
-Cost: each element read or written once; of bf16, forward 6 bytes for each element of out, backward 10.
+Cost: each element is read or written once. For bf16 this is 6 bytes for each element of out in the forward,
+and 10 in the backward.
 */
 #ifndef KERNELS_SWIGLU_CUH
 #define KERNELS_SWIGLU_CUH
