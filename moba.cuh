@@ -100,7 +100,7 @@ enum { MOBA_TERMS = 1 };
 #endif
 
 // A rank orders pairs of score and block: the higher score wins, and of equal scores the later block. The
-// rank is 0 if the score is NaN or the block cannot be chosen.
+// rank is 0 if the score is NaN or the block is not a complete block of the past.
 typedef unsigned long long moba_rank_t;
 static const moba_rank_t MOBA_NO_SLOT = ~0ull; // higher than every rank: marks a slot that is not used
 
@@ -281,9 +281,9 @@ __global__ void __launch_bounds__(moba_route_shape<D>::THREADS, EACH <= 4 ? 2 : 
 // ----------------------------------------------------------------------------
 // Lists
 //
-// Each head and key block has a list of the queries that attend to it. A query's own block is its choice 0,
-// so the list of a block begins with the block's own tokens, and a mask hides the future from them. The
-// causal part thus needs no kernel of its own.
+// Each head and key block has a list of the queries that attend to it, ascending. A query's own block is its
+// choice 0. Only later queries can select the block, so its list begins with its own tokens, and a mask hides
+// the future from them. Thus the causal part needs no kernel of its own.
 //
 // Lists are built for one group of heads at a time: heads first_head..first_head+heads-1 of the sequences
 // first_sequence..first_sequence+sequences-1. The kernels number these pairs, sequence by sequence, and call
@@ -301,7 +301,7 @@ typedef struct {
     const int* selected;     // (B, H, T, K-1)
     const floatX* qkv;       // (B, T, H + 2G, D)
     const int* kv_of_q;      // (H)
-    // one array for every head of the group:
+    // arrays with one part for each head of the group; the shapes are those of one part:
     int* counts;     // (tiles, blocks) entries of a tile; later the position of its next entry in the list
     int* totals;     // (blocks) number of entries of a list
     int* begins;     // (blocks + 1) offset of a list in `entries`
@@ -703,10 +703,12 @@ __global__ void __launch_bounds__(MOBA_MERGE_THREADS)
 // ----------------------------------------------------------------------------
 // Backward
 //
-// A work item gathers each of its queries and their gradients once and makes 5 products: S = K Q^T, dP = V
-// dO^T, dV += P dO, dK += dS Q and dQ = dS^T K. dS goes through shared memory, from the warps that own keys
-// to the warps that own columns of dQ. Each choice of a query gets one partial row of dQ; another kernel
-// adds up these rows.
+// A work item gathers each of its queries and their gradients once, and makes 5 products:
+//
+//     S = K Q^T    dP = V dO^T    dV += P dO    dK += dS Q    dQ = dS^T K
+//
+// dS goes through shared memory, from the warps that own keys to the warps that own columns of dQ. Each
+// choice of a query gets one partial row of dQ; another kernel adds up these rows.
 //
 // dK and dV of a key block are sums over all work items and query heads that read it. Each item stores its
 // sums in fp32, and another kernel adds them up in the order of heads and items. If one item has the whole
