@@ -106,8 +106,8 @@ __device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX
 }
 
 // One thread block computes QUERIES rows of one head; a warp computes 16M of them. Tiles of keys and values
-// share a ring of SLOTS slots: tile 2j is the j-th tile of the keys, tile 2j + 1 that of the values. SLOTS -
-// 1 tiles are in flight while one is in use.
+// share a ring of SLOTS slots: tile 2j is the j-th tile of the keys, tile 2j + 1 that of the values.
+// While one tile is in use, SLOTS - 1 tiles are in flight.
 template <int D>
 __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention_forward_shape<D>::BLOCKS)
     attention_forward_kernel(floatX* out,        // (B, T, H, D)
@@ -216,7 +216,7 @@ template <int D> struct attention_backward_queries_shape {
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
-// Statistics of a row of scores for the backward: x is its log-sum-exp, as a log2, and y its delta. The
+// Statistics of a row of scores for the backward: x is its log-sum-exp in base 2, and y its delta. The
 // number of rows is padded to a multiple of ATTENTION_ROWS, so that all tiles are whole. Rows beyond T are 0,
 // as are their queries and gradients, so they add nothing to dk and dv.
 enum { ATTENTION_ROWS = 128 };
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
 
 // Counts the query heads that read a KV head below g. This is the index of the first query head that reads g,
 // as kv_of_q is non-decreasing. Every warp counts. The shuffle shows the compiler that all lanes have the
-// same number, so that values derived from it need no register of each thread.
+// same number, so that values derived from it take no registers of every thread.
 static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_q, int H) {
     int heads = 0;
     for (int h = 0; h < H; h += 32) {

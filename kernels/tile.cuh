@@ -16,7 +16,8 @@ hold a row. The left operand has the same layout, so the result of one product i
 one without leaving the registers (Dao, FlashAttention-2, arXiv 2307.08691, section 3.3).
 
 The bf16 build multiplies on the tensor cores and accumulates in fp32. The fp32 build has the same functions
-with plain multiplications, for checking. Code outside this file is the same for both.
+with plain multiplications, for checking. The kernels that use them differ only in tile sizes, and in the
+router's two bf16 terms of a centroid (moba.cuh).
 */
 #ifndef KERNELS_TILE_CUH
 #define KERNELS_TILE_CUH
