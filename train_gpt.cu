@@ -1,15 +1,18 @@
 /*
-train_gpt: trains a decoder language model (RMSNorm, rotary positions, grouped attention, SwiGLU) from token shards.
+train_gpt: trains a decoder language model (RMSNorm, rotary positions, grouped attention, SwiGLU) from token
+shards.
 
-    build/train_gpt_cpu_dense_gqa_fp32 -i 'data/train_*.bin' -j 'data/val_*.bin' --tokenizer data/tokenizer.json -o runs/first
+    build/train_gpt_cpu_dense_gqa_fp32 -i 'data/train_*.bin' -j 'data/val_*.bin' \
+        --tokenizer data/tokenizer.json -o runs/first
 
-Read it from the top: the model's memory, its forward pass, its loss, its backward pass, its update, generation, and then
-the loop in main(). Operations are called by name; the headers chosen here say where they run. What they compute is in
-docs/math.md. Shapes are written in its letters: B sequences, T tokens, C channels, L layers, H query heads, G key/value
-heads, D head dimension, F feed-forward width, V vocabulary, Vp padded vocabulary.
+Read it from the top: the model's memory, its forward pass, its loss, its backward pass, its update,
+generation, the training loop, and main(). The headers included below decide on which device an operation
+runs. docs/math.md says what each operation computes. Shapes use its letters: B sequences, T tokens,
+C channels, L layers, H query heads, G key/value heads, D head dimension, F feed-forward width, V vocabulary,
+Vp padded vocabulary.
 
-This file is C11 and C++17: gcc builds it as C for DEVICE=cpu, nvcc for DEVICE=cuda, and g++ for DEVICE=simt, which runs the
-kernels of CUDA on an emulator (dev/simt).
+This file is C11 and C++17. gcc builds it as C for DEVICE=cpu, nvcc builds it for DEVICE=cuda, and g++ builds
+it for DEVICE=simt, which runs the CUDA kernels on an emulator (dev/simt).
 */
 #include <malloc.h>
 #include <omp.h>
@@ -71,9 +74,10 @@ kernels of CUDA on an emulator (dev/simt).
 // ----------------------------------------------------------------------------
 // The model and its memory
 
-// What a layer's forward pass leaves for its backward pass, and for the next token of a generation: the keys and values of
-// the packed rows are the cache, with the keys before the convolution where there is one. With --recompute some arrays are
-// one for all layers (plan_layer says which), and what a layer left there is gone when the next one has run.
+// Arrays that a layer's forward pass keeps for its backward pass. In generation they also serve the next
+// token: the keys and values in `qkv` are the KV cache, and a layer with a key convolution also needs its
+// `raw_keys`. With --recompute all layers share some of these arrays (plan_layer() says which), and each
+// layer overwrites the values of the layer before.
 typedef struct {
     floatX* residual;     // (B, T, C) the layer's input
     floatX* norm1;        // (B, T, C)
@@ -81,11 +85,11 @@ typedef struct {
     floatX* qkv;          // (B, T, H + 2G, D) after convolution and RoPE
     floatX* raw_keys;     // (B, T, G, D) before the convolution, in layers that have one
     floatX* attention;    // (B, T, H, D)
-    floatX* noised;       // (B, T, H, D) what is multiplied by Wo with pgqa: attention with its noise
+    floatX* noised;       // (B, T, H, D) attention plus noise, the input of Wo with pgqa
     float_acc* lse;       // (B, H, T)
-    int* selected;        // (B, H, T, K-1) the blocks that each query attends to, in layers with MoBA
-    float_acc* centroids; // (B, T/S, G, D) the means of their blocks' keys
-    floatX* residual_mid; // (B, T, C) between attention and feed-forward
+    int* selected;        // (B, H, T, K-1) the past blocks that each query attends to, in layers with MoBA
+    float_acc* centroids; // (B, T/S, G, D) the mean key of each block
+    floatX* residual_mid; // (B, T, C) the residual stream between attention and feed-forward
     floatX* norm2;        // (B, T, C)
     float_acc* rstd2;     // (B, T)
     floatX* gate_up;      // (B, T, 2F)
@@ -94,18 +98,18 @@ typedef struct {
 
 typedef struct {
     LayerActivations* layers; // L
-    LayerActivations shared;  // the arrays that are one for all layers
+    LayerActivations shared;  // the arrays that all layers share
     floatX* residual;         // (B, T, C) the last layer's output
     floatX* norm;             // (B, T, C)
     float_acc* rstd;          // (B, T)
-    floatX* branch;           // (B, T, C) what attention or feed-forward adds to the residual stream
-    floatX* logits;           // (logit_rows, Vp) a few rows at a time; their gradient takes their place
+    floatX* branch;           // (B, T, C) output of attention or feed-forward, for the residual stream
+    floatX* logits;           // (logit_rows, Vp) a few rows at a time; their gradient overwrites them
     float_acc* losses;        // (B, T)
     int* tokens;              // (B, T)
     int* targets;             // (B, T)
     float_acc* rope;          // (T, D/2, 2)
     float_acc* key_norms;     // (B, G) of one layer: the statistic of each sequence's keys
-    float_acc* key_sums;      // (L, G) the sums of these over the step, or what stands in their place
+    float_acc* key_sums;      // (L, G) their sums over a step; with --kd-source weights, the norms of Wk
     // gradients, shared by all layers
     floatX* dresidual;  // (B, T, C)
     floatX* dnorm;      // (B, T, C)
@@ -113,11 +117,12 @@ typedef struct {
     floatX* dattention; // (B, T, H, D)
     floatX* dgate_up;   // (B, T, 2F)
     floatX* dswiglu;    // (B, T, F)
-    void* workspace;    // of any operation, one after the other
+    void* workspace;    // scratch memory of one operation at a time
 } Activations;
 
-// A stretch of the flat parameters whose gradients are done together: a layer's, the embedding's, or what comes after the
-// layers. Shard r of it, one N-th, is what rank r of N adds up and, with --zero 1, updates.
+// A range of the flat parameters whose gradients become final at the same point of the backward pass: one
+// layer's, the embedding's, or those of the tensors after the layers. A bucket has N equal shards, one for
+// each of N ranks. Rank r sums the gradients of shard r over the ranks and, with --zero 1, updates shard r.
 typedef struct {
     size_t first, count; // elements; both multiples of N * COMM_ALIGNMENT
 } Bucket;
@@ -125,19 +130,19 @@ typedef struct {
 typedef struct {
     ModelConfig config;
     ParameterLayout layout;
-    size_t padded;   // elements of params and grads: those of the table, up to whole shards
-    Bucket* buckets; // (L + 2) in the order in which the backward pass is done with them; some may be empty
+    size_t padded;   // elements of params and grads: those of the table, rounded up to whole shards
+    Bucket* buckets; // (L + 2) in the order in which the backward pass completes them; some may be empty
     int bucket_count;
-    int sharded; // 1: masters and moments are those of this rank's shards alone (ZeRO-1), one after the other
-    int reduces; // 1: the backward pass adds up the gradients of all ranks
-    int B, T;    // the largest batch that the activations hold
+    int sharded;    // 1: masters and moments hold only this rank's shards (ZeRO-1), one after the other
+    int reduces;    // 1: the backward pass sums the gradients over all ranks
+    int B, T;       // the largest batch that the activations hold
     int logit_rows; // rows of logits that are computed at once
     int training;   // 0: no gradients and no optimizer state are held
     Recompute recompute;
-    // one block each
+    // in the arenas `parameters`, `gradients` and `optimizer`
     floatX* params; // (padded)
     float_acc*
-        masters; // (padded, or its N-th) what is updated, and params are the rounding of; NULL where the same
+        masters; // (padded, or its N-th) float_acc weights, rounded to params; NULL where params are float_acc
     float_acc* grads;      // (padded)
     float_acc* exp_avg;    // (padded, or its N-th) first moment of AdamW
     float_acc* exp_avg_sq; // (padded, or its N-th) second moment
@@ -147,36 +152,38 @@ typedef struct {
     float_acc* partials;   // scratch of these sums
     Activations acts;
     Arena parameters, gradients, optimizer, activations;
-    HeadAllocation heads;   // the KV head that each query head reads; its arrays are the device's
-    float_acc* host_losses; // (B, T) pinned memory of the host, as is
+    HeadAllocation heads;   // the KV head that each query head reads; its arrays are in device memory
+    float_acc* host_losses; // (B, T) in pinned host memory, as are the next two
     float_acc* host_norm;   // (1)
-    int* host_not_finite;   // (L) of heads
-    int warned;             // 1 after the warning of a statistic that is not finite
-    Mark* marks;            // (L, 2, 2) where a layer's attention began and ended, forward and backward
+    int* host_not_finite;   // (L) copy of heads.not_finite
+    int warned;             // 1: do not warn (again) of a statistic that is not finite
+    Mark* marks;            // (L, 2, 2) times of begin and end of a layer's attention, forward and backward
     stream_t stream;
 } Model;
 
-// The weights as a whole. Where no rank has all masters, the gradients' memory holds them between steps, to be filled and read
-// (gpt_keep_masters, gpt_gather_masters).
+// The whole weights, for loading and saving. With sharded masters no rank holds all of them; the memory of
+// the gradients then holds the whole masters for a moment between steps. gpt_gather_masters() fills it before
+// a save, and gpt_keep_masters() takes this rank's shards from it after a load.
 static Weights gpt_weights(const Model* model) {
     const Weights weights = {model->params, model->masters && model->sharded ? model->grads : model->masters};
     return weights;
 }
 
-// This rank's part of a bucket, in elements of the flat parameters.
+// This rank's shard of a bucket, in elements of the flat parameters.
 static Bucket gpt_shard(Bucket bucket) {
     const size_t count = bucket.count / (size_t)comm_size();
     const Bucket shard = {bucket.first + (size_t)comm_rank() * count, count};
     return shard;
 }
 
-// Where the state of a bucket's shard lies: buckets begin at multiples of N, so that the shards fill an N-th of the whole.
+// Offset of this rank's shard of a bucket in masters, exp_avg and exp_avg_sq. Buckets begin at multiples of N
+// elements, so with ZeRO-1 the shards of one rank fill an N-th of the whole without gaps.
 static size_t gpt_shard_state(const Model* model, Bucket bucket) {
     return model->sharded ? bucket.first / (size_t)comm_size() : gpt_shard(bucket).first;
 }
 
-// A bucket begins where the first tensor of its own does, up to the next whole shards: what lies between is of the next bucket,
-// which is done later.
+// A bucket begins at its first tensor, rounded up to whole shards. The elements below that boundary belong to
+// the next bucket, which the backward pass completes later.
 static void gpt_plan_buckets(Model* model) {
     const int L = model->config.layers;
     const size_t unit = (size_t)comm_size() * COMM_ALIGNMENT;
@@ -195,11 +202,12 @@ static void gpt_plan_buckets(Model* model) {
     }
 }
 
-// Logits are the widest activation by far; this much of them is held at once. On a GPU every part adds to the head's gradient in
-// memory, at the cost of reading and writing it whole, so there the parts are large.
+// Logits are by far the widest activation. This is the upper bound, in bytes, of the logits held at once;
+// exceeded only if 64 rows need more. On a GPU every part accumulates into the head's gradient, which reads
+// and writes all of that gradient in memory; so the parts are larger there.
 #define LOGIT_BYTES ((size_t)(DEVICE_HAS_OWN_MEMORY ? 1024 : 128) << 20)
 
-// Bytes of scratch that the attention of a layer takes, forward and backward one after the other.
+// Bytes of workspace that the attention of a layer needs; forward and backward use the same workspace.
 static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
               K = config->moba_topk;
@@ -221,8 +229,8 @@ static size_t attention_workspace(const ModelConfig* config, int layer, int B, i
     return training && backward > forward ? backward : forward;
 }
 
-// An array of layer l, `member` bytes into its LayerActivations. From the level `again` on it is computed again where backward
-// needs it, so that one array serves all layers.
+// Reserves an array of layer l; `member` is its offset in LayerActivations. From the --recompute level
+// `again` on, the backward pass computes the array again, so that all layers share one array.
 static void reserve_in_layer(Model* model, int l, size_t member, size_t bytes, const char* label,
                              Recompute again) {
     Activations* acts = &model->acts;
@@ -232,10 +240,14 @@ static void reserve_in_layer(Model* model, int l, size_t member, size_t bytes, c
     else arena_reserve(&model->activations, array, bytes, label);
 }
 
-// What layer l leaves for backward, and the first level of --recompute that does not keep it. Kept at every level: the input,
-// which all else follows from; the choice of blocks, which must not be made twice (where two scores are nearly alike another
-// choice would make the gradient one of another function); and the output of attention with its lse, for attention is the part
-// whose cost grows with T. Noise on it costs a draw for each element, so that is kept too.
+// Reserves the activations of layer l. The last argument of ARRAY is the first --recompute level that does
+// not keep the array. Every level keeps
+// - the layer's input, from which everything else can be computed;
+// - the selected blocks: where two scores are nearly equal, a second selection could choose another block,
+//   and the
+//   gradient would be that of another function;
+// - attention's output and lse: attention is the part whose cost per token grows with T;
+// - the noised output of pgqa: computing it again would draw a random number for each element.
 static void plan_layer(Model* model, int l) {
     const ModelConfig* config = &model->config;
     const int B = model->B, T = model->T;
@@ -266,8 +278,8 @@ static void plan_layer(Model* model, int l) {
 #undef ARRAY
 }
 
-// Decides where everything lies; takes no memory yet but for the tables. A model that is not trained computes nothing again:
-// what its layers leave is the cache of a generation.
+// Plans the place of every array; allocates nothing but small tables. A model that is not trained has no
+// --recompute: generation uses its layers' activations as a cache.
 static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int training, Recompute recompute,
                      int zero) {
     assert(training || recompute == RECOMPUTE_NONE);
@@ -364,7 +376,7 @@ static inline size_t model_bytes(const Model* model) {
            model->activations.bytes;
 }
 
-// A copy of how the query heads stand, in memory of the host; allocation_free() ends it.
+// Copies the allocation of query heads to host memory; the caller frees the copy by allocation_free().
 static HeadAllocation gpt_read_heads(const Model* model) {
     HeadAllocation heads;
     const HeadAllocation* of_device = &model->heads;
@@ -379,7 +391,8 @@ static void gpt_write_heads(const Model* model, const HeadAllocation* heads) {
                    model->stream);
 }
 
-// Tells the device which elements decay. Tensors that do not (gains, taps) begin and end at whole blocks.
+// Fills `decays`. Tensors without weight decay (gains, taps) begin and end at multiples of DECAY_BLOCK
+// elements.
 static void gpt_upload_decays(Model* model) {
     const TensorTable* table = &model->layout.table;
     const size_t blocks = decay_blocks(model->padded);
@@ -395,7 +408,7 @@ static void gpt_upload_decays(Model* model) {
     free(decays);
 }
 
-// How a checkpoint's query heads stand.
+// Loads a checkpoint's allocation of query heads.
 static inline void gpt_load_heads(Model* model, const char* directory) {
     HeadAllocation heads = gpt_read_heads(model);
     checkpoint_load_heads(directory, &heads);
@@ -404,7 +417,7 @@ static inline void gpt_load_heads(Model* model, const char* directory) {
     allocation_free(&heads);
 }
 
-// Takes the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
+// Allocates the planned memory. The weights are zero until gpt_initialize() or a checkpoint fills them.
 static void gpt_allocate(Model* model) {
     model->stream = stream_make();
     arena_allocate(&model->parameters);
@@ -434,7 +447,7 @@ static void gpt_allocate(Model* model) {
     allocation_free(&heads);
 }
 
-// From the weights that gpt_weights() was filled with to this rank's masters, and back to all of them.
+// After a load into gpt_weights(): copies this rank's shards of the masters from the gradients' memory.
 static inline void gpt_keep_masters(Model* model) {
     for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
         const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
@@ -444,6 +457,7 @@ static inline void gpt_keep_masters(Model* model) {
     stream_synchronize(model->stream);
 }
 
+// Before a save of gpt_weights(): gathers the masters of all ranks in the gradients' memory.
 static inline void gpt_gather_masters(Model* model) {
     for (int i = 0; i < model->bucket_count && model->masters && model->sharded; i++) {
         const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
@@ -467,8 +481,8 @@ static void gpt_initialize(Model* model, uint64_t seed) {
     gpt_keep_masters(model);
 }
 
-// What of the optimizer's state this rank holds alone, or, with whole copies everywhere, writes: the shards, ascending. Returns
-// their number, at most L + 2.
+// The ranges of optimizer state that this rank owns (ZeRO-1) or, without sharding, writes to a checkpoint:
+// its shards in ascending order, neighbours merged. Returns their number, at most L + 2.
 static inline int gpt_state_ranges(const Model* model, StateRange* ranges) {
     const size_t elements = model->layout.table.elements;
     int count = 0;
@@ -507,15 +521,15 @@ static void gpt_free(Model* model) {
 // ----------------------------------------------------------------------------
 // Attention, of the kind that the layer has
 
-// What a training pass knows that evaluation and generation do not.
+// Settings of a training pass. Evaluation and generation pass NULL in its place.
 typedef struct {
     uint64_t seed;
     int step;           // optimizer steps done
-    long sequence;      // of the step: the place of the batch's first one
+    long sequence;      // index, within the step, of the batch's first sequence
     double noise_alpha; // of pgqa
 } TrainingPass;
 
-// pgqa's noise on what attention makes in a training pass, written to *noise; else NULL.
+// In a training pass of pgqa, fills *noise with the settings of the noise and returns it; else returns NULL.
 static const AttentionNoise* layer_noise(AttentionNoise* noise, const Model* model, int l,
                                          const TrainingPass* pass) {
     if (!pass || model->config.gqa != GQA_PERTURBED) return NULL;
@@ -527,7 +541,7 @@ static const AttentionNoise* layer_noise(AttentionNoise* noise, const Model* mod
     return noise;
 }
 
-// To attention, and in a training pass of pgqa also to noised.
+// Writes attention, lse and, with MoBA, selected; in a training pass of pgqa also noised.
 static void layer_attention_forward(Model* model, int l, int B, int T, int start, const TrainingPass* pass) {
     const ModelConfig* config = &model->config;
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
@@ -555,7 +569,7 @@ static void layer_attention_forward(Model* model, int l, int B, int T, int start
     mark(&model->marks[4 * l + 1], model->stream);
 }
 
-// From dattention to dqkv.
+// Computes dqkv from dattention.
 static void layer_attention_backward(Model* model, int l, int B, int T) {
     const ModelConfig* config = &model->config;
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
@@ -582,11 +596,12 @@ static void layer_attention_backward(Model* model, int l, int B, int T) {
 }
 
 // ----------------------------------------------------------------------------
-// Query heads that follow the keys (docs/math.md section 3). Maps change between steps, or, with the keys' own statistic as
-// the source, in the middle of a training pass; never in evaluation or generation. All of it happens on the device, in the order
-// of the stream: the host neither waits for a statistic nor knows a map.
+// Query heads that follow the keys (docs/math.md section 3). Maps of query heads change between steps or,
+// with --kd-source forward, within a training pass. Evaluation and generation never change them. All of this
+// runs on the device, in stream order: during a step the host neither waits for a statistic nor reads a map.
 
-// The maps of a step: from the keys of the step before, from the weights as they are now, or from random numbers.
+// Makes the maps of a step: from the keys of the step before, from the current weights, or from random
+// numbers. With --kd-source forward it only clears the sums.
 static void gpt_begin_step(Model* model, int step) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
@@ -604,20 +619,22 @@ static void gpt_begin_step(Model* model, int step) {
     heads_begin_step(&model->heads, step, model->stream);
 }
 
-// Measures the keys that the projection of layer l has made; they are this very pass's map where the source is forward.
+// Measures the keys that the projection of layer l has written. With --kd-source forward, it also makes this
+// pass's map from them.
 static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
     const int H = model->config.heads, G = model->config.kv_heads, D = model->config.head_dim;
     Activations* acts = &model->acts;
     key_rms(acts->key_norms, acts->key_sums + (size_t)l * G, acts->layers[l].qkv, B, T, H, G, D,
             model->stream);
     if (model->heads.settings.source != SOURCE_FORWARD) return;
-    // The statistic of the sequences of all ranks: row by row their sum, then that of the rows.
+    // The mean over the sequences of all ranks: the all-reduce sums each row over the ranks, and
+    // heads_of_batch() sums the rows.
     comm_all_reduce(acts->key_norms, (size_t)B * G, model->stream);
     comm_wait(model->stream);
     heads_of_batch(&model->heads, l, acts->key_norms, B, B * comm_size(), step, model->stream);
 }
 
-// The statistic of a step of so many sequences: what a later step's maps are made from.
+// Computes the statistic of a step, the mean over its sequences. Later steps make their maps from it.
 static void gpt_end_step(Model* model, int step, long sequences) {
     const HeadAllocation* heads = &model->heads;
     if (!heads_are_key_driven(&model->config)) return;
@@ -629,18 +646,19 @@ static void gpt_end_step(Model* model, int step, long sequences) {
     copy_to_host(model->host_not_finite, heads->not_finite, (size_t)heads->L * sizeof(int), model->stream);
 }
 
-// Warns of a statistic that was not finite, once in a run; after the stream has been waited for.
+// Warns, once in a run, of a statistic that was not finite. Call this after a synchronisation of the stream.
 static inline void gpt_check_heads(Model* model) {
     if (heads_are_key_driven(&model->config))
         allocation_warn(&model->warned, model->host_not_finite, model->config.layers);
 }
 
 // ----------------------------------------------------------------------------
-// Forward: the parts of a layer that --recompute runs again in backward, then the whole. Each computes rows start..T-1 of its
-// outputs, and is the same function of the same numbers in both passes, so that it gives the same bits.
+// Forward: first the parts of a layer that the backward pass repeats with --recompute, then the whole pass.
+// Each part computes rows start..T-1 of its outputs. Both passes call the same function with the same
+// numbers, so they get the same bits.
 
-// The queries, keys and values of layer l from norm1. In the forward pass of a training step whose keys are measured, `step` is
-// its number; else it is -1.
+// Computes the queries, keys and values of layer l from norm1. In a training pass that measures the keys,
+// `step` is the step's number; else it is -1.
 static void layer_qkv_forward(Model* model, int l, int B, int T, int start, int step) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim;
@@ -658,7 +676,7 @@ static void layer_qkv_forward(Model* model, int l, int B, int T, int start, int 
                  config->moba_block, taps, model->stream);
 }
 
-// residual_mid and norm2 from what attention made, noised or not.
+// Computes residual_mid and norm2 from `heads`, attention's output with or without noise.
 static void layer_output_forward(Model* model, int l, const floatX* heads, int B, int T, int start) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, width = config->heads * config->head_dim, rows = B * (T - start);
@@ -673,7 +691,7 @@ static void layer_output_forward(Model* model, int l, const floatX* heads, int B
                              config->norm_eps, model->stream);
 }
 
-// gate_up and swiglu from norm2.
+// Computes gate_up and swiglu from norm2.
 static void layer_hidden_forward(Model* model, int l, int B, int T, int start) {
     const int C = model->config.channels, F = model->config.ffn, rows = B * (T - start);
     const size_t first = start;
@@ -683,7 +701,7 @@ static void layer_hidden_forward(Model* model, int l, int B, int T, int start) {
     swiglu_forward(layer->swiglu + first * F, layer->gate_up + first * 2 * F, rows, F, model->stream);
 }
 
-// What layer l had in qkv after a forward pass, where later layers have written over it.
+// Computes norm1 and qkv of layer l again, if later layers of the forward pass have overwritten them.
 static void layer_qkv_again(Model* model, int l, int B, int T) {
     if (model->recompute < RECOMPUTE_LAYER) return;
     const LayerActivations* layer = &model->acts.layers[l];
@@ -693,13 +711,14 @@ static void layer_qkv_again(Model* model, int l, int B, int T) {
     layer_qkv_forward(model, l, B, T, 0, -1);
 }
 
-// What reaches Wo in a training pass.
+// The input of Wo in a training pass.
 static const floatX* layer_heads(const Model* model, int l) {
     const LayerActivations* layer = &model->acts.layers[l];
     return model->config.gqa == GQA_PERTURBED ? layer->noised : layer->attention;
 }
 
-// Everything that the training pass left of layer l and later layers have written over. Of the last layer all is there.
+// Computes again all activations of layer l that later layers have overwritten in the training pass. Nothing
+// has overwritten those of the last layer.
 static void layer_again(Model* model, int l, int B, int T) {
     if (l + 1 == model->config.layers) return;
     layer_qkv_again(model, l, B, T);
@@ -707,9 +726,10 @@ static void layer_again(Model* model, int l, int B, int T) {
     if (model->recompute >= RECOMPUTE_MLP) layer_hidden_forward(model, l, B, T, 0);
 }
 
-// Runs tokens (B, T) through the layers, up to the last norm. With start > 0 (and B = 1) the rows before it are there
-// already, keys and values included, and only start..T-1 are computed: so a generation adds a token, of a model whose layers keep
-// them. pass is NULL where the model is not trained: then the maps of query heads stay, and there is no noise.
+// Runs tokens (B, T) through the layers and the final norm. With start > 0 (B = 1 only), earlier calls have
+// computed rows 0..start-1, keys and values included, and this call computes rows start..T-1. Generation adds
+// a token in this way; it needs layers that keep their keys and values (no --recompute layer). Outside
+// training, pass is NULL: the maps of query heads then stay as they are, and there is no noise.
 static void gpt_forward(Model* model, const int* tokens, int B, int T, int start, const TrainingPass* pass) {
     assert(B <= model->B && (size_t)B * T <= (size_t)model->B * model->T && T <= model->T);
     assert(start == 0 || (B == 1 && !pass && model->recompute < RECOMPUTE_LAYER));
@@ -743,7 +763,7 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
         layer_attention_forward(model, l, B, T, start, pass);
         layer_output_forward(model, l, pass ? layer_heads(model, l) : layer->attention, B, T, start);
 
-        // feed-forward; the norm that follows is the next layer's first, or the model's last
+        // feed-forward, and the norm after it: the next layer's first norm, or the final norm
         layer_hidden_forward(model, l, B, T, start);
         matmul_forward(acts->branch + first * C, layer->swiglu + first * F, params + weights->down_proj, rows,
                        F, C, stream);
@@ -758,9 +778,10 @@ static void gpt_forward(Model* model, const int* tokens, int B, int T, int start
     range_end();
 }
 
-// The losses of the rows that gpt_forward() left, in nats, on their way to `losses` (B, T) of the host: they are there once the
-// stream has been waited for. With gradients, also dnorm and the head's part of the gradient, scaled by dloss: logits are
-// computed, used and overwritten a few rows at a time, so they are never all there.
+// Computes the losses, in nats, of the rows that gpt_forward() left in acts.norm, and queues their copy to
+// host memory: `losses` (B, T) is complete after the next synchronisation of the stream. With gradients, it
+// also computes dnorm and accumulates the head's gradient, both scaled by dloss. Logits are computed, used
+// and overwritten logit_rows rows at a time, so all of them never exist at once.
 static void gpt_classify(Model* model, float_acc* losses, const int* targets, int B, int T,
                          int with_gradients, float_acc dloss) {
     const int C = model->config.channels, V = model->config.vocab_size, Vp = model->config.padded_vocab,
@@ -791,7 +812,7 @@ static double sum_of_losses(const float_acc* losses, int rows) {
     return sum;
 }
 
-// gpt_classify(), waited for: the sum of the losses.
+// gpt_classify() followed by a synchronisation. Returns the sum of the losses.
 static inline double gpt_loss(Model* model, const int* targets, int B, int T, int with_gradients,
                               float_acc dloss) {
     gpt_classify(model, model->host_losses, targets, B, T, with_gradients, dloss);
@@ -802,7 +823,8 @@ static inline double gpt_loss(Model* model, const int* targets, int B, int T, in
 // ----------------------------------------------------------------------------
 // Backward
 
-// Sends the gradients of bucket i on their way to their sum over the ranks, where it is time for that.
+// Queues the sum of bucket i's gradients over the ranks, if this pass reduces. With ZeRO-1 each rank gets its
+// shard of the sum, else the whole sum.
 static void gpt_reduce(const Model* model, int i) {
     const Bucket bucket = model->buckets[i];
     if (!model->reduces || bucket.count == 0) return;
@@ -811,8 +833,8 @@ static void gpt_reduce(const Model* model, int i) {
         comm_all_gather(model->grads + bucket.first, bucket.count * sizeof(float_acc), model->stream);
 }
 
-// From dnorm, which gpt_classify() left, to the gradients of all parameters, which accumulate. The forward pass in reverse, of a
-// TrainingPass.
+// Computes the gradients of all parameters from dnorm, which gpt_classify() left, and accumulates them in
+// grads. It is the reverse of a forward pass with a TrainingPass.
 static void gpt_backward(Model* model, int B, int T) {
     const ModelConfig* config = &model->config;
     const int C = config->channels, H = config->heads, G = config->kv_heads, D = config->head_dim,
@@ -842,8 +864,8 @@ static void gpt_backward(Model* model, int B, int T) {
         rmsnorm_backward(acts->dresidual, grads + weights->post_norm, acts->dnorm, layer->residual_mid,
                          params + weights->post_norm, layer->rstd2, acts->workspace, rows, C, stream);
 
-        // attention
-        // Noise passes the gradient on unchanged: what reaches Wo is noised, what attention made is not.
+        // attention Wo's gradient needs the noised output, its input. The noise passes the gradient on
+        // unchanged, so attention's backward pass takes its own output, without noise.
         matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, layer_heads(model, l),
                         params + weights->o_proj, rows, H * D, C, stream);
         layer_attention_backward(model, l, B, T);
@@ -860,7 +882,8 @@ static void gpt_backward(Model* model, int B, int T) {
     embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
                        C, stream);
     gpt_reduce(model, config->layers + 1);
-    // Where nothing was sent there is nothing to wait for, and a graph may not wait for what came before it.
+    // Without a reduction there is nothing to wait for, and a recorded graph must not wait for work before
+    // it.
     if (model->reduces) comm_wait(stream);
     range_end();
 }
@@ -869,7 +892,8 @@ static void gpt_zero_gradients(Model* model) {
     device_zero(model->grads, model->padded * sizeof(float_acc), model->stream);
 }
 
-// The norm of the gradient, of whose squares every rank adds up its shards.
+// Computes the global norm of the gradient. Each rank sums the squares of its own shards; an all-reduce adds
+// the ranks' sums up.
 static void gpt_gradient_norm(Model* model) {
     for (int i = 0; i < model->bucket_count; i++) {
         const Bucket shard = gpt_shard(model->buckets[i]);
@@ -882,21 +906,21 @@ static void gpt_gradient_norm(Model* model) {
     global_norm(model->norm, model->squares, model->bucket_count, model->stream);
 }
 
-// AdamW over elements first .. first + count, whose state begins at `state`.
+// AdamW over `count` elements from `first` on, whose masters and moments begin at offset `state`.
 static void gpt_update_range(Model* model, size_t first, size_t state, size_t count, AdamW settings) {
     adamw_update(model->params + first, model->masters ? model->masters + state : NULL,
                  model->exp_avg + state, model->exp_avg_sq + state, model->grads + first, model->norm,
                  model->decays + first / DECAY_BLOCK, count, settings, model->stream);
 }
 
-// One step of AdamW: of everything, or of this rank's shards, whose parameters then go to all. The gradient's norm before
-// clipping is on its way to host_norm.
+// One step of AdamW over all parameters or, with ZeRO-1, over this rank's shards; an all-gather then gives
+// every rank all new parameters. It also queues the copy of the gradient norm, before clipping, to host_norm.
 static void gpt_update(Model* model, AdamW settings) {
     range_begin("update");
     gpt_gradient_norm(model);
     if (!model->sharded) gpt_update_range(model, 0, 0, model->padded, settings);
     for (int i = model->bucket_count - 1; i >= 0 && model->sharded;
-         i--) { // as the next forward pass needs them
+         i--) { // in the order in which the next forward pass needs them
         const Bucket bucket = model->buckets[i], shard = gpt_shard(bucket);
         if (bucket.count == 0) continue;
         gpt_update_range(model, shard.first, gpt_shard_state(model, bucket), shard.count, settings);
@@ -910,7 +934,7 @@ static void gpt_update(Model* model, AdamW settings) {
 // ----------------------------------------------------------------------------
 // Generation
 
-// The logits (Vp) of one row that gpt_forward() left.
+// Computes the logits (Vp) of one row that gpt_forward() left in acts.norm, and copies them to host memory.
 static void gpt_read_logits(Model* model, floatX* logits, size_t row) {
     const int C = model->config.channels, Vp = model->config.padded_vocab;
     matmul_forward(model->acts.logits, model->acts.norm + row * C, model->params + model->layout.head, 1, C,
@@ -919,8 +943,8 @@ static void gpt_read_logits(Model* model, floatX* logits, size_t row) {
     stream_synchronize(model->stream);
 }
 
-// The logits (V) that follow the T tokens of one sequence, of which `start` were there at the last call. Where layers do not
-// keep their keys and values, it runs all of them again.
+// Computes the logits (V) of the token that follows T tokens of one sequence. The last call had the first
+// `start` of them. Where layers do not keep their keys and values, this call runs all T tokens again.
 static void gpt_next_logits(Model* model, float* logits, const int* tokens, int T, int start,
                             floatX* scratch) {
     if (model->recompute >= RECOMPUTE_LAYER) start = 0;
@@ -931,16 +955,17 @@ static void gpt_next_logits(Model* model, float* logits, const int* tokens, int 
 
 #ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
 
-// Tokens that there are. Published models often have rows for a few more, which no text holds: they are part of the softmax, as
-// in training, and are never sampled.
+// The number of tokens that the tokenizer has. Published models often have a few more rows in their
+// embedding. These rows take part in the softmax, as in training, but are never sampled.
 static int known_tokens(const ModelConfig* config, const Tokenizer* tokenizer) {
     return tokenizer ? tokenizer_vocab_size(tokenizer) : config->vocab_size;
 }
 
-// The signal by which a run is to stop, 0: none. A signal of one rank counts for all, so all of them call this together.
+// The signal that asks the run to stop; 0: none. A signal to one rank counts for all: all ranks call this
+// together.
 static int stop_wanted(void) { return comm_max(signals_stop()); }
 
-// Where sampled text goes: the terminal, and as tokens where there is no tokenizer.
+// Prints the text of a token to stdout, or its number if there is no tokenizer.
 static void print_token(const Tokenizer* tokenizer, int token) {
     size_t length = 0;
     const char* bytes = tokenizer ? tokenizer_token_bytes(tokenizer, token, &length) : NULL;
@@ -949,9 +974,9 @@ static void print_token(const Tokenizer* tokenizer, int token) {
     fflush(stdout);
 }
 
-// Continues the prompt by up to --sample-length tokens, as far as the model's sequence reaches or until the text ends, and
-// prints both. `name` and `number` key the random stream, so a sample is the same however the run came to it. Returns 0 where a
-// signal has broken it off, else 1.
+// Continues the prompt by up to --sample-length tokens and prints both. It ends early at the model's sequence
+// length or at the end-of-text token. `name` and `number` key the random stream, so a sample does not depend
+// on earlier samples. Returns 0 if a signal interrupted it, else 1.
 static int gpt_sample(Model* model, Tokenizer* tokenizer, const Options* options, const char* name,
                       uint64_t number) {
     const int V = known_tokens(&model->config, tokenizer), most = model->T;
@@ -996,7 +1021,7 @@ static int gpt_sample(Model* model, Tokenizer* tokenizer, const Options* options
     return !stopped;
 }
 
-// Runs the model over --tokens and writes all logits: how other programs are compared with this one.
+// Runs the model over --tokens and writes all logits, for a comparison with other programs.
 static void write_logits(Model* model, const Options* options) {
     const int V = model->config.vocab_size, Vp = model->config.padded_vocab;
     int* tokens = (int*)malloc_or_fail((size_t)model->T * sizeof(int), "tokens");
@@ -1025,14 +1050,15 @@ static void write_logits(Model* model, const Options* options) {
 
 typedef struct {
     Model* model;
-    int known; // tokens
+    int known; // tokens of the tokenizer
 } RetrievalContext;
 
 static void retrieval_forward(void* context, const int* tokens, int rows, int T) {
     gpt_forward(((RetrievalContext*)context)->model, tokens, rows, T, 0, NULL);
 }
 
-// The likeliest token after one position of what retrieval_forward() ran; among equals the first.
+// The most likely token after one position of the batch that retrieval_forward() ran; of equals the lowest
+// number.
 static int retrieval_likeliest(void* context, int row, int T, int position) {
     Model* model = ((RetrievalContext*)context)->model;
     const int V = ((RetrievalContext*)context)->known;
@@ -1048,7 +1074,8 @@ static int retrieval_likeliest(void* context, int row, int T, int position) {
     return best;
 }
 
-// Prints accuracy by length and depth as a table and as a line of JSON; with --output, the JSON goes there too.
+// Runs the task and prints its accuracy by length and depth as a table and as a line of JSON. With --output
+// it also writes the JSON to retrieval.json there.
 static void eval_retrieval(Model* model, Retrieval* task, const Options* options, const char* checkpoint,
                            const Tokenizer* tokenizer) {
     RetrievalContext context = {model, known_tokens(&model->config, tokenizer)};
@@ -1070,32 +1097,32 @@ static void eval_retrieval(Model* model, Retrieval* task, const Options* options
 }
 
 // ----------------------------------------------------------------------------
-// What a run is made of, and the checks that join its parts
+// The parts of a run, and the checks that they fit together
 
 typedef struct {
     Options options;
     ModelConfig config;
-    char resume_from[PATH_MAX];    // the checkpoint to go on from, or ""
+    char resume_from[PATH_MAX];    // the checkpoint to resume, or ""
     char init_from[PATH_MAX];      // the checkpoint whose weights to start with, or ""
-    char tokenizer_path[PATH_MAX]; // "" where there is none
-    Tokenizer* tokenizer;          // NULL where there is none
+    char tokenizer_path[PATH_MAX]; // "": no tokenizer
+    Tokenizer* tokenizer;          // NULL: no tokenizer
     DataLoader* train;
-    DataLoader* val;         // NULL where there is none
+    DataLoader* val;         // NULL: no validation data
     long sequences_per_step; // of all ranks
-    long sequences_per_rank;
+    long sequences_per_rank; // in one step
     int steps;
     Schedule schedule;
-    size_t resident; // bytes of main memory before the model's are taken
+    size_t resident; // bytes of main memory in use before the model is allocated
     TrainingState state;
-    char changes[CHANGES_BYTES]; // what differs from the checkpoint that is resumed; "": nothing
-    // Between host and device, in pinned memory: every micro-batch of a step has its own place, so that the host can run ahead
-    // of the device through a whole step without waiting for copies to be done.
+    char changes[CHANGES_BYTES]; // settings and data that differ from the resumed checkpoint's; "": none
+    // Pinned host memory for the transfers of a step. Every micro-batch has its own place, so the host can
+    // queue a whole step without waiting for a copy to finish.
     int* tokens;       // (sequences_per_rank, T)
     int* targets;      // (sequences_per_rank, T)
     float_acc* losses; // (sequences_per_rank, T)
     // With --cuda-graph
     Graph graph;
-    int recorded_step; // that graph holds; -1: none
+    int recorded_step; // the step that `graph` holds; -1: none
 } Run;
 
 static void check_graph(const Options* options) {
@@ -1106,7 +1133,8 @@ static void check_graph(const Options* options) {
         fail_usage("--cuda-graph: not under mpirun with this build, whose gradients the host adds up");
 }
 
-// Whether this process changes the directory of a run; other modes only read it.
+// Whether this process trains, and so changes the checkpoints and metrics of a run's directory. The other
+// modes do not.
 static int is_to_train(const Options* options) {
     return !options->dry_run && !options->generate && !options->write_logits && !options->eval_retrieval;
 }
@@ -1129,7 +1157,8 @@ static void find_checkpoints(Run* run) {
     if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
 }
 
-// The model's sizes: a checkpoint's, or a descriptor's, with what the user gave in their place.
+// Decides the model's sizes, which the user's options override: a checkpoint's or a descriptor's. Loads the
+// tokenizer, and checks that model, build, tokenizer and checkpoint fit together.
 static void choose_model(Run* run) {
     const Options* options = &run->options;
     const char* directory = run->resume_from[0] ? run->resume_from : run->init_from;
@@ -1176,8 +1205,9 @@ static void choose_model(Run* run) {
         fail_usage("--kd-min-heads %d: %d KV heads would need %d query heads, --heads is %d", least, G,
                    least * G, H);
     if (!directory[0]) return;
-    // Training may start from the weights of another kind of attention or another length; the weights' shapes are checked
-    // when they are read. What goes on, or is only run, must be the same model.
+    // Training may start (--init-from) from a model with another kind of attention or sequence length; the
+    // weights' shapes are checked when they are read. Resume, --generate and --write-logits require the
+    // checkpoint's model to match exactly.
     if (run->resume_from[0] || options->generate || options->write_logits)
         checkpoint_check_same_model(directory, &run->config);
     char path[PATH_MAX];
@@ -1189,7 +1219,8 @@ static void choose_model(Run* run) {
     tokenizer_free(theirs);
 }
 
-// Tokens of a micro-batch: no memory holds more, and no product of sizes overflows with fewer.
+// Upper bound of the tokens of a micro-batch: no memory holds more, and no product of sizes overflows with
+// fewer.
 #define MOST_TOKENS (1L << 28)
 
 static void open_data(Run* run) {
@@ -1201,7 +1232,7 @@ static void open_data(Run* run) {
             "at once",
             B, T, (long)B * T, MOST_TOKENS);
     const long N = comm_size(), least = N * B * T;
-    // What goes on, goes on with the same step, by however many processes.
+    // Without --total-batch, a resumed run keeps the checkpoint's, whatever the number of processes.
     if (!options->total_batch) options->total_batch = run->state.total_batch;
     if (!options->total_batch) options->total_batch = least;
     if (options->total_batch % least != 0 && N == 1)
@@ -1220,7 +1251,8 @@ static void open_data(Run* run) {
         if (!hash) hash = loader_tokenizer_hash(run->train);
         run->val = loader_open(options->val_data, T, known, hash, options->seed, 0);
     }
-    // One pass in all: the steps that are done may have been of another size.
+    // One pass over the data, counted from the sequences seen: earlier steps may have had another total
+    // batch.
     const uint64_t all = loader_sequences(run->train), seen = run->state.sequences_seen;
     const uint64_t one_epoch =
         (uint64_t)run->state.step + (all > seen ? all - seen : 0) / (uint64_t)run->sequences_per_step;
@@ -1240,7 +1272,8 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
-// Other data have another order, in which sequences that were seen come again and others never.
+// Compares the data with the checkpoint's. Other data would have another order: some sequences would come
+// twice and others never.
 static void check_same_data(Run* run, const TrainingState* before) {
     const TrainingState* now = &run->state;
     const Options* options = &run->options;
@@ -1263,7 +1296,8 @@ static void check_same_data(Run* run, const TrainingState* before) {
         changes_add(run->changes, !now->val_fingerprint ? "no --val-data" : "other --val-data");
 }
 
-// A run goes on with the same data in the same order; its settings may change, and the change is kept to be told.
+// A resumed run must have the seed and the data of its checkpoint. Other settings may change; run->changes
+// lists them.
 static void check_resume(Run* run, const TrainingState* before) {
     const Options* options = &run->options;
     if (before->seed != options->seed)
@@ -1285,7 +1319,7 @@ static void agree_on_shards(const char* what, const DataLoader* loader) {
     }
 }
 
-// Ranks that were started in different ways, or see other files, must not train together.
+// Fails if ranks have different builds, arguments or checkpoints, or see different data files.
 static void agree_on_run(const Run* run, int argc, char** argv) {
     const ModelConfig* config = &run->config;
     if (comm_size() == 1) return;
@@ -1307,10 +1341,10 @@ static void agree_on_run(const Run* run, int argc, char** argv) {
     comm_must_agree("the tokenizer's hash", "%08x", run->tokenizer ? tokenizer_hash(run->tokenizer) : 0);
     agree_on_shards("the training data", run->train);
     agree_on_shards("the validation data", run->val);
-    comm_barrier(); // who does not agree comes no further, nor does anybody else
+    comm_barrier(); // a rank that does not agree fails before this, so no other rank goes on
 }
 
-// A hash of an array in the device's memory, which comes to the host a piece at a time.
+// The hash of an array in device memory, which is copied to host memory a piece at a time.
 static uint64_t hash_of_device(const void* values, size_t bytes, stream_t stream) {
     const size_t most = DEVICE_HAS_OWN_MEMORY ? (size_t)1 << 20 : bytes;
     char* copy = DEVICE_HAS_OWN_MEMORY ? (char*)malloc_or_fail(most, "a piece of the weights") : NULL;
@@ -1328,8 +1362,9 @@ static uint64_t hash_of_device(const void* values, size_t bytes, stream_t stream
     return hash;
 }
 
-// Files of the same name may differ from machine to machine. Ranks that begin with other weights stay apart, and nothing would
-// show it; nor would it where each has all of the optimizer's state, and has read another.
+// Fails if ranks have different weights or, without ZeRO-1, different optimizer states. Files of the same
+// name may differ between machines, and ranks that begin with a difference would keep it without any other
+// sign.
 static void agree_on_weights(const Model* model, const Run* run) {
     const size_t whole = model->padded * sizeof(float_acc);
     if (comm_size() == 1) return;
@@ -1345,8 +1380,9 @@ static void agree_on_weights(const Model* model, const Run* run) {
                             (unsigned long long)hash_of_device(arrays[i], whole, model->stream));
 }
 
-// The weights of a checkpoint, and the map of query heads that they were trained with. A model with more KV heads is converted;
-// one without a map of its own starts with even groups.
+// Loads the weights of a checkpoint, and the map of query heads that they were trained with. A checkpoint
+// with more KV heads than the model is converted: a KV head becomes the mean of a group. Without a stored
+// map, or after a conversion, query heads start in uniform groups.
 static void load_model(Model* model, const Run* run, const char* directory) {
     const int theirs = checkpoint_read_config(directory).kv_heads, G = run->config.kv_heads;
     if (theirs > G)
@@ -1375,7 +1411,7 @@ static void load_optimizer(Model* model, const char* directory) {
     if (model->sharded) free(ranges);
 }
 
-// A run is never overwritten by accident.
+// Makes the run's directory ready. It refuses to change an existing run without --resume or --overwrite.
 static void prepare_output(Run* run) {
     const Options* options = &run->options;
     if (!options->output) return;
@@ -1397,7 +1433,7 @@ static void prepare_output(Run* run) {
         checkpoint_remove_all(options->output);
         remove_path(path);
     }
-    // The run keeps its own copy, which every checkpoint gets.
+    // The run keeps its own copy of the tokenizer. Every checkpoint gets a copy of that.
     path_format(path, "%s/tokenizer.json", options->output);
     if (run->tokenizer) {
         tokenizer_save_json(run->tokenizer, path);
@@ -1406,10 +1442,10 @@ static void prepare_output(Run* run) {
 }
 
 // ----------------------------------------------------------------------------
-// What the run will take
+// Memory, disk space and threads that the run needs, checked before it starts
 
-// Bytes of main memory that come on top of the model's four blocks: the process and its libraries as they are now, batches,
-// and what writing a checkpoint takes.
+// Bytes of main memory in addition to the model's four arenas: the process and its libraries as they are now,
+// batches, and buffers for writing a checkpoint.
 static size_t other_bytes(const Run* run, const Model* model) {
     const size_t rows = (size_t)model->B * model->T,
                  total = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
@@ -1420,14 +1456,15 @@ static size_t other_bytes(const Run* run, const Model* model) {
     if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
     if (run->init_from[0] && checkpoint_read_config(run->init_from).kv_heads > run->config.kv_heads)
         bytes += checkpoint_pooled_bytes(run->init_from, &run->config);
-    if (run->options.output) { // on its way to the disk
+    if (run->options.output) { // the buffer for writing a checkpoint
         const size_t weights = model->layout.table.elements * sizeof(float_acc);
         bytes += weights < CHECKPOINT_CHUNK ? weights : CHECKPOINT_CHUNK;
     }
     return bytes;
 }
 
-// What has to fit into the memory where the model lies: main memory has to hold everything else, too. Of one rank.
+// Bytes of one rank that must fit into the memory that holds the model. If that is main memory, it must hold
+// everything else as well.
 static size_t planned_bytes(const Run* run, const Model* model) {
     return model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : other_bytes(run, model));
 }
@@ -1476,10 +1513,11 @@ static void print_plan(const Run* run, const Model* model) {
     fflush(stdout);
 }
 
-// What CUDA's libraries and the code of kernels take of a GPU's memory when they are first used, which is after the plan: a guess.
+// A guess of the GPU memory that CUDA's libraries and the kernels' code take at their first use, after the
+// plan.
 #define GPU_LIBRARY_BYTES ((size_t)512 << 20)
 
-// What main memory, or that of the device, has for this process.
+// The memory that this process can have: the device's, or main memory if the device has none of its own.
 static MemoryLimit available_memory(void) {
     MemoryLimit limit = limits_memory("/proc/self/cgroup", "/sys/fs/cgroup", comm_local_size(),
                                       limits_stacks(omp_get_max_threads()));
@@ -1490,7 +1528,7 @@ static MemoryLimit available_memory(void) {
     return limit;
 }
 
-// A model that is only run has no micro-batch to make smaller.
+// For the modes without training: fails if the model does not fit. There is no micro-batch to make smaller.
 static void check_model_fits(const Model* model) {
     const MemoryLimit limit = available_memory();
     const size_t bytes = model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : memory_resident());
@@ -1499,8 +1537,9 @@ static void check_model_fits(const Model* model) {
              (double)limit.bytes / 1e9, limit.name);
 }
 
-// A plan that does not fit is refused before anything is taken, with the micro-batch that would fit, or with that and the level
-// of --recompute: the smaller batch costs less.
+// Fails, before anything is allocated, if the plan does not fit. The message names the largest --batch that
+// fits or, if none does, a higher --recompute level and the largest --batch with it: a smaller batch costs
+// less time.
 static void check_plan_fits(const Run* run, const Model* model) {
     const Options* options = &run->options;
     const size_t planned = planned_bytes(run, model);
@@ -1529,8 +1568,8 @@ static void check_plan_fits(const Run* run, const Model* model) {
          (double)planned / 1e9, (double)available / 1e9, limit.name);
 }
 
-// A checkpoint must fit on its file system, and each of its files below the limit of a file's size; better to know before training
-// than after. How many will be written is told where they do not fit all.
+// Fails before training if one checkpoint does not fit on its file system, or one of its files exceeds the
+// limit of a file's size. Prints a line if not all checkpoints of the run fit.
 static void check_disk(const Run* run, const Model* model) {
     const Options* options = &run->options;
     const size_t weights = table_parameter_count(&model->layout.table) * sizeof(float_acc),
@@ -1541,22 +1580,23 @@ static void check_disk(const Run* run, const Model* model) {
         fail("--output %s: a checkpoint has a file of %.3f MB, and files may have %.3f MB (ulimit -f)",
              options->output, (double)largest / 1e6, (double)limits_file_bytes() / 1e6);
     const size_t one = weights + state, unused = limits_disk_free(options->output);
-    if (one > unused && !options->overwrite) // which makes room first
+    if (one > unused && !options->overwrite) // --overwrite makes room first
         fail("--output %s: a checkpoint takes %.3f MB, and %.3f MB are free on its file system",
              options->output, (double)one / 1e6, (double)unused / 1e6);
     const long every = options->checkpoint_every, left = run->steps - run->state.step;
     long count = every > 0 ? (left + every - 1) / every : 1;
-    if (options->keep > 0 && count > options->keep) count = options->keep + 1L; // older ones go last
+    if (options->keep > 0 && count > options->keep) count = options->keep + 1L; // removal follows the write
     if ((double)count * (double)one > (double)unused)
         printf("--output %s: %ld checkpoints of %.3f MB, and %.3f MB are free on its file system; fewer by "
                "--checkpoint-every or --keep\n",
                options->output, count, (double)one / 1e6, (double)unused / 1e6);
 }
 
-// Where a thread cannot be started, the OpenMP library ends the process without cleaning up. All ranks of a machine start theirs
-// before any ends them.
+// Fails if the run's threads cannot be started: the OpenMP library would end the process without cleaning up.
+// All ranks start their threads before any rank ends its own, since a limit counts the ranks of a machine
+// together.
 static void check_threads(void) {
-    const int needed = omp_get_max_threads(); // one of OpenMP's is this one, and one more reads the data
+    const int needed = omp_get_max_threads(); // this thread is one of OpenMP's; the loader's thread adds one
     const int possible = limits_try_threads(needed, comm_barrier);
     if (possible == needed) return;
     char remedy[64] = "";
@@ -1576,8 +1616,9 @@ static double seconds_now(void) {
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-// The mean loss over the first --val-batches total batches of the validation data, or all of it: the same tokens whatever
-// the micro-batch and the number of ranks, who take turns. Returns 0 where a signal has broken it off, else 1 and the loss.
+// Computes the mean loss over the first --val-batches total batches of the validation data, or over all of it
+// if there is less. Ranks take turns; the tokens are the same whatever the micro-batch and the number of
+// ranks. Returns 0 if a signal interrupted it, else 1 and the loss.
 static int validate(Model* model, const Run* run, double* loss) {
     const int T = run->config.sequence_length, B = run->options.batch;
     uint64_t count = (uint64_t)run->options.val_batches * (uint64_t)run->sequences_per_step;
@@ -1589,7 +1630,7 @@ static int validate(Model* model, const Run* run, double* loss) {
     for (uint64_t turn = 0; turn < count; turn += stride) {
         const uint64_t first = turn + (uint64_t)B * (uint64_t)comm_rank();
         if ((stopped = stop_wanted() != 0)) break;
-        if (first >= count) continue; // the other ranks share the last turn
+        if (first >= count) continue; // the last turn may have no sequence for this rank
         int rows = count - first < (uint64_t)B ? (int)(count - first) : B;
         loader_read(run->val, first, rows, tokens, tokens + (size_t)B * T);
         gpt_forward(model, tokens, rows, T, 0, NULL);
@@ -1602,7 +1643,8 @@ static int validate(Model* model, const Run* run, double* loss) {
     return 1;
 }
 
-// Seconds that attention took in the last forward and backward pass, of all layers; the device has done with them.
+// Seconds that the attention of all layers took in the last forward and backward pass. Call this after a
+// synchronisation of the stream.
 static double gpt_attention_seconds(const Model* model) {
     double sum = 0;
     for (int i = 0; i < model->config.layers * 2; i++)
@@ -1610,7 +1652,8 @@ static double gpt_attention_seconds(const Model* model) {
     return sum;
 }
 
-// Pinned memory for a step's batches on their way to the device, and its losses on their way back.
+// Allocates pinned memory from which a step's batches are copied to the device, and to which its losses are
+// copied.
 static void allocate_staging(Run* run) {
     run->recorded_step = -1;
     const size_t places = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
@@ -1626,7 +1669,7 @@ static void free_staging(Run* run) {
     graph_free(&run->graph);
 }
 
-// The next total batch, from the data to where the device copies it from.
+// Copies this rank's part of the next total batch from the loader to pinned memory.
 static void stage_batches(Run* run) {
     const size_t T = (size_t)run->config.sequence_length, batch = (size_t)run->options.batch * T;
     for (size_t place = 0; place < (size_t)run->sequences_per_rank * T; place += batch) {
@@ -1637,8 +1680,9 @@ static void stage_batches(Run* run) {
     }
 }
 
-// Queues the work of a step. What is queued depends on the step's number alone: not on the batches, which are copied when it is
-// done, nor on anything that the device computes. So a step can be recorded before its turn.
+// Queues the work of a step. The queued work depends on the step's number alone: not on the batches, which
+// are read from pinned memory when the step runs, and not on anything that the device computes. So a step can
+// be recorded as a graph in advance.
 static void queue_step(Model* model, const Run* run, int step) {
     const Options* options = &run->options;
     const int T = run->config.sequence_length, B = options->batch;
@@ -1666,9 +1710,9 @@ static void queue_step(Model* model, const Run* run, int step) {
     gpt_update(model, settings);
 }
 
-// Records a step as a graph while the device runs the one before. It costs the host what queueing the step costs, and the
-// comparison of each kernel's arguments with those of the last graph; but at that time the device does not wait for the host. When
-// the step's turn has come, all that the device waits for is one launch.
+// Records a step as a graph while the device runs the step before. Recording costs the host as much as
+// queueing, plus a comparison of each kernel's arguments with the last graph's. But the device is busy
+// meanwhile, and when the recorded step is next, the device waits for one launch only.
 static void record_step(Model* model, Run* run, int step) {
     range_begin("record");
     graph_record_begin(model->stream);
@@ -1678,10 +1722,11 @@ static void record_step(Model* model, Run* run, int step) {
     range_end();
 }
 
-// One optimizer step over the next total batch. Returns the mean loss, the gradient's norm through *norm, and through
-// *attention the seconds of attention, those of the last micro-batch standing for all. The host queues all of the step's work
-// on the stream, and waits for it once, at the end. Micro-batches are dealt out to the ranks one after the other. The first step of
-// a run is never a graph: libraries and kernels are loaded at their first call, which cannot be recorded.
+// Runs one optimizer step over the next total batch, whose micro-batches go to the ranks in turn. Returns the
+// mean loss and, through *norm, the gradient's norm. *attention becomes the seconds of attention, estimated
+// as those of the last micro-batch times the number of micro-batches. The host queues the whole step on the
+// stream and synchronises once, at the end. The first step of a run is never a graph: libraries and kernels
+// are loaded at their first call, and loading cannot be recorded.
 static double train_step(Model* model, Run* run, int step, double* norm, double* attention) {
     const int rows = run->options.batch * run->config.sequence_length;
     const long batches = run->sequences_per_rank / run->options.batch;
@@ -1691,8 +1736,9 @@ static double train_step(Model* model, Run* run, int step, double* norm, double*
     else queue_step(model, run, step);
     if (run->options.cuda_graph && step + 1 < run->steps) record_step(model, run, step + 1);
     comm_synchronize(model->stream);
-    malloc_trim(
-        0); // libraries' freed blocks go back to the system, or holes between them add up to more than was planned
+    // Returns the blocks that libraries freed to the system. Else gaps between blocks add up to more than the
+    // plan.
+    malloc_trim(0);
     gpt_check_heads(model);
     range_end();
     *norm = (double)*model->host_norm;
@@ -1783,7 +1829,7 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_start(metrics, &to);
 }
 
-// A line of metrics.jsonl with `value`, which is freed, as its member `key`.
+// Writes a line of metrics.jsonl with the member `key`: `value`, and frees `value`.
 static void log_member(Metrics* metrics, int step, const char* key, cJSON* value) {
     char* text = cJSON_PrintUnformatted(value);
     if (!text) fail("out of memory: the line of %s in metrics.jsonl", key);
@@ -1792,8 +1838,9 @@ static void log_member(Metrics* metrics, int step, const char* key, cJSON* value
     cJSON_Delete(value);
 }
 
-// How the query heads stand after `step` steps. Of every layer: the statistic of the last one, the query heads of each KV
-// head, how many changes of the KV head of a query head there were from step to step, and how many KV heads nobody reads.
+// Logs the allocation of query heads after `step` steps. For every layer: the statistic of the last step, the
+// number of query heads of each KV head, how many times a query head changed its KV head from one step to the
+// next, and how many KV heads no query head reads.
 static void log_heads(Metrics* metrics, const Model* model, int step) {
     HeadAllocation heads = gpt_read_heads(model);
     cJSON* layers = cJSON_CreateArray();
@@ -1810,8 +1857,9 @@ static void log_heads(Metrics* metrics, const Model* model, int step) {
     allocation_free(&heads);
 }
 
-// What the router's choices are worth after `step` steps, layer by layer (runtime/selection.h): on the first sequences of the
-// validation data, which are run once more for it. Returns 0 where a signal has broken it off, and nothing is logged; else 1.
+// Logs statistics of the router's choices after `step` steps, layer by layer (runtime/selection.h). It runs
+// the first sequences of the validation data once more. Returns 0, and logs nothing, if a signal interrupted
+// it; else 1.
 static int log_selection(Metrics* metrics, Model* model, const Run* run, int step) {
     enum { SEQUENCES = 4 };
     const ModelConfig* config = &model->config;
@@ -1855,13 +1903,13 @@ static int log_selection(Metrics* metrics, Model* model, const Run* run, int ste
     return !stopped;
 }
 
-// Hints speak of what is there: a run of no steps, or without --output, has no checkpoint.
+// Whether a hint may name a checkpoint: a run of no steps, or without --output, has none.
 static int has_checkpoint(const Options* options) {
     char latest[PATH_MAX];
     return options->output && checkpoint_latest(options->output, latest);
 }
 
-// A word as a shell takes it, in quotes where it needs them.
+// Prints a word for use in a shell, in quotes if it needs them.
 static void print_word(const char* word) {
     const int plain = !word[strcspn(word, " \t\n\"'\\$`&|;<>()[]{}*?!#~=%")];
     if (plain) printf("%s", word);
@@ -1881,17 +1929,18 @@ static void hint_generation(const Run* run, const char* program) {
     printf(run->tokenizer ? " --prompt 'some text' continues a text\n" : " samples from the model\n");
 }
 
-// A step that is due every `every` steps, and at the last one; never with 0.
+// Whether `step` is one of every `every` steps, or the last one; never if `every` is 0.
 static int is_due(long every, int step, int last) { return every > 0 && (step % every == 0 || last); }
 
-enum { RANK_0_IS_DONE = 1000 }; // more than the number of any signal
+enum { RANK_0_IS_DONE = 1000 }; // larger than the number of any signal
 
-// The measurements that rank 0 makes alone. 0: a signal has broken them off.
+// The measurements that rank 0 makes alone. Returns 0 if a signal interrupted them.
 static int measure_alone(Model* model, const Run* run, Metrics* metrics, int step, int validating,
                          int sampling) {
     const Options* options = &run->options;
     if (validating && heads_are_key_driven(&run->config)) log_heads(metrics, model, step);
-    // Its forward passes are for metrics.jsonl alone.
+    // Without --output there is no metrics.jsonl to log to, so the forward passes of log_selection() are not
+    // needed.
     if (validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
         run->config.moba_topk > 1 && !log_selection(metrics, model, run, step))
         return 0;
@@ -1900,8 +1949,9 @@ static int measure_alone(Model* model, const Run* run, Metrics* metrics, int ste
     return gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
 }
 
-// Validation, what else is logged with it, and a sample, where they are due after `step` steps. Returns 0 where a signal comes
-// before the end of them; then the checkpoint says so, and the resumed run does all of them.
+// Runs the validation with its logs, and a sample, if they are due after `step` steps. Returns 0 if a signal
+// came before their end; the checkpoint then records that (`unmeasured`), and the resumed run does all of
+// them.
 static int measure(Model* model, Run* run, Metrics* metrics, int step, int last) {
     const int validating = is_due(run->options.val_every, step, last),
               sampling = step > 0 && is_due(run->options.sample_every, step, last);
@@ -1920,12 +1970,12 @@ static int measure(Model* model, Run* run, Metrics* metrics, int step, int last)
         if (!stopped) comm_max(RANK_0_IS_DONE);
         return !stopped;
     }
-    // Each question of rank 0 whether to stop is the others' as well.
+    // Every stop_wanted() of rank 0 needs one of each other rank, until rank 0 sends RANK_0_IS_DONE.
     while (!(stopped = stop_wanted())) {}
     return stopped == RANK_0_IS_DONE;
 }
 
-// What a checkpoint's state.json says of the settings; where the run stands is added as it goes.
+// Fills in the settings that a checkpoint's state.json stores. The training loop updates the run's progress.
 static void describe_state(Run* run) {
     const Options* options = &run->options;
     TrainingState* state = &run->state;
@@ -1950,7 +2000,7 @@ static void describe_state(Run* run) {
     if (run->state.step == 0) state->train_loss = state->val_loss = NAN;
 }
 
-// From the step that the run stands at to its end, or until it is told to stop.
+// Trains from the run's current step to its end, or until a signal or --max-seconds stops it.
 static void train(Model* model, Run* run) {
     const Options* options = &run->options;
     static Metrics metrics;
@@ -1962,12 +2012,13 @@ static void train(Model* model, Run* run) {
                  (uint64_t)comm_size() * (uint64_t)options->batch, options->batch);
     const double started = seconds_now();
     const int first_step = run->state.step;
-    // What was done at the step that is resumed is not done again.
+    // A resumed run does not repeat the measurements and the checkpoint of its first step, unless
+    // `unmeasured`.
     int fresh = run->resume_from[0] == 0 || run->state.unmeasured;
 
     for (int step = first_step;; step++) {
         const int last = step == run->steps;
-        // The clock of one rank counts for all.
+        // When one rank is out of time, all stop.
         const int out_of_time =
             comm_max(options->max_seconds > 0 && seconds_now() - started >= options->max_seconds);
         if (fresh) run->state.unmeasured = !measure(model, run, &metrics, step, last);
@@ -1975,7 +2026,7 @@ static void train(Model* model, Run* run) {
         if (fresh && options->output && step > 0 &&
             (is_due(options->checkpoint_every, step, last) || last || stop_signal || out_of_time)) {
             save_checkpoint(model, run, &metrics, step);
-            stop_signal = stop_wanted(); // one that came meanwhile needs no further step
+            stop_signal = stop_wanted(); // a signal during the save stops the run before another step
         }
         const int finished = last && !run->state.unmeasured;
         if (finished || stop_signal || out_of_time) {
@@ -1986,7 +2037,7 @@ static void train(Model* model, Run* run) {
             if (has_checkpoint(options))
                 printf("---> HINT: the same command with --resume goes on from here\n");
             if (stop_signal) {
-                free_staging(run); // NCCL waits for ever for the graph that uses it
+                free_staging(run); // frees the graph: NCCL's shutdown would wait for ever for it
                 exit(128 + stop_signal);
             }
             break;
@@ -2010,16 +2061,16 @@ static void train(Model* model, Run* run) {
     free_staging(run);
 }
 
-// Threads of OpenMP that wait spin for some milliseconds, and where another program has a core they eat its time and their
-// own. The library reads its setting before main(), so the program starts itself once more with it.
+// A waiting OpenMP thread spins for some milliseconds; on a core that another program shares, this slows both
+// down. The library reads GOMP_SPINCOUNT before main(), so the program sets it and starts itself once more.
 static void yield_while_waiting(char** argv) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv("/proc/self/exe", argv); // where this fails, all is as it was
+    execv("/proc/self/exe", argv); // if this fails, the program goes on with the library's default
 }
 
-// A closed stdin, stdout or stderr gets a place: the first file that the program opens would take its number, and what is printed
-// would go into that file.
+// Opens /dev/null in the place of a closed stdin, stdout or stderr. Else the first file that the program
+// opens would get its number, and printed text would go into that file.
 static void open_standard_files(void) {
     int file;
     do file = open("/dev/null", O_RDWR);
@@ -2033,10 +2084,12 @@ int main(int argc, char** argv) {
     yield_while_waiting(argv);
     signals_start();
     comm_start();
-    // Otherwise the C library keeps a heap for every thread and what was freed, and no plan knows how much of it.
+    // Otherwise the C library keeps a heap for every thread, and freed memory, of a size that no plan can
+    // know.
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 1 << 20);
-    // A file that may not grow is then an error of write(), which cleans up and says so.
+    // Beyond the limit of a file's size, write() then returns an error, and the program cleans up and reports
+    // it.
     signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);
@@ -2083,11 +2136,11 @@ int main(int argc, char** argv) {
     check_plan_fits(&run, &model);
     check_disk(&run, &model);
     if (options->dry_run) return 0;
-    comm_barrier(); // what one rank takes, another one on this host would not find free
+    comm_barrier(); // all ranks of a host have compared the free memory before one of them allocates
     gpt_allocate(&model);
     model.heads.settings = options->heads_by_keys;
     model.heads.settings.seed = options->seed;
-    model.warned = comm_rank() > 0; // the first rank warns for all
+    model.warned = comm_rank() > 0; // rank 0 warns for all
     if (run.resume_from[0]) {
         load_model(&model, &run, run.resume_from);
         load_optimizer(&model, run.resume_from);
@@ -2099,7 +2152,7 @@ int main(int argc, char** argv) {
         else gpt_initialize(&model, options->seed);
     }
     agree_on_weights(&model, &run);
-    comm_barrier(); // all have read the checkpoints that --overwrite deletes
+    comm_barrier(); // all ranks have read their checkpoint before --overwrite deletes it
     if (comm_rank() == 0) prepare_output(&run);
     comm_barrier();
 
