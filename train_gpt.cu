@@ -142,7 +142,7 @@ typedef struct {
     // in the arenas `parameters`, `gradients` and `optimizer`
     floatX* params; // (padded)
     float_acc*
-        masters; // (padded, or its N-th) float_acc weights, rounded to params; NULL where params are float_acc
+        masters; // (padded, or its N-th) float_acc weights, rounded to params; NULL if params are float_acc
     float_acc* grads;      // (padded)
     float_acc* exp_avg;    // (padded, or its N-th) first moment of AdamW
     float_acc* exp_avg_sq; // (padded, or its N-th) second moment

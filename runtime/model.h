@@ -1,16 +1,17 @@
 /*
-What a model is: its sizes, and the table of its parameters.
+The sizes of a model, and the table of its parameters.
 
     ModelConfig config = model_config_from_descriptor("d12");
     config.vocab_size = 8192;
-    model_config_check(&config);                         // exit code 2 and one line where the sizes do not
-fit ParameterLayout layout = parameter_layout(&config);  // layout.table names every tensor;
-layout.layers[3].o_proj is
-                                                         // where that one begins in the block of parameters
+    model_config_complete(&config);                      // fills in the sizes that are still 0
+    model_config_check(&config);                         // one line and exit code 2 if a size breaks a rule
+    ParameterLayout layout = parameter_layout(&config);
+    const Tensor* tensor = &layout.table.tensors[0];     // name, shape, offset of every tensor
+    const floatX* o_proj = params + layout.layers[3].o_proj;  // the block of parameters starts at params
 
-The table is the single source for allocation, initialisation, optimizer groups, checkpoints and export; its
-names are those of Hugging Face's LlamaForCausalLM. The model itself is docs/math.md section 1:
-RMSNorm, rotary positions, grouped attention, SwiGLU, no biases.
+Allocation, initialisation, weight decay, checkpoints and export all read the table. Its names are those of
+Hugging Face's LlamaForCausalLM. docs/math.md section 1 describes the model: RMSNorm, rotary positions,
+grouped attention, SwiGLU, no biases.
 */
 #ifndef RUNTIME_MODEL_H
 #define RUNTIME_MODEL_H
@@ -40,10 +41,10 @@ typedef enum {
 
 // How query heads share key/value heads: docs/math.md section 3.
 typedef enum {
-    GQA_STATIC,    // gqa: H/G in a row
+    GQA_STATIC,    // gqa: H/G consecutive query heads for each KV head
     GQA_KEY,       // kdgqa: by the norms of the keys
-    GQA_DYNAMIC,   // dgqa: by how these norms went over the steps
-    GQA_PERTURBED, // pgqa: H/G in a row, with noise on attention's output while training
+    GQA_DYNAMIC,   // dgqa: by a running average of these norms over the steps, or by their change
+    GQA_PERTURBED, // pgqa: as gqa, with noise on attention's output while training
 } GqaKind;
 
 #define PATTERN_MAX 64
@@ -56,15 +57,15 @@ typedef struct {
     int head_dim;                  // D
     int ffn;                       // F, the width of the feed-forward network
     int vocab_size;                // V
-    int padded_vocab;              // Vp: V rounded up to a multiple of 128; the columns V..Vp never take part
+    int padded_vocab;              // Vp: V rounded up to a multiple of 128; columns V..Vp have no probability
     int sequence_length;           // T, the longest sequence that the model is trained on
-    char pattern[PATTERN_MAX + 1]; // a letter a layer, repeated: G global attention, S sliding window
+    char pattern[PATTERN_MAX + 1]; // one letter per layer, repeated: G global attention, S sliding window
     int window;                    // W of the S layers: a query at t sees keys t-W+1..t
     int rope_global;               // G layers: 1 rotary positions, 0 none
-    int rope_sliding;              // S layers likewise
+    int rope_sliding;              // S layers: 1 rotary positions, 0 none
     AttentionKind attention;       // of the G layers; S layers are dense within their window
     int moba_block;                // S, keys of a block
-    int moba_topk;                 // K, blocks that a query attends to, its own among them
+    int moba_topk;                 // K, blocks that a query attends to, including its own
     float rope_theta;
     float norm_eps;
     int tied;    // 1: the output head is the embedding
@@ -107,7 +108,7 @@ static inline GqaKind gqa_of_build(void) {
     return strcmp(GQA_NAME, "pgqa") ? GQA_STATIC : GQA_PERTURBED;
 }
 
-// What the build decides of a model.
+// Sets the members that the build decides.
 static inline void model_config_of_build(ModelConfig* config) {
     config->kconv = KCONV;
     config->gqa = gqa_of_build();
@@ -155,7 +156,7 @@ static inline void check_range(const char* option, long value, long low, long hi
     if (value < low || value > high) fail_usage("%s %ld: must be from %ld to %ld", option, value, low, high);
 }
 
-// Every rule a model's sizes must keep; fails with the option's name, its value and the rule.
+// Checks every rule for a model's sizes; fails with the option's name, its value and the rule.
 static inline void model_config_check(const ModelConfig* config) {
     check_range("--layers", config->layers, 1, 1024);
     check_range("--channels", config->channels, 1, 1 << 17);
@@ -194,10 +195,10 @@ typedef enum { INIT_NORMAL, INIT_ONES, INIT_ZEROS } Initializer;
 typedef struct {
     char name[96];       // Hugging Face's
     int dims;            // 1 or 2
-    int shape[2];        // what a checkpoint holds: (rows, columns) or (elements)
+    int shape[2];        // in a checkpoint: (rows, columns) or (elements)
     size_t offset;       // first element in the block of parameters
-    size_t count;        // elements of a checkpoint: the product of shape
-    size_t padded_count; // elements in the block: more than count where rows are padded (the vocabulary)
+    size_t count;        // elements in a checkpoint: the product of shape
+    size_t padded_count; // elements in the block: more than count if rows are padded (the vocabulary)
     Initializer initializer;
     float std;        // of INIT_NORMAL
     int weight_decay; // 1: the optimizer decays it (matrices), 0: it does not (gains, taps)
@@ -209,8 +210,8 @@ typedef struct {
     size_t elements; // of the whole block, with padding and alignment
 } TensorTable;
 
-// Where each tensor begins, in elements. What is multiplied together lies together: q, k and v are one matrix
-// of (H + 2G) D rows, gate and up one of 2F rows.
+// The offset of each tensor in the block of parameters, in elements. Matrices that multiply the same input
+// are adjacent: q, k and v form one matrix of (H + 2G) D rows, gate and up one matrix of 2F rows.
 typedef struct {
     size_t input_norm;   // (C)
     size_t qkv_proj;     // ((H + 2G) D, C)
@@ -229,7 +230,7 @@ typedef struct {
     size_t head;             // (Vp, C); the embedding when tied
 } ParameterLayout;
 
-// The next tensor starts on a boundary of 64 elements: a cache line and more for every type.
+// Makes the next tensor start at a multiple of 64 elements: at least a cache line for every type.
 static inline void table_align(TensorTable* table) { table->elements = (table->elements + 63) / 64 * 64; }
 
 __attribute__((format(printf, 7, 8))) static inline size_t table_add(TensorTable* table, int rows,
@@ -284,7 +285,7 @@ static inline LayerParameters table_add_layer(TensorTable* table, const ModelCon
     if (layer_taps(config, l)) {
         table_add(table, layer_taps(config, l), config->kv_heads * D, layer_taps(config, l), INIT_ZEROS, 0,
                   "%sself_attn.k_conv.weight", prefix);
-        table->tensors[table->count - 1].weight_decay = 0; // it would pull the keys back to what they were
+        table->tensors[table->count - 1].weight_decay = 0; // taps of 0 are no convolution
         table_align(table);
     }
     layer.o_proj = table_add_matrix(table, C, config->heads * D, residual_std, prefix, "self_attn.o_proj");
@@ -354,8 +355,9 @@ static inline double keys_per_query(const ModelConfig* config, int layer, int T)
     return sum / T;
 }
 
-// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4 backward),
-// and 12 H D for each key that its queries see. Choosing blocks is not counted, nor is what is computed twice.
+// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4
+// backward), and 12 H D for each key that its queries see. It counts neither the router nor recomputed
+// activations.
 static inline double flops_per_token(const ModelConfig* config, int T) {
     double weights = (double)config->vocab_size * config->channels, attention = 0;
     for (int l = 0; l < config->layers; l++) {

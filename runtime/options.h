@@ -4,8 +4,8 @@ The command line of train_gpt: one table of options, read by glibc's argp.
     Options options = options_parse(argc, argv);       // prints help, or fails with exit code 2
     ModelConfig config = options_model(&options, base);  // base: a descriptor's sizes or a checkpoint's
 
-Letters are llm.c's where the meaning is the same. A value of the wrong form fails here; rules that join
-several options are checked where the things that they speak of come together (model_config_check, and main).
+Single letters are llm.c's where the meaning is the same. The parser refuses a value of the wrong form.
+model_config_check() and the program's start check the rules that join several options.
 */
 #ifndef RUNTIME_OPTIONS_H
 #define RUNTIME_OPTIONS_H
@@ -18,11 +18,11 @@ several options are checked where the things that they speak of come together (m
 #include "runtime/model.h"
 #include "runtime/schedule.h"
 
-// Activations that are not kept for the backward pass but computed again there.
+// The activations that the backward pass computes again. Each level includes the levels before it.
 typedef enum {
     RECOMPUTE_NONE,
     RECOMPUTE_MLP,   // gate, up and swiglu
-    RECOMPUTE_LAYER, // and norms, queries, keys, values, the residual between attention and feed-forward
+    RECOMPUTE_LAYER, // also norms, queries, keys, values, the residual between attention and feed-forward
     RECOMPUTE_LEVELS
 } Recompute;
 static const char* const recompute_names[RECOMPUTE_LEVELS] = {"none", "mlp", "layer"};
@@ -52,20 +52,20 @@ typedef struct {
     int warmup; // steps
     ScheduleKind schedule;
     double beta1, beta2, eps, weight_decay, clip;
-    int zero; // 1: the optimizer's state is sharded over the processes
+    int zero; // 1: the optimizer state is sharded over the processes (ZeRO-1)
     // Memory and speed
     Recompute recompute;
     int cuda_graph;
-    // Life
+    // Output, checkpoints, start and end
     const char* output;
     int resume, overwrite;
-    int allow_other_data; // 1: a resume goes on with other training data
+    int allow_other_data; // 1: a resume may use other training data
     long checkpoint_every;
     int keep;
     double max_seconds;
     uint64_t seed;
     int dry_run;
-    // Watching
+    // Validation and logs
     long val_every, val_batches, log_every;
     // Sampling
     long sample_every;
@@ -80,7 +80,7 @@ typedef struct {
 
 // Keys of the options without a letter.
 enum {
-    KEY_HELP = '?', // and so -? is the same
+    KEY_HELP = '?', // so that -? is --help
     KEY_LAYERS = 256,
     KEY_CHANNELS,
     KEY_HEADS,
@@ -259,7 +259,7 @@ static const struct argp_option option_table[] = {
     {0, 0, 0, 0, 0, 0},
 };
 
-// An option as a user types it, for messages.
+// The name of an option as a user types it, for messages.
 static inline const char* option_name(int key) {
     static char name[64];
     for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
@@ -281,7 +281,8 @@ static inline long option_integer(int key, const char* text, long low, long high
     return value;
 }
 
-// Settings are computed with as floats: a number that no normal float is near would silently become 0.
+// Reads a number that is 0 or at least the smallest normal float: the program uses settings as floats, and a
+// smaller number would silently become 0.
 static inline double option_number(int key, const char* text, double low, double high) {
     char* end;
     double value = strtod(text, &end);
@@ -294,13 +295,14 @@ static inline double option_number(int key, const char* text, double low, double
     return value;
 }
 
-// A name of a file, or another text that means nothing when it is empty.
+// Reads the name of a file, or another text that must not be empty.
 static inline const char* option_text(int key, const char* text) {
     if (!text[0]) fail_usage("%s: is empty", option_name(key));
     return text;
 }
 
-// An option of a variant that this build is not would change nothing: better to say so.
+// Fails if the option belongs to a variant (a bit of `variants`) that this build is not: it would have no
+// effect.
 static inline void option_needs_variant(int key, int variants, const char* names) {
     if (!(1 << gqa_of_build() & variants))
         fail_usage("%s: of builds with GQA=%s; this one is GQA=%s", option_name(key), names, GQA_NAME);
@@ -315,7 +317,7 @@ static inline int option_choice(int key, const char* text, const char* const* na
     fail_usage("%s %s: want %s", option_name(key), text, rule);
 }
 
-// The options of the key-driven variants.
+// Reads the options of the key-driven variants.
 static inline void option_parse_heads(AllocationSettings* heads, int key, const char* text) {
     const int dynamic_only = key == KEY_KD_WINDOW || key == KEY_KD_BETA || key == KEY_DGQA_KIND;
     if (dynamic_only) option_needs_variant(key, 1 << GQA_DYNAMIC, "dgqa");
@@ -329,11 +331,11 @@ static inline void option_parse_heads(AllocationSettings* heads, int key, const 
 }
 
 // ----------------------------------------------------------------------------
-// Help: argp would sort the options by name
+// Help: printed here, since argp would sort the options by name
 
 enum { HELP_COLUMN = 29, HELP_WIDTH = 79 };
 
-// Words from HELP_COLUMN on; the line before them has `column` characters.
+// Prints words from HELP_COLUMN on; the current line already has `column` characters.
 static inline void help_print_words(const char* text, int column) {
     if (column >= HELP_COLUMN) column = (putchar('\n'), 0);
     while (*text) {
@@ -346,7 +348,7 @@ static inline void help_print_words(const char* text, int column) {
     putchar('\n');
 }
 
-// Every title with the options that follow it in the table.
+// Prints every title with the options that follow it in the table.
 static inline void options_print_help(void) {
     printf("Usage: train_gpt [OPTION...]\nTrains a decoder language model from token shards.\n");
     for (const struct argp_option* option = option_table; option->name || option->key || option->doc;
@@ -484,7 +486,8 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->beta2 = option_number(key, text, 0, 0.9999999);
         break;
     case KEY_EPS:
-        // Below, the root of a second moment that has become 0 leaves quotients of any size; at 0 it leaves 0/0.
+        // When a second moment underflows to 0, eps is the divisor: a smaller one gives huge steps, and 0
+        // gives 0/0.
         options->eps = option_number(key, text, 1e-20, 1);
         break;
     case 'c':
@@ -585,8 +588,8 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
     return 0;
 }
 
-// The option that an argument such as "--batch=4", "-b" or "-b4" means: its entry, or NULL where there is none or more than
-// one. *value tells where a value begins that stands in the same argument, or is NULL.
+// Finds the option that an argument such as "--batch=4", "-b" or "-b4" means. Returns its entry, or NULL if
+// there is none or more than one. *value becomes the beginning of a value in the same argument, or NULL.
 static inline const struct argp_option* option_find(const char* argument, const char** value) {
     const int is_long = argument[1] == '-';
     const size_t length = strcspn(argument + 2, "=");
@@ -597,7 +600,7 @@ static inline const struct argp_option* option_find(const char* argument, const 
         if (!is_long && option->key == argument[1]) found = option;
         if (!is_long || !option->name || strncmp(option->name, argument + 2, length) != 0) continue;
         found = option;
-        if (strlen(option->name) == length) matches = -1000; // a whole name beats the beginnings of others
+        if (strlen(option->name) == length) matches = -1000; // an exact name wins over abbreviations
         if (++matches < 0) break;
     }
     *value =
@@ -605,8 +608,8 @@ static inline const struct argp_option* option_find(const char* argument, const 
     return matches > 1 ? NULL : found;
 }
 
-// What a pattern that the shell has expanded to these files, one after the other, may have been: what all names begin and end
-// with, and a star between.
+// Guesses the pattern that the shell has expanded to these files: their common beginning, a star, their
+// common end.
 static inline void option_guess_pattern(char pattern[PATH_MAX], char** files, int count) {
     size_t begin = strlen(files[0]), end = begin;
     for (int i = 1; i < count; i++) {
@@ -623,8 +626,8 @@ static inline void option_guess_pattern(char pattern[PATH_MAX], char** files, in
     path_format(pattern, "%.*s*%s", (int)begin, files[0], files[0] + strlen(files[0]) - end);
 }
 
-// Fails for the word argv[at] that belongs to no option. Words right after the value of -i or -j are what the shell makes of a
-// pattern without quotes.
+// Fails for the word argv[at], which belongs to no option. Words right after the value of -i or -j come from
+// a pattern without quotes, which the shell has expanded.
 static inline void reject_word(int argc, char** argv, int at, const struct argp_option* before) {
     char pattern[PATH_MAX];
     int end = at;
@@ -637,9 +640,9 @@ static inline void reject_word(int argc, char** argv, int at, const struct argp_
                argv[at], before->name, argv[at - 1], before->name, pattern);
 }
 
-// argp answers a bad option with two lines; ours is one, in the words of every other error.
+// Fails with one line for an unknown option, as for every other error. argp would print two lines.
 static inline void reject_unknown_options(int argc, char** argv) {
-    const struct argp_option* before = NULL; // the option whose value the last argument was
+    const struct argp_option* before = NULL; // the option whose value was the last argument
     for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
         if (argv[i][0] != '-' || !argv[i][1]) reject_word(argc, argv, i, before);
         const char* value;
@@ -693,7 +696,7 @@ static inline int position_is_rope(const char* whole, const char* kind, size_t l
     fail_usage("--position %s: want rope, none, or by letter such as S=rope,G=none", whole);
 }
 
-// "rope" and "none" speak of every layer, "S=rope,G=none" of the layers of each letter.
+// "rope" and "none" apply to every layer, "S=rope,G=none" to the layers of each letter.
 static inline void set_position(ModelConfig* config, const char* text) {
     if (!strchr(text, '=')) {
         config->rope_global = config->rope_sliding = position_is_rope(text, text, strlen(text));
@@ -709,8 +712,8 @@ static inline void set_position(ModelConfig* config, const char* text) {
     }
 }
 
-// The sizes of `base` with what the user gave in their place, completed and checked. The vocabulary may still
-// be 0.
+// Returns the sizes of `base`, overridden by the user's options and completed. The vocabulary may still be 0.
+// model_config_check() checks them.
 static inline ModelConfig options_model(const Options* options, ModelConfig base) {
     ModelConfig config = base;
     if (options->layers) config.layers = options->layers;
