@@ -1,10 +1,10 @@
 /*
-Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes the files.
+Checkpoints: a run on disk. A checkpoint is complete or absent. docs/checkpoints.md describes the files.
 
-    checkpoint_clean("out");                           // at start: removes what a killed run left half-written
+    checkpoint_clean("out");                           // at start: removes half-written files of a killed run
     const StateRange whole = {0, layout.table.elements, 0};
-    checkpoint_save("out", &config, &layout.table, &state, &heads, weights, exp_avg, exp_avg_sq, &whole, 1, tokenizer,
-                    3, stream);
+    checkpoint_save("out", &config, &layout.table, &state, &heads, weights, exp_avg, exp_avg_sq, &whole, 1,
+                    tokenizer, 3, stream);
 
     char path[PATH_MAX];                               // at --resume
     if (checkpoint_latest("out", path)) {
@@ -18,9 +18,9 @@ Checkpoints: a run on disk, whole or not at all. docs/checkpoints.md describes t
     checkpoint_resolve("out", path);                   // a checkpoint, an output directory or a saved Llama
     ModelConfig config = checkpoint_read_config(path);
 
-Include the device's header (dev/cpu/device.h or its CUDA twin) first: parameters and optimizer state live in
-device memory and are touched only by copy_to_host(), copy_to_device() and device_zero(), the copies in pieces
-of CHECKPOINT_CHUNK bytes. Everything that cannot be read or written ends the program with one line and exit
+Include the device's header (dev/cpu/device.h or its CUDA twin) first. Parameters and optimizer state are in
+device memory: this file accesses them only by copy_to_host(), copy_to_device() and device_zero(), and copies
+pieces of CHECKPOINT_CHUNK bytes. An error of reading or writing ends the program with one line and exit
 code 1.
 */
 #ifndef RUNTIME_CHECKPOINT_H
@@ -34,11 +34,11 @@ code 1.
 #include "runtime/weights.h"
 
 #define CHECKPOINT_VERSION 2
-#define CHANGES_BYTES 1024                  // of the list of what differs in a resumed run
-#define CHECKPOINT_CHUNK ((size_t)16 << 20) // bytes of host memory that saving and loading take
+#define CHANGES_BYTES 1024                  // size of the text that lists a resumed run's changes
+#define CHECKPOINT_CHUNK ((size_t)16 << 20) // bytes of host memory that saving and loading need
 
 // ----------------------------------------------------------------------------
-// state.json: where a run stands, and the settings it runs with
+// state.json: the progress of a run, and its settings
 
 typedef struct {
     int step;                // optimizer steps done
@@ -58,25 +58,26 @@ typedef struct {
     // results
     double train_loss; // of the last step
     double val_loss;   // the last one measured; nan before the first
-    int unmeasured; // 1: a signal came before the validation and the sample of `step` were done; a resume does them
-    // the data, as loader_fingerprint() has them; 0: none, or not known
+    int unmeasured;    // 1: a signal came before `step`'s validation and sample were done; a resume does them
+    // the data, by loader_fingerprint(); 0: none, or not known
     uint64_t data_fingerprint, data_tokens, val_fingerprint;
     int data_shards;
 } TrainingState;
 
-// The one list that writing and reading share. A new member of TrainingState needs one line here, with the
-// version that brings it (and CHECKPOINT_VERSION raised to it): older checkpoints then read it as 0.
+// The table that writing and reading share. A new member of TrainingState needs one line in it, with the
+// first format version that has the member (raise CHECKPOINT_VERSION to it). From older checkpoints it is
+// read as 0.
 typedef enum { STATE_INT, STATE_LONG, STATE_UINT64, STATE_DOUBLE, STATE_TEXT } StateType;
 typedef struct {
     const char* name;
     StateType type;
     size_t offset;      // in TrainingState
     size_t size;        // bytes
-    int since;          // format version
+    int since;          // first format version that has it
     const char* option; // of STATE_OPTION, or NULL
 } StateField;
 
-// STATE_OPTION: a setting, by the option that may be another one in a resumed run.
+// STATE_OPTION: a setting that a resumed run may change by this option.
 #define STATE_OPTION(type, member, since, option)                                                            \
     { #member, type, offsetof(TrainingState, member), sizeof(((TrainingState*)0)->member), since, option }
 #define STATE_FIELD(type, member, since) STATE_OPTION(type, member, since, NULL)
@@ -188,7 +189,7 @@ static inline TrainingState checkpoint_load_state(const char* directory) {
     return state;
 }
 
-// A setting as its option takes it.
+// Writes a setting in the form that its option takes.
 static inline void state_field_text(char text[48], const StateField* field, const TrainingState* state) {
     const void* value = (const char*)state + field->offset;
     if (field->type == STATE_LONG) snprintf(text, 48, "%ld", *(const long*)value);
@@ -196,7 +197,7 @@ static inline void state_field_text(char text[48], const StateField* field, cons
     if (field->type == STATE_TEXT) snprintf(text, 48, "%s", (const char*)value);
 }
 
-// Adds to a list of changes, with commas between.
+// Appends to a list of changes, separated by commas.
 __attribute__((format(printf, 2, 3))) static inline void changes_add(char changes[CHANGES_BYTES],
                                                                      const char* format, ...) {
     const size_t used = strlen(changes);
@@ -207,7 +208,7 @@ __attribute__((format(printf, 2, 3))) static inline void changes_add(char change
     va_end(arguments);
 }
 
-// Adds the settings that differ between two states: "--clip 1 to 0.5".
+// Appends the settings that differ between two states: "--clip 1 to 0.5".
 static inline void checkpoint_changed_settings(char changes[CHANGES_BYTES], const TrainingState* before,
                                                const TrainingState* now) {
     for (int i = 0; i < STATE_FIELDS; i++) {
@@ -222,7 +223,7 @@ static inline void checkpoint_changed_settings(char changes[CHANGES_BYTES], cons
 }
 
 // ----------------------------------------------------------------------------
-// heads.json: which query heads read which KV head, and what the next maps are made from (GQA=kdgqa and dgqa)
+// heads.json: the allocation of query heads, and the statistics for the next maps (GQA=kdgqa and dgqa)
 
 static inline void checkpoint_write_heads(const char* path, const HeadAllocation* heads) {
     cJSON* json = cJSON_CreateObject();
@@ -263,7 +264,8 @@ static inline void heads_get_doubles(double* values, const cJSON* layer, const c
         if (!json_get_double(item, &values[i])) fail("%s: %s must be numbers", path, key);
 }
 
-// Fills in the allocation of a model of heads->L layers, H query heads and G KV heads, which allocation_start() has begun.
+// Fills in the allocation of a model with heads->L layers, H query heads and G KV heads. The caller has
+// called allocation_start().
 static inline void checkpoint_load_heads(const char* directory, HeadAllocation* heads) {
     char path[PATH_MAX];
     path_format(path, "%s/heads.json", directory);
@@ -292,13 +294,13 @@ static inline void checkpoint_load_heads(const char* directory, HeadAllocation* 
 }
 
 // ----------------------------------------------------------------------------
-// config.json: the model, in Hugging Face's words
+// config.json: the model, by Hugging Face's names
 
 typedef struct {
     const char* key;
     size_t offset; // of an int in ModelConfig
-    int low, high; // what is accepted
-    int missing;   // the value where the file does not say (LlamaConfig's default); -1: it must
+    int low, high; // accepted values
+    int missing;   // the value if the file has none (LlamaConfig's default); -1: the file must have one
 } ConfigField;
 
 static const ConfigField config_fields[] = {
@@ -313,7 +315,7 @@ static const ConfigField config_fields[] = {
 };
 #define CONFIG_FIELDS ((int)(sizeof(config_fields) / sizeof(config_fields[0])))
 
-// What the build adds to the sizes: its names of ATTN, GQA and KCONV.
+// The build's part of a model: its ATTN, GQA and KCONV.
 typedef struct {
     char attn[16];
     char gqa[16];
@@ -329,16 +331,16 @@ static inline ModelVariant model_variant_of_build(void) {
     return variant;
 }
 
-// 1 where transformers' LlamaForCausalLM takes the model and computes the same function.
+// 1 if transformers' LlamaForCausalLM accepts the model and computes the same function.
 static inline int model_is_llama(const ModelConfig* config, const ModelVariant* variant) {
     if (strcmp(variant->attn, "dense") || strcmp(variant->gqa, "gqa") || variant->kconv) return 0;
-    if (config->channels % config->heads != 0) return 0; // LlamaConfig refuses it, whatever head_dim says
+    if (config->channels % config->heads != 0) return 0; // LlamaConfig refuses it, even with a head_dim
     for (int l = 0; l < config->layers; l++)
         if (layer_kind(config, l) != 'G' || !layer_has_rope(config, l)) return 0;
     return 1;
 }
 
-// The number of "<|endoftext|>" in a tokenizer.json; -1 where it has none below vocab_size.
+// The number of the token "<|endoftext|>" in a tokenizer.json; -1 if there is none below vocab_size.
 static inline int tokenizer_end_of_text(const char* tokenizer_path, int vocab_size) {
     cJSON* tokenizer = json_read_object(tokenizer_path);
     const cJSON* added = json_get(tokenizer, "added_tokens");
@@ -369,9 +371,9 @@ static inline void checkpoint_write_config(const char* path, const ModelConfig* 
     cJSON_AddFalseToObject(json, "attention_bias");
     cJSON_AddFalseToObject(json, "mlp_bias");
     json_add_float(json, "initializer_range", 0.02f);
-    // Of the weights in the file: float32 in a bf16 build too, for the masters are what is saved.
+    // The type of the weights in the file: float32 in a bf16 build too, since the masters are saved.
     cJSON_AddStringToObject(json, "torch_dtype", sizeof(float_acc) == 8 ? "float64" : "float32");
-    // Written even when there is none: transformers would assume 1 and 2.
+    // Written as null if there is no such token: transformers would otherwise assume 1 and 2.
     int end_of_text = tokenizer_path ? tokenizer_end_of_text(tokenizer_path, config->vocab_size) : -1;
     cJSON_AddItemToObject(json, "bos_token_id",
                           end_of_text < 0 ? cJSON_CreateNull() : cJSON_CreateNumber(end_of_text));
@@ -393,7 +395,7 @@ static inline void checkpoint_write_config(const char* path, const ModelConfig* 
     cJSON_Delete(json);
 }
 
-// A key that must have this one value, or be absent, for the model to be what this program computes.
+// Fails unless `key` is absent or has the value `wanted`, the only one that this program computes.
 static inline void config_want_text(const cJSON* json, const char* key, const char* wanted,
                                     const char* path) {
     const cJSON* item = json_get(json, key);
@@ -439,14 +441,15 @@ static inline int config_get_bool(const cJSON* json, const char* key, int missin
     return cJSON_IsTrue(item);
 }
 
-// A factor that must be 1, or absent.
+// Fails unless the factor `key` is absent or 1.
 static inline void config_want_one(const cJSON* json, const char* key, const char* path) {
     const cJSON* item = json_get(json, key);
     if (item && !cJSON_IsNull(item) && !(cJSON_IsNumber(item) && item->valuedouble == 1))
         fail("%s: %s is not 1, and this program does not compute that", path, key);
 }
 
-// Rotary positions: transformers up to 4 says rope_theta and rope_scaling, from 5 on rope_parameters.
+// Rotary positions: transformers up to version 4 writes rope_theta and rope_scaling, from 5 on
+// rope_parameters.
 static inline void config_read_rope(ModelConfig* config, const cJSON* json, const char* path) {
     const char* const scaling_keys[] = {"rope_scaling", "rope_parameters"};
     config->rope_theta = config_get_positive(json, "rope_theta", 10000.0, path);
@@ -463,7 +466,8 @@ static inline void config_read_rope(ModelConfig* config, const cJSON* json, cons
     }
 }
 
-// The "moba" object; a plain Llama has none, and is dense, global and rotary everywhere.
+// Reads the "moba" object. A plain Llama has none: all its layers have dense global attention and rotary
+// positions.
 static inline void config_read_variant(ModelConfig* config, ModelVariant* variant, const cJSON* json,
                                        const char* path) {
     strcpy(config->pattern, "G");
@@ -495,7 +499,7 @@ static inline void config_read_variant(ModelConfig* config, ModelVariant* varian
     config->rope_sliding = config_get_bool(moba, "rope_sliding", 1, path);
 }
 
-// Rules between the sizes: those of model_config_check(), in the words of the file.
+// Checks the rules that join several sizes, as model_config_check() does, but with the names of the file.
 static inline void config_check_sizes(ModelConfig* config, const char* path) {
     if (!config->kv_heads) config->kv_heads = config->heads;
     if (!config->head_dim && config->channels % config->heads != 0)
@@ -541,12 +545,12 @@ static inline ModelConfig checkpoint_read_config_and_variant(const char* directo
     config_read_variant(&config, variant, json, path);
     config_check_sizes(&config, path);
     model_config_complete(&config);
-    model_config_of_build(&config); // what the checkpoint was built with is in *variant
+    model_config_of_build(&config); // *variant has the checkpoint's build
     cJSON_Delete(json);
     return config;
 }
 
-// The model that a checkpoint, or a directory saved by transformers, holds.
+// Reads the model's sizes from a checkpoint, or from a directory saved by transformers.
 static inline ModelConfig checkpoint_read_config(const char* directory) {
     ModelVariant variant;
     return checkpoint_read_config_and_variant(directory, &variant);
@@ -614,7 +618,8 @@ static inline int all_values_finite(const float_acc* values, size_t count) {
     return 1;
 }
 
-// Device memory, in pieces, through one host buffer. Of the tensor `weight` (NULL: none) every value must be finite.
+// Writes an array of device memory, in pieces, through one host buffer. If it is the tensor named `weight`
+// (not NULL), every value must be finite.
 static inline void checkpoint_write_values(SafetensorsWriter* writer, const void* device, Dtype dtype,
                                            size_t count, const char* weight, stream_t stream) {
     const size_t size = dtype_size(dtype), step = CHECKPOINT_CHUNK / size;
@@ -656,7 +661,7 @@ static inline void checkpoint_write_model(const char* path, const TensorTable* t
         safetensors_declare(&writer, tensor->name, DTYPE_FLOAT_ACC, tensor->dims, (uint64_t)tensor->shape[0],
                             (uint64_t)tensor->shape[1]);
     }
-    for (int i = 0; i < table->count; i++) // rows of padding come last in a tensor, and are left out
+    for (int i = 0; i < table->count; i++) // without the rows of padding, which are a tensor's last rows
         checkpoint_write_values(&writer, values + table->tensors[i].offset, DTYPE_FLOAT_ACC,
                                 table->tensors[i].count, table->tensors[i].name, stream);
     safetensors_finish(&writer);
@@ -668,13 +673,13 @@ static inline const Tensor* table_find(const TensorTable* table, const char* nam
     return NULL;
 }
 
-// What a Llama's file may hold beside the table: the head that repeats a tied embedding (checkpoint_check_tied_head), and the
-// rotary frequencies that old versions saved.
+// Tensors that a Llama's file may hold in addition to the table's: a head that repeats a tied embedding
+// (checkpoint_check_tied_head), and the rotary frequencies that old versions of transformers saved.
 static inline int checkpoint_may_ignore(const char* name) {
     return !strcmp(name, "lm_head.weight") || strstr(name, ".rotary_emb.inv_freq");
 }
 
-// A layer without a key convolution is one whose taps are zero.
+// Whether the file may lack this tensor: the taps of a layer without a key convolution, which are then zero.
 static inline int checkpoint_may_lack(const char* name, const ModelConfig* saved,
                                       const ModelVariant* variant) {
     int layer;
@@ -682,7 +687,8 @@ static inline int checkpoint_may_lack(const char* name, const ModelConfig* saved
     return variant->kconv == 0 || layer_kind(saved, layer) != 'G';
 }
 
-// A head beside a tied embedding must be its copy: without it, another one would be another model.
+// Fails if the file has a tied embedding and a head that is not its copy: without that head it would be
+// another model.
 static inline void checkpoint_check_tied_head(const SafetensorsFile* file, const TensorTable* table) {
     const SafetensorsEntry *head = safetensors_find(file, "lm_head.weight"),
                            *embedding = safetensors_find(file, "model.embed_tokens.weight");
@@ -704,7 +710,7 @@ static inline void checkpoint_check_tied_head(const SafetensorsFile* file, const
              file->path);
 }
 
-// The same tensors in file and table, in the same shapes.
+// Fails unless file and table have the same tensors with the same shapes.
 static inline void checkpoint_check_tensors(const SafetensorsFile* file, const TensorTable* table,
                                             const ModelConfig* saved, const ModelVariant* variant) {
     for (int i = 0; i < table->count; i++) {
@@ -725,8 +731,8 @@ static inline void checkpoint_check_tensors(const SafetensorsFile* file, const T
             fail("%s: tensor %s is not one of the model's", file->path, json_shown(file->entries[i].name));
 }
 
-// Opens a directory's model.safetensors, be it this program's or a Llama's saved by transformers in one file, and checks every
-// tensor's name and shape before any is read.
+// Opens a directory's model.safetensors and checks the name and shape of every tensor. The file may be this
+// program's, or a Llama that transformers saved in one file.
 static inline void checkpoint_open_model(SafetensorsFile* file, const char* directory,
                                          const TensorTable* table) {
     char path[PATH_MAX], index_path[PATH_MAX];
@@ -742,7 +748,8 @@ static inline void checkpoint_open_model(SafetensorsFile* file, const char* dire
     checkpoint_check_tied_head(file, table);
 }
 
-// Part of a weight on file, converted; a value that is not finite makes every result NaN, and is refused.
+// Reads a part of a weight from the file and converts it. Fails if a value is not finite, since it would make
+// every result NaN.
 static inline void checkpoint_read_weight(const SafetensorsFile* file, const SafetensorsEntry* entry,
                                           uint64_t first, size_t count, float_acc* values) {
     safetensors_read(file, entry, first, count, values, DTYPE_FLOAT_ACC);
@@ -750,8 +757,8 @@ static inline void checkpoint_read_weight(const SafetensorsFile* file, const Saf
         fail("%s: a value of %s is NaN or infinite", file->path, json_shown(entry->name));
 }
 
-// Fills the weights, table->elements long in device memory. Rows of padding become zero, as do the taps of a layer whose key
-// convolution the checkpoint's model does not have; elements between tensors stay as they are.
+// Fills the weights (table->elements, in device memory). Rows of padding become zero, and so do the taps of a
+// layer that has no key convolution in the checkpoint's model. Elements between tensors stay as they are.
 static inline void checkpoint_load_model(const char* directory, const TensorTable* table, Weights weights,
                                          stream_t stream) {
     const size_t step = CHECKPOINT_CHUNK / sizeof(float_acc);
@@ -774,8 +781,8 @@ static inline void checkpoint_load_model(const char* directory, const TensorTabl
     free(values);
 }
 
-// pooled (G rows of `width`) = the means of each group's heads of `values` (H rows of `width`), with heads[g] of them in group
-// g, one group after the other.
+// Computes the mean of each group of heads: pooled (G, width) from values (H, width). Group g has the next
+// heads[g] rows of `values`.
 static inline void pool_heads(float_acc* pooled, const float_acc* values, const int* heads, int G,
                               size_t width) {
     for (int g = 0; g < G; values += (size_t)heads[g] * width, g++) {
@@ -787,9 +794,10 @@ static inline void pool_heads(float_acc* pooled, const float_acc* values, const 
     }
 }
 
-// As checkpoint_load_model(), from a model with more key/value heads than config has (Ainslie et al., arXiv 2305.13245): the
-// keys' and values' projections of a group are the means of its heads, everything else is copied. The groups are even, as every
-// kind of allocation begins. Holds one tensor of the other model at a time.
+// As checkpoint_load_model(), from a model with more KV heads than config has (Ainslie et al., arXiv
+// 2305.13245). The key projection, value projection and taps of a group are the means of its heads';
+// everything else is copied. The groups are uniform, as every allocation is at its start. Holds one tensor of
+// the checkpoint's model at a time.
 static inline void checkpoint_load_pooled(const char* directory, const ModelConfig* config,
                                           const TensorTable* table, Weights weights, stream_t stream) {
     ModelConfig whole = *config;
@@ -807,7 +815,7 @@ static inline void checkpoint_load_pooled(const char* directory, const ModelConf
         if (entry) checkpoint_read_weight(&file, entry, 0, from->count, values);
         if (strstr(to->name, "self_attn.k_proj") || strstr(to->name, "self_attn.v_proj")) {
             pool_heads(values, values, heads, config->kv_heads, (size_t)config->head_dim * config->channels);
-        } else if (strstr(to->name, "self_attn.k_conv")) { // (taps, heads D): a tap has its heads in a row
+        } else if (strstr(to->name, "self_attn.k_conv")) { // (taps, heads D): one row of heads for each tap
             for (int tap = 0; tap < to->shape[0]; tap++)
                 pool_heads(values + (size_t)tap * to->shape[1], values + (size_t)tap * from->shape[1], heads,
                            config->kv_heads, (size_t)config->head_dim);
@@ -820,7 +828,7 @@ static inline void checkpoint_load_pooled(const char* directory, const ModelConf
     parameter_layout_free(&layout);
 }
 
-// Bytes of host memory that checkpoint_load_pooled() takes beyond that of a checkpoint: the largest tensor.
+// Bytes of host memory that checkpoint_load_pooled() needs: the largest tensor of the checkpoint's model.
 static inline size_t checkpoint_pooled_bytes(const char* directory, const ModelConfig* config) {
     ModelConfig whole = *config;
     whole.kv_heads = checkpoint_read_config(directory).kv_heads;
@@ -833,16 +841,16 @@ static inline size_t checkpoint_pooled_bytes(const char* directory, const ModelC
 }
 
 // ----------------------------------------------------------------------------
-// optimizer-RRRRR-of-NNNNN.safetensors: slices of the flat state, one a rank
+// optimizer-RRRRR-of-NNNNN.safetensors: slices of the flat optimizer state, one for each rank
 
-// A vector of the optimizer, table->elements long over all ranks.
+// A vector of optimizer state: all ranks together have table->elements elements of it.
 typedef struct {
     const char* name;
     float_acc* values; // device memory
 } OptimizerVector;
 
-// Where every tensor lies in the flat state: two tables of the same fingerprint give an element the same
-// place.
+// A fingerprint of the tensors' places in the flat state: two tables with the same fingerprint give every
+// element the same place.
 static inline void table_fingerprint(const TensorTable* table, char text[17]) {
     uint64_t hash = random_stream("layout");
     for (int i = 0; i < table->count; i++) {
@@ -855,12 +863,12 @@ static inline void table_fingerprint(const TensorTable* table, char text[17]) {
     snprintf(text, 17, "%016llx", (unsigned long long)(hash ^ table->elements));
 }
 
-// Elements first .. first + count of the whole state, which lie from place `at` on in a rank's vectors.
+// Elements first .. first + count - 1 of the whole state, which start at index `at` of a rank's vectors.
 typedef struct {
     uint64_t first, count, at;
 } StateRange;
 
-// The metadata `key`: a number of every range.
+// Writes the metadata `key`: one number of every range, the one at offset `member` of StateRange.
 static inline void optimizer_describe_ranges(SafetensorsWriter* writer, const char* key,
                                              const StateRange* ranges, int range_count, size_t member) {
     const size_t longest = 21; // digits of a number, and a space
@@ -875,7 +883,7 @@ static inline void optimizer_describe_ranges(SafetensorsWriter* writer, const ch
     free(text);
 }
 
-// A slice: these ranges of the state, one after the other.
+// Writes a slice: these ranges of the state, one after the other.
 static inline void checkpoint_write_optimizer(const char* path, const TensorTable* table,
                                               const OptimizerVector* vectors, int vector_count,
                                               const StateRange* ranges, int range_count, stream_t stream) {
@@ -899,9 +907,9 @@ static inline void checkpoint_write_optimizer(const char* path, const TensorTabl
     safetensors_finish(&writer);
 }
 
-// Where a range of the state is on file.
+// The place of a range of the state in the files.
 typedef struct {
-    StateRange range; // `at` is its place in the tensors of the slice
+    StateRange range; // `at` is its index in the tensors of the slice
     int slice;        // the rank in the file's name
 } StatePiece;
 
@@ -911,7 +919,7 @@ static inline int state_piece_compare(const void* a, const void* b) {
     return left->count < right->count ? -1 : left->count > right->count;
 }
 
-// The next number of a list with spaces between; fails where there is none.
+// Reads the next number of a list separated by spaces; fails if there is none.
 static inline uint64_t optimizer_next_number(const char** text, const SafetensorsFile* file,
                                              const char* key) {
     char* end = NULL;
@@ -930,7 +938,7 @@ static inline uint64_t optimizer_metadata_number(const SafetensorsFile* file, co
     return value;
 }
 
-// Checks a slice by itself. Returns the elements that it holds.
+// Opens a slice and checks it by itself. Returns the number of elements that it holds.
 static inline uint64_t optimizer_slice_open(SafetensorsFile* file, const char* directory, int rank, int total,
                                             const TensorTable* table, const OptimizerVector* vectors,
                                             int vector_count) {
@@ -956,7 +964,8 @@ static inline uint64_t optimizer_slice_open(SafetensorsFile* file, const char* d
     return held;
 }
 
-// Adds the ranges of an open slice of `held` elements to the list, which may move. A slice without "count" is one range.
+// Appends the ranges of an open slice of `held` elements to the list, which may be reallocated. A slice
+// without "count" is one range.
 static inline void optimizer_slice_ranges(StatePiece** pieces, int* piece_count, const SafetensorsFile* file,
                                           int rank, uint64_t held, const TensorTable* table) {
     const char *offsets = safetensors_get_metadata(file, "offset"),
@@ -982,7 +991,7 @@ static inline void optimizer_slice_ranges(StatePiece** pieces, int* piece_count,
              (unsigned long long)held);
 }
 
-// The N of optimizer-RRRRR-of-NNNNN.safetensors, the same in every name of the directory.
+// The N of optimizer-RRRRR-of-NNNNN.safetensors. It must be the same in every name of the directory.
 static inline int optimizer_slice_total(const char* directory) {
     DIR* entries = opendir(directory);
     if (!entries) fail("%s: %s", directory, strerror(errno));
@@ -1002,7 +1011,8 @@ static inline int optimizer_slice_total(const char* directory) {
     return total;
 }
 
-// Every range of every slice, ascending; together they must cover the state exactly once. The caller frees them.
+// Lists every range of every slice in ascending order; together they must cover the state exactly once. The
+// caller frees the list.
 static inline int optimizer_pieces(StatePiece** pieces, const char* directory, int total,
                                    const TensorTable* table, const OptimizerVector* vectors,
                                    int vector_count) {
@@ -1033,7 +1043,7 @@ static inline int optimizer_pieces(StatePiece** pieces, const char* directory, i
     return count;
 }
 
-// What `piece` of an open slice and the wanted range have in common.
+// Reads the elements that `piece` of an open slice and the wanted range have in common.
 static inline void optimizer_read_piece(const SafetensorsFile* file, const StateRange* piece,
                                         const StateRange* want, const OptimizerVector* vectors,
                                         int vector_count, stream_t stream) {
@@ -1046,8 +1056,8 @@ static inline void optimizer_read_piece(const SafetensorsFile* file, const State
                                vectors[v].values + want->at + (from - want->first), DTYPE_FLOAT_ACC, stream);
 }
 
-// These ranges of the state, from however many slices it was written in. Each slice's own rules, and that together they cover the
-// state exactly once, are checked before anything is read.
+// Reads these ranges of the state, whatever the number of slices on disk. Before it reads any value, it
+// checks every slice, and that all slices together cover the state exactly once.
 static inline void checkpoint_read_optimizer(const char* directory, const TensorTable* table,
                                              const OptimizerVector* vectors, int vector_count,
                                              const StateRange* ranges, int range_count, stream_t stream) {
@@ -1065,7 +1075,7 @@ static inline void checkpoint_read_optimizer(const char* directory, const Tensor
     free(pieces);
 }
 
-// Both moments, in device memory: these ranges of them.
+// Reads these ranges of both moments to device memory.
 static inline void checkpoint_load_optimizer(const char* directory, const TensorTable* table,
                                              float_acc* exp_avg, float_acc* exp_avg_sq,
                                              const StateRange* ranges, int range_count, stream_t stream) {
@@ -1076,14 +1086,15 @@ static inline void checkpoint_load_optimizer(const char* directory, const Tensor
 // ----------------------------------------------------------------------------
 // The output directory: step_00001000/, step_00002000/, ..., latest
 //
-// A checkpoint is written as step_X.tmp and renamed. Where step_X is there already, it steps aside as
-// step_X.old until the new one has its name. So at every moment step_X is whole or absent, and step_X.old is
-// whole whenever step_X is absent. `latest` is a file of one line, the directory's name: unlike a symbolic
-// link it can be replaced by rename() on every filesystem, and survives copies that do not know links.
+// checkpoint_save() writes step_X.tmp and renames it to step_X. If there is an old step_X, it is named
+// step_X.old until the new one has its name. So at every moment step_X is complete or absent; while a save
+// replaces it, step_X.old is complete whenever step_X is absent. `latest` is a file with one line, the
+// directory's name. Unlike a symbolic link, rename() can replace it on every filesystem, and it survives
+// copies by programs that do not know links.
 
 #define CHECKPOINT_NAME_FORMAT "step_%08d"
 
-// The step of a name step_X followed by exactly `suffix`; -1 for any other name.
+// The step X of a name that is step_X followed by exactly `suffix`; -1 for any other name.
 static inline int checkpoint_step_of_name(const char* name, const char* suffix) {
     if (strncmp(name, "step_", 5)) return -1;
     size_t digits = strspn(name + 5, "0123456789");
@@ -1117,8 +1128,9 @@ static inline int checkpoint_list_steps(const char* output, const char* suffix, 
     return count;
 }
 
-// Removes what an earlier process left half-done when it was killed. For the process that writes to `output`
-// only: a reader could meet the writer between two renames.
+// Removes the files that a killed process left half-written, and renames a step_X.old back to step_X if
+// step_X is absent. Only the process that writes to `output` may call it: another one could interfere between
+// two renames of the writer.
 static inline void checkpoint_clean(const char* output) {
     char path[PATH_MAX], name[PATH_MAX];
     int* steps;
@@ -1140,7 +1152,8 @@ static inline void checkpoint_clean(const char* output) {
     unlink(path);
 }
 
-// step_X, or step_X.old where the process was killed while it replaced it; 0 where neither is there.
+// Finds step_X, or step_X.old if a process was killed while it replaced step_X; returns 0 if neither is
+// there.
 static inline int checkpoint_find_step(const char* output, int step, char path[PATH_MAX]) {
     path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
     if (is_directory(path)) return 1;
@@ -1154,8 +1167,8 @@ static inline int checkpoint_name_exists(const char* output, const char* name) {
     return path_exists(path);
 }
 
-// The newest checkpoint of an output directory: 1 and its path, or 0 when there is none. Without the file
-// `latest` (a run killed in its very first save) it is the one of the highest step.
+// Finds the newest checkpoint of an output directory: returns 1 and its path, or 0 if there is none. Without
+// the file `latest` (the run was killed in its first save) it is the checkpoint of the highest step.
 static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
     char latest[PATH_MAX];
     path_format(latest, "%s/latest", output);
@@ -1182,9 +1195,8 @@ static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
     return newest >= 0 && checkpoint_find_step(output, newest, path);
 }
 
-// The checkpoint that a user means by `given`: that directory itself where it has a config.json (a
-// checkpoint, or a model saved by transformers), else the latest checkpoint in it. Fails when there is
-// neither.
+// Finds the checkpoint that a user means by `given`: that directory itself if it has a config.json (a
+// checkpoint, or a model saved by transformers), else the latest checkpoint in it. Fails if there is neither.
 static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
     char directory[PATH_MAX], config_path[PATH_MAX];
     path_format(directory, "%s", given); // the caller may pass one buffer for both
@@ -1207,7 +1219,8 @@ static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
         fail("%s: no checkpoint: neither a config.json nor a step_* directory in it", directory);
 }
 
-// An output directory may not lie in a checkpoint, nor have the name of one: the run around it would count it among its own.
+// Fails if the output directory is inside a checkpoint or has the name of one: the run that owns the
+// surrounding directory would take it for its own checkpoint.
 static inline void checkpoint_check_output(const char* output) {
     char path[PATH_MAX], real[PATH_MAX], inside[PATH_MAX];
     path_format(path, "%s", output);
@@ -1221,7 +1234,7 @@ static inline void checkpoint_check_output(const char* output) {
     path_format(inside, "%s/config.json", path);
     if (path_exists(inside))
         fail_usage("--output %s: holds a model (config.json); name another directory", output);
-    // The part of the path that is there, and all that it lies in.
+    // Checks the existing part of the path, and every directory above it.
     while (!realpath(path, real)) {
         char* last = strrchr(path, '/');
         if (last && last != path) *last = 0;
@@ -1246,7 +1259,8 @@ static inline void checkpoint_write_latest(const char* output, int step) {
     scratch_path_commit(path);
 }
 
-// A directory loses its name before its files, so that none is ever found without some of them.
+// Removes a checkpoint. It renames the directory first, so that nobody finds a checkpoint without some of its
+// files.
 static inline void checkpoint_remove(const char* output, int step) {
     char path[PATH_MAX], doomed[PATH_MAX];
     path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
@@ -1254,8 +1268,8 @@ static inline void checkpoint_remove(const char* output, int step) {
     if (is_directory(path) && rename(path, doomed) == 0) remove_path(doomed);
 }
 
-// Keeps the checkpoint just saved and the keep - 1 before it; keep 0 keeps all. Steps beyond `step`, left by
-// a run that was resumed from an earlier one, are not older and stay.
+// Removes old checkpoints: keeps the one just saved (`step`) and the keep - 1 before it; keep 0 keeps all. It
+// also keeps steps beyond `step`, which exist if the run was resumed from an earlier checkpoint.
 static inline void checkpoint_remove_older(const char* output, int step, int keep) {
     int* steps;
     int count = checkpoint_list_steps(output, "", &steps), older = 0;
@@ -1299,7 +1313,7 @@ static inline void checkpoint_sync_directory(const char* path) {
     close(directory);
 }
 
-// Gives the finished step_X.tmp its name.
+// Renames the finished step_X.tmp to step_X.
 static inline void checkpoint_commit(const char* output, int step) {
     char path[PATH_MAX], old[PATH_MAX];
     path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
@@ -1310,7 +1324,7 @@ static inline void checkpoint_commit(const char* output, int step) {
     remove_path(old);
 }
 
-// What is the same for all ranks: the first of them writes it.
+// Writes the files that are the same for all ranks. Rank 0 calls it.
 static inline void checkpoint_write_shared(const char* scratch, const ModelConfig* config,
                                            const TensorTable* table, const TrainingState* state,
                                            const HeadAllocation* heads, Weights weights,
@@ -1328,11 +1342,13 @@ static inline void checkpoint_write_shared(const char* scratch, const ModelConfi
     checkpoint_write_state(path, state);
 }
 
-// Writes OUTPUT/step_X of state->step, points `latest` at it, then removes older ones beyond `keep` (0: none). All ranks call it
-// together, each with the ranges of the optimizer's state that it is to write; the first one gives the name when all have synced
-// theirs. heads: NULL where the map of query heads follows from the sizes. weights: (table->elements), exp_avg, exp_avg_sq: as
-// the ranges say, in device memory. tokenizer_path: a tokenizer.json to copy, or NULL. An error leaves earlier checkpoints and
-// `latest` as they were; so does a kill at any moment.
+// Writes OUTPUT/step_X of state->step, makes `latest` name it, then removes older checkpoints beyond `keep`
+// (0: none). All ranks call it together, each with the ranges of optimizer state that it writes. Rank 0
+// renames the directory when all ranks have synced their files. An error, or a kill at any moment, leaves
+// earlier checkpoints and `latest` as they were.
+// - heads: NULL if the map of query heads follows from the sizes.
+// - weights (table->elements), exp_avg and exp_avg_sq (by the ranges' `at`): in device memory.
+// - tokenizer_path: a tokenizer.json to copy, or NULL.
 static inline void checkpoint_save(const char* output, const ModelConfig* config, const TensorTable* table,
                                    const TrainingState* state, const HeadAllocation* heads, Weights weights,
                                    const float_acc* exp_avg, const float_acc* exp_avg_sq,
@@ -1345,15 +1361,15 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
         make_directories_or_fail(output);
         checkpoint_clean(output);
     }
-    // The directory is the first rank's to remove; of the others, which may be slower to fail than a new run is to begin, each has
-    // its own file.
+    // On a failure, rank 0 removes the directory, and every other rank only its own file: a slow rank may
+    // fail after a new run has begun to write the directory.
     path_format(path, "%s/optimizer-%05d-of-%05d.safetensors", scratch, comm_rank(), comm_size());
     scratch_path_begin(first ? scratch : path);
     if (first && mkdir(scratch, 0777) != 0)
         fail("%s: cannot make the directory: %s", scratch, strerror(errno));
     comm_barrier();
 
-    // The casts only drop const: what is written is not changed.
+    // The casts drop const; checkpoint_write_optimizer() does not change the values.
     const OptimizerVector vectors[2] = {{"exp_avg", (float_acc*)exp_avg},
                                         {"exp_avg_sq", (float_acc*)exp_avg_sq}};
     checkpoint_write_optimizer(path, table, vectors, 2, ranges, range_count, stream);
@@ -1371,10 +1387,11 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
 }
 
 // ----------------------------------------------------------------------------
-// Logits on file, to compare with another program's
+// Logits in a file, to compare with another program's
 
-// A safetensors file with one tensor "logits" (T, V), fp32, and the metadata "tokens": T numbers with spaces
-// between. logits: host memory, rows `stride` elements apart (V, or Vp), whose first V are written.
+// Writes a safetensors file with one tensor "logits" (T, V), fp32, and the metadata "tokens": T numbers
+// separated by spaces. logits: host memory, rows `stride` elements apart (V, or Vp); the first V of each row
+// are written.
 static inline void logits_write(const char* path, const floatX* logits, const int* tokens, int T, int V,
                                 int stride) {
     char* text = (char*)malloc_or_fail((size_t)T * 12 + 1, "a list of tokens");
