@@ -1,28 +1,28 @@
 /*
-Processes that train one model together: who they are, and the sums they make.
+Processes (ranks) that train one model together: their numbers, and their collective operations.
 
-    signals_start();                                       // first of all (runtime/signals.h)
+    signals_start();                              // first of all (runtime/signals.h)
     comm_start();
     loader_start(loader, comm_rank() * B, comm_size() * B, B);
-    comm_reduce_scatter(grads, count, stream);             // each rank gets its shard of the sum
-    comm_all_gather(params, bytes, stream);                // every rank gets every rank's shard
-    comm_wait(stream);                                     // what is queued on `stream` from here on comes after
-    comm_sum(&loss, 1);                                    // numbers of the host, now
+    comm_reduce_scatter(grads, count, stream);    // each rank gets its shard of the sum
+    comm_all_gather(params, bytes, stream);       // every rank gets every rank's shard
+    comm_wait(stream);                            // later work on `stream` runs after the two
+    comm_sum(&loss, 1);                           // numbers in host memory; complete on return
+    comm_must_agree("--batch", "%d", batch);      // fails if a rank has another value than rank 0
 
-Ranks are the processes that mpirun or srun has started; without these there is one, and every function below does nothing. What moves
-the bytes is chosen at build: MPI (COMM_MPI) for numbers of the host, and for arrays of the device by way of host memory; NCCL
-(COMM_NCCL, which MPI starts) for arrays of the device, on a stream of its own, so that they move while the device computes. A
-build with neither is a single process, and refuses to be started as one of several.
+mpirun or srun starts the ranks; without them there is one rank, and the functions do nothing. The build
+chooses the library: MPI (COMM_MPI) for numbers of the host and, through host memory, arrays of the device; or
+NCCL (COMM_NCCL, which MPI starts) for arrays of the device, on its own stream, while the device computes. A
+build with neither refuses to be started as one of several processes.
 
-Shard r of N of an array is its r-th N-th. A sum over ranks is made in float_acc. By MPI it is made by the shard's owner in the
-order of the ranks, so that its bits depend on N alone; NCCL has an order of its own, which the machines and N decide. Either
-way every rank has the same bits. Of an array of n bytes each rank sends and receives (N - 1) / N n in comm_reduce_scatter(), and
-the same in comm_all_gather().
+Shard r of an array is the r-th of N equal parts. Sums over ranks are in float_acc. With MPI the owner of a
+shard adds the ranks in their order, so the bits depend on N alone; NCCL's order depends on N and the
+machines. Either way every rank gets the same bits. For n bytes, each collective sends and receives n (N - 1)
+/ N bytes per rank.
 
-Before anything is done together, comm_must_agree("--batch", "%d", batch) makes sure that all mean the same.
-A rank that fails says why, with its number and host, and ends the others; where one is killed, the launcher does. Ranks that
-do not hear of the others for COMM_PATIENCE seconds give up; while they start and end, for COMM_START_PATIENCE.
-Include the device's header (dev/cpu/device.h or its CUDA twin) first.
+A rank that fails prints the reason with its number and host, and ends the others; if one is killed, the
+launcher ends them. A rank gives up after COMM_PATIENCE seconds without an answer (COMM_START_PATIENCE at
+start and end). Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 */
 #ifndef RUNTIME_COMM_H
 #define RUNTIME_COMM_H
@@ -42,19 +42,20 @@ Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 #include <nccl.h>
 #endif
 
-// A shard holds a multiple of this many elements: whole packs of every type, and whole blocks of weight decay.
+// The elements of a shard are a multiple of this: whole packs of every type, and whole blocks of weight
+// decay.
 enum { COMM_ALIGNMENT = 64 };
 enum { COMM_PATIENCE = 1800 };       // seconds; writing a checkpoint must take less
-enum { COMM_START_PATIENCE = 300 };  // seconds, where MOBA_START_SECONDS does not say otherwise
-#define COMM_PIECE ((size_t)8 << 20) // bytes of a buffer of the host
+enum { COMM_START_PATIENCE = 300 };  // seconds; the environment variable MOBA_START_SECONDS overrides it
+#define COMM_PIECE ((size_t)8 << 20) // bytes of one host buffer
 
 typedef struct {
-    int rank, size;             // size 0: not started, which is one process
+    int rank, size;             // size 0: not started by a launcher, so one process
     int local_rank, local_size; // among the ranks of this host
-    char name[192];             // how this rank's messages begin
-    int of_others;              // 1: this rank fails because another one has
-    char* received;             // (COMM_PIECE) of the host
-    char* sent;                 // (COMM_PIECE) of the host, where the device's memory is its own
+    char name[192];             // the beginning of this rank's messages
+    int of_others;              // 1: this rank fails because another one failed
+    char* received;             // (COMM_PIECE) host memory
+    char* sent;                 // (COMM_PIECE) host memory, if the device has memory of its own
 } Comm;
 
 static Comm comm;
@@ -66,14 +67,14 @@ static inline int comm_local_size(void) { return comm.local_size > 1 ? comm.loca
 // Bytes of host memory that the functions below hold.
 static inline size_t comm_bytes(void) { return comm.received ? COMM_PIECE * (comm.sent ? 2 : 1) : 0; }
 
-// How many processes the launcher says that there are; 0: there was none. The first that says it is the nearest one: where
-// mpirun's own daemons are tasks of srun, their number is in the environment as well.
+// The launcher's number of processes; 0: no launcher. The first variable found belongs to the nearest
+// launcher: if mpirun's daemons are tasks of srun, the environment has the number of the daemons as well.
 static inline int comm_launched(void) {
     static const char* const counts[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
     for (int i = 0; i < 3; i++) {
         const char* text = getenv(counts[i]);
         if (!text) continue;
-        // srun gives a lone shell one task, too: nobody has started many processes then.
+        // srun counts an interactive shell as one task: then nobody has started several processes.
         return i == 0 || atoi(text) > 1 ? atoi(text) : 0;
     }
     return 0;
@@ -119,7 +120,8 @@ static inline double comm_clock(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-// Fails for what is another rank's failure as it looks from here. Who knows more, that rank or the launcher, speaks first.
+// Fails because of another rank's failure. This rank waits before it prints (comm_turn), so that the failed
+// rank or the launcher prints the root cause first.
 __attribute__((format(printf, 1, 2), noreturn)) static inline void comm_fail_of_others(const char* format,
                                                                                        ...) {
     va_list arguments;
@@ -128,7 +130,8 @@ __attribute__((format(printf, 1, 2), noreturn)) static inline void comm_fail_of_
     fail_with(1, format, arguments);
 }
 
-// Called while something is waited for, with the clock of the wait's begin: leaves the core to others, and gives up in the end.
+// One step of a busy wait that began at the time `since`: yields the core, and fails after COMM_PATIENCE
+// seconds.
 static inline void comm_be_patient(double since) {
     sched_yield();
     if (comm_clock() - since > COMM_PATIENCE)
@@ -152,7 +155,7 @@ static inline void comm_barrier(void) {
     comm_finish(&request, 1);
 }
 
-// The bytes of rank 0, to all.
+// Every rank gets the bytes of rank 0.
 static inline void comm_broadcast(void* bytes, size_t count) {
     MPI_Request request;
     if (!comm.size) return;
@@ -161,7 +164,7 @@ static inline void comm_broadcast(void* bytes, size_t count) {
     comm_finish(&request, 1);
 }
 
-// `bytes` of each rank, in the order of the ranks.
+// Every rank gets `bytes` bytes of each rank, in the order of the ranks.
 static inline void comm_gather_bytes(void* all, const void* mine, size_t bytes) {
     MPI_Request request;
     assert(bytes <= INT_MAX);
@@ -169,7 +172,7 @@ static inline void comm_gather_bytes(void* all, const void* mine, size_t bytes) 
     comm_finish(&request, 1);
 }
 
-// The sums over the ranks, in their order.
+// Replaces each value by its sum over the ranks, added in the order of the ranks.
 static inline void comm_sum(double* values, int count) {
     const int N = comm_size();
     if (!comm.size) return;
@@ -194,7 +197,8 @@ static inline int comm_max(int value) {
 #if !defined(COMM_NCCL)
 
 // ----------------------------------------------------------------------------
-// MPI: arrays of the device. A device of its own memory is waited for, and its arrays go through the host's a piece at a time.
+// MPI: arrays of the device. If the device has its own memory, the functions synchronise with it and copy its
+// arrays through host memory, a piece at a time.
 
 static inline void comm_start_device(void) {
     comm.received = (char*)malloc_or_fail(COMM_PIECE, "sums of all ranks");
@@ -206,7 +210,7 @@ static inline void comm_stop_device(void) {
     free(comm.sent);
 }
 
-// sum[i] = of[0][i] + of[1][i] + ..., in this order; sum may be one of them.
+// sum[i] = of[0][i] + of[1][i] + ..., in this order; `sum` may be one of these arrays.
 static inline void comm_add_up(float_acc* sum, const float_acc** of, int N, size_t count) {
 #pragma omp parallel for simd schedule(static)
     for (size_t i = 0; i < count; i++) {
@@ -216,7 +220,8 @@ static inline void comm_add_up(float_acc* sum, const float_acc** of, int N, size
     }
 }
 
-// Elements at .. at + count of every rank's shard: sends those of the others, receives their part of its own, adds up.
+// Reduces elements at .. at + count - 1 of every shard: sends each other rank its shard's elements, receives
+// the other ranks' elements of this rank's shard, and adds them up.
 static inline void comm_reduce_piece(float_acc* values, size_t shard, size_t at, size_t count,
                                      MPI_Request* requests, const float_acc** parts, stream_t stream) {
     const int N = comm_size(), me = comm_rank();
@@ -244,7 +249,8 @@ static inline void comm_reduce_piece(float_acc* values, size_t shard, size_t at,
     stream_synchronize(stream);
 }
 
-// Queues values (count) -> its sum over the ranks, of which each rank gets its own shard. The other shards may be anything after.
+// Queues the sum of values (count) over the ranks. Each rank gets its own shard of the sum; the other shards
+// are undefined afterwards.
 static inline void comm_reduce_scatter(float_acc* values, size_t count, stream_t stream) {
     const size_t N = (size_t)comm_size(), shard = count / N, most = COMM_PIECE / sizeof(float_acc) / N;
     if (!comm.size) return;
@@ -260,14 +266,14 @@ static inline void comm_reduce_scatter(float_acc* values, size_t count, stream_t
     free(requests);
 }
 
-// Queues values (bytes), of which each rank has its shard -> the same with all shards.
+// Queues a gather: each rank has its shard of values (bytes), and gets all other shards.
 static inline void comm_all_gather(void* values, size_t bytes, stream_t stream) {
     const size_t N = (size_t)comm_size(), shard = bytes / N;
     if (!comm.size) return;
     char *all = (char*)values, *mine = all + (size_t)comm_rank() * shard;
     stream_synchronize(stream);
     if (!DEVICE_HAS_OWN_MEMORY) {
-        MPI_Datatype block; // counts are ints, and arrays may have more bytes
+        MPI_Datatype block; // counts are ints, and arrays may have more bytes than an int holds
         MPI_Request request;
         assert(shard % COMM_ALIGNMENT == 0);
         MPI_Type_contiguous(COMM_ALIGNMENT, MPI_BYTE, &block);
@@ -290,7 +296,8 @@ static inline void comm_all_gather(void* values, size_t bytes, stream_t stream) 
     }
 }
 
-// Queues values (count), any number of them that is small -> their sums over the ranks, on every rank.
+// Queues the sums of values (count) over the ranks, for every rank. For small counts only: nothing is split
+// into shards.
 static inline void comm_all_reduce(float_acc* values, size_t count, stream_t stream) {
     const size_t N = (size_t)comm_size(), bytes = count * sizeof(float_acc);
     if (!comm.size) return;
@@ -308,30 +315,31 @@ static inline void comm_all_reduce(float_acc* values, size_t count, stream_t str
     free(all);
 }
 
-// What is queued on the stream after this comes after all that the functions above have queued.
+// Makes later work on the stream run after all work that the functions above have queued.
 static inline void comm_wait(stream_t stream) { (void)stream; }
 
-// stream_synchronize(), with an eye on the other ranks.
+// stream_synchronize() that also notices the failure of another rank; with MPI there is nothing to notice.
 static inline void comm_synchronize(stream_t stream) { stream_synchronize(stream); }
 
-// Whether what is queued can be part of a graph: not where the host does it.
+// Whether a graph can record the functions above: not if the host does their work.
 static inline int comm_can_be_recorded(void) { return !comm.size; }
 
 #else
 
 // ----------------------------------------------------------------------------
-// NCCL: arrays of the device. Everything is queued on comm_nccl's own stream behind what is on the caller's, which goes on.
+// NCCL: arrays of the device. The functions queue on comm_nccl.stream, after the work that the caller's
+// stream has so far. The caller's stream goes on meanwhile.
 
 typedef struct {
     ncclComm_t ranks;
     cudaStream_t stream;
     cudaEvent_t before, after;
-    int pending; // 1: something is queued that nobody waits for yet
+    int pending; // 1: work is queued that comm_wait() has not waited for
 } CommNccl;
 
 static CommNccl comm_nccl;
 
-// What reaches this rank by way of the others, or the network, is mostly that one of them is gone.
+// Fails for an error of NCCL. A remote or system error mostly means that another rank is gone.
 static inline void comm_check(ncclResult_t result, const char* doing) {
     if (result == ncclSuccess || result == ncclInProgress) return;
     const char* more = ncclGetLastError(comm_nccl.ranks);
@@ -359,17 +367,19 @@ static inline void comm_stop_device(void) {
     device_check(cudaEventDestroy(comm_nccl.after), "free an event");
 }
 
+// Makes comm_nccl.stream wait for the work that `stream` has so far.
 static inline void comm_follow(stream_t stream) {
     device_check(cudaEventRecord(comm_nccl.before, stream), "record an event");
     device_check(cudaStreamWaitEvent(comm_nccl.stream, comm_nccl.before, 0), "wait for an event");
     comm_nccl.pending = 1;
 }
 
-// The type of what is summed: fp32 on a GPU, whatever the parameters' type is.
+// The type of the sums: fp32 on a GPU, whatever the parameters' type.
 static const ncclDataType_t comm_nccl_type = ncclFloat32;
 static_assert(sizeof(float_acc) == 4, "NCCL is told that sums are fp32");
 
-// Queues values (count) -> its sum over the ranks, of which each rank gets its own shard. The other shards may be anything after.
+// Queues the sum of values (count) over the ranks. Each rank gets its own shard of the sum; the other shards
+// are undefined afterwards.
 static inline void comm_reduce_scatter(float_acc* values, size_t count, stream_t stream) {
     const size_t N = (size_t)comm_size(), shard = count / N;
     if (!comm.size) return;
@@ -380,7 +390,7 @@ static inline void comm_reduce_scatter(float_acc* values, size_t count, stream_t
                "add up gradients");
 }
 
-// Queues values (bytes), of which each rank has its shard -> the same with all shards.
+// Queues a gather: each rank has its shard of values (bytes), and gets all other shards.
 static inline void comm_all_gather(void* values, size_t bytes, stream_t stream) {
     const size_t N = (size_t)comm_size(), shard = bytes / N;
     if (!comm.size) return;
@@ -390,7 +400,8 @@ static inline void comm_all_gather(void* values, size_t bytes, stream_t stream) 
                "gather shards");
 }
 
-// Queues values (count), any number of them that is small -> their sums over the ranks, on every rank.
+// Queues the sums of values (count) over the ranks, for every rank. For small counts only: nothing is split
+// into shards.
 static inline void comm_all_reduce(float_acc* values, size_t count, stream_t stream) {
     if (!comm.size) return;
     comm_follow(stream);
@@ -399,16 +410,17 @@ static inline void comm_all_reduce(float_acc* values, size_t count, stream_t str
         "add up numbers");
 }
 
-// What is queued on the stream after this comes after all that the functions above have queued.
+// Makes later work on the stream run after all work that the functions above have queued.
 static inline void comm_wait(stream_t stream) {
     if (!comm_nccl.pending)
-        return; // while a graph is recorded, what is not part of it must not be waited for
+        return; // while a graph is recorded, the stream must not wait for work that is not part of the graph
     comm_nccl.pending = 0;
     device_check(cudaEventRecord(comm_nccl.after, comm_nccl.stream), "record an event");
     device_check(cudaStreamWaitEvent(stream, comm_nccl.after, 0), "wait for an event");
 }
 
-// stream_synchronize(), with an eye on the other ranks: a kernel of NCCL that waits for one which is gone would never end.
+// stream_synchronize() that also notices the failure of another rank: a kernel of NCCL that waits for a rank
+// which is gone would never end.
 static inline void comm_synchronize(stream_t stream) {
     const double since = comm_clock();
     if (!comm.size) {
@@ -419,13 +431,14 @@ static inline void comm_synchronize(stream_t stream) {
         ncclResult_t result = ncclSuccess;
         if (status != cudaErrorNotReady) device_check(status, "finish what was queued");
         comm_check(ncclCommGetAsyncError(comm_nccl.ranks, &result), "ask for errors");
-        comm.of_others = result != ncclSuccess && result != ncclInProgress; // whatever it is called
+        // Any error here comes from another rank.
+        comm.of_others = result != ncclSuccess && result != ncclInProgress;
         comm_check(result, "go on with the other ranks");
         comm_be_patient(since);
     }
 }
 
-// Whether what is queued can be part of a graph.
+// Whether a graph can record the functions above.
 static inline int comm_can_be_recorded(void) { return 1; }
 
 #endif
@@ -433,18 +446,19 @@ static inline int comm_can_be_recorded(void) { return 1; }
 // ----------------------------------------------------------------------------
 // Start and end
 
-// What MPI and NCCL do while they start and end may wait for ever, for a rank that is not there or by a network that leads
-// nowhere, and nothing can be asked meanwhile: so a clock ends the process, which ends the job. The thread that waits for signals
-// prints comm_last_words, which the main thread made before.
+// MPI and NCCL may wait for ever while they start and end, for a rank that is not there or on a broken
+// network, and the program cannot interrupt them. So an alarm ends the process, and with it the job. The
+// thread that waits for signals prints comm_last_words, which the main thread has prepared.
 static char comm_last_words[512];
 
 static inline void comm_time_is_over(void) {
     const ssize_t wrote = write(STDERR_FILENO, comm_last_words, strlen(comm_last_words));
-    (void)wrote; // there is nobody else to tell
+    (void)wrote; // an error here cannot be reported
     _exit(1);
 }
 
-// The rank by the launcher's word, which is known before MPI has started; 0 where it has none.
+// This process's rank from the launcher's environment, which is known before MPI has started; 0 if there is
+// none.
 static inline int comm_launched_rank(void) {
     static const char* const names[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"};
     for (int i = 0; i < 4; i++)
@@ -452,7 +466,8 @@ static inline int comm_launched_rank(void) {
     return 0;
 }
 
-// The clock runs until comm_watch_end(). A second apart, so that one speaks for all.
+// Starts the alarm; comm_watch_end() stops it. The alarms of the first 20 ranks are a second apart, so that
+// the first one to ring prints the message and ends the job.
 static inline void comm_watch(const char* doing) {
     const char* wanted = getenv("MOBA_START_SECONDS");
     const int given = wanted ? atoi(wanted) : 0, rank = comm_launched_rank();
@@ -474,9 +489,10 @@ static inline void comm_watch_end(void) {
     signals_on_alarm(NULL);
 }
 
-// Quarters of a second that this rank waits before it tells of a failure. All ranks often fail alike: then the first of them
-// speaks, and has ended the others before it is their turn. Far ones have a turn on each host. Who fails for another's sake leaves
-// it the time to say so, and the launcher to find it dead.
+// Quarters of a second that this rank waits before it prints a failure. Often all ranks fail for the same
+// reason: rank 0 then prints it and ends the others before their turn. Ranks from 20 on take their turn by
+// their number on their host. A rank that fails only because another rank failed waits 6 seconds more, so
+// that the root cause is printed first, by the failed rank or by the launcher.
 static inline int comm_turn(void) {
     enum { TURNS = 20, OF_OTHERS = 4 * 6 };
     const int local = comm.local_rank < TURNS ? comm.local_rank : TURNS, far = comm_rank() >= TURNS;
@@ -497,7 +513,8 @@ static inline void comm_failure_end(int exit_code) {
     MPI_Abort(MPI_COMM_WORLD, exit_code);
 }
 
-// At every exit that is no failure: all ranks come to it, though the first may have old checkpoints to remove before.
+// Runs at every exit that is no failure. All ranks reach it; rank 0 may come later, since it removes old
+// checkpoints.
 static inline void comm_stop(void) {
     comm_barrier();
     comm_watch("the end");
@@ -508,20 +525,22 @@ static inline void comm_stop(void) {
     comm_watch_end();
 }
 
-// mpirun binds a rank to one core, or to its memory's. Where that is less than its part of what this host lends the job, the
-// binding is taken off.
+// Sets the number of OpenMP threads to this rank's equal part of the cores that the job may use on this host.
+// mpirun binds a rank to one core, or to the cores of one NUMA node; if that is less than the rank's part,
+// this function removes the binding.
 static inline void comm_choose_threads(void) {
     cpu_set_t bound, lent;
     if (sched_getaffinity(0, sizeof(bound), &bound) != 0) return;
     memset(&lent, 0xFF, sizeof(lent));
-    (void)sched_setaffinity(0, sizeof(lent), &lent); // the system leaves out what is not lent
+    (void)sched_setaffinity(0, sizeof(lent), &lent); // the system leaves out cores that the job may not use
     if (sched_getaffinity(0, sizeof(lent), &lent) != 0) return;
     const int fair = CPU_COUNT(&lent) / comm_local_size(), threads = fair > 1 ? fair : 1;
     if (CPU_COUNT(&bound) >= threads) (void)sched_setaffinity(0, sizeof(bound), &bound);
     if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(threads);
 }
 
-// Between machines every pair of ranks is a file or two, and many systems begin with a bound of 1024.
+// Raises the limit of open files to its maximum. Between machines every pair of ranks needs one or two files,
+// and many systems start with a limit of 1024.
 static inline void comm_allow_files(void) {
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) != 0) return;
@@ -529,7 +548,7 @@ static inline void comm_allow_files(void) {
     (void)setrlimit(RLIMIT_NOFILE, &files);
 }
 
-// Only rank 0 prints; what another one has to say of a failure goes to stderr.
+// Only rank 0 prints to stdout; the other ranks report a failure on stderr.
 static inline void comm_be_quiet(void) {
     if (comm_rank() > 0 && !freopen("/dev/null", "w", stdout)) fail("/dev/null: %s", strerror(errno));
 }
@@ -570,7 +589,8 @@ static inline void comm_start(void) {
 // ----------------------------------------------------------------------------
 // Agreement
 
-// All ranks call it in the same order, with what each of them is about to do; fails on those that differ from the first.
+// All ranks call it in the same order, each with its own value of `what`. It fails on the ranks whose value
+// differs from rank 0's.
 __attribute__((format(printf, 2, 3))) static inline void comm_must_agree(const char* what, const char* format,
                                                                          ...) {
     typedef struct {
