@@ -1,21 +1,23 @@
 /*
-Which key/value head each query head reads (docs/math.md section 3; Khan et al., "Beyond Uniform Query Distribution",
-arXiv 2408.08454): from a statistic of the keys to weights, from weights to an allocation, from an allocation to a map.
+The KV head that each query head reads (docs/math.md section 3; Khan et al., "Beyond Uniform Query
+Distribution", arXiv 2408.08454). A statistic of the keys gives weights, weights give an allocation, and an
+allocation gives a map.
 
     HeadAllocation heads;
-    allocation_start(&heads, settings, L, H, G);                  // uniform: H/G query heads each
-    allocation_begin_step(&heads, l, step);                       // the map of layer l, from what was measured before
-    allocation_measure(&heads, l, sums, sequences, step);        // what later steps need of this one
-    heads.map + l * H                                             // what attention takes
+    allocation_start(&heads, settings, L, H, G);             // uniform: H/G query heads for each KV head
+    allocation_begin_step(&heads, l, step);                  // the map of layer l, from the last statistic
+    allocation_measure(&heads, l, sums, sequences, step);    // the statistic of this step, for later steps
+    const int* kv_of_q = heads.map + l * H;                  // the map that attention takes
 
-The allocation of a layer says how many query heads each key/value head has, (G) summing to H; its map names the key/value
-head of each query head, (H) and never decreasing.
+The allocation of a layer, (G), holds the number of query heads of each KV head; its sum is H. The map, (H),
+holds the KV head of each query head and never decreases.
 
-What happens to one layer is written once, for the host and for kernels (dev/cpu/heads.h, kernels/heads.cuh): it takes no
-memory, prints nothing, and knows nothing of other layers. It calculates in double and depends on nothing but its arguments,
-so that every rank and every device that sees the same numbers comes to the same bits. For that no product may be left to
-compilers to fuse with a sum or not: the only one that something is added to is written as fma(). And the product that is rounded
-is first made a float: what is a tie up to the noise of a double is then exactly one.
+The functions for one layer are written once, for the host and for kernels (dev/cpu/heads.h,
+kernels/heads.cuh). They allocate nothing, print nothing and read no other layer. They compute in double from
+their arguments alone, so that every rank and device gets the same bits from the same numbers. Two rules serve
+this. The only product that is followed by a sum is an explicit fma(), since a compiler may or may not fuse
+the two. A share is converted to float before it is rounded, so that two shares that differ only by the
+rounding of doubles become an exact tie.
 */
 #ifndef RUNTIME_ALLOCATION_H
 #define RUNTIME_ALLOCATION_H
@@ -29,7 +31,7 @@ is first made a float: what is a tie up to the noise of a double is then exactly
 // ----------------------------------------------------------------------------
 // From weights to an allocation
 
-// As even as possible; what is left over goes to the first groups.
+// As even as possible; the first H % G groups get one more.
 HOST_AND_DEVICE static inline void allocate_uniform(int* heads, int G, int H) {
     for (int g = 0; g < G; g++) heads[g] = H / G + (g < H % G);
 }
@@ -46,8 +48,9 @@ HOST_AND_DEVICE static inline int first_smallest(const int* values, int count) {
     return at;
 }
 
-// Hands H query heads out in proportion to the weights, every group at least `least` of them (least * G <= H). Weights are
-// not negative. Returns 0, and leaves `heads` as it is, where one of them is not a number or infinite; else 1.
+// Allocates H query heads in proportion to the weights, at least `least` to every group (least * G <= H).
+// Weights must not be negative. Returns 0, and leaves `heads` as it is, if a weight is NaN or infinite; else
+// 1.
 HOST_AND_DEVICE static inline int allocate_heads(int* heads,            // (G)
                                                  const double* weights, // (G)
                                                  int G, int H, int least) {
@@ -86,8 +89,8 @@ static inline void map_from_allocation(int* map,         // (H)
 // ----------------------------------------------------------------------------
 // From a statistic to weights
 
-// How far each head is from the weakest, in units of the strongest: a shift or a scale of n changes nothing. All equal:
-// all 0. NaN where n is not finite.
+// weights[g] = (n[g] - min n) / (max n - min n). A shift or a positive scale of n changes nothing. If all n
+// are equal, all weights are 0; if an n is not finite, all weights are NaN.
 HOST_AND_DEVICE static inline void weights_of_range(double* weights, const double* n, int G) {
     double low = n[0], high = n[0];
     for (int g = 0; g < G; g++) {
@@ -99,9 +102,10 @@ HOST_AND_DEVICE static inline void weights_of_range(double* weights, const doubl
 }
 
 // ----------------------------------------------------------------------------
-// A model's allocations, and what they are made from
+// A model's allocations, and their sources
 
-// Random and shuffled are controls: maps as uneven as the others, which no key has a part in, drawn once or at every step.
+// Random and shuffled are controls: maps as uneven as the others, but from random numbers, not from keys.
+// They are drawn once (random) or at every step (shuffled).
 typedef enum {
     SOURCE_LAGGED,
     SOURCE_FORWARD,
@@ -117,11 +121,11 @@ static const char* const dgqa_kind_names[] = {"ema", "diff"};
 
 typedef struct {
     int dynamic; // 0: kdgqa, from the range of n at every step; 1: dgqa, from n's history at every window
-    StatisticSource source; // where n comes from
+    StatisticSource source; // of n
     DgqaKind kind;          // dgqa: a running average, or the change since the last window
     int window;             // dgqa: steps
-    double beta;            // dgqa's average: what is kept of it at a window
-    int least;              // query heads that every key/value head has at least
+    double beta;            // dgqa: factor of the old average at a window
+    int least;              // smallest number of query heads of a KV head
     uint64_t seed;          // of random numbers as the source
 } AllocationSettings;
 
@@ -137,22 +141,23 @@ static inline AllocationSettings allocation_defaults(int dynamic) {
     return settings;
 }
 
-// All that later steps depend on. The arrays lie in one block, of the host's memory or of the device's; a checkpoint holds all but
-// the last three, of which `counted` is the map wherever a step has ended.
+// The state that later steps depend on. The arrays are parts of one block, in host or device memory. A
+// checkpoint holds all arrays but the last three, and `map`, which follows from `heads`; at the end of a step
+// `counted` equals `map`.
 typedef struct {
     AllocationSettings settings;
     int L, H, G;
     void* block;
     double* statistic; // (L, G) n of the last step
     double* history;   // (L, G) dgqa: the running average, or n of the last window
-    long* moved; // (L) query heads that a step gave another key/value head than the step before, of all steps
-    int* heads;  // (L, G) the allocation
-    int* map;    // (L, H) what follows from it
-    int* measured;   // (L) 1 when statistic holds a step's, 0 before the first
-    int* windows;    // (L) values of n that history was made from; 0: it has none
-    int* counted;    // (L, H) the map of the last step that `moved` has counted
-    int* not_finite; // (L) 1 + the first step whose n was not finite; 0: it always was
-    double* weights; // (L, G) scratch
+    long* moved;       // (L) how often a step gave a query head another KV head than the step before
+    int* heads;        // (L, G) the allocation
+    int* map;          // (L, H) the map, from the allocation
+    int* measured;     // (L) 1: `statistic` holds a step's; 0: no step has ended yet
+    int* windows;      // (L) number of windows whose n is in `history`; 0: it is empty
+    int* counted;      // (L, H) the map of the last step that `moved` has counted
+    int* not_finite;   // (L) 1 + the first step whose n was not finite; 0: n was always finite
+    double* weights;   // (L, G) scratch
 } HeadAllocation;
 
 static inline size_t allocation_bytes(int L, int H, int G) {
@@ -161,7 +166,7 @@ static inline size_t allocation_bytes(int L, int H, int G) {
     return (size_t)L * layer;
 }
 
-// An allocation whose arrays are the block's, allocation_bytes() of them.
+// An allocation whose arrays are in `block`, which has allocation_bytes() bytes.
 static inline HeadAllocation allocation_at(void* block, AllocationSettings settings, int L, int H, int G) {
     HeadAllocation a;
     const size_t groups = (size_t)L * G;
@@ -196,9 +201,9 @@ static inline void allocation_start(HeadAllocation* a, AllocationSettings settin
 static inline void allocation_free(HeadAllocation* a) { free(a->block); }
 
 // ----------------------------------------------------------------------------
-// What a step does with a layer
+// The work of a step for one layer
 
-// The map of layer l follows its allocation.
+// Makes the map of layer l from its allocation.
 HOST_AND_DEVICE static inline void allocation_apply(const HeadAllocation* a, int l) {
     const int* heads = a->heads + (size_t)l * a->G;
     int* map = a->map + (size_t)l * a->H;
@@ -207,7 +212,8 @@ HOST_AND_DEVICE static inline void allocation_apply(const HeadAllocation* a, int
     }
 }
 
-// Once a step, when its last map is there: a map between two micro-batches does not count.
+// Counts the query heads that moved. Call it once a step, after the step's last map: maps between two
+// micro-batches do not count.
 HOST_AND_DEVICE static inline void allocation_count_moves(const HeadAllocation* a, int l) {
     const int* map = a->map + (size_t)l * a->H;
     int* counted = a->counted + (size_t)l * a->H;
@@ -222,7 +228,8 @@ HOST_AND_DEVICE static inline int allocation_is_due(const AllocationSettings* se
     return !settings->dynamic || step % settings->window == 0;
 }
 
-// What dgqa's history (G) becomes at a window whose statistic is n: the running average, which starts at the first n, or n.
+// Computes dgqa's new history (G) at a window whose statistic is n: the running average, which starts at the
+// first n (ema), or n itself (diff).
 HOST_AND_DEVICE static inline void allocation_history(double* out, const HeadAllocation* a, int l,
                                                       const double* n) {
     const AllocationSettings* settings = &a->settings;
@@ -233,8 +240,8 @@ HOST_AND_DEVICE static inline void allocation_history(double* out, const HeadAll
     }
 }
 
-// The weights of layer l for the statistic n (G). Returns 0 where there are none and the map stays: the differences of dgqa
-// need a window before, and are no weights where nothing differs.
+// Computes the weights of layer l from the statistic n (G). Returns 0 if there are none and the map stays:
+// dgqa's differences need an earlier window, and at least one must not be 0.
 HOST_AND_DEVICE static inline int allocation_weights(double* weights, const HeadAllocation* a, int l,
                                                      const double* n) {
     const double* history = a->history + (size_t)l * a->G;
@@ -258,7 +265,7 @@ HOST_AND_DEVICE static inline int all_finite(const double* values, int count) {
     return 1;
 }
 
-// Layer l's map for this step, from its statistic n (G). Where n is not finite the map stays.
+// Makes layer l's map for this step from its statistic n (G). If n is not finite, the map stays.
 HOST_AND_DEVICE static inline void allocation_update(const HeadAllocation* a, int l, const double* n,
                                                      int step) {
     double* weights = a->weights + (size_t)l * a->G;
@@ -271,7 +278,8 @@ HOST_AND_DEVICE static inline void allocation_update(const HeadAllocation* a, in
     }
 }
 
-// Takes n (G) into the history of dgqa, once a window, after the maps of its step were made. What is not finite is left out.
+// Adds n (G) to dgqa's history, once a window, after the maps of its step were made. It skips an n that is
+// not finite.
 HOST_AND_DEVICE static inline void allocation_remember(const HeadAllocation* a, int l, const double* n,
                                                        int step) {
     const AllocationSettings* settings = &a->settings;
@@ -280,7 +288,8 @@ HOST_AND_DEVICE static inline void allocation_remember(const HeadAllocation* a, 
     a->windows[l]++;
 }
 
-// What stands in the place of the statistic with SOURCE_RANDOM, the same at every step, and SOURCE_SHUFFLED: uniform numbers.
+// The statistic with SOURCE_RANDOM (the same numbers at every step) and SOURCE_SHUFFLED (new ones): uniform
+// random numbers.
 HOST_AND_DEVICE static inline void allocation_random(double* n, // (G)
                                                      const HeadAllocation* a, int l, int step) {
     const uint64_t draw = a->settings.source == SOURCE_SHUFFLED ? (uint64_t)step : 0;
@@ -288,7 +297,7 @@ HOST_AND_DEVICE static inline void allocation_random(double* n, // (G)
     for (int g = 0; g < a->G; g++) n[g] = random_uniform(a->settings.seed, stream, first + (uint64_t)g);
 }
 
-// At the start of a step: the map of layer l from what was measured last, or from random numbers.
+// At the start of a step: makes the map of layer l from the last statistic or from random numbers.
 HOST_AND_DEVICE static inline void allocation_begin_step(const HeadAllocation* a, int l, int step) {
     const StatisticSource source = a->settings.source;
     double* n = a->statistic + (size_t)l * a->G;
@@ -302,8 +311,9 @@ HOST_AND_DEVICE static inline void allocation_begin_step(const HeadAllocation* a
     allocation_remember(a, l, n, step);
 }
 
-// In the middle of a forward pass, with SOURCE_FORWARD: the map of layer l from this batch alone. The norms are the statistics of
-// its sequences; where other ranks' batches are summed up in them, `sequences` counts theirs, too.
+// Within a forward pass, with SOURCE_FORWARD: makes the map of layer l from this batch alone. `norms` holds
+// the statistics of its sequences. If they are sums over ranks, `sequences` counts the sequences of all
+// ranks.
 HOST_AND_DEVICE static inline void allocation_of_batch(const HeadAllocation* a, int l,
                                                        const float_acc* norms, // (B, G)
                                                        int B, long sequences, int step) {
@@ -316,7 +326,8 @@ HOST_AND_DEVICE static inline void allocation_of_batch(const HeadAllocation* a, 
     allocation_update(a, l, n, step);
 }
 
-// At the end of a step: its statistic, the mean over its sequences. Maps that were made within the step have not been remembered.
+// At the end of a step: computes its statistic, the mean over its sequences. With SOURCE_FORWARD, it also
+// counts the moves and updates the history, since allocation_of_batch() does neither.
 HOST_AND_DEVICE static inline void allocation_measure(const HeadAllocation* a, int l,
                                                       const float_acc* sums, // (G) over the sequences
                                                       long sequences, int step) {
@@ -329,21 +340,21 @@ HOST_AND_DEVICE static inline void allocation_measure(const HeadAllocation* a, i
 }
 
 // ----------------------------------------------------------------------------
-// What the host asks
+// Functions for the host
 
-// Whether the keys of a training pass are measured.
+// Whether a training pass must measure its keys.
 static inline int allocation_needs_keys(const AllocationSettings* settings) {
     return settings->source == SOURCE_LAGGED || settings->source == SOURCE_FORWARD;
 }
 
-// Key/value heads of layer l that no query head reads.
+// KV heads of layer l that no query head reads.
 static inline int allocation_empty(const HeadAllocation* a, int l) {
     int empty = 0;
     for (int g = 0; g < a->G; g++) empty += a->heads[(size_t)l * a->G + g] == 0;
     return empty;
 }
 
-// One warning in a run, of the first n that was not finite.
+// Prints one warning in a run, for the first n that was not finite.
 static inline void allocation_warn(int* warned, const int* not_finite, int L) {
     int first = 0;
     for (int l = 1; l < L; l++)

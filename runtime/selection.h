@@ -1,23 +1,25 @@
 /*
-What MoBA's choice of blocks is worth, and what it costs: measured on the queries, keys and choices of a forward pass that
-was run anyway, on the host, so that training pays nothing for it.
+Statistics of MoBA's top-k selection: its quality and its load. The host computes them from the queries, keys
+and selected blocks of a forward pass outside training.
 
     SelectionStats stats;  selection_start(&stats);
     for each sequence:  selection_add(&stats, qkv, selected, map, T, H, G, D, S, K);
     cJSON* json = selection_json(&stats);
 
-    rows            query rows sampled: of every query head, SELECTION_ROWS rows spread evenly over those that have more
-                    complete past blocks than they may choose
-    captured        the part of dense attention that lies in the blocks attended, the query's own among them
-    captured_best   the same for the K-1 past blocks that hold the most of it: what a perfect router would reach
+    rows            query rows sampled: SELECTION_ROWS rows of every query head and sequence, spread evenly over
+                    the rows that have more complete past blocks than K-1
+    captured        the part of dense attention that falls on the attended blocks, the query's own included
+    captured_best   the same for the K-1 past blocks with the most dense attention: a perfect router
     captured_chance the same for K-1 past blocks drawn at random
-    recall          the part of those K-1 best blocks that was chosen
-    ages            how far back the chosen blocks lie, of all rows: the part at 1, 2-3, 4-7, ... blocks before the query's
-    heaviest        the most queries that chose one block of one query head, over T: the longest list of the kernels, where
-                    the mean over a head's blocks is `mean_load`
+    recall          the part of those K-1 best blocks that the router selected
+    ages            distances of the selected blocks, of all rows: the parts at 1, 2-3, 4-7, ... blocks before
+                    the query's block
+    heaviest        the most queries of one query head that selected one block, over T: the longest list of the
+                    kernels
+    mean_load       the mean of this over blocks
 
-"Dense attention" is the softmax over all of the past with the layer's own queries and keys (docs/math.md section 2), as if
-nothing had been left out.
+"Dense attention" is the softmax over the whole past with the layer's own queries and keys (docs/math.md
+section 2).
 */
 #ifndef RUNTIME_SELECTION_H
 #define RUNTIME_SELECTION_H
@@ -32,15 +34,15 @@ enum { SELECTION_ROWS = 8, SELECTION_AGES = 24 };
 
 typedef struct {
     double rows, captured, best, chance, recall; // sums over the sampled rows
-    double choices, ages[SELECTION_AGES];        // chosen blocks of all rows, in all and by age
-    double heaviest;                             // the longest list, over T
-    double lists, load;                          // lists, and the sum of their lengths over T
+    double choices, ages[SELECTION_AGES];        // selected blocks of all rows, in total and by age
+    double heaviest;                             // length of the longest list, divided by T
+    double lists, load;                          // number of lists, and the sum of their lengths divided by T
 } SelectionStats;
 
 static inline void selection_start(SelectionStats* stats) { memset(stats, 0, sizeof(*stats)); }
 
-// The dense attention of query t to the keys 0..t of a head, (t + 1), and where it is asked for their products with it.
-// `query` and `keys` are rows of one packed array, keys `stride` apart.
+// Computes the dense attention (t + 1) of query t to the keys 0..t of a head and, if `products` is not NULL,
+// the products of query and keys. `query` and `keys` are rows of one packed array, the keys `stride` apart.
 static inline void dense_attention_row(double* attention, double* products, const floatX* query,
                                        const floatX* keys, size_t stride, int t, int D) {
     double greatest = -INFINITY, total = 0;
@@ -56,7 +58,7 @@ static inline void dense_attention_row(double* attention, double* products, cons
     for (int i = 0; i <= t; i++) attention[i] /= total;
 }
 
-// Marks the `most` entries of the greatest value; ties go to the later one, as in the router.
+// Marks the `most` entries of the greatest values; of equal values the later one wins, as in the router.
 static inline void mark_greatest(char* marks, const double* values, int count, int most) {
     for (int j = 0; j < count; j++) marks[j] = 0;
     for (int k = 0; k < most && k < count; k++) {
@@ -68,7 +70,8 @@ static inline void mark_greatest(char* marks, const double* values, int count, i
     }
 }
 
-// A sampled row: `attention` (t + 1) is its dense attention, `selected` (K-1) the blocks it chose, -1 for none.
+// Adds a sampled row: `attention` (t + 1) is its dense attention, `selected` (K-1) its selected blocks, -1
+// for none.
 static inline void selection_add_row(SelectionStats* stats, const double* attention, const int* selected,
                                      int t, int S, int K) {
     const int eligible = t / S;
@@ -97,7 +100,7 @@ static inline void selection_add_row(SelectionStats* stats, const double* attent
     free(best);
 }
 
-// All choices of a query head of a sequence: their ages, and the lengths of the blocks' lists.
+// Adds all selected blocks of one query head and sequence: their ages, and the lengths of the blocks' lists.
 static inline void selection_add_choices(SelectionStats* stats, const int* selected, // (T, K-1)
                                          int T, int S, int K) {
     const int blocks = T / S;
@@ -114,7 +117,7 @@ static inline void selection_add_choices(SelectionStats* stats, const int* selec
             load[block]++;
         }
     }
-    for (int j = 0; j < (T - 1) / S; j++) { // those that some query could choose
+    for (int j = 0; j < (T - 1) / S; j++) { // the blocks that some query could select
         const double part = (double)load[j] / T;
         stats->heaviest = part > stats->heaviest ? part : stats->heaviest;
         stats->load += part;
@@ -123,7 +126,8 @@ static inline void selection_add_choices(SelectionStats* stats, const int* selec
     free(load);
 }
 
-// Adds one sequence of one layer. Needs K > 1; a sequence in which nothing is left out adds no rows.
+// Adds one sequence of one layer. Needs K > 1. A sequence of at most K blocks adds no rows: the router skips
+// nothing.
 static inline void selection_add(SelectionStats* stats,
                                  const floatX* qkv,   // (T, H + 2G, D)
                                  const int* selected, // (H, T, K-1)
@@ -131,7 +135,7 @@ static inline void selection_add(SelectionStats* stats,
                                  int T, int H, int G, int D, int S, int K) {
     assert(K > 1);
     const size_t width = (size_t)(H + 2 * G) * D;
-    const int first = K * S; // the first row with more complete past blocks than it may choose
+    const int first = K * S; // the first row with more than K-1 complete past blocks
     double* attention = (double*)malloc_or_fail((size_t)T * sizeof(double), "a row of attention");
     for (int h = 0; h < H; h++) {
         const int* chosen = selected + (size_t)h * T * (K - 1);
@@ -146,7 +150,7 @@ static inline void selection_add(SelectionStats* stats,
     free(attention);
 }
 
-// The members above, as means; those of sampled rows are left out where there is none.
+// The members listed at the top, as means. Without sampled rows, the members about them are left out.
 static inline cJSON* selection_json(const SelectionStats* stats) {
     cJSON* json = cJSON_CreateObject();
     json_add_whole(json, "rows", (long)stats->rows);
