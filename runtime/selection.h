@@ -6,17 +6,17 @@ and selected blocks of a forward pass outside training.
     for each sequence:  selection_add(&stats, qkv, selected, map, T, H, G, D, S, K);
     cJSON* json = selection_json(&stats);
 
-    rows            query rows sampled: SELECTION_ROWS rows of every query head and sequence, spread evenly over
-                    the rows that have more complete past blocks than K-1
+    rows            query rows sampled: SELECTION_ROWS rows of every query head and sequence, spread evenly
+                    over the rows that have more complete past blocks than K-1
     captured        the part of dense attention that falls on the attended blocks, the query's own included
     captured_best   the same for the K-1 past blocks with the most dense attention: a perfect router
     captured_chance the same for K-1 past blocks drawn at random
     recall          the part of those K-1 best blocks that the router selected
     ages            distances of the selected blocks, of all rows: the parts at 1, 2-3, 4-7, ... blocks before
                     the query's block
-    heaviest        the most queries of one query head that selected one block, over T: the longest list of the
-                    kernels
-    mean_load       the mean of this over blocks
+    heaviest        length of the longest list, divided by T. A block has one list for each query head: the
+                    queries that selected it
+    mean_load       mean length of the lists, divided by T
 
 "Dense attention" is the softmax over the whole past with the layer's own queries and keys (docs/math.md
 section 2).
