@@ -1,30 +1,27 @@
 /*
-Where a run is watched: three files in its output directory, and the terminal.
+The record of a run: three files in its output directory, and lines on the terminal.
 
     MetricsOptions options = {0};  options.directory = "out";  options.total_steps = 2000;  ...
     metrics_describe_text(&options, "model", "d12");  metrics_start(&metrics, &options);
-    metrics_step(&metrics, step + 1, loss, grad_norm, lr, seconds, attention_seconds);  ...  metrics_finish(&metrics);
+    metrics_step(&metrics, step + 1, loss, grad_norm, lr, seconds, attention_seconds);  ...
+    metrics_finish(&metrics);
 
-metrics.jsonl   the run's description, {"event":"start", ...}, then a line a step (step, tokens, loss,
-                grad_norm, lr) and a validation (step, tokens, val_loss), and what the variant has to tell at
-                validations (step, tokens, and a member of its own). Only what the flags determine is in it:
-                two runs with the same flags write the same bytes, interrupted and resumed or not. Every number
-                reads back as the same float or double; one that is not a number is null.
-timings.jsonl   what the clock says: a line a step (step, tokens, seconds, tokens_per_second, step_ms,
-                attention_ms, and flops_per_second and mfu where they are known) and one an event (validation,
-                checkpoint, ...; with the seconds spent; or changes: the settings and data that a resume has changed).
-                "seconds" counts from the start of the run, and goes on over resumes.
-main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validation, "s:0 trl:..." for training.
+metrics.jsonl   {"event":"start", ...}, the run's description; a line for each step (step, tokens, loss,
+                grad_norm, lr); a line for each validation (step, tokens, val_loss); lines of the variant
+                (step, tokens, a member of its own). It depends on the flags alone: two runs with the same
+                flags write the same bytes, resumed or not. A number reads back exactly; NaN is null.
+timings.jsonl   a line for each step (step, tokens, seconds, tokens_per_second, step_ms, attention_ms; if
+                known, flops_per_second and mfu); a line for each event (validation, checkpoint, changes of a
+                resume). "seconds" counts from the start of the run and continues over resumes.
+main.log        llm.c's log, for its plotting tools: "s:0 tel:..." for validation, "s:0 trl:..." for training
 
-A step has the number of optimizer steps done with it, 1, 2, ..., total_steps, and a validation that of those done
-before it, 0 for the fresh model. (llm.c counts training steps from 0, so main.log does.) A run resumed at step k
-drops every line of a later step, and a last line that was cut; the file is written anew and renamed. A validation
-at k is kept, and not written a second time; only where a signal broke off the measurements at k, their lines are
-dropped as well. A resume with another description than before adds
-{"event":"resume","step":k, ...}.
+Training step s = 1 .. total_steps is the s-th optimizer step (main.log counts from 0, as llm.c does). A
+validation at step s follows s optimizer steps; s = 0 is the fresh model. A run resumed at step k rewrites the
+files without the lines of later steps and without a last line that is cut. It keeps k's validation, unless a
+signal interrupted the measurements at k. A resume with a different description adds {"event":"resume", ...}.
 
-On a terminal one live line is redrawn, messages scroll above it; elsewhere a plain line every log_every steps.
-A file that cannot be written ends the run with one line (exit code 1).
+On a terminal one live line is redrawn and messages scroll above it; elsewhere a plain line is printed every
+log_every steps. A file that cannot be written ends the run with one line and exit code 1.
 */
 #ifndef RUNTIME_METRICS_H
 #define RUNTIME_METRICS_H
@@ -45,48 +42,48 @@ A file that cannot be written ends the run with one line (exit code 1).
 // ----------------------------------------------------------------------------
 // Types
 
-// All zero is a run without files, with a line every step.
+// All members zero: no files, and a line every step.
 typedef struct {
-    const char* directory; // where the files are; NULL: none
-    int resume_step;       // steps done before; 0: a new run, whose files begin empty
-    int unmeasured;        // 1: what was measured at resume_step is measured again, and its lines are dropped
-    int total_steps;       // where the run ends
-    int log_every;         // steps between two plain lines of a display that is no terminal; 0 is 1
+    const char* directory;    // of the files; NULL: no files
+    int resume_step;          // steps done before; 0: a new run, whose files begin empty
+    int unmeasured;           // 1: the measurements at resume_step are repeated, and their old lines dropped
+    int total_steps;          // of the whole run
+    int log_every;            // steps between two plain lines if the display is no terminal; 0 is 1
     uint64_t tokens_per_step; // of all ranks
-    uint64_t tokens_before;   // of the resume_step steps done before, which may have been of another size
-    double flops_per_step;    // floating-point operations a step, forward and backward; 0: not known
-    double peak_flops;        // of the machine, a second, all ranks; 0: not known, and MFU is left out
+    uint64_t tokens_before;   // of the resume_step steps before, which may have had another total batch
+    double flops_per_step;    // floating-point operations of a step, forward and backward; 0: not known
+    double peak_flops;        // per second, of all ranks' devices; 0: not known, and MFU is left out
     int quiet;                // 1: nothing on the terminal
     FILE* terminal;           // NULL: stdout
     char description[METRICS_DESCRIPTION_BYTES]; // JSON members, by metrics_describe_text() and _number()
 } MetricsOptions;
 
 typedef struct {
-    FILE* file; // NULL: there is none
+    FILE* file; // NULL: no file
     char path[PATH_MAX];
 } MetricsFile;
 
 typedef struct {
     MetricsOptions options;
     MetricsFile metrics, timings, log;
-    int last_validation; // the step of the last one in the files, -1: none
+    int last_validation; // the step of the last validation in the files, -1: none
 
     double clock_start;    // of this process's part of the run
-    double seconds_before; // of the parts before
+    double seconds_before; // of the earlier parts of the run
     // For the display:
-    int steps_here;         // in this process
-    double first_step_done; // clock
-    double smooth_seconds;  // a step's, averaged over about the last 20, without the first, which warms up
-    int live;               // the terminal is one
-    double redrawn;         // clock of the last time
+    int steps_here;         // steps of this process
+    double first_step_done; // the clock at the end of this process's first step
+    double smooth_seconds;  // of a step, averaged over about the last 20, without the first (warm-up) step
+    int live;               // 1: the display is a terminal
+    double redrawn;         // the clock at the last redraw
     char line[256];         // the live line
 } Metrics;
 
 // ----------------------------------------------------------------------------
 // JSON
 
-// The shortest decimal that reads back as the same number: as a float for what is one (in the fp64 build nothing
-// is), as a double otherwise. JSON has no word for infinity: 1e999 is read as it.
+// Writes the shortest decimal that reads back as the same number: as a float if x is a float (except in the
+// fp64 build), else as a double. JSON has no infinity; readers take 1e999 for it.
 static inline void metrics_number(char* out, double x) {
     int is_float = sizeof(floatX) < sizeof(double) && (double)(float)x == x;
     if (isnan(x)) {
@@ -101,7 +98,8 @@ static inline void metrics_number(char* out, double x) {
     }
 }
 
-// `text` as a JSON string, quotes included. Returns the length; at most 6 bytes for each of text's, and 3.
+// Writes `text` as a JSON string with its quotes. Returns the length. `out` needs 6 bytes for each byte of
+// text, and 3.
 static inline size_t metrics_quote(char* out, const char* text) {
     char* place = out;
     *place++ = '"';
@@ -130,8 +128,8 @@ static inline char* metrics_describe_key(MetricsOptions* options, const char* ke
     return place;
 }
 
-// Adds to the run's description. What depends on the machine or on the day (time, host, number of threads) has
-// no place in it, nor has the option to resume.
+// Appends to the run's description. Do not add values that depend on the machine or the time (time, host,
+// number of threads), or the option to resume: they would differ between runs with the same flags.
 static inline void metrics_describe_text(MetricsOptions* options, const char* key, const char* value) {
     char* place = metrics_describe_key(options, key, 6 * strlen(value) + 3);
     metrics_quote(place, value);
@@ -155,12 +153,12 @@ static inline double metrics_clock(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-// Seconds since the start of the run, the parts before the resumes included.
+// Seconds since the start of the run, including the parts before resumes.
 static inline double metrics_seconds(const Metrics* m) {
     return m->seconds_before + (metrics_clock() - m->clock_start);
 }
 
-// One whole line at once, so that whoever reads along sees no half of it.
+// Writes one whole line and flushes it, so that another program that reads the file sees no partial line.
 __attribute__((format(printf, 2, 3))) static inline void metrics_write(MetricsFile* out, const char* format,
                                                                        ...) {
     if (!out->file) return;
@@ -171,13 +169,14 @@ __attribute__((format(printf, 2, 3))) static inline void metrics_write(MetricsFi
     if (written < 0 || fflush(out->file) != 0) fail("%s: cannot write: %s", out->path, strerror(errno));
 }
 
-// Is this line, of the step that is resumed, the step's own, and not that of a measurement after it?
+// Whether this line of the resumed step is the training step's own line, not that of a measurement after the
+// step.
 static inline int metrics_line_of_step(const char* line) {
     return strstr(line, "\"loss\":") || strstr(line, "\"step_ms\":");
 }
 
-// Does this line, without its newline, belong to the first `step` steps? What is no line of ours does not. Where the last of
-// these steps is unmeasured, its validation and the like do not belong to them either.
+// Whether to keep this line (without its newline): it must belong to the first `step` steps. Lines of another
+// form are dropped. If `unmeasured`, the measurements after the last of these steps are dropped as well.
 static inline int metrics_line_kept(const char* line, int step, int unmeasured) {
     size_t length = strlen(line);
     char event[32], kind[4];
@@ -193,7 +192,8 @@ static inline int metrics_line_kept(const char* line, int step, int unmeasured) 
     return at < step || (at == step && !unmeasured && strcmp(kind, "trl") != 0);
 }
 
-// What the resumed run has to know of a line that is kept. `description` is that of the last start or resume.
+// Takes from a kept line what the resumed run needs: last_validation, seconds_before, and `description`,
+// which becomes that of the last start or resume.
 static inline void metrics_remember(Metrics* m, const char* line, char* description) {
     int at, end = 0;
     if (sscanf(line, "{\"step\":%d,", &at) == 1 && strstr(line, "\"val_loss\":")) m->last_validation = at;
@@ -204,7 +204,7 @@ static inline void metrics_remember(Metrics* m, const char* line, char* descript
     if (seconds) m->seconds_before = strtod(seconds + 10, NULL);
 }
 
-// Rewrites one file without the lines that came after the step that is resumed. A missing one stays missing.
+// Rewrites one file without the lines after the resumed step. A missing file stays missing.
 static inline void metrics_cut_file(Metrics* m, const char* path, char* description) {
     if (!path_exists(path)) return;
     char partial[PATH_MAX];
@@ -233,7 +233,8 @@ static inline void metrics_open(Metrics* m, MetricsFile* out, const char* name, 
     out->file = open_or_fail(out->path, m->options.resume_step > 0 ? "ab" : "wb");
 }
 
-// Puts the files on the disk: before a checkpoint is committed, so that a resume finds the lines up to it.
+// Syncs the files to the disk. Call it before a checkpoint is committed, so that a resume finds the lines up
+// to it.
 static inline void metrics_sync(Metrics* m) {
     MetricsFile* files[] = {&m->metrics, &m->timings, &m->log};
     for (int i = 0; i < 3; i++)
@@ -258,13 +259,13 @@ static inline void metrics_draw(Metrics* m) {
     m->redrawn = metrics_clock();
 }
 
-// Takes the live line away, for something else to be printed in its place.
+// Removes the live line, so that something else can be printed in its place.
 static inline void metrics_clear(Metrics* m) {
     if (live_line_shown) fprintf(m->options.terminal, "\r\033[K");
     live_line_shown = 0;
 }
 
-// A line for the reader, above the live one. Quiet runs print none.
+// Prints a line on the terminal, above the live line. Quiet runs print none.
 __attribute__((format(printf, 2, 3))) static inline void metrics_message(Metrics* m, const char* format,
                                                                          ...) {
     if (m->options.quiet) return;
@@ -300,7 +301,7 @@ static inline void metrics_duration(char* out, double seconds) {
     else snprintf(out, METRICS_NUMBER_BYTES, "%lldd%02lldh", s / 86400, s / 3600 % 24);
 }
 
-// The line that says how far the run is, to m->line.
+// Writes the line that shows the run's progress to m->line.
 static inline void metrics_compose(Metrics* m, int step, double loss, double grad_norm, double lr) {
     const MetricsOptions* o = &m->options;
     char tokens[METRICS_NUMBER_BYTES], flops[METRICS_NUMBER_BYTES + 16] = "", eta[METRICS_NUMBER_BYTES];
@@ -310,7 +311,8 @@ static inline void metrics_compose(Metrics* m, int step, double loss, double gra
         snprintf(flops, sizeof(flops), "  %.1f%% MFU", 100.0 * o->flops_per_step * rate / o->peak_flops);
     else if (o->flops_per_step > 0)
         snprintf(flops, sizeof(flops), "  %.1f GFLOP/s", 1e-9 * o->flops_per_step * rate);
-    // By the clock, so that validations and checkpoints count; the first step, which warms up, does not.
+    // Measured by the clock, so that validations and checkpoints count. The first step (warm-up) does not
+    // count.
     double per_step =
         m->steps_here > 1 ? (metrics_clock() - m->first_step_done) / (m->steps_here - 1) : m->smooth_seconds;
     int left = o->total_steps > step ? o->total_steps - step : 0;
@@ -335,13 +337,15 @@ static inline void metrics_show(Metrics* m, int step, int shown, double loss, do
 // ----------------------------------------------------------------------------
 // The run
 
-// Opens the files, cuts them where a resumed run goes on, writes the description. The directory must exist.
+// Opens the files, drops the lines after the resumed step, and writes the description. The directory must
+// exist.
 static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
     memset(m, 0, sizeof(*m));
     m->options = *options;
     if (m->options.log_every < 1) m->options.log_every = 1;
     if (!m->options.terminal) m->options.terminal = stdout;
-    // mpirun gives its processes a terminal wherever their output goes: TERM=dumb says that nobody looks.
+    // mpirun gives its processes a terminal even if their output goes to a file; TERM=dumb switches the live
+    // line off.
     const char* kind = getenv("TERM");
     m->live = !m->options.quiet && isatty(fileno(m->options.terminal)) && !(kind && !strcmp(kind, "dumb"));
     m->last_validation = -1;
@@ -363,8 +367,8 @@ static inline unsigned long long metrics_tokens(const Metrics* m, int step) {
     return (unsigned long long)(o->tokens_before + o->tokens_per_step * (uint64_t)(step - o->resume_step));
 }
 
-// A training step: `step` optimizer steps are done with it; the rest is that step's, `seconds` its duration, of which
-// attention took `attention_seconds`.
+// Records training step number `step` (1, 2, ...): its loss, gradient norm, learning rate, duration in
+// seconds, and the seconds of it that attention took.
 static inline void metrics_step(Metrics* m, int step, double loss, double grad_norm, double lr,
                                 double seconds, double attention_seconds) {
     const MetricsOptions* o = &m->options;
@@ -396,21 +400,21 @@ static inline void metrics_step(Metrics* m, int step, double loss, double grad_n
     metrics_show(m, step, shown, loss, grad_norm, lr);
 }
 
-// What a variant has to tell after `step` optimizer steps: a line of metrics.jsonl with one further member, whose value is
-// the JSON text `value`. Only what the flags determine belongs there.
+// Writes a variant's line of metrics.jsonl after `step` optimizer steps, with the member `key`: `value` (JSON
+// text). The value must depend on the flags alone.
 static inline void metrics_member(Metrics* m, int step, const char* key, const char* value) {
     metrics_write(&m->metrics, "{\"step\":%d,\"tokens\":%llu,\"%s\":%s}\n", step, metrics_tokens(m, step),
                   key, value);
 }
 
-// Something other than a step that took `spent` seconds, such as a "checkpoint": timings only. `name` is a plain
-// word of at most 31 letters.
+// Records an event other than a step, such as "checkpoint", that took `spent` seconds; in timings.jsonl only.
+// `name` is a plain word of at most 31 letters.
 static inline void metrics_event(Metrics* m, const char* name, int step, double spent) {
     metrics_write(&m->timings, "{\"event\":\"%s\",\"step\":%d,\"seconds\":%.3f,\"spent\":%.3f}\n", name, step,
                   metrics_seconds(m), spent);
 }
 
-// What differs in a run that is resumed at `step`: timings, and the terminal.
+// Records the changes of a run that is resumed at `step`, in timings.jsonl and on the terminal.
 static inline void metrics_changes(Metrics* m, int step, const char* changes) {
     char* text = (char*)malloc_or_fail(6 * strlen(changes) + 3, "a line of timings.jsonl");
     metrics_quote(text, changes);
@@ -420,7 +424,8 @@ static inline void metrics_changes(Metrics* m, int step, const char* changes) {
     free(text);
 }
 
-// The mean loss on the validation data after `step` optimizer steps, which took `spent` seconds to find.
+// Records the mean loss on the validation data after `step` optimizer steps; the validation took `spent`
+// seconds.
 static inline void metrics_validation(Metrics* m, int step, double val_loss, double spent) {
     if (step > m->last_validation) {
         char loss_text[METRICS_NUMBER_BYTES];
