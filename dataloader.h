@@ -1,5 +1,5 @@
 /*
-Token shards to batches: which tokens a training step sees, and a thread that has them ready in time.
+From token shards to batches: the order in which training reads the tokens, and a thread that reads ahead.
 
     DataLoader* loader = loader_open("data/train_*.bin", T, vocab_size, tokenizer_hash, seed, 1);
     loader_start(loader, step * sequences_per_step + rank * B, (uint64_t)ranks * B, B);
@@ -13,16 +13,15 @@ files). The file's length must be exactly what the header says. Kinds may be mix
 A shard of n tokens holds floor((n-1)/T) windows of T+1 tokens, at a stride of T: the last token of a window,
 which is only a target, is the first of the next. No window crosses from one shard into another.
 
-The N windows of all shards are read in an order that belongs to the data. Sequence number s of a run (0, 1,
-2,
-...) is in epoch s / N the window random_permutation(seed, epoch, s % N, N), so it depends on seed, N and T
-alone, not on the batch size, the accumulation or the number of ranks, and any place in it is found without
-reading what comes before. Without shuffling, for validation, sequence s is window s, and after the last there
-is nothing.
+A run reads the N windows of all shards in a random order. Sequence number s of a run (0, 1, 2, ...) belongs
+to epoch s / N; there it is the window random_permutation(seed, epoch, s % N, N). So the order depends on
+seed, N and T alone, not on the micro-batch, its number or the number of ranks. Any place in the order is
+found without reading the sequences before it. Without shuffling, for validation, sequence s is window s, and
+the data end after the last window.
 
-Shards are read with pread, never mapped: resident memory is what loader_bytes() says. Whatever is wrong with
-a shard ends the process with one line that names it (exit code 1); what the reader thread finds is reported
-by the loader_next() that would have returned it.
+Shards are read with pread, never mapped, so memory use is loader_bytes(). An error in a shard ends the
+process with one line that names the shard, and exit code 1. If the reader thread finds the error, the
+loader_next() that needs the batch reports it.
 */
 #ifndef DATALOADER_H
 #define DATALOADER_H
@@ -49,8 +48,9 @@ by the loader_next() that would have returned it.
 #define SHARD_MAGIC_UINT32 20240801
 #define SHARD_VERSION_UINT32 7
 
-// Shards beyond this number, or a quarter of the files that the process may have open, are opened for every window instead of
-// being kept open: training and validation data of thousands of shards leave files for everything else.
+// At most this many shards, and at most a quarter of the files that the process may open, stay open. The
+// loader opens further shards for every window that it reads, so that thousands of shards leave open files
+// for everything else.
 #define LOADER_OPEN_FILES 256
 #define LOADER_MESSAGE_BYTES (PATH_MAX + 256)
 #define LOADER_CHUNK_BYTES 16384
@@ -69,7 +69,7 @@ typedef struct {
 } TokenShard;
 
 typedef struct {
-    // What is read: fixed once loader_open() returns, so any thread may read by it.
+    // The data: constant after loader_open(), so that any thread may read them.
     TokenShard* shards; // (shard_count), sorted by path
     int shard_count;
     int T;          // tokens of a sequence; a window is one token longer
@@ -81,25 +81,25 @@ typedef struct {
     uint64_t tokens;         // in all shards
     uint32_t tokenizer_hash; // of all shards that know theirs, 0 when none does
 
-    // What the reader thread is to read: batch i begins at sequence origin + i * stride.
+    // The reader thread's task: batch i begins at sequence origin + i * stride.
     uint64_t origin, stride;
     int batch;
     int* tokens_of[2];  // (batch, T) each; batch i is in buffer i % 2
     int* targets_of[2]; // (batch, T)
     int rows_of[2];     // sequences in the buffer: `batch`, or fewer at the end of unshuffled data
 
-    // Under the lock. Batch i may be written once batch i - 2 is released: filled < released + 2 always
-    // allows the reader one batch ahead of the one in use, and never lets it touch the one in use.
+    // Protected by the lock. The reader may fill batch i after the consumer has released batch i - 2. So it
+    // reads one batch ahead of the one in use (filled < released + 2) and never writes to the one in use.
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    uint64_t filled;   // batches the reader has finished
-    uint64_t released; // batches the consumer is done with
-    int stopping;      // the reader is asked to return
-    int failed;        // `message` says why the reader returned
+    uint64_t filled;   // number of batches that the reader has filled
+    uint64_t released; // number of batches that the consumer no longer uses
+    int stopping;      // 1: the reader must return
+    int failed;        // 1: the reader has returned because of the error in `message`
 
     pthread_t reader;
-    int reading;         // a reader thread exists, to be joined
-    uint64_t next_batch; // the number of the next loader_next()
+    int reading;         // 1: a reader thread exists
+    uint64_t next_batch; // the batch that the next loader_next() returns
     char message[LOADER_MESSAGE_BYTES];
 } DataLoader;
 
@@ -119,7 +119,7 @@ static inline ssize_t shard_pread(int file, void* out, size_t bytes, off_t offse
     return (ssize_t)used;
 }
 
-// Bytes per token, from magic and version.
+// Returns the bytes of a token, from magic and version.
 static inline int shard_kind_or_fail(const char* path, int32_t magic, int32_t version) {
     if (magic != SHARD_MAGIC_UINT16 && magic != SHARD_MAGIC_UINT32)
         fail("%s: not a token shard: it begins with %d, not with %d (uint16 tokens) or %d (uint32 tokens)",
@@ -130,7 +130,7 @@ static inline int shard_kind_or_fail(const char* path, int32_t magic, int32_t ve
     return magic == SHARD_MAGIC_UINT16 ? 2 : 4;
 }
 
-// The file's length against what its header says.
+// Fails unless the file has exactly the length that its header says.
 static inline void shard_check_length(const char* path, off_t file_bytes, int32_t tokens, int token_bytes) {
     if (tokens < 0) fail("%s: its header says %d tokens", path, tokens);
     long long held = (long long)file_bytes - SHARD_HEADER_BYTES, meant = (long long)tokens * token_bytes;
@@ -139,8 +139,7 @@ static inline void shard_check_length(const char* path, off_t file_bytes, int32_
         fail("%s: %lld bytes longer than the %d tokens its header says", path, held - meant, tokens);
 }
 
-// Opens one shard and checks everything that can be known without reading its tokens. The descriptor stays
-// open.
+// Opens one shard and checks all but its tokens. The descriptor stays open.
 static inline void shard_open(TokenShard* shard, int vocab_size, uint32_t tokenizer_hash) {
     const char* path = shard->path;
     struct stat info;
@@ -168,8 +167,8 @@ static inline void shard_open(TokenShard* shard, int vocab_size, uint32_t tokeni
              shard->tokenizer_hash, tokenizer_hash);
 }
 
-// A number by which two files of the same length that hold other tokens are told apart: from their headers and, of the tokens,
-// some at the beginning, in the middle and at the end.
+// A hash of the header and of some tokens at the beginning, in the middle and at the end. Two files of the
+// same length with different tokens most likely have different hashes.
 static inline uint64_t shard_fingerprint(const TokenShard* shard) {
     char piece[4 * SHARD_HEADER_BYTES];
     const off_t length = SHARD_HEADER_BYTES + (off_t)shard->tokens * shard->token_bytes;
@@ -191,8 +190,8 @@ static inline int shard_compare_paths(const void* a, const void* b) {
     return strcmp(*(char* const*)a, *(char* const*)b);
 }
 
-// The shards' paths, sorted by bytes, whatever the locale. A pattern that matches nothing may still be the
-// name of a file, such as one with brackets in it.
+// Finds the shards' paths, sorted by their bytes, whatever the locale. A pattern that matches nothing may
+// still be the name of a file, for example a name with brackets.
 static inline void loader_find_shards(DataLoader* loader, const char* pattern) {
     glob_t found;
     memset(&found, 0, sizeof(found));
@@ -222,7 +221,7 @@ static inline void loader_free_shards(DataLoader* loader) {
     free(loader->shards);
 }
 
-// The vocabulary that the first shard of a pattern says it was written with, 0 when it does not say.
+// The size of the vocabulary in the header of the pattern's first shard; 0 if the header does not have it.
 static inline int loader_peek_vocabulary(const char* pattern) {
     DataLoader loader;
     memset(&loader, 0, sizeof(loader));
@@ -240,8 +239,9 @@ static inline int loader_open_files(void) {
     return (int)(limit.rlim_cur / 4);
 }
 
-// `pattern` is a shell pattern (glob); quote it on a command line. `tokenizer_hash` 0 accepts any tokenizer,
-// as long as the shards agree with each other. `shuffle` 0 reads in plain order, once. The caller closes.
+// Opens the shards of `pattern`, a shell pattern (glob); quote it on a command line. `tokenizer_hash` 0
+// accepts any tokenizer that all shards share. `shuffle` 0 reads the windows once, in their order. The caller
+// calls loader_close().
 static inline DataLoader* loader_open(const char* pattern, int T, int vocab_size, uint32_t tokenizer_hash,
                                       uint64_t seed, int shuffle) {
     assert(T > 0 && vocab_size > 0);
@@ -283,19 +283,19 @@ static inline DataLoader* loader_open(const char* pattern, int T, int vocab_size
 // The number of sequences in an epoch, N.
 static inline uint64_t loader_sequences(const DataLoader* loader) { return loader->windows; }
 
-// The number of tokens in all shards, those at their ends that belong to no window included.
+// The number of tokens in all shards, including tokens at their ends that belong to no window.
 static inline uint64_t loader_tokens(const DataLoader* loader) { return loader->tokens; }
 
-// The hash of the tokenizer that wrote the shards, 0 when they do not say.
+// The hash of the tokenizer that wrote the shards; 0 if no shard has one.
 static inline uint32_t loader_tokenizer_hash(const DataLoader* loader) { return loader->tokenizer_hash; }
 
 // ----------------------------------------------------------------------------
-// Are these the same data?
+// A fingerprint of the data
 
 #define FINGERPRINT_PIECE 16384                 // tokens
-#define FINGERPRINT_TOKENS ((uint64_t)16 << 20) // about so many are read
+#define FINGERPRINT_TOKENS ((uint64_t)16 << 20) // about this many tokens are read
 
-// Tokens first .. first+count of a shard, as 32 bits each, into the hash.
+// Continues the hash over `count` tokens of a shard from `first` on, as 32 bits each.
 static inline uint64_t shard_hash_tokens(uint64_t hash, const TokenShard* shard, int file, uint64_t first,
                                          int count) {
     uint32_t wide[FINGERPRINT_PIECE];
@@ -309,8 +309,8 @@ static inline uint64_t shard_hash_tokens(uint64_t hash, const TokenShard* shard,
     return hash_more(hash, wide, (size_t)count * sizeof(uint32_t));
 }
 
-// A number for all tokens in the order of the shards, whatever the files' names and kinds; never 0. Beyond FINGERPRINT_TOKENS it
-// is of evenly spaced pieces, the last one of every shard among them.
+// A hash of all tokens in the order of the shards, independent of the files' names and kinds; never 0. With
+// more than FINGERPRINT_TOKENS tokens it covers evenly spaced pieces and the last piece of every shard.
 static inline uint64_t loader_fingerprint(const DataLoader* loader) {
     const uint64_t every = (loader->tokens + FINGERPRINT_TOKENS - 1) / FINGERPRINT_TOKENS;
     uint64_t hash = random_stream("fingerprint"), piece = 0;
@@ -333,7 +333,7 @@ static inline uint64_t loader_fingerprint(const DataLoader* loader) {
 // ----------------------------------------------------------------------------
 // Reading
 
-// The window that sequence number `sequence` of the run is.
+// The window of sequence number `sequence` of the run.
 static inline uint64_t loader_window(const DataLoader* loader, uint64_t sequence) {
     if (!loader->shuffle) return sequence;
     uint64_t epoch = sequence / loader->windows;
@@ -341,7 +341,8 @@ static inline uint64_t loader_window(const DataLoader* loader, uint64_t sequence
                               loader->windows);
 }
 
-// The last shard that begins at or before the window; shards without windows never are.
+// The shard that holds the window: the last one whose first_window is not above it. Never a shard without
+// windows.
 static inline const TokenShard* loader_shard_of(const DataLoader* loader, uint64_t window) {
     int low = 0, high = loader->shard_count; // first_window of `low` is <= window, that of `high` is above
     while (high - low > 1) {
@@ -352,8 +353,8 @@ static inline const TokenShard* loader_shard_of(const DataLoader* loader, uint64
     return &loader->shards[low];
 }
 
-// Tokens first .. first+T of an open shard to tokens (T) and targets (T), the targets one place ahead.
-// 0, or -1 and a message.
+// Reads tokens first .. first+T of an open shard into tokens (T) and targets (T), the targets one place
+// ahead. Returns 0, or -1 and a message.
 static inline int shard_read_window(const DataLoader* loader, const TokenShard* shard, int file,
                                     uint64_t first, int* tokens, int* targets, char* message) {
     union {
@@ -386,7 +387,7 @@ static inline int shard_read_window(const DataLoader* loader, const TokenShard* 
     return 0;
 }
 
-// loader_read() for the reader thread, which must not end the process: -1 and a message where it would.
+// loader_read() for the reader thread, which must not end the process: it returns -1 and a message instead.
 static inline int loader_try_read(const DataLoader* loader, uint64_t first_sequence, int count, int* tokens,
                                   int* targets, char* message) {
     for (int row = 0; row < count; row++) {
@@ -409,9 +410,9 @@ static inline int loader_try_read(const DataLoader* loader, uint64_t first_seque
     return count;
 }
 
-// Sequences first_sequence .. first_sequence+count-1 of the run, into tokens and targets, (count, T) each;
-// the target of a token is the one after it. Returns the number of sequences: `count`, or fewer where
-// unshuffled data end; the rows beyond are left alone. May be called from any thread, at any time.
+// Reads sequences first_sequence .. first_sequence+count-1 of the run into tokens and targets, (count, T)
+// each. The target of a token is the next token. Returns the number of sequences: `count`, or fewer at the
+// end of unshuffled data; the other rows do not change. May be called from any thread, at any time.
 static inline int loader_read(const DataLoader* loader, uint64_t first_sequence, int count, int* tokens,
                               int* targets) {
     char message[LOADER_MESSAGE_BYTES];
@@ -448,8 +449,7 @@ static inline void* loader_reader(void* argument) {
     return NULL;
 }
 
-// Ends the reader thread and frees its buffers. Batches that were read ahead are dropped, and so is an error
-// in them: nobody asked for those tokens.
+// Ends the reader thread and frees its buffers. It drops batches that were read ahead, and an error in them.
 static inline void loader_stop(DataLoader* loader) {
     if (!loader->reading) return;
     pthread_mutex_lock(&loader->lock);
@@ -464,11 +464,11 @@ static inline void loader_stop(DataLoader* loader) {
     }
 }
 
-// Starts reading ahead: micro-batch i, i = 0, 1, 2, ..., is the `batch` sequences from first_sequence + i *
-// stride. A rank of R whose steps each take S sequences (all ranks together), in micro-batches of B, starts
-// at step k with first_sequence = k * S + rank * B and stride = R * B: as S is a multiple of R * B, the same
-// stride leads from one micro-batch to the next and from one step to the next. A reader that was started
-// before is stopped.
+// Starts to read ahead: micro-batch i = 0, 1, 2, ... is the `batch` sequences from first_sequence + i *
+// stride on. With R ranks, micro-batches of B sequences and steps of S sequences (of all ranks), a rank
+// starts at step k with first_sequence = k * S + rank * B and stride = R * B. S is a multiple of R * B, so
+// the same stride leads from one micro-batch to the next and from one step to the next. An earlier reader is
+// stopped first.
 static inline void loader_start(DataLoader* loader, uint64_t first_sequence, uint64_t stride, int batch) {
     assert(batch > 0);
     loader_stop(loader);
@@ -482,7 +482,7 @@ static inline void loader_start(DataLoader* loader, uint64_t first_sequence, uin
         loader->tokens_of[i] = (int*)calloc_or_fail(places, sizeof(int), "a batch of tokens");
         loader->targets_of[i] = (int*)calloc_or_fail(places, sizeof(int), "a batch of targets");
     }
-    // Signals are for the program's main thread.
+    // The reader must not receive signals.
     sigset_t all, kept;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &kept);
@@ -492,9 +492,9 @@ static inline void loader_start(DataLoader* loader, uint64_t first_sequence, uin
     loader->reading = 1;
 }
 
-// The next micro-batch: *tokens and *targets are (batch, T), the loader's own, and valid until the next call.
-// Returns the number of sequences as loader_read() does; 0 says that unshuffled data are over. For one
-// thread.
+// Returns the next micro-batch: *tokens and *targets are (batch, T), belong to the loader, and are valid
+// until the next call. The result is the number of sequences, as for loader_read(); 0 at the end of
+// unshuffled data. Only one thread may call it.
 static inline int loader_next(DataLoader* loader, const int** tokens, const int** targets) {
     assert(loader->reading);
     uint64_t i = loader->next_batch++;
@@ -516,7 +516,8 @@ static inline int loader_next(DataLoader* loader, const int** tokens, const int*
 // ----------------------------------------------------------------------------
 // Memory and end
 
-// What the loader holds on the heap while micro-batches of `batch` sequences are read ahead (0: none are).
+// Bytes that the loader holds on the heap while it reads ahead micro-batches of `batch` sequences (0: it does
+// not).
 static inline size_t loader_bytes(const DataLoader* loader, int batch) {
     size_t bytes = sizeof(DataLoader) + (size_t)loader->shard_count * sizeof(TokenShard);
     for (int i = 0; i < loader->shard_count; i++) bytes += strlen(loader->shards[i].path) + 1;
