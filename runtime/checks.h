@@ -2,12 +2,12 @@
 Errors, and the checks made at the program's border (options, files, memory).
 
     if (T % 2 != 0) fail_usage("--sequence-length %d: must be even", T);     // exit code 2
-    FILE* f = open_or_fail(path, "rb");                                       // exit code 1, names path and
-reason float* x = (float*)malloc_or_fail(n * sizeof(float), "the logits");
+    FILE* f = open_or_fail(path, "rb");                      // exit code 1; the message has path and reason
+    float* x = (float*)malloc_or_fail(n * sizeof(float), "the logits");
 
-Every failure is one line on stderr, "PROGRAM: message". Exit code 2 means that the command line was wrong, 1
-everything else. A file or directory that is still being written is registered with scratch_path_begin();
-whatever way the process exits, what is registered then is removed, so that nothing half-written stays.
+Every failure prints one line on stderr, "PROGRAM: message". Exit code 2 means that the command line was
+wrong, and 1 everything else. scratch_path_begin() registers a file or directory that is being written. If the
+process ends before scratch_path_commit(), the registered path is removed, so that nothing half-written stays.
 */
 #ifndef RUNTIME_CHECKS_H
 #define RUNTIME_CHECKS_H
@@ -32,18 +32,19 @@ whatever way the process exits, what is registered then is removed, so that noth
 // ----------------------------------------------------------------------------
 // Failing
 
-// The name that opens every message; a program's main sets it first thing.
+// The name at the beginning of every message; a program's main() sets it first.
 static const char* program_name = "moba.c";
 
-// 1 while a live line stands on the terminal: a message then begins on a line of its own.
+// 1 while the terminal shows a live line: a message then begins with a newline.
 static int live_line_shown = 0;
 
-// Where other processes work together with this one (runtime/comm.h): called before a failure is told, and after, to end them all.
+// Set by runtime/comm.h if several ranks run: called before a failure is printed, and after it, to end all
+// ranks.
 static void (*failure_begin)(void) = NULL;
 static void (*failure_end)(int exit_code) = NULL;
 
-// One line on stderr, written at once, so that the lines of many processes do not run into each other. Control characters,
-// which file names may hold, become '?'.
+// Prints one line on stderr in one write, so that lines of several processes do not mix. Control characters,
+// which file names may contain, become '?'.
 __attribute__((format(printf, 1, 0))) static inline void message_line(const char* format, va_list arguments) {
     char line[4 * PATH_MAX];
     const int used = snprintf(line, sizeof(line), "%s%s: ", live_line_shown ? "\n" : "", program_name);
@@ -78,7 +79,7 @@ __attribute__((format(printf, 1, 2), noreturn)) static inline void fail_usage(co
     fail_with(2, format, arguments);
 }
 
-// The program goes on, but the user must know.
+// Prints a warning; the program goes on.
 __attribute__((format(printf, 1, 2))) static inline void warn(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -89,7 +90,7 @@ __attribute__((format(printf, 1, 2))) static inline void warn(const char* format
 // ----------------------------------------------------------------------------
 // Memory
 
-// Uninitialised memory; `what` completes the sentence "out of memory: 12 MB for ...".
+// Returns uninitialised memory; `what` completes the message "out of memory: 12 MB for ...".
 static inline void* malloc_or_fail(size_t bytes, const char* what) {
     void* memory = malloc(bytes ? bytes : 1);
     if (!memory) fail("out of memory: %.1f MB for %s", (double)bytes / 1e6, what);
@@ -111,7 +112,7 @@ static inline void* realloc_or_fail(void* old, size_t bytes, const char* what) {
 // ----------------------------------------------------------------------------
 // Files
 
-// snprintf into a path buffer of PATH_MAX bytes; fails where it would be cut.
+// snprintf into a path buffer of PATH_MAX bytes; fails if the path does not fit.
 __attribute__((format(printf, 2, 3))) static inline void path_format(char* path, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -133,7 +134,7 @@ static inline void write_or_fail(const void* data, size_t bytes, FILE* file, con
     if (bytes && fwrite(data, 1, bytes, file) != bytes) fail("%s: cannot write: %s", path, strerror(errno));
 }
 
-// Flushes, syncs to the disk and closes: the last place where a full disk shows.
+// Flushes, syncs to the disk and closes: a full disk shows here at the latest.
 static inline void close_written_or_fail(FILE* file, const char* path) {
     if (fflush(file) != 0) fail("%s: cannot write: %s", path, strerror(errno));
     if (fsync(fileno(file)) != 0 && errno != EINVAL && errno != EROFS)
@@ -141,7 +142,8 @@ static inline void close_written_or_fail(FILE* file, const char* path) {
     if (fclose(file) != 0) fail("%s: cannot close: %s", path, strerror(errno));
 }
 
-// The rest of an open file as one buffer with a closing 0 byte that *length does not count. The caller frees it.
+// Reads the rest of an open file into one buffer, with a closing 0 byte that *length does not count. The
+// caller frees it.
 static inline char* read_stream_or_fail(FILE* file, const char* path, size_t* length) {
     size_t capacity = 1 << 16, used = 0;
     char* text = (char*)malloc_or_fail(capacity, path);
@@ -158,7 +160,7 @@ static inline char* read_stream_or_fail(FILE* file, const char* path, size_t* le
     return text;
 }
 
-// The same of a whole file.
+// The same for a whole file.
 static inline char* read_file_or_fail(const char* path, size_t* length) {
     FILE* file = open_or_fail(path, "rb");
     char* text = read_stream_or_fail(file, path, length);
@@ -188,7 +190,7 @@ static inline void make_directories_or_fail(const char* path) {
     if (stat(path, &info) != 0 || !S_ISDIR(info.st_mode)) fail("%s: not a directory", path);
 }
 
-// mkdir -p of the directory that is to hold `path`.
+// mkdir -p of the directory above `path`.
 static inline void make_parent_or_fail(const char* path) {
     char parent[PATH_MAX];
     path_format(parent, "%s", path);
@@ -198,7 +200,8 @@ static inline void make_parent_or_fail(const char* path) {
     make_directories_or_fail(parent);
 }
 
-// rm -rf of one file or one flat directory; a missing one is no error. Of a symbolic link it removes the link alone.
+// rm -rf of one file or one flat directory; a missing one is no error. It removes a symbolic link, not its
+// target.
 static inline void remove_path(const char* path) {
     struct stat info;
     DIR* directory = lstat(path, &info) == 0 && S_ISDIR(info.st_mode) ? opendir(path) : NULL;
@@ -216,23 +219,25 @@ static inline void remove_path(const char* path) {
 }
 
 // ----------------------------------------------------------------------------
-// Scratch: what is being written, and must not stay when the process ends early
+// Scratch: a file or directory that is being written, and that must not stay if the process ends early
 
 // One path at a time is enough: a program writes one file or one checkpoint directory at a time.
 static char scratch_path[PATH_MAX];
 
-// Held while scratch is begun, renamed or removed. A thread that ends the process takes it and keeps it: no other thread can
-// then begin new scratch, or rename half of a set. Do not call fail() while holding it, since exit() removes the scratch.
+// Held while scratch is begun, renamed or removed. A thread that ends the process takes it and keeps it, so
+// that no other thread can begin new scratch or rename a part of a set. Do not call fail() while holding it:
+// exit() removes the scratch, which takes the lock again.
 static pthread_mutex_t scratch_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 static inline void scratch_lock(void) { pthread_mutex_lock(&scratch_mutex); }
 
 static inline void scratch_unlock(void) { pthread_mutex_unlock(&scratch_mutex); }
 
-// A descriptor that is given up for the removal, which has to open the directory even where the process may open no more.
+// A spare descriptor, closed before the removal: removal must open the directory even if the process has no
+// free descriptor.
 static int scratch_reserve = -1;
 
-// The caller holds the lock.
+// Removes the scratch. The caller holds the lock.
 static inline void scratch_remove_locked(void) {
     if (scratch_reserve >= 0) close(scratch_reserve);
     scratch_reserve = -1;
@@ -258,7 +263,8 @@ static inline void scratch_path_begin(const char* path) {
     scratch_unlock();
 }
 
-// Opens a file for writing that is the scratch or lies in it. While a thread ends the process, this waits for that end.
+// Opens a file for writing: the scratch itself, or a file in it. If a thread is ending the process, this
+// waits for the end.
 static inline FILE* scratch_open_or_fail(const char* path) {
     scratch_lock();
     FILE* file = fopen(path, "wb");
@@ -268,7 +274,7 @@ static inline FILE* scratch_open_or_fail(const char* path) {
     return file;
 }
 
-// The same for the scratch that is a directory.
+// Makes the scratch directory, with the same lock.
 static inline void scratch_make_directory_or_fail(const char* path) {
     scratch_lock();
     const int made = mkdir(path, 0777) == 0 || errno == EEXIST, reason = errno;
@@ -276,14 +282,15 @@ static inline void scratch_make_directory_or_fail(const char* path) {
     if (!made) fail("%s: cannot make the directory: %s", path, strerror(reason));
 }
 
-// The path is for another process to give its name to.
+// Forgets the path: another process will rename it.
 static inline void scratch_path_forget(void) {
     scratch_lock();
     scratch_path[0] = 0;
     scratch_unlock();
 }
 
-// Renames what is registered to its final name and syncs the directory that holds it: now it is there, whole.
+// Renames the scratch to its final name and syncs the directory above it: the file is now complete on the
+// disk.
 static inline void scratch_path_commit(const char* final_path) {
     scratch_lock();
     const int renamed = rename(scratch_path, final_path) == 0, reason = errno;

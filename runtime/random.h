@@ -1,7 +1,6 @@
 /*
-Counter-based random numbers: a value is a pure function of (seed, stream, element), so that weights, data
-order and samples are the same whatever the backend, the number of threads or ranks, and however often a run
-was interrupted.
+Counter-based random numbers: a value is a pure function of (seed, stream, element). So weights, data order
+and samples do not depend on the device, the number of threads or ranks, or the number of resumes.
 
     uint64_t stream = random_stream("model.norm.weight");
     double z = random_normal(seed, stream, i);                       // the i-th draw of that stream
@@ -49,7 +48,7 @@ HOST_AND_DEVICE static inline void random_bits(uint64_t bits[2], uint64_t seed, 
     bits[1] = (uint64_t)counter[3] << 32 | counter[2];
 }
 
-// Uniform in the open interval (0, 1): 52 bits and a half, so that the sum is exact, and never 0 or 1.
+// Uniform in the open interval (0, 1): (a number of 52 bits + 0.5) / 2^52, which is exact and never 0 or 1.
 HOST_AND_DEVICE static inline double random_unit(uint64_t bits) {
     return ((double)(bits >> 12) + 0.5) * 0x1p-52;
 }
@@ -74,22 +73,22 @@ HOST_AND_DEVICE static inline uint64_t random_stream(const char* name) {
     return hash;
 }
 
-// Continues a hash over these bytes, by words of 8; so pieces but the last must be whole words. Words that differ in one place
-// never come to the same.
+// Continues a hash over these bytes, in words of 8 bytes. Every piece but the last must be whole words. Two
+// inputs that differ in exactly one word never have the same hash.
 static inline uint64_t hash_more(uint64_t hash, const void* bytes, size_t count) {
     const char* at = (const char*)bytes;
     for (size_t i = 0; i < count; i += 8) {
         uint64_t word = 0;
         memcpy(&word, at + i, count - i < 8 ? count - i : 8);
         hash = (hash ^ word) * 0x100000001b3u;
-        hash ^= hash >> 29; // high bits would never reach the low ones
+        hash ^= hash >> 29; // else high bits would never change low bits
     }
     return hash;
 }
 
 // The image of `index` under a pseudo-random permutation of 0..count-1: a Feistel network over the smallest
-// even number of bits that holds count, walked along its cycle until the value falls below count (on average
-// under 4 steps).
+// even number of bits that holds count, applied again until the value is below count (on average fewer than 4
+// times).
 static inline uint64_t random_permutation(uint64_t seed, uint64_t stream, uint64_t index, uint64_t count) {
     int half_bits = 1;
     while (half_bits < 32 && ((uint64_t)1 << (2 * half_bits)) < count) half_bits++;

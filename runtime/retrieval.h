@@ -1,15 +1,16 @@
 /*
-The retrieval task, evaluated: how often a model finds the value that a sample of build/retrieval asks for, by the length of
-the sample and the depth of the needle. docs/retrieval.md says what the files hold.
+Evaluation of the retrieval task: how often a model finds the value that a sample of build/retrieval asks for,
+by the length of the sample and the depth of the needle. docs/retrieval.md describes the files.
 
     Retrieval* task = retrieval_open("data/needle");                 // reads data/needle_index.jsonl
     RetrievalModel model = {context, forward, likeliest};
-    retrieval_evaluate(task, &model, vocab_size, tokenizer_hash, B); // runs data/needle_256_val_*.bin and so on
+    retrieval_evaluate(task, &model, vocab_size, tokenizer_hash, B); // reads data/needle_256_val_*.bin, ...
     retrieval_print(task, stdout);
     retrieval_close(task);
 
-Teacher forcing: the answer's own tokens are fed, and a sample counts as right where each of them is the likeliest after what
-comes before it. That is what greedy decoding would give: as long as all tokens are right, it feeds the same ones.
+Evaluation uses teacher forcing: the model reads the answer's own tokens, and a sample is right if each of
+them is the most likely token after the tokens before it. Greedy decoding gives the same result: as long as
+all its tokens are right, it feeds the same ones.
 */
 #ifndef RUNTIME_RETRIEVAL_H
 #define RUNTIME_RETRIEVAL_H
@@ -18,7 +19,7 @@ comes before it. That is what greedy decoding would give: as long as all tokens 
 #include "runtime/checks.h" // defines fail
 #include "runtime/json.h"   // defines json_parse_object, json_get_whole
 
-// What is evaluated. A program gives its model, a test may give a script.
+// The model to evaluate, as two functions. A test may give functions without a model.
 typedef struct {
     void* context;
     void (*forward)(void* context, const int* tokens, int rows, int T); // tokens (rows, T)
@@ -27,11 +28,11 @@ typedef struct {
 } RetrievalModel;
 
 typedef struct {
-    int length, sequence; // of which shards, and the place in them
+    int length, sequence; // the shards' length, and the sample's sequence number in them
     double depth;         // of the needle, from 0 to 1
     int answer_offset;    // the answer's first token
     int answer_tokens;
-    int right; // answer tokens that were the likeliest
+    int right; // answer tokens that were the most likely
 } RetrievalSample;
 
 // Samples of one length and depth.
@@ -87,7 +88,7 @@ static inline RetrievalSample retrieval_parse_line(const char* text, size_t leng
     return sample;
 }
 
-// The caller closes.
+// Reads the index. The caller calls retrieval_close().
 static inline Retrieval* retrieval_open(const char* prefix) {
     Retrieval* task = (Retrieval*)calloc_or_fail(1, sizeof(Retrieval), "the retrieval task");
     char path[PATH_MAX];
@@ -154,7 +155,7 @@ static inline void retrieval_count(Retrieval* task) {
     qsort(task->cells, (size_t)task->cell_count, sizeof(RetrievalCell), retrieval_compare_cells);
 }
 
-// The samples first..end-1, all of one length, `batch` at a time.
+// Runs the samples first..end-1, all of one length, `batch` at a time.
 static inline void retrieval_run_length(Retrieval* task, int first, int end, const RetrievalModel* model,
                                         const DataLoader* loader, int batch) {
     const int T = task->samples[first].length;
@@ -173,7 +174,7 @@ static inline void retrieval_run_length(Retrieval* task, int first, int end, con
             RetrievalSample* sample = &task->samples[i + row];
             sample->right = 0;
             for (int k = 0; k < sample->answer_tokens; k++) {
-                const int position = sample->answer_offset + k - 1; // the token before the one to be found
+                const int position = sample->answer_offset + k - 1; // of the token before the wanted one
                 const int wanted = targets[(size_t)row * T + position];
                 sample->right += model->likeliest(model->context, row, T, position) == wanted;
             }
@@ -219,7 +220,8 @@ static inline double retrieval_accuracy(const RetrievalCell* cell) {
     return (double)cell->right / (double)cell->samples;
 }
 
-// Lengths down, depths across; the last column is all depths of a length.
+// Prints a table of accuracy: a row for each length, a column for each depth, and a last column for all
+// depths.
 static inline void retrieval_print(const Retrieval* task, FILE* out) {
     double depths[128];
     int depth_count = 0;
@@ -256,7 +258,7 @@ static inline void retrieval_add_cell(cJSON* json, const RetrievalCell* cell) {
     json_add_double(json, "token_accuracy", (double)cell->tokens_right / (double)cell->tokens);
 }
 
-// The same as an object; the caller deletes it.
+// Returns the results as a JSON object; the caller deletes it.
 static inline cJSON* retrieval_json(const Retrieval* task, const char* checkpoint) {
     cJSON* json = cJSON_CreateObject();
     cJSON_AddStringToObject(json, "checkpoint", checkpoint);

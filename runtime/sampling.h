@@ -5,15 +5,13 @@ Choosing the next token from a model's logits.
     double uniform = random_uniform(seed, random_stream("sample"), position);
     int token = sample_token(logits, V, 0.8f, 50, 0.95f, uniform, workspace);
 
-Temperature, then top-k, then top-p, in that order, as Hugging Face's generation applies them: the logits are
-divided by the temperature; the k largest stay; of these the smallest set whose probability, among the k,
-reaches p stays, always one token at least; one of what stays is drawn in proportion to its probability. A
-token is chosen by (logits, uniform) alone: the same inputs give the same token, on every machine with the
-same exp().
+The steps have the order of Hugging Face's generation. Temperature divides the logits. Top-k keeps the k
+largest. Top-p keeps the smallest set of these whose probability, among the k, reaches p; at least one token.
+Then one of the kept tokens is drawn by its probability. The token depends on (logits, uniform) alone: the
+same inputs give the same token on every machine with the same exp().
 
-Of equal logits the lower token id counts as the larger. So exactly k tokens stay, where Hugging Face keeps
-all that tie with the k-th. A logit that is NaN is as good as absent, one of -infinity is drawn only when all
-are.
+Of equal logits the lower token id counts as the larger, so exactly k tokens stay; Hugging Face keeps all that
+tie with the k-th. A NaN logit counts as absent. A logit of -infinity is drawn only if all logits are.
 
 Top-p: Holtzman et al., "The curious case of neural text degeneration", 2020.
 */
@@ -23,15 +21,15 @@ Top-p: Holtzman et al., "The curious case of neural text degeneration", 2020.
 #include <math.h>
 #include <stddef.h>
 
-// `workspace` of sample_token: an id for every token.
+// Bytes of sample_token()'s workspace: an id for every token.
 static inline size_t sampling_workspace_bytes(int vocab_size) { return (size_t)vocab_size * sizeof(int); }
 
-// Does token a come before token b?
+// Whether token a comes before token b.
 static inline int sampling_before(const float* logits, int a, int b) {
     return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
 }
 
-// Lets the token at `place` sink to where it belongs in a heap that has the first of all tokens at its root.
+// Moves the token at `place` down to its position in the heap, whose root is the first of all tokens.
 static inline void sampling_sink(const float* logits, int* heap, int count, int place) {
     int token = heap[place];
     for (;;) {
@@ -45,14 +43,13 @@ static inline void sampling_sink(const float* logits, int* heap, int count, int 
     heap[place] = token;
 }
 
-// A token's probability relative to that of the likeliest one, whose logit is `top`. Infinite logits are why
-// equality is asked first.
+// A token's probability relative to that of the most likely one, whose logit is `top`. Equality is tested
+// first, since the difference of two infinite logits is NaN.
 static inline double sampling_weight(float logit, float top, double temperature) {
     return logit == top ? 1.0 : exp(((double)logit - (double)top) / temperature);
 }
 
-// Takes the first of the `count` tokens of a heap out of it, to the place that the shrinking heap leaves
-// free.
+// Removes the first of a heap's `count` tokens, and stores it in the place that the smaller heap leaves free.
 static inline void sampling_pop(const float* logits, int* heap, int count) {
     int first = heap[0];
     heap[0] = heap[count - 1];
@@ -60,12 +57,12 @@ static inline void sampling_pop(const float* logits, int* heap, int count) {
     sampling_sink(logits, heap, count - 1, 0);
 }
 
-// A token id. logits: (vocab_size); temperature 0: the largest logit; top_k 0 (or vocab_size and more): off;
-// top_p 1 (or more): off; uniform: in [0, 1); workspace: sampling_workspace_bytes(). -1 when every logit is
-// NaN.
+// Returns a token id, or -1 if every logit is NaN. logits: (vocab_size); temperature 0: the largest logit;
+// top_k 0 (or vocab_size and more): off; top_p 1 (or more): off; uniform: in [0, 1); workspace:
+// sampling_workspace_bytes().
 static inline int sample_token(const float* logits, int vocab_size, float temperature, int top_k, float top_p,
                                double uniform, int* workspace) {
-    int* tokens = workspace; // those whose logits are numbers
+    int* tokens = workspace; // the tokens whose logits are not NaN
     int count = 0, best = -1;
     for (int i = 0; i < vocab_size; i++) {
         if (isnan(logits[i])) continue;
@@ -75,8 +72,8 @@ static inline int sample_token(const float* logits, int vocab_size, float temper
     if (best < 0 || !(temperature > 0.0f)) return best;
     float top = logits[best];
 
-    // A heap gives the tokens in falling order, at a cost only for those that are taken. They gather at the
-    // end of the array, the first of all in its last place; `sorted` of them are there.
+    // A heap gives the tokens in descending order, and only the tokens that are taken cost time. Taken tokens
+    // are stored from the end of the array backwards; `sorted` is their number.
     int kept = top_k > 0 && top_k < count ? top_k : count, sorted = 0;
     if (kept < count || top_p < 1.0f)
         for (int place = count / 2 - 1; place >= 0; place--) sampling_sink(logits, tokens, count, place);
@@ -96,7 +93,8 @@ static inline int sample_token(const float* logits, int vocab_size, float temper
         total = reached;
     }
 
-    // Rounding may leave uniform * total behind the last token: then it is the last that has any weight.
+    // Rounding may leave uniform * total above the sum of all weights: then the last token with a weight is
+    // chosen.
     double sum = 0.0;
     int chosen = best;
     for (int i = 0; i < kept && sum <= uniform * total; i++) {

@@ -1,13 +1,13 @@
 /*
-The weights of a model in the device's memory: twice where products take a type that is too narrow for the optimizer. An update
-is often less than half the way to the next bf16 number, and would be lost there; so fp32 masters are what is updated, read and
-saved, and params are the masters, rounded.
+The weights of a model in device memory. In a bf16 build, training has them twice: the optimizer updates fp32
+masters, which checkpoints load and save, and params are the masters rounded to bf16. An update in bf16 would
+often be lost, since it is often less than half the distance to the next bf16 number.
 
-    Weights weights = {params, masters};                        // masters: NULL where params are as precise
+    Weights weights = {params, masters};                        // masters: NULL if params are float_acc
     weights_upload(weights, tensor->offset, values, tensor->padded_count, stream);
-    const float_acc* exact = weights_exact(weights);            // on the device: what a checkpoint holds
+    const float_acc* exact = weights_exact(weights);            // in device memory; a checkpoint saves these
 
-A model that only runs has no masters whatever its type: then params are what is left of the values.
+A model that is not trained has no masters in any build: it keeps only the rounded params.
 Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 */
 #ifndef RUNTIME_WEIGHTS_H
@@ -26,7 +26,7 @@ typedef struct {
     float_acc* masters;
 } Weights;
 
-// 1 where training needs masters.
+// 1 if training needs masters.
 static inline int weights_need_masters(void) { return sizeof(floatX) < sizeof(float_acc); }
 
 static inline const float_acc* weights_exact(Weights weights) {
@@ -34,7 +34,7 @@ static inline const float_acc* weights_exact(Weights weights) {
     return weights.masters ? weights.masters : (const float_acc*)(const void*)weights.params;
 }
 
-// Elements offset .. offset + count, from the host's memory, which may be used again when this returns.
+// Writes `count` elements from `offset` on, from host memory, which the caller may reuse when this returns.
 static inline void weights_upload(Weights weights, size_t offset, const float_acc* values, size_t count,
                                   stream_t stream) {
     if (weights.masters) copy_to_device(weights.masters + offset, values, count * sizeof(float_acc), stream);
