@@ -1,5 +1,6 @@
 /*
-The settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101) and what follows from them for one step, on every device.
+The settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the factors of one step, for every device.
+docs/math.md section 5 has the formulas.
 */
 #ifndef RUNTIME_ADAMW_H
 #define RUNTIME_ADAMW_H
@@ -10,16 +11,18 @@ The settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101) and what follows
 
 typedef struct {
     float learning_rate, beta1, beta2, eps, weight_decay;
-    float clip; // the gradient is scaled down to this norm where it is longer; 0: never
+    float clip; // a gradient with a larger norm is scaled down to this norm; 0: never
     int step;   // 1 at the first update, for the bias corrections
 } AdamW;
 
-// Elements of the flat parameters that share one number which weight decay is multiplied by: no tensor begins inside of them.
+// Elements of the flat parameters that share one factor of weight decay (0 or 1). No tensor with another
+// factor begins inside a block.
 enum { DECAY_BLOCK = 64 };
 
 static inline size_t decay_blocks(size_t count) { return (count + DECAY_BLOCK - 1) / DECAY_BLOCK; }
 
-// p -= lr * (m/c1) / (sqrt(v/c2) + eps), written with fewer divisions: p = p * (1 - decay) - rate * m / (sqrt(v) + eps)
+// The factors of p = p * (1 - decay) - rate * m / (sqrt(v) + eps), which equals the usual
+// p = p * (1 - lr * weight_decay) - lr * (m / c1) / (sqrt(v / c2) + eps) with fewer divisions.
 typedef struct {
     float_acc rate, eps, decay;
 } AdamWStep;

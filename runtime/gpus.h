@@ -1,12 +1,13 @@
 /*
-What GPUs can do at best, for the fraction of it that training uses (MFU: model FLOPs utilisation, Chowdhery et al., PaLM, arXiv
-2204.02311, appendix B).
+Peak speeds of GPUs, for MFU: the fraction of the peak that training uses (model FLOPs utilisation, Chowdhery
+et al., PaLM, arXiv 2204.02311, appendix B).
 
     double peak = gpu_peak_flops("NVIDIA H100 80GB HBM3", "bf16");       // 989.4e12; 0: not known
 
-The figures are bf16 tensor cores with fp32 accumulation, dense: makers also print twice that, for sparse matrices. Names are
-those that the driver gives. A name that is not exactly one of these, be it a laptop's, a part of a GPU (MIG) or a variant with
-other clocks, is unknown, and so is every other precision: no figure is better than a wrong one.
+The figures are for bf16 tensor cores with fp32 accumulation and dense matrices; data sheets also give twice
+that, for sparse matrices. Names are the driver's. Any other name has no figure (a laptop's GPU, a part of a
+GPU (MIG), a variant with other clocks), and neither has any other precision: no figure is better than a wrong
+one.
 */
 #ifndef RUNTIME_GPUS_H
 #define RUNTIME_GPUS_H
@@ -37,7 +38,7 @@ static const Gpu known_gpus[] = {
     {"NVIDIA L40S", 362.05},
 };
 
-// Floating-point operations a second at most; 0: not known. precision: PRECISION_NAME.
+// Peak floating-point operations per second; 0: not known. precision: PRECISION_NAME.
 static inline double gpu_peak_flops(const char* name, const char* precision) {
     if (strcmp(precision, "bf16") != 0) return 0;
     for (size_t i = 0; i < sizeof(known_gpus) / sizeof(known_gpus[0]); i++)

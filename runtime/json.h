@@ -1,15 +1,14 @@
 /*
-JSON files, over cJSON: whole files in and out, and numbers that read back exactly as they were written.
+JSON files, with cJSON: reads and writes whole files; numbers read back exactly as they were written.
 
-    cJSON* config = json_read_object("config.json");     // one line and exit code 1 where it is not an object
+    cJSON* config = json_read_object("config.json");     // one line and exit code 1 if it is not an object
     json_add_double(config, "rope_theta", 10000.0);      // the fewest digits that read back bitwise
     json_write_file("copy.json", config);                // synced to the disk
     cJSON_Delete(config);
 
-cJSON keeps numbers as doubles and prints them to 15 digits when that is nearly equal; here doubles are
-printed with the fewest digits that are exactly equal. Whole numbers of 64 bits do not fit a double and are
-written as strings. What comes from a file is shown in messages through json_shown(), so that a message stays
-one line.
+cJSON holds numbers as doubles, and prints 15 digits if that is nearly equal. This header prints the fewest
+digits that are exactly equal. Whole numbers of 64 bits do not fit a double and are written as strings.
+Messages show text from a file through json_shown(), so that a message stays one line.
 */
 #ifndef RUNTIME_JSON_H
 #define RUNTIME_JSON_H
@@ -19,8 +18,8 @@ one line.
 #include <cjson/cJSON.h>
 #include "runtime/checks.h"
 
-// Text of a file made fit for a message: control characters become '?', and it is cut at 80 bytes. Valid
-// until the next call but three.
+// Prepares text of a file for a message: control characters become '?', and it is cut after 80 bytes. The
+// result stays valid for the next three calls.
 static inline const char* json_shown(const char* text) {
     static char shown[4][84];
     static int next = 0;
@@ -36,7 +35,7 @@ static inline const char* json_shown(const char* text) {
 // ----------------------------------------------------------------------------
 // Reading
 
-// The JSON object that `length` bytes of text hold; `text` has a closing 0 byte. The caller deletes it.
+// Parses `length` bytes of text as a JSON object; a 0 byte must follow them. The caller deletes the object.
 static inline cJSON* json_parse_object(const char* text, size_t length, const char* path) {
     const char* end = NULL;
     cJSON* object = cJSON_ParseWithLengthOpts(text, length + 1, &end, 0);
@@ -63,12 +62,12 @@ static inline const cJSON* json_get(const cJSON* object, const char* key) {
     return cJSON_GetObjectItemCaseSensitive(object, key);
 }
 
-// NULL where the item is no string, or not there.
+// The text of an item; NULL if the item is absent or no string.
 static inline const char* json_text(const cJSON* item) {
     return cJSON_IsString(item) ? item->valuestring : NULL;
 }
 
-// 1 and the value where the item is a whole number from 0 to 2^53, which doubles hold exactly; else 0.
+// Returns 1 and the value if the item is a whole number from 0 to 2^53, which doubles hold exactly; else 0.
 static inline int json_get_whole(const cJSON* item, uint64_t* value) {
     if (!cJSON_IsNumber(item)) return 0;
     double number = item->valuedouble;
@@ -77,7 +76,7 @@ static inline int json_get_whole(const cJSON* item, uint64_t* value) {
     return 1;
 }
 
-// A number as json_add_double() writes it: a JSON number, or the string "inf", "-inf" or "nan".
+// Reads a number that json_add_double() has written: a JSON number, or the string "inf", "-inf" or "nan".
 static inline int json_get_double(const cJSON* item, double* value) {
     if (cJSON_IsNumber(item)) {
         *value = item->valuedouble;
@@ -91,7 +90,7 @@ static inline int json_get_double(const cJSON* item, double* value) {
     return 0;
 }
 
-// As json_add_uint64() writes it: a string of decimal digits.
+// Reads a number that json_add_uint64() has written: a string of decimal digits.
 static inline int json_get_uint64(const cJSON* item, uint64_t* value) {
     const char* text = json_text(item);
     if (!text || !isdigit((unsigned char)text[0])) return 0;
@@ -104,7 +103,8 @@ static inline int json_get_uint64(const cJSON* item, uint64_t* value) {
 // ----------------------------------------------------------------------------
 // Writing
 
-// The fewest digits that read back as the same double. JSON has no infinities and no NaN: those are strings.
+// Adds a number with the fewest digits that read back as the same double. JSON has no infinity and no NaN;
+// they are written as strings.
 static inline void json_add_double(cJSON* object, const char* key, double value) {
     if (!isfinite(value)) {
         cJSON_AddStringToObject(object, key, isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");
@@ -115,12 +115,12 @@ static inline void json_add_double(cJSON* object, const char* key, double value)
         snprintf(digits, sizeof(digits), "%.*g", precision, value);
         if (strtod(digits, NULL) == value) break;
     }
-    if (fabs(value) < 1e15 && value == floor(value)) // 10000.0, which Python, too, reads as a float
+    if (fabs(value) < 1e15 && value == floor(value)) // 10000.0, so that Python reads a float
         snprintf(digits, sizeof(digits), "%.1f", value);
     cJSON_AddRawToObject(object, key, digits);
 }
 
-// The fewest digits that read back as the same float: 1e-05, not its neighbour among the doubles.
+// The double of the fewest digits that read back as this float: 1e-05 rather than 9.99999974737875e-06.
 static inline double json_float_as_double(float value) {
     char digits[40];
     for (int precision = 1; precision <= 9 && isfinite(value); precision++) {
@@ -134,7 +134,7 @@ static inline void json_add_float(cJSON* object, const char* key, float value) {
     json_add_double(object, key, json_float_as_double(value));
 }
 
-// A whole number up to 2^53; cJSON's own printing may be one off from 2^52 on.
+// Adds a whole number up to 2^53. cJSON's own printing may be wrong by one from 2^52 on.
 static inline void json_add_whole(cJSON* object, const char* key, long value) {
     char digits[24];
     snprintf(digits, sizeof(digits), "%ld", value);
@@ -147,7 +147,7 @@ static inline void json_add_uint64(cJSON* object, const char* key, uint64_t valu
     cJSON_AddStringToObject(object, key, digits);
 }
 
-// A list of numbers, each as json_add_double() writes it.
+// Adds a list of numbers, each as json_add_double() writes it.
 static inline void json_add_doubles(cJSON* object, const char* key, const double* values, int count) {
     cJSON* list = cJSON_AddArrayToObject(object, key);
     for (int i = 0; i < count; i++) {

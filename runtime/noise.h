@@ -1,15 +1,17 @@
 /*
-The noise of perturbed grouped attention (PGQA of Khan et al., arXiv 2408.08454, with normal noise; docs/math.md section 3): while
-training, each row o of attention's output, the D values of one token and head, becomes
+The noise of perturbed grouped attention (PGQA of Khan et al., arXiv 2408.08454, with normal noise;
+docs/math.md section 3). In training, each row o of attention's output (the D values of one token and head)
+becomes
 
     o - alpha * std(o) * z        z normal, std over the D values
 
     const AttentionNoise noise = {noised, alpha, seed, noise_stream(step, layer), first_sequence};
-    attention_forward(out, ..., &noise, stream);               // writes out and noised; NULL: out alone
+    attention_forward(out, ..., &noise, stream);               // writes out and noised; NULL: only out
 
-z is drawn by the counter (seed, step, layer, sequence, token, head, d), so it is the same for every micro-batch size, number
-of threads and resume. std counts as a constant: the gradient of `out` is that of `noised`, and there is no backward. What
-needs the output itself afterwards is attention's backward; what was multiplied, and so what Wo's gradient needs, is `noised`.
+The counter (seed, step, layer, sequence, token, head, d) determines z, so the micro-batch, the number of
+threads and a resume do not change it. std is a constant to the gradient, so the gradient of `out` equals that
+of `noised`, and the noise needs no backward function. Attention's backward pass needs `out`. The gradient of
+Wo needs `noised`, Wo's input.
 */
 #ifndef RUNTIME_NOISE_H
 #define RUNTIME_NOISE_H
@@ -18,10 +20,10 @@ needs the output itself afterwards is attention's backward; what was multiplied,
 #include "runtime/random.h"
 
 typedef struct {
-    floatX* noised; // (B, T, H, D) in the memory of the device
+    floatX* noised; // (B, T, H, D) in device memory
     float alpha;
     uint64_t seed, draws;    // draws: noise_stream()
-    uint64_t first_sequence; // the place of the batch's first sequence among those of the whole step
+    uint64_t first_sequence; // index, within the step, of the batch's first sequence
 } AttentionNoise;
 
 // One stream of random numbers for each layer of each step.

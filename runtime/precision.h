@@ -2,11 +2,11 @@
 The two number types of the program, chosen by the build flag PRECISION.
 
     floatX      parameters, activations and their gradients: bf16, fp32 or fp64
-    float_acc   gradients of parameters, optimizer moments, log-sum-exps and every sum: fp32, or fp64 when
-floatX is
+    float_acc   gradients of parameters, optimizer moments, log-sum-exps and every sum: fp64 if floatX is
+                fp64, else fp32
 
-fp64 exists for gradient checks and as the yardstick that the other builds are compared with. bf16 is the GPU's: a type of
-C++, which the host only copies and converts (runtime/weights.h).
+fp64 is for gradient checks and as the reference for the other builds. bf16 is for GPUs: it is a C++ type,
+which the host only copies and converts (runtime/weights.h).
 */
 #ifndef RUNTIME_PRECISION_H
 #define RUNTIME_PRECISION_H

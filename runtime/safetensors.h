@@ -5,7 +5,7 @@ bytes of JSON, {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24
     SafetensorsWriter writer;                                        // header first, then the data, in order
     safetensors_create(&writer, path);
     safetensors_declare(&writer, "weight", DTYPE_F32, 2, rows, columns);
-    safetensors_write(&writer, values, DTYPE_F32, rows * columns);   // in as many pieces as one likes
+    safetensors_write(&writer, values, DTYPE_F32, rows * columns);   // in any number of pieces
     safetensors_finish(&writer);                                     // synced to the disk
 
     SafetensorsFile file;
@@ -14,10 +14,10 @@ bytes of JSON, {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24
     safetensors_read(&file, entry, 0, rows * columns, values, DTYPE_F64);
     safetensors_close(&file);
 
-Neither side holds more than the header and the caller's piece in memory. Values are converted between the
-file's type and the caller's; to BF16 by rounding to nearest even. Every error is one line that names the
-file, the tensor and the rule it breaks; exit code 1. Source: https://huggingface.co/docs/safetensors
-("Format").
+Reading and writing hold only the header and the caller's piece in memory. Values are converted between the
+file's type and the caller's; to BF16 by rounding to nearest even. An error ends the program with exit code 1
+and one line that names the file, the tensor and the broken rule. Source of the format:
+https://huggingface.co/docs/safetensors ("Format").
 */
 #ifndef RUNTIME_SAFETENSORS_H
 #define RUNTIME_SAFETENSORS_H
@@ -42,8 +42,9 @@ static inline Dtype dtype_of_size(size_t bytes) {
     return bytes == 8 ? DTYPE_F64 : bytes == 4 ? DTYPE_F32 : DTYPE_BF16;
 }
 
-// Round to nearest, ties to even, in one step: where the double lies beside a tie of its float, the float's
-// last bit is moved to the double's side, so that the two roundings agree with one.
+// Rounds to nearest, ties to even. Rounding twice (double to float to bf16) can go wrong if the float is
+// exactly halfway between two bf16 numbers but the double is not. Then the float's last bit is moved towards
+// the double first.
 static inline uint16_t bf16_from_double(double value) {
     float single = (float)value;
     uint32_t bits;
@@ -61,7 +62,7 @@ static inline double bf16_to_double(uint16_t value) {
     return (double)single;
 }
 
-// out[i] = in[i] in another type. The two do not overlap; neither need be aligned.
+// out[i] = in[i] in another type. The arrays must not overlap; they need not be aligned.
 static inline void convert_values(void* out, Dtype out_dtype, const void* in, Dtype in_dtype, size_t count) {
     const char* source = (const char*)in;
     char* target = (char*)out;
@@ -103,7 +104,7 @@ static inline uint64_t safetensors_count(const SafetensorsEntry* entry) {
     return (entry->end - entry->begin) / dtype_size(entry->dtype);
 }
 
-// "(2, 3)", for messages. Valid until the next call but one.
+// The shape as "(2, 3)", for messages. The result stays valid for the next call.
 static inline const char* safetensors_shape_text(const SafetensorsEntry* entry) {
     static char texts[2][SAFETENSORS_DIMS_MAX * 22 + 4];
     static int next = 0;
@@ -134,7 +135,7 @@ static inline void safetensors_create(SafetensorsWriter* writer, const char* pat
     path_format(writer->path, "%s", path);
     writer->file = open_or_fail(path, "wb");
     writer->metadata = cJSON_CreateObject();
-    // What Hugging Face's loaders ask of every file: whose tensors these are, row-major as PyTorch's.
+    // Hugging Face's loaders require this: "pt" means tensors as PyTorch's, row-major.
     cJSON_AddStringToObject(writer->metadata, "format", "pt");
 }
 
@@ -142,7 +143,7 @@ static inline void safetensors_metadata(SafetensorsWriter* writer, const char* k
     cJSON_AddStringToObject(writer->metadata, key, value);
 }
 
-// Announces a tensor of 1 or 2 dimensions; all are announced before the first value is written.
+// Declares a tensor of 1 or 2 dimensions. All declarations come before the first safetensors_write().
 static inline void safetensors_declare(SafetensorsWriter* writer, const char* name, Dtype dtype, int dims,
                                        uint64_t rows, uint64_t columns) {
     writer->entries = (SafetensorsEntry*)realloc_or_fail(
@@ -171,7 +172,7 @@ static inline cJSON* safetensors_entry_json(const SafetensorsEntry* entry) {
     return object;
 }
 
-// The header, padded with spaces so that the data begins on a multiple of 8 bytes.
+// Writes the header, padded with spaces so that the data begin at a multiple of 8 bytes.
 static inline void safetensors_write_header(SafetensorsWriter* writer) {
     cJSON* header = cJSON_CreateObject();
     cJSON_AddItemToObject(header, "__metadata__", writer->metadata);
@@ -190,7 +191,7 @@ static inline void safetensors_write_header(SafetensorsWriter* writer) {
     writer->header_written = 1;
 }
 
-// The next `count` values, in the order of the declarations. One call stays within one tensor.
+// Writes the next `count` values, in the order of the declarations. One call stays within one tensor.
 static inline void safetensors_write(SafetensorsWriter* writer, const void* values, Dtype dtype,
                                      uint64_t count) {
     if (!writer->header_written) safetensors_write_header(writer);
@@ -200,7 +201,7 @@ static inline void safetensors_write(SafetensorsWriter* writer, const void* valu
     const SafetensorsEntry* entry =
         writer->current < writer->count ? &writer->entries[writer->current] : NULL;
     if (!entry || count > (entry->end - writer->position) / dtype_size(entry->dtype))
-        fail("%s: more values written than declared", writer->path); // the caller's mistake, not the user's
+        fail("%s: more values written than declared", writer->path); // an error of the calling code
     if (entry->dtype == dtype) {
         write_or_fail(values, count * dtype_size(dtype), writer->file, writer->path);
     } else {
@@ -244,7 +245,7 @@ static inline int safetensors_compare_offsets(const void* a, const void* b) {
     return left->end < right->end ? -1 : left->end > right->end;
 }
 
-// One entry of the header: its dtype, shape and offsets, each on its own terms.
+// Reads and checks one entry of the header by itself: its dtype, shape and offsets.
 static inline void safetensors_parse_entry(SafetensorsEntry* entry, const cJSON* item, const char* path) {
     memset(entry, 0, sizeof(*entry));
     const char* name = item->string;
@@ -283,7 +284,8 @@ static inline void safetensors_parse_entry(SafetensorsEntry* entry, const cJSON*
              (unsigned long long)bytes);
 }
 
-// All entries together: they follow each other without gap or overlap to the end of the file; no name twice.
+// Checks all entries together: they follow each other without gap or overlap up to the end of the file, and
+// no name is there twice. Sorts the entries by name.
 static inline void safetensors_check_entries(SafetensorsFile* file, uint64_t data_bytes) {
     qsort(file->entries, (size_t)file->count, sizeof(SafetensorsEntry), safetensors_compare_offsets);
     uint64_t end = 0;
@@ -307,7 +309,7 @@ static inline void safetensors_check_entries(SafetensorsFile* file, uint64_t dat
             fail("%s: tensor %s: listed twice", file->path, json_shown(file->entries[i].name));
 }
 
-// Every value of "__metadata__" is a string.
+// Checks that every value of "__metadata__" is a string.
 static inline void safetensors_check_metadata(const cJSON* metadata, const char* path) {
     if (!cJSON_IsObject(metadata)) fail("%s: __metadata__ is not an object", path);
     for (const cJSON* item = metadata->child; item; item = item->next)
@@ -350,7 +352,7 @@ static inline void safetensors_open(SafetensorsFile* file, const char* path) {
     safetensors_check_entries(file, file_bytes - file->data_start);
 }
 
-// NULL where the file has no such tensor.
+// Finds a tensor by its name; NULL if the file has none of that name.
 static inline const SafetensorsEntry* safetensors_find(const SafetensorsFile* file, const char* name) {
     SafetensorsEntry key;
     if (strlen(name) >= sizeof(key.name)) return NULL;
@@ -359,12 +361,12 @@ static inline const SafetensorsEntry* safetensors_find(const SafetensorsFile* fi
                                             sizeof(SafetensorsEntry), safetensors_compare_names);
 }
 
-// A string of the metadata; NULL where there is none of that name.
+// A string of the metadata; NULL if there is none of that name.
 static inline const char* safetensors_get_metadata(const SafetensorsFile* file, const char* key) {
     return json_text(json_get(json_get(file->header, "__metadata__"), key));
 }
 
-// Elements first .. first + count of an entry into `values`, converted to `dtype`.
+// Reads `count` elements of an entry from `first` on into `values`, converted to `dtype`.
 static inline void safetensors_read(const SafetensorsFile* file, const SafetensorsEntry* entry,
                                     uint64_t first, uint64_t count, void* values, Dtype dtype) {
     const size_t size = dtype_size(entry->dtype);

@@ -1,15 +1,20 @@
 /*
-Learning-rate schedules: what the optimizer's step size is at each step.
+Learning-rate schedules: the learning rate of each optimizer step.
 
     Schedule schedule = {schedule_kind_from_name("cosine"), 3e-4, 100, 2000, 0.1, 0.2};
     double lr = learning_rate(&schedule, step);                      // step = 0 .. steps-1
 
-Every schedule rises linearly over the first `warmup` steps, lr(step) = max_lr (step+1) / warmup, and then,
-with x = (step - warmup) / (steps - warmup) and min_lr = final_fraction max_lr, follows cosine     min_lr +
-(max_lr - min_lr) (1 + cos(pi x)) / 2 linear     max_lr - (max_lr - min_lr) x constant   max_lr wsd max_lr,
-then over the last decay_fraction of all steps, with y from 0 to 1 along them, min_lr + (max_lr - min_lr) (1 -
-sqrt(y)): warm-up, stable, decay These are llm.c's, so that runs compare. The rate of step `steps`, which is
-never taken, would be min_lr.
+Every schedule rises linearly over the first `warmup` steps: lr(step) = max_lr (step+1) / warmup. Then, with
+x = (step - warmup) / (steps - warmup) and min_lr = final_fraction max_lr, it is
+
+    cosine     min_lr + (max_lr - min_lr) (1 + cos(pi x)) / 2
+    linear     max_lr - (max_lr - min_lr) x
+    constant   max_lr
+    wsd        (warm-up, stable, decay) max_lr; then, over the last decay_fraction of all steps, with y from
+               0 to 1 over them, min_lr + (max_lr - min_lr) (1 - sqrt(y))
+
+The formulas are llm.c's, so that runs can be compared. min_lr itself would be the rate of step `steps`, which
+no run takes.
 
 Cosine: Loshchilov, Hutter, "SGDR", 2016. wsd: Hu et al., "MiniCPM", 2024; the 1 - sqrt form: Hagele et al.,
 "Scaling laws and compute-optimal training beyond fixed training durations", 2024.
@@ -31,7 +36,7 @@ typedef struct {
     ScheduleKind kind;
     double max_lr;
     int warmup;            // steps; 0: none
-    int steps;             // of the whole run, warm-up included
+    int steps;             // of the whole run, including the warm-up
     double final_fraction; // of max_lr, reached at the end
     double decay_fraction; // wsd: the part of all steps that decays, SCHEDULE_DECAY_FRACTION by default
 } Schedule;
@@ -41,20 +46,20 @@ static inline const char* schedule_name(ScheduleKind kind) {
     return names[kind];
 }
 
-// Exit code 2 for any other name.
+// Fails with exit code 2 for any other name.
 static inline ScheduleKind schedule_kind_from_name(const char* name) {
     for (int kind = SCHEDULE_COSINE; kind <= SCHEDULE_WSD; kind++)
         if (!strcmp(name, schedule_name((ScheduleKind)kind))) return (ScheduleKind)kind;
     fail_usage("--schedule %s: must be one of " SCHEDULE_NAMES, name);
 }
 
-// The first step of wsd's decay: llm.c rounds the length of what comes before down to a whole step.
+// The first step of wsd's decay. As in llm.c, the number of steps before it is rounded down.
 static inline int schedule_decay_start(const Schedule* schedule) {
     int start = (int)floor((1.0 - schedule->decay_fraction) * schedule->steps + 1e-9);
     return start > schedule->warmup ? start : schedule->warmup;
 }
 
-// The rate of a step, counted from 0. From `steps` on it is the final one.
+// The rate of a step, counted from 0. From step `steps` on it is the final rate.
 static inline double learning_rate(const Schedule* schedule, int step) {
     double max_lr = schedule->max_lr, min_lr = schedule->final_fraction * max_lr;
     if (step < schedule->warmup) return max_lr * (step + 1) / schedule->warmup;
