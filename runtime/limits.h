@@ -1,15 +1,16 @@
 /*
-Limits of a container, a job or a shell, read before they are reached: beyond them the kernel kills the process, a file ends in
-the middle, or the OpenMP library aborts.
+Limits of a container, a job or a shell. The program reads them in advance: beyond a limit the kernel kills
+the process, a file ends in the middle, or the OpenMP library aborts.
 
     const MemoryLimit limit = limits_memory("/proc/self/cgroup", "/sys/fs/cgroup", 2, limits_stacks(8));
     if (planned > limit.bytes) fail("%.1f GB are free (%s)", (double)limit.bytes / 1e9, limit.name);
-    const int threads = limits_try_threads(8, NULL);                  // 8, or as many as can be started
+    const int threads = limits_try_threads(8, NULL);                  // 8, or the number that can be started
     const size_t bytes = limits_disk_free("runs/mine");               // SIZE_MAX: not known
     const size_t longest = limits_file_bytes();                       // SIZE_MAX: no limit
 
-Control groups are read in both versions (Linux, Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst). A group's
-limit holds for all processes in it and below it, so the groups above a process's own count as well.
+Both versions of control groups are read (Linux, Documentation/admin-guide/cgroup-v1/memory.rst and
+cgroup-v2.rst). A group's limit is for all processes in it and in the groups below it, so the groups above a
+process's own group count as well.
 */
 #ifndef RUNTIME_LIMITS_H
 #define RUNTIME_LIMITS_H
@@ -23,7 +24,7 @@ limit holds for all processes in it and below it, so the groups above a process'
 // ----------------------------------------------------------------------------
 // Memory
 
-// Bytes of main memory that this process holds now, and the most it has ever held (Linux).
+// Bytes of main memory that this process holds now (Linux).
 static inline size_t memory_resident(void) {
     FILE* file = fopen("/proc/self/statm", "r");
     long total = 0, resident = 0;
@@ -33,6 +34,7 @@ static inline size_t memory_resident(void) {
     return (size_t)resident * (size_t)sysconf(_SC_PAGESIZE);
 }
 
+// The value, in bytes, of a line "field N kB" of a file in /proc; 0 if there is none.
 static inline size_t memory_proc_field(const char* path, const char* field) {
     FILE* file = fopen(path, "r");
     if (!file) return 0;
@@ -44,17 +46,18 @@ static inline size_t memory_proc_field(const char* path, const char* field) {
     return kilobytes * 1024;
 }
 
+// The largest number of bytes of main memory that this process has held (Linux).
 static inline size_t memory_peak(void) { return memory_proc_field("/proc/self/status", "VmHWM:"); }
 
-// Main memory that can be had without swapping; 0 when unknown.
+// Bytes of main memory that are available without swapping; 0 if unknown.
 static inline size_t memory_available(void) { return memory_proc_field("/proc/meminfo", "MemAvailable:"); }
 
 typedef struct {
-    size_t bytes;     // that this process may hold in all; SIZE_MAX: not known
+    size_t bytes;     // that this process may hold in total; SIZE_MAX: not known
     const char* name; // of the limit
 } MemoryLimit;
 
-// The number in a file of a control group; SIZE_MAX where there is none, as for the word "max".
+// The number in a file of a control group; SIZE_MAX if there is none, for example the word "max".
 static inline size_t limits_read_number(const char* directory, const char* name) {
     char path[PATH_MAX];
     unsigned long long number = 0;
@@ -66,7 +69,7 @@ static inline size_t limits_read_number(const char* directory, const char* name)
                                        : SIZE_MAX; // version 1 has a huge number for no limit
 }
 
-// The sum of the cached file pages of a control group, which the kernel takes back before it kills.
+// Bytes of the cached file pages of a control group, which the kernel frees before it kills a process.
 static inline size_t limits_read_cache(const char* directory, const char* const keys[2]) {
     char path[PATH_MAX], key[64];
     unsigned long long value;
@@ -79,7 +82,7 @@ static inline size_t limits_read_cache(const char* directory, const char* const 
     return sum;
 }
 
-// Bytes that the group of this directory may still take; SIZE_MAX where it has no limit.
+// Bytes that the group of this directory may still allocate; SIZE_MAX if it has no limit.
 static inline size_t limits_group_free(const char* directory) {
     static const char* const cache[2][2] = {{"total_inactive_file", "total_active_file"},
                                             {"inactive_file", "active_file"}};
@@ -92,8 +95,8 @@ static inline size_t limits_group_free(const char* directory) {
     return most > firm ? most - firm : 0;
 }
 
-// The least that a group and those above it have left. In a container the path of the group may be the host's, which is not
-// there; its limit is then that of `root`.
+// The least number of bytes that a group and the groups above it have left. In a container, the path of the
+// group may be the host's and not exist; then the limit is that of `root`.
 static inline size_t limits_groups_free(const char* root, const char* group) {
     char path[PATH_MAX];
     size_t least = SIZE_MAX;
@@ -107,15 +110,16 @@ static inline size_t limits_groups_free(const char* root, const char* group) {
     return least;
 }
 
-// Is "memory" one of the names, with commas between?
+// Whether "memory" is one of these names, which commas separate.
 static inline int limits_names_memory(const char* names) {
     for (const char* at = strstr(names, "memory"); at; at = strstr(at + 1, "memory"))
         if ((at == names || at[-1] == ',') && (at[6] == 0 || at[6] == ',')) return 1;
     return 0;
 }
 
-// Bytes that the control groups of a process leave; SIZE_MAX where they have no limit. cgroup_file: /proc/self/cgroup or one like
-// it, with lines NUMBER:CONTROLLERS:GROUP; root: where the groups are directories.
+// Bytes that the control groups of a process leave; SIZE_MAX if they have no limit. cgroup_file:
+// /proc/self/cgroup or a file like it, with lines NUMBER:CONTROLLERS:GROUP; root: the directory whose
+// subdirectories are the groups.
 static inline size_t limits_control_groups(const char* cgroup_file, const char* root) {
     char line[PATH_MAX], tree[PATH_MAX];
     size_t least = SIZE_MAX;
@@ -126,7 +130,7 @@ static inline size_t limits_control_groups(const char* cgroup_file, const char* 
         if (!group) continue;
         *group++ = 0;
         if (*names && !limits_names_memory(names)) continue;
-        path_format(tree, *names ? "%s/memory" : "%s", root); // version 2 has no names
+        path_format(tree, *names ? "%s/memory" : "%s", root); // version 2 lists no controllers
         const size_t left = limits_groups_free(tree, group);
         if (left < least) least = left;
     }
@@ -134,13 +138,15 @@ static inline size_t limits_control_groups(const char* cgroup_file, const char* 
     return least;
 }
 
+// Lowers the limit to `bytes`, if that is less.
 static inline void limits_take_less(MemoryLimit* limit, size_t bytes, const char* name) {
     if (bytes >= limit->bytes) return;
     limit->bytes = bytes;
     limit->name = name;
 }
 
-// A limit of the shell on what the process maps: what /proc/self/status calls `field`, and stacks of threads to come.
+// Applies a shell's limit of mapped memory, given by the line `field` of /proc/self/status. `stacks`: bytes
+// of the stacks of future threads, which count as well.
 static inline void limits_take_mapped(MemoryLimit* limit, const struct rlimit* most, const char* field,
                                       size_t stacks, const char* name) {
     const size_t used = memory_proc_field("/proc/self/status", field) + stacks, all = (size_t)most->rlim_cur;
@@ -148,8 +154,8 @@ static inline void limits_take_mapped(MemoryLimit* limit, const struct rlimit* m
         limits_take_less(limit, (all > used ? all - used : 0) + memory_resident(), name);
 }
 
-// What this process may hold in main memory, of which it holds a part already. `sharers` processes of this machine take what is
-// free in equal parts; `stacks`: bytes of address space for threads that are not yet there.
+// The main memory that this process may hold, including the memory that it already holds. `sharers` processes
+// of this machine share the free memory equally; `stacks`: bytes of address space for future threads.
 static inline MemoryLimit limits_memory(const char* cgroup_file, const char* root, int sharers,
                                         size_t stacks) {
     MemoryLimit limit = {SIZE_MAX, "not known"};
@@ -169,7 +175,7 @@ static inline MemoryLimit limits_memory(const char* cgroup_file, const char* roo
 // ----------------------------------------------------------------------------
 // Threads
 
-static pthread_mutex_t limits_gate = PTHREAD_MUTEX_INITIALIZER; // held while the threads are to stay
+static pthread_mutex_t limits_gate = PTHREAD_MUTEX_INITIALIZER; // held while the test threads must stay
 
 static inline void* limits_wait_at_gate(void* unused) {
     pthread_mutex_lock(&limits_gate);
@@ -177,15 +183,15 @@ static inline void* limits_wait_at_gate(void* unused) {
     return unused;
 }
 
-// Starts up to `wanted` threads, calls while_there() (NULL: nothing) and ends them. Returns their number: what a limit of the
-// user (ulimit -u), of a control group (pids.max) or of memory allows, whichever it is.
+// Starts up to `wanted` threads, calls while_there() (NULL: nothing) and ends them. Returns the number that
+// it could start under the limits of the user (ulimit -u), of the control group (pids.max) and of memory.
 static inline int limits_try_threads(int wanted, void (*while_there)(void)) {
     pthread_t* threads = (pthread_t*)malloc_or_fail((size_t)wanted * sizeof(pthread_t), "a list of threads");
     sigset_t all, kept;
     int count = 0;
     sigfillset(&all);
     pthread_mutex_lock(&limits_gate);
-    pthread_sigmask(SIG_SETMASK, &all, &kept); // signals are for other threads
+    pthread_sigmask(SIG_SETMASK, &all, &kept); // the test threads must not receive signals
     while (count < wanted && pthread_create(&threads[count], NULL, limits_wait_at_gate, NULL) == 0) count++;
     pthread_sigmask(SIG_SETMASK, &kept, NULL);
     if (while_there) while_there();
@@ -195,7 +201,7 @@ static inline int limits_try_threads(int wanted, void (*while_there)(void)) {
     return count;
 }
 
-// Address space of the stacks of so many threads.
+// Bytes of address space for the stacks of this many threads.
 static inline size_t limits_stacks(int threads) {
     pthread_attr_t attributes;
     size_t bytes = 0;
@@ -208,14 +214,14 @@ static inline size_t limits_stacks(int threads) {
 // ----------------------------------------------------------------------------
 // Files
 
-// Bytes that a file may have.
+// The limit of a file's size in bytes; SIZE_MAX: no limit.
 static inline size_t limits_file_bytes(void) {
     struct rlimit most;
     if (getrlimit(RLIMIT_FSIZE, &most) != 0 || most.rlim_cur == RLIM_INFINITY) return SIZE_MAX;
     return (size_t)most.rlim_cur;
 }
 
-// Bytes that are free for this user where `given` is, or will be made.
+// Bytes that are free for this user on the file system of `given`, which need not exist yet.
 static inline size_t limits_disk_free(const char* given) {
     char path[PATH_MAX];
     struct statvfs info;

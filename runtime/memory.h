@@ -1,13 +1,13 @@
 /*
-Memory is planned before it is taken: an arena collects what a program wants to have, shows it, and takes it
-in one piece.
+An arena: plans memory before it allocates it. It collects reservations, shows them, and allocates one block
+for all.
 
     Arena arena = {"activations"};
-    arena_reserve(&arena, (void**)&out, rows * C * sizeof(floatX), "residual stream");   // nothing is taken yet
+    arena_reserve(&arena, (void**)&out, rows * C * sizeof(floatX), "residual stream");  // allocates nothing yet
     printf("%zu bytes\n", arena.bytes);
-    arena_allocate(&arena);                                                              // now out points into the block
+    arena_allocate(&arena);                                                  // now `out` points into the block
 
-Reservations with the same label are shown as one line of the plan.
+The plan shows reservations with the same label as one line.
 */
 #ifndef RUNTIME_MEMORY_H
 #define RUNTIME_MEMORY_H
@@ -16,7 +16,7 @@ Reservations with the same label are shown as one line of the plan.
 #include "runtime/checks.h"
 
 typedef struct {
-    void** pointer; // where the address goes
+    void** pointer; // receives the address
     size_t offset;  // from the start of the block, a multiple of ARENA_ALIGNMENT
     size_t bytes;
     const char* label; // static text
@@ -24,7 +24,7 @@ typedef struct {
 
 typedef struct {
     const char* name;
-    const char* remedy; // what makes it smaller, for who has too little memory; may be NULL
+    const char* remedy; // a hint that makes the arena smaller, for the out-of-memory message; may be NULL
     Reservation* reservations;
     int count;
     size_t bytes; // of the whole block
@@ -44,8 +44,8 @@ static inline void arena_reserve(Arena* arena, void** pointer, size_t bytes, con
     arena->bytes += (bytes + ARENA_ALIGNMENT - 1) / ARENA_ALIGNMENT * ARENA_ALIGNMENT;
 }
 
-// The same memory for several pointers. The first call for `shared`, a pointer of the caller's, reserves it; every call has
-// `pointer` get its address.
+// Reserves the same memory for several pointers. The first call with the caller's pointer `shared` reserves
+// the memory; `pointer` of every call receives its address.
 static inline void arena_reserve_shared(Arena* arena, void** pointer, void** shared, size_t bytes,
                                         const char* label) {
     int at = 0;
@@ -57,8 +57,8 @@ static inline void arena_reserve_shared(Arena* arena, void** pointer, void** sha
     arena->reservations[arena->count - 1].offset = offset;
 }
 
-// Takes the block from the device, zeroed, and hands out the addresses. The device's header comes before this
-// one.
+// Allocates the block in device memory, zeroed, and sets the pointers. Include the device's header before
+// this one.
 static inline void arena_allocate(Arena* arena) {
     char what[256];
     snprintf(what, sizeof(what), arena->remedy ? "%s (%s)" : "%s", arena->name, arena->remedy);

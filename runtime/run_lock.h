@@ -1,14 +1,15 @@
 /*
 The lock of a run's directory: one process at a time trains in it.
 
-    run_lock("runs/mine");           // before anything in the directory is changed; again and again is fine
+    run_lock("runs/mine");           // before the first change in the directory; further calls do nothing
 
-Where another process holds the lock, run_lock() fails with a line that says which one, on which host, and since when.
-The lock is flock()'s, on the file `lock` in the directory: the system takes it back when the process ends, however it ends.
-The file is removed at exit. A run that was killed leaves the file behind, without the lock.
+Where another process holds the lock, run_lock() fails with a line that says which one, on which host, and
+since when. The lock is flock() on the file `lock` in the directory: the system releases it when the process
+ends in any way. The process removes the file at exit. A run that was killed leaves the file behind, without
+the lock.
 
-A file system may know no locks: then run_lock() warns, and the run goes on. A server may keep the lock of a host that
-crashed: deleting the file is then the way on.
+On a file system without locks, run_lock() warns and the run goes on. A file server may keep the lock of a
+host that crashed; then the user must delete the file.
 */
 #ifndef RUNTIME_RUN_LOCK_H
 #define RUNTIME_RUN_LOCK_H
@@ -17,7 +18,7 @@ crashed: deleting the file is then the way on.
 #include <time.h>
 #include "runtime/checks.h" // defines fail, warn, path_format
 
-// A process that was killed may take this long to be gone, while the next one starts already.
+// A killed process may still end while the next one starts: run_lock() tries again for up to half a second.
 enum { RUN_LOCK_TRIES = 10, RUN_LOCK_PAUSE_MS = 50 };
 
 typedef struct {
@@ -28,7 +29,8 @@ typedef struct {
 
 static RunLock run_lock_of_process;
 
-// Whether `path` names the open file: its holder may have deleted it, and another process made a new one.
+// Whether `path` still names the open file. Its holder may have deleted it, and another process may have made
+// a new one.
 static inline int run_lock_is_named(int file, const char* path) {
     struct stat open_one, named;
     return fstat(file, &open_one) == 0 && stat(path, &named) == 0 && open_one.st_ino == named.st_ino &&
@@ -40,7 +42,7 @@ static inline void run_lock_remove(void) {
         unlink(run_lock_of_process.path);
 }
 
-// The line by which the holder has signed.
+// Reads the line that the holder of the lock has written.
 static inline void run_lock_read(int file, char* text, size_t size) {
     const ssize_t got = pread(file, text, size - 1, 0);
     text[got > 0 ? got : 0] = 0;
@@ -49,7 +51,7 @@ static inline void run_lock_read(int file, char* text, size_t size) {
     if (!text[0]) snprintf(text, size, "a process that has not said its name yet");
 }
 
-// A disk without room for the line does not matter.
+// Writes the holder's line. An error, for example of a full disk, does not matter.
 static inline void run_lock_sign(int file) {
     char host[128] = "?", since[64], line[256];
     const time_t now = time(NULL);
@@ -59,7 +61,8 @@ static inline void run_lock_sign(int file) {
     if (ftruncate(file, 0) == 0) (void)!pwrite(file, line, (size_t)length, 0);
 }
 
-// The locked file; -1 and errno, EWOULDBLOCK where another process holds the lock. `holder` says who that is.
+// Returns the locked file, or -1 and errno. EWOULDBLOCK: another process holds the lock, and `holder`
+// receives its line.
 static inline int run_lock_try(const char* path, char* holder, size_t size) {
     for (;;) {
         const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
@@ -77,7 +80,7 @@ static inline int run_lock_try(const char* path, char* holder, size_t size) {
     }
 }
 
-// For the one process of a run that writes to the directory, which must exist.
+// Takes the lock of an existing directory. Only the run's process that writes to the directory calls it.
 static inline void run_lock(const char* directory) {
     RunLock* lock = &run_lock_of_process;
     char holder[256] = "";

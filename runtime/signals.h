@@ -1,18 +1,20 @@
 /*
-Signals that end a run: the first one is a wish to stop, which the training loop reads between two steps.
+Signals that end a run: the first one is a request to stop, which the training loop reads between two steps.
 
     signals_start();                 // first in main(), before there is a second thread
-    signals_take();                  // from here on a signal is a wish to stop
+    signals_take();                  // from here on a signal is a request to stop
     if (signals_stop()) ...          // the number of the signal that came; 0: none
     signals_release();               // from here on a signal ends the process at once, as before signals_take()
 
-Every thread blocks these signals, and one thread waits for them. There is no handler: oneDNN's generated matrix products
-keep their stack pointer inside heap memory, so a handler that runs on an interrupted thread's stack overwrites the heap.
+Every thread blocks these signals, and one thread waits for them. There is no handler: oneDNN's generated
+matrix products keep their stack pointer inside heap memory, so a handler that runs on an interrupted thread's
+stack overwrites the heap.
 
-A signal that comes more than signals_same_seconds after the first one ends the process at once, by its default action.
-Until then it counts as the first one sent again: timeout(1), and a shell whose terminal closes, send theirs twice.
-A signal that was ignored when the program started (by nohup, or in the background of a script) stays ignored.
-SIGPIPE is ignored while a run is at work; a pipe for stdout that nobody reads any more is a wish to stop instead.
+A signal that comes more than signals_same_seconds after the first one ends the process at once, by its
+default action. Until then it counts as the first one sent again: timeout(1), and a shell whose terminal
+closes, send theirs twice. A signal that was ignored when the program started (by nohup, or in the background
+of a script) stays ignored. While a run trains, SIGPIPE is ignored. A pipe for stdout whose reader has gone is
+a request to stop instead.
 */
 #ifndef RUNTIME_SIGNALS_H
 #define RUNTIME_SIGNALS_H
@@ -29,11 +31,11 @@ enum { SIGNALS_HANDLED = sizeof(signals_handled) / sizeof(signals_handled[0]) };
 static double signals_same_seconds = 1;
 
 typedef struct {
-    sigset_t set;        // the signals that are waited for
-    int taken;           // 1: a signal is a wish to stop; 0: it ends the process
+    sigset_t set;        // the signals that the waiting thread waits for
+    int taken;           // 1: a signal is a request to stop; 0: it ends the process
     int stop;            // the first signal since signals_take(); 0: none
-    int watches_output;  // 1: stdout without a reader is a wish to stop
-    void (*alarm)(void); // called when alarm()'s time is over; NULL: SIGALRM is as the others
+    int watches_output;  // 1: stdout without a reader is a request to stop
+    void (*alarm)(void); // called when alarm()'s time is over; NULL: SIGALRM is like the other signals
 } Signals;
 
 static Signals signals;
@@ -42,7 +44,7 @@ static Signals signals;
 // no directory: the main thread may be about to make another file in there.
 __attribute__((noreturn)) static inline void signals_end(int number) {
     sigset_t one;
-    scratch_lock(); // for good: nothing gets its name any more
+    scratch_lock(); // kept to the end: no other thread can rename a file any more
     if (scratch_path[0]) unlink(scratch_path);
     sigemptyset(&one);
     sigaddset(&one, number);
@@ -60,11 +62,11 @@ static inline double signals_clock(void) {
 
 // The thread that waits. The system sends SIGXCPU every second, so that one never counts as a second signal.
 static inline void* signals_wait(void* unused) {
-    double first = 0; // when the first wish to stop came
+    double first = 0; // the time of the first request to stop
     for (;;) {
         siginfo_t info;
         const int number = sigwaitinfo(&signals.set, &info);
-        if (number < 0) continue; // the process was stopped and goes on
+        if (number < 0) continue; // interrupted: the process was suspended and continues
         void (*expired)(void) = __atomic_load_n(&signals.alarm, __ATOMIC_ACQUIRE);
         if (number == SIGALRM && info.si_code == SI_KERNEL && expired) {
             expired();
@@ -88,7 +90,7 @@ static inline void signals_start(void) {
         if (sigaction(signals_handled[i], NULL, &now) == 0 && now.sa_handler != SIG_IGN)
             sigaddset(&signals.set, signals_handled[i]);
     }
-    pthread_sigmask(SIG_BLOCK, &signals.set, NULL); // every thread of this one inherits it
+    pthread_sigmask(SIG_BLOCK, &signals.set, NULL); // later threads inherit the mask
     const int error = pthread_create(&thread, NULL, signals_wait, NULL);
     if (error) fail("the thread that waits for signals cannot be started: %s", strerror(error));
     pthread_detach(thread);
@@ -105,7 +107,7 @@ static inline void signals_take(void) {
 
 static inline void signals_release(void) { __atomic_store_n(&signals.taken, 0, __ATOMIC_RELEASE); }
 
-// Whether stdout is a pipe, or a socket, whose other end is closed.
+// Whether stdout is a pipe or a socket whose other end is closed.
 static inline int signals_output_is_gone(void) {
     struct pollfd output = {STDOUT_FILENO, POLLOUT, 0};
     struct stat info;
@@ -113,7 +115,8 @@ static inline int signals_output_is_gone(void) {
            fstat(STDOUT_FILENO, &info) == 0 && (S_ISFIFO(info.st_mode) || S_ISSOCK(info.st_mode));
 }
 
-// For the main thread alone. Ctrl-C ends the reader of a pipe as well; the signal then takes the place of SIGPIPE.
+// Only the main thread calls it. Ctrl-C ends the reader of a pipe as well; the run then reports the signal,
+// not SIGPIPE.
 static inline int signals_stop(void) {
     int stop = __atomic_load_n(&signals.stop, __ATOMIC_ACQUIRE);
     if (!stop && signals.watches_output && signals_output_is_gone())
@@ -121,7 +124,7 @@ static inline int signals_stop(void) {
     return __atomic_load_n(&signals.stop, __ATOMIC_ACQUIRE);
 }
 
-// `expired` is called by the waiting thread when the time of alarm() is over; NULL: nobody is.
+// Sets the function that the waiting thread calls when alarm()'s time is over; NULL: none.
 static inline void signals_on_alarm(void (*expired)(void)) {
     __atomic_store_n(&signals.alarm, expired, __ATOMIC_RELEASE);
 }
