@@ -3,9 +3,9 @@ An arena: plans memory before it allocates it. It collects reservations, shows t
 for all.
 
     Arena arena = {"activations"};
-    arena_reserve(&arena, (void**)&out, rows * C * sizeof(floatX), "residual stream");  // allocates nothing yet
+    arena_reserve(&arena, (void**)&out, rows * C * sizeof(floatX), "residual stream");  // no allocation yet
     printf("%zu bytes\n", arena.bytes);
-    arena_allocate(&arena);                                                  // now `out` points into the block
+    arena_allocate(&arena);                                               // now `out` points into the block
 
 The plan shows reservations with the same label as one line.
 */
