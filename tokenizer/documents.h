@@ -1,17 +1,18 @@
 /*
-Documents: what `tokenizer train` and `tokenizer prepare` read.
+Documents: the input of `tokenizer train` and `tokenizer prepare`.
 
     FileList files = {0};
-    file_list_add(&files, "corpus");            // a file, or a directory: all its files, in the order of their names
+    file_list_add(&files, "corpus");            // a file, or all files of a directory, sorted by name
     DocumentReader reader;
     document_reader_init(&reader, &files, NULL, "text", INT64_MAX);
     DocumentBatch batch = {0};
     while (document_reader_batch(&reader, 16 << 20, &batch))
         for (size_t d = 0; d < batch.count; d++) ... document_batch_text(&batch, d, &bytes) ...
-    document_reader_report(&reader);            // warnings: documents that are not as they were meant
+    document_reader_report(&reader);            // warnings about documents that are probably wrong
 
-A file is one document, or several between separators; a file named *.jsonl holds one on each line, under a key.
-A file that is no text ends the program where the user has named it. In a directory or a list it is skipped, with a line.
+A file is one document, or several between separators; a file named *.jsonl holds one document on each line,
+under a key. A file that is no text ends the program if the user has named it. In a directory or a list it is
+skipped, with a warning.
 */
 #ifndef TOKENIZER_DOCUMENTS_H
 #define TOKENIZER_DOCUMENTS_H
@@ -26,10 +27,10 @@ A file that is no text ends the program where the user has named it. In a direct
 // ----------------------------------------------------------------------------
 // Text or not
 
-// A file is judged by its first bytes.
+// The first bytes of a file decide whether it is text.
 enum { PEEK_BYTES = 1 << 16 };
 
-// The format of some files that are no text, by their first bytes; NULL: none of these.
+// The name of a known binary format, from the first bytes of a file; NULL: none of these formats.
 static inline const char* known_format(const char* data, size_t bytes) {
     static const struct {
         const char *magic, *name;
@@ -52,8 +53,9 @@ static inline const char* known_format(const char* data, size_t bytes) {
     return NULL;
 }
 
-// Why the bytes at the start of a file are no text, or NULL: a byte 0, or more than three in ten that are neither UTF-8 nor
-// usual control characters. So Latin-1 passes where most letters are ASCII, and Cyrillic in one byte a letter does not.
+// The reason why the bytes at the start of a file are no text, or NULL: a byte 0, or more than 30% of bytes
+// that are not UTF-8 or are unusual control characters. So Latin-1 text passes if most letters are ASCII;
+// Cyrillic text in a one-byte encoding does not.
 static inline const char* binary_reason(const char* data, size_t bytes) {
     if (bytes > PEEK_BYTES) bytes = PEEK_BYTES;
     const int has_zero = memchr(data, 0, bytes) != NULL;
@@ -74,30 +76,31 @@ static inline const char* binary_reason(const char* data, size_t bytes) {
 
 typedef struct {
     char* path;
-    int found; // in a directory, not named by the user: it may be gone when its turn comes
+    int found; // 1: found in a directory, not named by the user; it may be gone when it is opened
 } InputFile;
 
 typedef struct {
     InputFile* files;
     size_t count, capacity;
-    int64_t bytes;    // of all files together, where the file system knows
-    int takes_binary; // set it before the first file is added
+    int64_t bytes;    // of all files together, by the file system
+    int takes_binary; // 1: accept files that are no text; set it before the first file is added
     size_t skipped;   // files, directories and others
 } FileList;
 
-enum { SKIPPED_SHOWN = 10 }; // the others are only counted
+enum { SKIPPED_SHOWN = 10 }; // warnings; further skipped files are only counted
 
 static inline void file_list_skip(FileList* list, const char* path, const char* reason) {
     if (list->skipped++ < SKIPPED_SHOWN) warn("skipped %s: %s", path, reason);
 }
 
-// After the last file: how many were skipped, where not every one was shown.
+// After the last file: warns of the number of skipped files, if not every one had its own warning.
 static inline void file_list_report(const FileList* list) {
     if (list->skipped > SKIPPED_SHOWN)
         warn("skipped %zu files and directories in all; %zu files are read", list->skipped, list->count);
 }
 
-// Why a regular file is not to be read, or NULL. *error is set where it cannot be read at all.
+// The reason not to read a regular file, or NULL. *error becomes the error if the file cannot be read at all,
+// else 0.
 static inline const char* file_refusal(const char* path, int* error) {
     char start[PEEK_BYTES];
     *error = 0;
@@ -110,7 +113,8 @@ static inline const char* file_refusal(const char* path, int* error) {
 
 enum { FILE_NAMED, FILE_LISTED, FILE_FOUND }; // by the user, in a list, in a directory
 
-// Whether a file of a directory may be left out after this error: others are a fault of the machine or the disk.
+// Whether a file of a directory may be skipped after this error. Other errors are faults of the machine or
+// the disk.
 static inline int error_of_one_file(int error) {
     return error == EACCES || error == EPERM || error == ENOENT;
 }
@@ -140,7 +144,7 @@ static inline int compare_entries(const FTSENT** a, const FTSENT** b) {
     return strcmp((*a)->fts_name, (*b)->fts_name);
 }
 
-// One entry of a directory. Links are not followed: what they point at would be read twice, or without end.
+// Adds one entry of a directory. Links are not followed: their targets could be read twice, or without end.
 static inline void file_list_add_entry(FileList* list, FTS* walk, FTSENT* entry) {
     const int hidden = entry->fts_level > FTS_ROOTLEVEL && entry->fts_name[0] == '.';
     const int error = entry->fts_errno;
@@ -199,7 +203,7 @@ static inline void file_list_add(FileList* list, const char* path) {
     file_list_add_from_origin(list, path, FILE_NAMED);
 }
 
-// A file that names others, one on each line.
+// Adds the files that a list file names, one on each line.
 static inline void file_list_add_from(FileList* files, const char* list_path) {
     FILE* list = open_or_fail(list_path, "rb");
     char* line = NULL;
@@ -223,7 +227,7 @@ static inline void file_list_free(FileList* list) {
 // ----------------------------------------------------------------------------
 // Reading
 
-// Lines or files that are not as they were meant: how many, and where the first is.
+// Lines that are probably wrong: their number, and the place of the first one.
 typedef struct {
     size_t count, first_line;
     const char* first_path;
@@ -239,18 +243,18 @@ typedef struct {
     const FileList* files;
     const char* separator; // NULL: each file is one document
     const char* text_key;  // of *.jsonl
-    int text_key_given;    // by the user
+    int text_key_given;    // 1: by the user
     int64_t bytes_left;    // of --max-bytes
-    int64_t bytes_given;   // of text
-    int64_t bytes_read;    // of the files
+    int64_t bytes_given;   // bytes of text returned so far
+    int64_t bytes_read;    // bytes of the files read so far
     size_t next_file;
-    char* text; // the open file, when it is plain text
+    char* text; // the contents of the open file, if it is plain text
     size_t text_bytes, text_at;
-    FILE* lines; // the open file, when it is *.jsonl
+    FILE* lines; // the open file, if it is *.jsonl
     char* line;
     size_t line_capacity, line_number;
-    cJSON* object;                         // the line at hand
-    size_t separators, texts, lines_files; // found; files of plain text; files *.jsonl
+    cJSON* object;                         // the current line
+    size_t separators, texts, lines_files; // separators found; plain text files; *.jsonl files
     Finding replaced;                      // lines with escapes that are no character
     Finding nulls;                         // lines whose text is null
 } DocumentReader;
@@ -274,7 +278,7 @@ static inline void document_reader_free(DocumentReader* reader) {
     memset(reader, 0, sizeof(*reader));
 }
 
-// The next document of an open text file; 0 when there is none, and the file is closed.
+// Returns the next document of the open text file; at its end, frees the text and returns 0.
 static inline int next_text_document(DocumentReader* reader, const char** text, size_t* bytes) {
     if (reader->text_at >= reader->text_bytes) {
         free(reader->text);
@@ -301,9 +305,10 @@ static inline int escaped_unit(const char* escape) {
     return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (int)strtol(digits, NULL, 16) : -1;
 }
 
-// Writes U+FFFD over every \u0000 and every surrogate without its other half: cJSON would end the string at the former and
-// refuse the latter, and both are common in text from the web. Returns 1 where there was one. Returns -1 where a \u has no
-// four hexadecimal digits, because cJSON would end the string there, too.
+// Writes U+FFFD over every \u0000 and every surrogate without its other half. cJSON would end the string at a
+// \u0000 and refuse half a surrogate pair, and both are common in text from the web. Returns 1 if it replaced
+// one, else 0; or -1 if a \u is not followed by four hexadecimal digits, since cJSON would end the string
+// there as well.
 static inline int replace_bad_escapes(char* line) {
     int replaced = 0;
     for (char* c = strchr(line, '\\'); c && c[1];) {
@@ -320,7 +325,7 @@ static inline int replace_bad_escapes(char* line) {
     return replaced;
 }
 
-// A line of *.jsonl without a text ends the program. The message lists the keys, for --text-key.
+// Fails for a line of *.jsonl without a text. The message lists the line's keys, as a help for --text-key.
 __attribute__((noreturn)) static inline void fail_without_text(const DocumentReader* reader, const char* path,
                                                                const cJSON* value) {
     char keys[256] = "";
@@ -335,7 +340,8 @@ __attribute__((noreturn)) static inline void fail_without_text(const DocumentRea
          value ? ", but another kind of value" : "", value ? "" : keys);
 }
 
-// The next line that is not blank, without the mark that may open the file; NULL at the end of the file.
+// Returns the next line that is not blank, without a byte order mark at the start of the file; NULL at the
+// end.
 static inline char* next_line(DocumentReader* reader, const char* path) {
     for (;;) {
         ssize_t length = getline(&reader->line, &reader->line_capacity, reader->lines);
@@ -382,7 +388,7 @@ static inline void open_next_file(DocumentReader* reader) {
     const InputFile* input = &reader->files->files[reader->next_file++];
     const char* path = input->path;
     if (input->found && access(path, R_OK) != 0 && error_of_one_file(errno)) {
-        warn("skipped %s: %s", path, strerror(errno)); // it was there when the directory was read
+        warn("skipped %s: %s", path, strerror(errno)); // it existed when the directory was read
         return;
     }
     FILE* file = open_or_fail(path, "rb");
@@ -397,7 +403,7 @@ static inline void open_next_file(DocumentReader* reader) {
     reader->text_at = 0;
     reader->texts++;
     reader->bytes_read += (int64_t)reader->text_bytes;
-    // A pipe could not be looked at before.
+    // file_refusal() does not look at pipes, so this is the first check of a pipe's text.
     const char* reason =
         input->found || reader->files->takes_binary ? NULL : binary_reason(reader->text, reader->text_bytes);
     if (reason) fail("%s: is %s; --include-binary takes it as it is", path, reason);
@@ -411,7 +417,7 @@ static inline size_t cut_at_character(const char* text, size_t bytes, int64_t li
     return cut;
 }
 
-// The next document that is not empty, or 0 at the end. The text is valid until the next call.
+// Returns the next document that is not empty, or 0 at the end. The text is valid until the next call.
 static inline int document_reader_next(DocumentReader* reader, const char** text, size_t* bytes) {
     while (reader->bytes_left > 0) {
         int found = 0;
@@ -429,7 +435,7 @@ static inline int document_reader_next(DocumentReader* reader, const char** text
     return 0;
 }
 
-// Warns of documents that are not as they were meant.
+// Warns of options that had no effect, and of lines that were changed or skipped.
 static inline void document_reader_report(const DocumentReader* reader) {
     if (reader->separator && !reader->separators && reader->texts)
         warn("--separator: is nowhere in the text, so each file is one document (\\n, \\r and \\t stand for "
@@ -448,7 +454,7 @@ static inline void document_reader_report(const DocumentReader* reader) {
              reader->nulls.count, reader->nulls.first_line, reader->nulls.first_path);
 }
 
-// How much of the input has been read, for progress: by the bytes of the files or by --max-bytes.
+// The part of the input that has been read, for progress: by the bytes of the files or by --max-bytes.
 static inline double part_read(const DocumentReader* reader) {
     double of_files = (double)reader->bytes_read / (double)reader->files->bytes;
     double of_limit =
@@ -457,7 +463,7 @@ static inline double part_read(const DocumentReader* reader) {
 }
 
 // ----------------------------------------------------------------------------
-// Batches, so that several threads have documents to work on
+// Batches of documents, for several threads
 
 typedef struct {
     ByteBuffer text;
@@ -465,7 +471,7 @@ typedef struct {
     size_t count, capacity;
 } DocumentBatch;
 
-// Fills the batch with documents of about `bytes` together; 0 when no more is there.
+// Fills the batch with documents of about `bytes` in total; 0 if no document is left.
 static inline int document_reader_batch(DocumentReader* reader, size_t bytes, DocumentBatch* batch) {
     const char* text;
     size_t length;

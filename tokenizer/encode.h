@@ -1,9 +1,10 @@
 /*
-Words to tokens and back: the second half of a byte-level BPE tokenizer.
+From words to tokens and back: the second half of a byte-level BPE tokenizer. split.h is the first half.
 
-A word starts as its bytes; then, as long as two neighbours can merge, the pair with the lowest rank does, the
-leftmost one on ties (Sennrich et al. 2016, arXiv:1508.07909, as Hugging Face's `tokenizers` orders it).
-Candidates wait in a heap, so a word of n bytes takes O(n log n); words seen before are found in a cache.
+A word starts as its bytes. As long as two neighbours can merge, the pair with the lowest rank merges; of
+equal ranks the leftmost pair (Sennrich et al. 2016, arXiv:1508.07909, in the order of Hugging Face's
+`tokenizers`). A heap holds the candidates, so a word of n bytes takes O(n log n) time. A cache holds words
+seen before.
 */
 #ifndef TOKENIZER_ENCODE_H
 #define TOKENIZER_ENCODE_H
@@ -13,7 +14,7 @@ Candidates wait in a heap, so a word of n bytes takes O(n log n); words seen bef
 // ----------------------------------------------------------------------------
 // A heap, for encoding and for training
 
-// The smallest (first, second) comes out first.
+// heap_pop() returns the smallest (first, second).
 typedef struct {
     uint64_t first, second;
 } HeapItem;
@@ -53,14 +54,15 @@ static inline HeapItem heap_pop(Heap* heap) {
 }
 
 // ----------------------------------------------------------------------------
-// The encoder: what one thread needs to encode
+// The encoder: the data that one thread needs to encode
 
-// One line of the cache: 64 bytes, as the processor's. Longer words or encodings are not kept.
+// One entry of the cache has 64 bytes, as the processor's cache lines. Longer words or encodings are not
+// cached.
 enum { CACHED_BYTES = 30, CACHED_TOKENS = 8, CACHE_LINES = 1 << 16 };
 
 typedef struct {
     char word[CACHED_BYTES];
-    uint8_t length; // 0: an empty line
+    uint8_t length; // 0: an empty entry
     uint8_t count;
     int32_t ids[CACHED_TOKENS];
 } CachedWord;
@@ -73,14 +75,14 @@ typedef struct {
 struct TokenizerEncoder {
     const Tokenizer* tokenizer;
     WordSplitter splitter;
-    CachedWord* cache; // (CACHE_LINES), by hash; a newer word takes the line of an older one
-    Symbol* symbols;   // of the word at hand
+    CachedWord* cache; // (CACHE_LINES), by hash; a newer word overwrites an older one
+    Symbol* symbols;   // of the current word
     size_t symbol_capacity;
     Heap candidates;                 // first: rank << 32 | index of the left symbol; second: the pair
-    unsigned char added_starts[256]; // whether an added token starts with this byte
+    unsigned char added_starts[256]; // 1: an added token starts with this byte
 };
 
-// One for each thread; the tokenizer must outlive it.
+// Makes an encoder, for one thread; the tokenizer must outlive it.
 static inline TokenizerEncoder* tokenizer_encoder_new(const Tokenizer* t) {
     TokenizerEncoder* encoder = (TokenizerEncoder*)calloc_or_fail(1, sizeof(TokenizerEncoder), "an encoder");
     encoder->tokenizer = t;
@@ -128,7 +130,7 @@ static inline void encoder_merge_word(TokenizerEncoder* encoder, const char* wor
     while (encoder->candidates.count > 0) {
         HeapItem candidate = heap_pop(&encoder->candidates);
         int32_t left = (int32_t)(uint32_t)candidate.first, right = symbols[left].next;
-        // A candidate goes stale when either symbol has merged with another neighbour meanwhile.
+        // A candidate is outdated if one of its symbols has merged with another neighbour meanwhile.
         if (symbols[left].id < 0 || right < 0) continue;
         if (merge_pair(symbols[left].id, symbols[right].id) != candidate.second) continue;
         symbols[left].id = vocabulary_merge(t, symbols[left].id, symbols[right].id)->result;
@@ -200,7 +202,8 @@ static inline const AddedToken* encoder_match_added(const TokenizerEncoder* enco
     return NULL;
 }
 
-// Added tokens cut the text, in two passes as in Hugging Face's; what is between them is encoded by itself.
+// Added tokens cut the text, in two passes as in Hugging Face's `tokenizers`. The text between them is
+// encoded by itself.
 static inline void encoder_encode_pass(TokenizerEncoder* encoder, const char* text, size_t bytes,
                                        int allow_special, int pass, TokenBuffer* out) {
     if (pass == 2 || bytes == 0) {
@@ -217,7 +220,7 @@ static inline void encoder_encode_pass(TokenizerEncoder* encoder, const char* te
             continue;
         }
         uint32_t length = encoder->tokenizer->tokens[added->id].length;
-        if (allow_special || !added->special) { // otherwise it is text like any other, stepped over
+        if (allow_special || !added->special) { // otherwise it is plain text
             encoder_encode_pass(encoder, text + start, at - start, allow_special, pass + 1, out);
             token_buffer_append(out, &added->id, 1);
             start = at + length;
@@ -236,7 +239,7 @@ static inline size_t tokenizer_encode_with(TokenizerEncoder* encoder, const char
     return out->count - before;
 }
 
-// The same with the tokenizer's own encoder: one thread at a time.
+// The same with the tokenizer's own encoder: only one thread at a time may call it.
 static inline size_t tokenizer_encode(Tokenizer* t, const char* text, size_t bytes, int allow_special,
                                       TokenBuffer* out) {
     if (!t->encoder) t->encoder = tokenizer_encoder_new(t);
@@ -246,7 +249,7 @@ static inline size_t tokenizer_encode(Tokenizer* t, const char* text, size_t byt
 // ----------------------------------------------------------------------------
 // Back to text
 
-// The bytes of one token, not closed by a 0, owned by the tokenizer; NULL when no token has this id.
+// The bytes of one token, without a closing 0, owned by the tokenizer; NULL if no token has this id.
 static inline const char* tokenizer_token_bytes(const Tokenizer* t, int32_t id, size_t* length) {
     if (id < 0 || id >= t->size || t->tokens[id].kind == TOKEN_NONE) return NULL;
     *length = t->tokens[id].length;

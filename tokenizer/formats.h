@@ -1,7 +1,7 @@
 /*
-Tokenizer files. Read and written: Hugging Face's tokenizer.json. Read: GPT-2's vocab.json + merges.txt, and
-tiktoken's rank files. A file that Hugging Face or tiktoken would encode differently from this library is
-refused.
+Tokenizer files. This header reads and writes Hugging Face's tokenizer.json. It reads GPT-2's vocab.json +
+merges.txt, and tiktoken's rank files. It refuses a file with which Hugging Face or tiktoken would encode text
+differently from this library.
 
 In the JSON formats a token's bytes are written as characters: a byte that is a printable Latin-1 character
 stands for itself, the n-th of the others is U+0100 + n (Radford et al. 2019, bytes_to_unicode).
@@ -22,7 +22,7 @@ stands for itself, the n-th of the others is U+0100 + n (Radford et al. 2019, by
 typedef struct {
     int character[256];         // of each byte
     int byte[256 + 68];         // of each character, or -1
-    unsigned char ordered[256]; // the bytes by their characters: GPT-2's ids 0 to 255
+    unsigned char ordered[256]; // the bytes in the order of their characters: GPT-2's ids 0 to 255
 } ByteAlphabet;
 
 static inline void byte_alphabet_init(ByteAlphabet* alphabet) {
@@ -37,7 +37,7 @@ static inline void byte_alphabet_init(ByteAlphabet* alphabet) {
         if (alphabet->byte[c] >= 0) alphabet->ordered[ordered++] = (unsigned char)alphabet->byte[c];
 }
 
-// Appends the bytes that `key` stands for; 0 when it holds a character outside the alphabet.
+// Appends the bytes that `key` stands for. Returns 0 if it has a character outside the alphabet, else 1.
 static inline int byte_alphabet_decode(const ByteAlphabet* alphabet, const char* key, size_t length,
                                        ByteBuffer* out) {
     for (size_t i = 0; i < length;) {
@@ -105,8 +105,8 @@ static inline int64_t json_id(const cJSON* value) {
 // ----------------------------------------------------------------------------
 // Vocabulary and merges as characters: common to tokenizer.json and GPT-2's files
 
-// Whether `key` is the content of an added token that the byte alphabet would read otherwise. Such keys stand
-// for themselves.
+// Whether `key` is the content of an added token and the byte alphabet would read it differently. Such keys
+// stand for themselves.
 static inline int is_added_key(const Tokenizer* t, const char* key, int64_t id, const cJSON* added_tokens) {
     if (is_printable_ascii(key, strlen(key))) return 0;
     const cJSON* added = added_tokens ? added_tokens->child : NULL;
@@ -116,7 +116,7 @@ static inline int is_added_key(const Tokenizer* t, const char* key, int64_t id, 
     return added != NULL;
 }
 
-// {"key": id, ...}, without the keys that read_added_tokens will add.
+// Reads {"key": id, ...}, without the keys that read_added_tokens will add.
 static inline void read_vocabulary(Tokenizer* t, const cJSON* vocabulary, const cJSON* added_tokens) {
     ByteAlphabet alphabet;
     ByteBuffer bytes = {NULL, 0, 0};
@@ -137,7 +137,7 @@ static inline void read_vocabulary(Tokenizer* t, const cJSON* vocabulary, const 
     byte_buffer_free(&bytes);
 }
 
-// One merge of two keys, the next in rank.
+// Adds one merge of two keys, with the next rank.
 static inline void read_merge(Tokenizer* t, const ByteAlphabet* alphabet, const char* left,
                               size_t left_length, const char* right, size_t right_length) {
     ByteBuffer bytes = {NULL, 0, 0};
@@ -160,7 +160,7 @@ static inline void read_merge(Tokenizer* t, const ByteAlphabet* alphabet, const 
     byte_buffer_free(&bytes);
 }
 
-// "left right"
+// Reads a merge "left right".
 static inline void read_merge_line(Tokenizer* t, const ByteAlphabet* alphabet, const char* line,
                                    size_t length) {
     const char* space = (const char*)memchr(line, ' ', length);
@@ -171,7 +171,7 @@ static inline void read_merge_line(Tokenizer* t, const ByteAlphabet* alphabet, c
     read_merge(t, alphabet, line, left, space + 1, length - left - 1);
 }
 
-// ["left right", ...] or [["left", "right"], ...]
+// Reads the merges ["left right", ...] or [["left", "right"], ...].
 static inline void read_merges(Tokenizer* t, const cJSON* merges) {
     ByteAlphabet alphabet;
     byte_alphabet_init(&alphabet);
@@ -194,20 +194,20 @@ static inline void read_merges(Tokenizer* t, const cJSON* merges) {
 // ----------------------------------------------------------------------------
 // tokenizer.json
 
-// The regular expression of {"type": "Split", ...}, when it does nothing but cut.
+// The regular expression of {"type": "Split", ...}. Fails unless Split only cuts the text.
 static inline const char* json_split_regex(const char* path, const cJSON* split) {
     const cJSON* regex = json_member(json_member(split, "pattern"), "Regex");
     const cJSON* behavior = json_member(split, "behavior");
     int inverted = cJSON_IsTrue(json_member(split, "invert"));
     if (!cJSON_IsString(regex)) fail("%s: pre_tokenizer: Split has no pattern.Regex", path);
-    // Our patterns match every character, so removing what did not match removes nothing.
+    // Our patterns match every character, so to remove the text that does not match removes nothing.
     if (!(json_is_string(behavior, "Isolated") && !inverted) &&
         !(json_is_string(behavior, "Removed") && inverted))
         fail("%s: pre_tokenizer: the behavior of Split is not \"Isolated\"", path);
     return regex->valuestring;
 }
 
-// 1 when it splits by GPT-2's pattern, 0 when it only changes bytes to characters.
+// Checks a ByteLevel. Returns 1 if it splits by GPT-2's pattern, 0 if it only changes bytes to characters.
 static inline int json_byte_level(const char* path, const cJSON* byte_level) {
     if (!json_is_string(json_member(byte_level, "type"), "ByteLevel"))
         fail("%s: pre_tokenizer: only ByteLevel, or Split and then ByteLevel, is supported", path);
@@ -258,7 +258,7 @@ static inline void json_check_model(const char* path, const cJSON* model) {
         fail("%s: a model with continuing_subword_prefix or end_of_word_suffix is not byte-level", path);
 }
 
-// What stands around the model and would change the text or its tokens.
+// Fails if a part outside the model would change the text or its tokens.
 static inline void json_check_surroundings(const char* path, const cJSON* root) {
     static const char* const must_be_null[] = {"normalizer", "truncation", "padding"};
     for (int i = 0; i < 3; i++)
@@ -271,7 +271,8 @@ static inline void json_check_surroundings(const char* path, const cJSON* root) 
     if (!json_absent(added) && !cJSON_IsArray(added)) fail("%s: added_tokens is not a JSON array", path);
 }
 
-// {"content": ..., "id": ...}: what would make it match otherwise than by its plain content is refused.
+// Reads an added token {"content": ..., "id": ...}. Fails if a setting would make it match by more or less
+// than its plain content.
 static inline void read_added_token(Tokenizer* t, const cJSON* added) {
     static const char* const unsupported[] = {"single_word", "lstrip", "rstrip"};
     const cJSON* content = json_member(added, "content");
@@ -289,8 +290,8 @@ static inline void read_added_token(Tokenizer* t, const cJSON* added) {
                          normalized ? cJSON_IsTrue(normalized) : !special);
 }
 
-// Hugging Face ignores the id of an added token that is not in the vocabulary, and gives it the next free one. So a file
-// that says another id would mean one thing here and another there.
+// Reads the added tokens. If an added token is not in the vocabulary, Hugging Face ignores its id and gives
+// it the next free one; so a file with another id is refused.
 static inline void read_added_tokens(Tokenizer* t, const cJSON* added_tokens, const cJSON* vocabulary) {
     int64_t vocabulary_size = cJSON_GetArraySize(vocabulary), highest = -1;
     for (const cJSON* added = added_tokens ? added_tokens->child : NULL; added; added = added->next) {
@@ -321,7 +322,7 @@ static inline Tokenizer* load_tokenizer_json(const char* path) {
 }
 
 // ----------------------------------------------------------------------------
-// GPT-2: vocab.json + merges.txt, by their first names encoder.json + vocab.bpe
+// GPT-2: vocab.json + merges.txt; OpenAI's names of the same files are encoder.json + vocab.bpe
 
 static inline void read_merges_text(Tokenizer* t, const char* path) {
     ByteAlphabet alphabet;
@@ -353,7 +354,7 @@ static inline Tokenizer* load_gpt2_files(const char* vocabulary_path, const char
 }
 
 // ----------------------------------------------------------------------------
-// tiktoken: a line for each token, its bytes in base64, a space, its rank
+// tiktoken: a line for each token: its bytes in base64, a space, its rank
 
 // The value of a base64 digit, or -1.
 static inline int base64_digit(char c) {
@@ -391,7 +392,7 @@ static inline void read_ranks(Tokenizer* t) {
         end = (char*)memchr(line, '\n', (size_t)(text + bytes - line));
         if (!end) end = text + bytes;
         if (end == line) continue;
-        *end = 0; // read_file_or_fail left room for one behind the last line
+        *end = 0; // at the last line this is the closing 0 of read_file_or_fail()
         char* space = strchr(line, ' ');
         if (!space) fail("%s: line %zu is not a token in base64, a space and its rank", t->origin, number);
         char* after = space;
@@ -415,8 +416,8 @@ static inline int compare_merges(const void* a, const void* b) {
     return (x->right > y->right) - (x->right < y->right);
 }
 
-// tiktoken joins any two neighbours that make a token, the lowest token first: every way to cut a token in
-// two tokens is a merge whose rank is the token.
+// tiktoken merges any two neighbours that form a token, the token of the lowest rank first. So every way to
+// cut a token into two tokens is a merge, whose rank is the token's.
 static inline void merges_from_ranks(Tokenizer* t) {
     for (int32_t id = 0; id < t->size; id++) {
         if (t->tokens[id].kind == TOKEN_NONE) continue;
@@ -434,7 +435,8 @@ static inline void add_special(Tokenizer* t, int64_t id, const char* content) {
     vocabulary_add_added(t, id, content, strlen(content), 1, 0);
 }
 
-// Rank files name neither pattern nor special tokens; the known ones are told apart by their number of ranks.
+// Rank files contain neither the pattern nor the special tokens; the number of ranks identifies the known
+// files.
 static inline Tokenizer* load_tiktoken(const char* path) {
     Tokenizer* t = tokenizer_new(path, split_pattern_by_name("cl100k"));
     t->ignore_merges = 1;
@@ -459,16 +461,16 @@ static inline Tokenizer* load_tiktoken(const char* path) {
 }
 
 // ----------------------------------------------------------------------------
-// Any of them
+// Any of these formats
 
 static inline int path_ends_with(const char* path, const char* ending) {
     size_t length = strlen(path), tail = strlen(ending);
     return length >= tail && !strcmp(path + length - tail, ending);
 }
 
-// `path` is a tokenizer.json, a GPT-2 vocab.json or merges.txt (each beside the other), a .tiktoken file, or
-// a directory that holds tokenizer.json or the GPT-2 files. What is wrong with a file ends the program in one
-// line.
+// Loads a tokenizer. `path` is a tokenizer.json, a GPT-2 vocab.json or merges.txt (with the other file beside
+// it), a .tiktoken file, or a directory that holds tokenizer.json or the GPT-2 files. An error in a file ends
+// the program with one line.
 static inline Tokenizer* tokenizer_load(const char* path) {
     static const char* const gpt2_names[2][2] = {{"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}};
     char directory[PATH_MAX], vocabulary[PATH_MAX], merges[PATH_MAX], json[PATH_MAX];
@@ -500,7 +502,7 @@ static inline void json_append(ByteBuffer* out, const char* text) {
     byte_buffer_append(out, text, strlen(text));
 }
 
-// A JSON string. The bytes must be UTF-8.
+// Appends a JSON string. The bytes must be UTF-8.
 static inline void json_append_string(ByteBuffer* out, const char* bytes, size_t length) {
     char escaped[8];
     json_append(out, "\"");
@@ -514,7 +516,7 @@ static inline void json_append_string(ByteBuffer* out, const char* bytes, size_t
     json_append(out, "\"");
 }
 
-// A token as its vocabulary key: words in the byte alphabet, purely added tokens as they are.
+// Writes a token's vocabulary key: a word in the byte alphabet, a token that is only an added token as it is.
 static inline void vocabulary_key(const Tokenizer* t, const ByteAlphabet* alphabet, int32_t id,
                                   ByteBuffer* out) {
     out->count = 0;
@@ -578,7 +580,7 @@ static inline void json_append_vocabulary(const Tokenizer* t, const ByteAlphabet
     byte_buffer_free(&key);
 }
 
-// "left right" rather than ["left", "right"]: every version of `tokenizers` reads it, and keys have no space.
+// Writes "left right", not ["left", "right"]: every version of `tokenizers` reads it, and keys have no space.
 static inline void json_append_merges(const Tokenizer* t, const ByteAlphabet* alphabet, ByteBuffer* out) {
     ByteBuffer key = {NULL, 0, 0}, line = {NULL, 0, 0};
     json_append(out, "    \"merges\": [");
@@ -595,7 +597,7 @@ static inline void json_append_merges(const Tokenizer* t, const ByteAlphabet* al
     byte_buffer_free(&line);
 }
 
-// The whole tokenizer.json, appended to *out.
+// Appends the whole tokenizer.json to *out.
 static inline void tokenizer_to_json(const Tokenizer* t, ByteBuffer* out) {
     ByteAlphabet alphabet;
     byte_alphabet_init(&alphabet);
@@ -616,7 +618,7 @@ static inline void tokenizer_to_json(const Tokenizer* t, ByteBuffer* out) {
     json_append(out, "  }\n}\n");
 }
 
-// Writes into a file that the caller has opened: one inside a checkpoint directory, say.
+// Writes into a file that the caller has opened, for example in a checkpoint directory.
 static inline void tokenizer_write_json(const Tokenizer* t, FILE* file, const char* path) {
     ByteBuffer text = {NULL, 0, 0};
     tokenizer_to_json(t, &text);
@@ -624,7 +626,7 @@ static inline void tokenizer_write_json(const Tokenizer* t, FILE* file, const ch
     byte_buffer_free(&text);
 }
 
-// Writes the file whole or not at all, and makes the directories above it.
+// Writes the file completely or not at all, and makes the directories above it.
 static inline void tokenizer_save_json(const Tokenizer* t, const char* path) {
     OutputFile output;
     output_file_open(&output, path);
