@@ -1,13 +1,14 @@
 /*
-One output file of a command, written whole or not at all.
+One output file of a command, written completely or not at all.
 
     OutputFile output;
-    output_file_open(&output, "data/tokenizer.json");   // NULL: standard output. The name must outlive the output
+    output_file_open(&output, "data/tokenizer.json");   // NULL: standard output; keeps the pointer
     output_file_write(&output, text, bytes);
-    output_file_close(&output);                         // now it has its name
+    output_file_close(&output);                         // now the file has its name
 
-The file is opened before the work begins, so that a place that cannot be written is known at once. Directories above it are
-made. It uses the program's one scratch path. A pipe or a device is written as it is, since renaming would replace it.
+Open the file before the work, so that an error of the path shows at once. Directories above it are made. The
+file is written under the program's scratch path and renamed at the end. A pipe or a device is written
+directly, since a rename would replace it.
 */
 #ifndef TOKENIZER_OUTPUT_H
 #define TOKENIZER_OUTPUT_H
@@ -16,8 +17,8 @@ made. It uses the program's one scratch path. A pipe or a device is written as i
 
 #include <signal.h>
 
-// A standard file that the caller has closed stays unusable. Otherwise the next file to be opened would get its number, and
-// output or messages would go into that file.
+// Opens /dev/null, in the wrong direction, in the place of a closed standard file, which so stays unusable.
+// Otherwise the next opened file would get its number, and output or messages would go into that file.
 static inline void standard_files_reserve(void) {
     for (int number = 0; number <= 2; number++)
         if (fcntl(number, F_GETFD) < 0 && errno == EBADF)
@@ -26,9 +27,9 @@ static inline void standard_files_reserve(void) {
 
 typedef struct {
     FILE* file;
-    const char* name;    // as the user gave it; for messages
-    char path[PATH_MAX]; // links resolved
-    int has_scratch;     // it is written under another name and renamed
+    const char* name;    // as the user gave it, for messages
+    char path[PATH_MAX]; // with links resolved
+    int has_scratch;     // 1: it is written under another name and then renamed
 } OutputFile;
 
 static inline void output_file_open(OutputFile* output, const char* path) {
@@ -55,7 +56,8 @@ static inline void output_file_open(OutputFile* output, const char* path) {
     output->file = scratch_open_or_fail(partial);
 }
 
-// A reader that has left early, as `head` does, is no error of this program: it ends without a line.
+// Fails after an error of a write. If the reader of a pipe ended early, as `head` does, the program ends
+// without a message.
 __attribute__((noreturn)) static inline void output_file_fail(const OutputFile* output, int reason) {
     if (reason == EPIPE) exit(128 + SIGPIPE);
     fail("%s: cannot write: %s", output->name, strerror(reason));

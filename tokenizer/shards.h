@@ -1,9 +1,10 @@
 /*
-Token shards, written: llm.c's format, PREFIX_train_000000.bin, PREFIX_val_000000.bin, ...
+Writes token shards in llm.c's format: PREFIX_train_000000.bin, PREFIX_val_000000.bin, ... dataloader.h reads
+them.
 
-A header of 256 little-endian int32, then the tokens. header[0], header[1]: 20240520, 1 for uint16 tokens, 20240801, 7 for
-uint32 tokens; header[2]: the number of tokens; header[3]: vocabulary size; header[4]: tokenizer_hash(). llm.c's own
-shards have 0 in the last two.
+A header of 256 little-endian int32, then the tokens. header[0], header[1]: 20240520, 1 for uint16 tokens,
+20240801, 7 for uint32 tokens; header[2]: the number of tokens; header[3]: vocabulary size; header[4]:
+tokenizer_hash(). llm.c's own shards have 0 in the last two.
 
     char scratch[PATH_MAX];
     ShardSet set;
@@ -12,8 +13,8 @@ shards have 0 in the last two.
     shard_set_write(&set, SHARD_TRAIN, ids, count);
     shard_sets_publish(&set, 1, NULL, NULL);
 
-All shards are written in one scratch directory beside their destination and moved together at the end. Several sets may share
-it. Until then the shards of an earlier run stay as they are.
+All shards are written in one scratch directory beside their destination, and moved together at the end. Until
+then the shards of an earlier run do not change. Several sets may share the scratch directory.
 */
 #ifndef TOKENIZER_SHARDS_H
 #define TOKENIZER_SHARDS_H
@@ -34,10 +35,10 @@ typedef struct {
     char scratch[PATH_MAX]; // a directory
     int32_t vocab_size;
     uint32_t tokenizer_hash;
-    int64_t shard_tokens; // the most that a shard holds
+    int64_t shard_tokens; // upper bound of the tokens in one shard
     FILE* files[SHARD_SPLITS];
     int64_t in_shard[SHARD_SPLITS]; // tokens written to the open file
-    int counts[SHARD_SPLITS];       // files begun
+    int counts[SHARD_SPLITS];       // number of files begun
     int64_t tokens[SHARD_SPLITS];   // in all files
 } ShardSet;
 
@@ -76,7 +77,7 @@ static inline void shard_write_header(const ShardSet* set, int split, const char
     header[2] = (int32_t)set->in_shard[split];
     header[3] = set->vocab_size;
     header[4] = (int32_t)set->tokenizer_hash;
-    // Not rewind(), which forgets an error of the tokens written so far.
+    // Not rewind(), which would clear an error of the tokens written so far.
     if (fseeko(set->files[split], 0, SEEK_SET) != 0) fail("%s: cannot write: %s", path, strerror(errno));
     write_or_fail(header, sizeof(header), set->files[split], path);
 }
@@ -93,12 +94,12 @@ static inline void shard_close(ShardSet* set, int split) {
     char path[PATH_MAX];
     if (!set->files[split]) return;
     shard_path(path, set, 0, split, set->counts[split] - 1);
-    shard_write_header(set, split, path); // now the number of tokens is known
+    shard_write_header(set, split, path); // again, now with the number of tokens
     close_written_or_fail(set->files[split], path);
     set->files[split] = NULL;
 }
 
-// Tokens of one shard, as they stand in the file.
+// Writes tokens to the open shard, in the shard's width.
 static inline void shard_write_tokens(ShardSet* set, int split, const int32_t* ids, size_t count) {
     char path[PATH_MAX];
     uint16_t narrow[4096];
@@ -130,7 +131,7 @@ static inline void shard_set_write(ShardSet* set, int split, const int32_t* ids,
     }
 }
 
-// Closes the shards and sees that no directory has one of their names.
+// Closes the shards, and fails if a directory has one of their names.
 static inline void shard_set_finish(ShardSet* set) {
     char path[PATH_MAX];
     struct stat info;
@@ -144,8 +145,9 @@ static inline void shard_set_finish(ShardSet* set) {
     }
 }
 
-// Moves the shards to their names. Shards that an earlier, larger set left under the following names are removed: a pattern
-// such as NAME_train_*.bin would read them too. Returns 0 where a rename fails, with its target in `to`.
+// Moves the shards to their final names. Removes the shards of an earlier, larger set under the following
+// names: a pattern such as NAME_train_*.bin would read them too. Returns 0 if a rename fails, with its target
+// in `to`; else 1.
 static inline int shard_set_rename(const ShardSet* set, char* to) {
     char from[PATH_MAX];
     for (int split = 0; split < SHARD_SPLITS; split++) {
@@ -161,8 +163,9 @@ static inline int shard_set_rename(const ShardSet* set, char* to) {
     return 1;
 }
 
-// Gives the sets their names, and then `index`, a file in the scratch directory, the name index_path; NULL: there is none. An
-// index of an earlier run goes first, so that it never stands beside other shards than its own. A signal waits for the end of it.
+// Moves all sets to their final names, and then `index`, a file in the scratch directory, to index_path
+// (NULL: no index). It removes the index of an earlier run first, so that an index is never beside the shards
+// of another run. It holds the scratch lock, so a signal ends the program only before or after.
 static inline void shard_sets_publish(ShardSet* sets, int count, const char* index, const char* index_path) {
     char failed[PATH_MAX];
     for (int s = 0; s < count; s++) shard_set_finish(&sets[s]);

@@ -1,9 +1,9 @@
 /*
-Text to words: the first half of a byte-level BPE tokenizer.
+From text to words: the first half of a byte-level BPE tokenizer.
 
 A pattern cuts text into words, and merges never cross a word's border. Two patterns are known, by name:
-"gpt2" (GPT-2) and "cl100k" (GPT-4, Llama 3). Text is bytes: where it is not UTF-8, each longest run of stray
-bytes is a word of its own and the valid stretches around it are split as if they were separate texts.
+"gpt2" (GPT-2) and "cl100k" (GPT-4, Llama 3). Text may be any bytes. Each longest run of bytes that are not
+UTF-8 is one word, and the valid parts around it are split as if they were separate texts.
 
     WordSplitter splitter;
     word_splitter_init(&splitter, split_pattern_by_name("cl100k"));
@@ -11,9 +11,9 @@ bytes is a word of its own and the valid stretches around it are split as if the
     while (word_splitter_next(&splitter, &word, &length)) ...
     word_splitter_free(&splitter);
 
-The words are those of Hugging Face's `tokenizers` 0.23, whose regular expressions know Unicode 16.
-PCRE2 10.42 knows Unicode 14 and counts U+180E as a space. So the classes are spelled out: spaces completely,
-letters and numbers as PCRE2's own class and the ranges assigned between the two versions.
+The words are those of Hugging Face's `tokenizers` 0.23, whose regular expressions have Unicode 16. PCRE2
+10.42 has Unicode 14 and counts U+180E as a space. So the patterns write the character classes out: spaces
+completely; letters and numbers as PCRE2's own class plus the ranges that are new between the two versions.
 */
 #ifndef TOKENIZER_SPLIT_H
 #define TOKENIZER_SPLIT_H
@@ -28,8 +28,8 @@ letters and numbers as PCRE2's own class and the ranges assigned between the two
 // ----------------------------------------------------------------------------
 // UTF-8
 
-// Bytes of the well-formed sequence that opens `text`, or 0. Surrogates and overlong forms are not well
-// formed.
+// The length in bytes of the well-formed sequence at the start of `text`, or 0. Surrogates and overlong forms
+// are not well-formed.
 static inline int utf8_sequence_length(const char* text, size_t bytes) {
     const unsigned char* s = (const unsigned char*)text;
     if (bytes == 0) return 0;
@@ -45,7 +45,7 @@ static inline int utf8_sequence_length(const char* text, size_t bytes) {
     return length;
 }
 
-// How many bytes from the start are well-formed UTF-8.
+// The number of bytes from the start that are well-formed UTF-8.
 static inline size_t utf8_valid_prefix(const char* text, size_t bytes) {
     size_t at = 0;
     while (at < bytes) {
@@ -67,8 +67,8 @@ static inline size_t utf8_valid_prefix(const char* text, size_t bytes) {
 // ----------------------------------------------------------------------------
 // The patterns
 
-// Members of a PCRE2 character class. The ASCII members repeat what \p{L} says: PCRE2 tests them with one
-// bitmap.
+// Members of a PCRE2 character class. The ASCII members are also in \p{L}, but PCRE2 tests them faster, with
+// one bitmap.
 #define SPLIT_SPACE                                                                                          \
     "\\t-\\r \\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}\\x{205F}\\x{3000}"
 #define SPLIT_LETTER                                                                                         \
@@ -86,8 +86,8 @@ static inline size_t utf8_valid_prefix(const char* text, size_t bytes) {
 
 typedef struct {
     const char* name;         // in options and messages
-    const char* pcre;         // as PCRE2 runs it; every character of any text belongs to some match
-    const char* spellings[3]; // as tokenizer.json writes it: the first is written, all are read, NULL ends
+    const char* pcre;         // for PCRE2; every character of any text belongs to some match
+    const char* spellings[3]; // in tokenizer.json: the first is written, all are read; NULL ends the list
 } SplitPattern;
 
 enum { SPLIT_PATTERN_COUNT = 2 };
@@ -114,14 +114,15 @@ static inline const SplitPattern* split_pattern(int index) {
     return &patterns[index];
 }
 
-// NULL when no pattern has that name.
+// Finds a pattern by its name; NULL if there is none.
 static inline const SplitPattern* split_pattern_by_name(const char* name) {
     for (int i = 0; i < SPLIT_PATTERN_COUNT; i++)
         if (!strcmp(split_pattern(i)->name, name)) return split_pattern(i);
     return NULL;
 }
 
-// NULL when the regular expression of a tokenizer.json is none that we know to split like Hugging Face does.
+// Finds the pattern of a regular expression in a tokenizer.json; NULL if it is not one that is known to split
+// as Hugging Face does.
 static inline const SplitPattern* split_pattern_by_spelling(const char* regex) {
     for (int i = 0; i < SPLIT_PATTERN_COUNT; i++)
         for (int s = 0; split_pattern(i)->spellings[s]; s++)
@@ -153,7 +154,7 @@ static inline void word_splitter_init(WordSplitter* splitter, const SplitPattern
         fail("the pattern %s: PCRE2 refuses it: error %d at %zu (was PCRE2 built with Unicode?)",
              pattern->name, error, (size_t)error_at);
     (void)pcre2_jit_compile(splitter->code,
-                            PCRE2_JIT_COMPLETE); // without a JIT it is interpreted: slow, the same
+                            PCRE2_JIT_COMPLETE); // without a JIT: the same result, but slower
     splitter->match = pcre2_match_data_create(1, NULL);
     splitter->context = pcre2_match_context_create(NULL);
     splitter->stack = pcre2_jit_stack_create(32 << 10, 64 << 20, NULL);
@@ -172,13 +173,13 @@ static inline void word_splitter_free(WordSplitter* splitter) {
     memset(splitter, 0, sizeof(*splitter));
 }
 
-// The text must stay as it is until the last word has been taken.
+// Starts to split a text, which must not change until the last word_splitter_next().
 static inline void word_splitter_begin(WordSplitter* splitter, const char* text, size_t bytes) {
     splitter->at = splitter->valid_end = text;
     splitter->end = text + bytes;
 }
 
-// The next word, or 0 at the end. Together the words are the text.
+// Returns 1 and the next word, or 0 at the end. The words together are the whole text.
 static inline int word_splitter_next(WordSplitter* splitter, const char** word, size_t* length) {
     if (splitter->at == splitter->end) return 0;
     *word = splitter->at;
@@ -193,7 +194,7 @@ static inline int word_splitter_next(WordSplitter* splitter, const char** word, 
             return 1;
         }
     }
-    // The patterns never look behind, so each word is matched as the start of the rest.
+    // The patterns have no look-behind, so each word can be matched at the start of the remaining text.
     int matched =
         pcre2_match(splitter->code, (PCRE2_SPTR)splitter->at, (size_t)(splitter->valid_end - splitter->at), 0,
                     PCRE2_NO_UTF_CHECK, splitter->match, splitter->context);

@@ -1,16 +1,16 @@
 /*
-Signals that end the tokenizer's programs, whatever they do at that moment.
+Signals that end the tokenizer's programs at any moment.
 
     int main(int argc, char** argv) {
         program_name = "tokenizer";
         stop_on_signals();           // first, while there is one thread
 
-Every other thread has the signals blocked, so none is interrupted. One thread waits for them. It removes the partial output
-(runtime/checks.h, scratch_path_begin), writes one line, and ends the process with exit code 128 + signal. So a stop does not
-depend on where the others are: in one large document, in a read from a pipe, or in a write to one.
+One thread waits for the signals; all other threads block them. The waiting thread removes the partial output
+(runtime/checks.h, scratch_path_begin), prints one line, and ends the process with exit code 128 + signal. So
+a stop works whatever the other threads do: encode a large document, read from a pipe or write to one.
 
-A signal that was ignored at the start stays ignored, as nohup wants it. A second signal kills at once. It only waits
-STOP_GRACE_MS, because timeout(1) and mpirun send the first one twice.
+A signal that was ignored at the start (by nohup) stays ignored. A second signal kills the process at once,
+but not in the first STOP_GRACE_MS milliseconds: timeout(1) and mpirun send the first signal twice.
 */
 #ifndef TOKENIZER_STOP_H
 #define TOKENIZER_STOP_H
@@ -38,7 +38,7 @@ static inline const StopSignal* stop_signal(int index) {
     return &signals[index];
 }
 
-// Says by which signal it stops, unless stderr is a full pipe: then nobody reads it, and the write would wait.
+// Prints the signal's name, unless stderr is a full pipe: nobody reads that, and the write would wait.
 static inline void stop_say(int number) {
     char line[128];
     const char* name = "a signal";
@@ -51,7 +51,7 @@ static inline void stop_say(int number) {
     if (write(STDERR_FILENO, line, (size_t)length) < 0) return;
 }
 
-// Lets further signals kill the process once the grace has passed, however long the removal takes.
+// Lets further signals kill the process after STOP_GRACE_MS, even if the removal takes longer.
 static inline void* stop_allow_kill(void* set) {
     const struct timespec grace = {0, STOP_GRACE_MS * 1000000L};
     nanosleep(&grace, NULL);
@@ -65,14 +65,14 @@ static inline void* stop_wait(void* set) {
     pthread_t thread;
     while (sigwait((const sigset_t*)set, &number) != 0) continue;
     (void)pthread_create(&thread, NULL, stop_allow_kill, set);
-    scratch_lock(); // for good
+    scratch_lock(); // never unlocked
     scratch_remove_locked();
     stop_say(number);
     _exit(128 + number);
 }
 
-// A write to a closed pipe or beyond a limit of file size is an error like others, not a signal: its message and the removal of
-// partial output come from the place of the write.
+// Call this first in main(). A write to a closed pipe or beyond the limit of a file's size then gives no
+// signal but an error, and the code that writes reports it and removes the partial output.
 static inline void stop_on_signals(void) {
     static sigset_t set;
     sigemptyset(&set);

@@ -1,20 +1,23 @@
 /*
 Byte-level BPE tokenizer: training, encoding, decoding, files.
 
-    Tokenizer* t = tokenizer_load("tokenizer.json");   // or GPT-2's vocab.json + merges.txt, or
-cl100k_base.tiktoken TokenBuffer tokens = {NULL, 0, 0}; tokenizer_encode(t, text, bytes, 0, &tokens);      //
-tokens.ids[0 .. tokens.count - 1] ByteBuffer again = {NULL, 0, 0}; tokenizer_decode(t, tokens.ids,
-tokens.count, &again);   // again.data[0 .. again.count - 1] is the text token_buffer_free(&tokens);
-byte_buffer_free(&again); tokenizer_free(t);
+    Tokenizer* t = tokenizer_load("tokenizer.json");  // or vocab.json + merges.txt, or cl100k_base.tiktoken
+    TokenBuffer tokens = {NULL, 0, 0};
+    tokenizer_encode(t, text, bytes, 0, &tokens);             // tokens.ids[0 .. tokens.count - 1]
+    ByteBuffer again = {NULL, 0, 0};
+    tokenizer_decode(t, tokens.ids, tokens.count, &again);    // again.data[0 .. again.count - 1] is the text
+    token_buffer_free(&tokens);
+    byte_buffer_free(&again);
+    tokenizer_free(t);
 
-Any byte string comes back as it was: the vocabulary has all 256 bytes, and nothing is normalised.
-Tokens are those of Hugging Face's `tokenizers` for the same tokenizer.json, of its encode(text,
-add_special_tokens=False); docs/tokenizer.md says where that was checked. What cannot be is refused when
-loading.
+Decoding gives back the encoded bytes, for any byte string: the vocabulary has all 256 bytes, and text is not
+normalised. The tokens are those of Hugging Face's `tokenizers`, encode(text, add_special_tokens=False), for
+the same tokenizer.json; docs/tokenizer.md says how this was checked. tokenizer_load() refuses a tokenizer for
+which this library cannot give the same tokens.
 
-    split.h       text to words
+    split.h       from text to words
     vocabulary.h  tokens and merges in memory
-    encode.h      words to tokens; tokenizer_encode, tokenizer_decode, TokenizerEncoder for several threads
+    encode.h      from words to tokens; tokenizer_encode, tokenizer_decode; an encoder for each thread
     formats.h     files; tokenizer_load, tokenizer_save_json
     train.h       WordCounts, tokenizer_train
 
@@ -42,11 +45,11 @@ static inline void tokenizer_free(Tokenizer* t) {
     free(t);
 }
 
-// Highest token id + 1: the rows that an embedding table needs. Some vocabularies have holes.
+// Highest token id + 1: the rows that an embedding table needs. Some vocabularies have unused ids.
 static inline int32_t tokenizer_vocab_size(const Tokenizer* t) { return t->size; }
 
-// A fingerprint of pattern, tokens and merges, from 1 to 2^31 - 1. Shards carry it, so that text of one
-// tokenizer is not fed to a model of another.
+// A fingerprint of pattern, tokens and merges, from 1 to 2^31 - 1. Shards contain it, so that a model never
+// reads text that another tokenizer has encoded.
 static inline uint32_t tokenizer_hash(const Tokenizer* t) { return t->fingerprint; }
 
 // The id of an added token such as "<|endoftext|>", or -1.

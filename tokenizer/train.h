@@ -1,5 +1,5 @@
 /*
-Training: from the words of a text, with their counts, to merges.
+Training of a tokenizer: from the words of a text, with their counts, to merges.
 
     WordCounts counts;
     word_counts_init(&counts);
@@ -7,10 +7,10 @@ Training: from the words of a text, with their counts, to merges.
     TokenizerTraining training = {8192, 2, specials, 1, NULL};
     Tokenizer* t = tokenizer_train(&counts, split_pattern_by_name("cl100k"), &training);
 
-The most frequent pair of neighbours merges first; among equally frequent ones that with the smaller left id,
-then the smaller right id. Nothing else decides, so the result does not depend on the order of the words nor
-on how many threads counted them. Ids: the 256 bytes in GPT-2's order, the merges in theirs, the special
-tokens at the end. Hugging Face's trainer merges the same pairs in the same order.
+The most frequent pair of neighbours merges first; of equally frequent pairs the one with the smaller left id,
+then the smaller right id. Nothing else decides, so the result does not depend on the order of the words or on
+the number of threads that counted them. Ids: first the 256 bytes in GPT-2's order, then the merges in their
+order, then the special tokens. Hugging Face's trainer merges the same pairs in the same order.
 */
 #ifndef TOKENIZER_TRAIN_H
 #define TOKENIZER_TRAIN_H
@@ -102,23 +102,22 @@ static inline void word_counts_add_counts(WordCounts* counts, const WordCounts* 
 typedef struct {
     uint64_t pair; // left << 32 | right
     int64_t count;
-    uint32_t* words; // every word where the pair may be: some may hold it no more, some are there twice
+    uint32_t* words; // all words that may contain the pair; some may no longer, some are listed twice
     size_t word_count, word_capacity;
-    int closed;  // merged or refused: its count is not kept any more
-    int touched; // its count has grown since it was put on the heap
+    int closed;  // 1: merged or refused; it never goes on the heap again
+    int touched; // 1: its count has grown since it was put on the heap
 } TrainPair;
 
 typedef struct {
     Tokenizer* tokenizer;
     const WordCounts* counts;
-    int32_t* symbols;  // of all words, one behind the other: word w starts where its bytes do in counts->text
-    uint32_t* lengths; // (words) how many symbols each has left
+    int32_t* symbols;  // of all words; word w starts at the offset of its bytes in counts->text
+    uint32_t* lengths; // (words) the number of symbols that each word has left
     TrainPair* pairs;
     size_t pair_count, pair_capacity;
     uint32_t* slots; // hash table: index of a pair + 1, or 0
     size_t slot_count;
-    Heap heap; // first: ~count, second: the pair; items whose count is outdated are corrected when they come
-               // up
+    Heap heap;         // first: ~count, second: the pair; trainer_next() corrects outdated counts
     uint32_t* touched; // pairs to put on the heap after this merge
     size_t touched_count, touched_capacity;
 } Trainer;
@@ -151,7 +150,7 @@ static inline TrainPair* trainer_pair(Trainer* trainer, uint64_t pair) {
     return added;
 }
 
-// The pair is now in `word` `times` times more, or less.
+// Adds `times` (may be negative) to the count of a pair of neighbours in `word`.
 static inline void trainer_change(Trainer* trainer, int32_t left, int32_t right, uint32_t word,
                                   int64_t times) {
     TrainPair* pair = trainer_pair(trainer, merge_pair(left, right));
@@ -210,7 +209,7 @@ static inline void trainer_free(Trainer* trainer) {
     free(trainer->touched);
 }
 
-// Replaces the pair in one word, from left to right, and counts what that does to the neighbours.
+// Replaces the pair in one word, from left to right, and updates the counts of the neighbouring pairs.
 static inline void trainer_merge_word(Trainer* trainer, uint32_t w, int32_t left, int32_t right,
                                       int32_t result) {
     int32_t* symbols = trainer->symbols + trainer->counts->words[w].offset;
@@ -235,13 +234,13 @@ static inline void trainer_merge_word(Trainer* trainer, uint32_t w, int32_t left
     trainer->lengths[w] = kept;
 }
 
-// The pair to merge next, closed; or NULL when none is left that is there often enough.
+// Returns the pair to merge next, and closes it; NULL if no pair with at least min_count is left.
 static inline TrainPair* trainer_next(Trainer* trainer, int64_t min_count) {
     while (trainer->heap.count > 0) {
         HeapItem item = heap_pop(&trainer->heap);
         TrainPair* pair = trainer_pair(trainer, item.second);
         if (pair->closed) continue;
-        if ((uint64_t)pair->count != ~item.first) { // it has shrunk since, or grown and is there again
+        if ((uint64_t)pair->count != ~item.first) { // outdated: smaller now; or larger, with a newer item
             if (pair->count > 0) heap_push(&trainer->heap, ~(uint64_t)pair->count, pair->pair);
             continue;
         }
@@ -252,11 +251,11 @@ static inline TrainPair* trainer_next(Trainer* trainer, int64_t min_count) {
     return NULL;
 }
 
-// Makes the token and its merge, and applies it to all words.
+// Adds the token and its merge to the vocabulary, and applies the merge to all words.
 static inline void trainer_merge(Trainer* trainer, TrainPair* pair, const char* bytes, size_t length) {
     Tokenizer* t = trainer->tokenizer;
     int32_t left = (int32_t)(pair->pair >> 32), right = (int32_t)(uint32_t)pair->pair, result = t->size;
-    uint32_t* words = pair->words; // taken out: the table of pairs moves while it grows
+    uint32_t* words = pair->words; // a copy: the table of pairs may move while it grows
     size_t word_count = pair->word_count;
     pair->words = NULL;
     pair->word_count = pair->word_capacity = 0;
@@ -268,11 +267,11 @@ static inline void trainer_merge(Trainer* trainer, TrainPair* pair, const char* 
 }
 
 // ----------------------------------------------------------------------------
-// The whole
+// The whole training
 
 typedef struct {
     int32_t vocab_size; // with the 256 bytes and the special tokens
-    int64_t min_count;  // pairs that are there less often do not merge; the vocabulary may stay smaller
+    int64_t min_count;  // pairs with a smaller count do not merge; the vocabulary may then stay smaller
     const char* const* specials; // (special_count)
     int special_count;
     void (*progress)(int64_t merges, int64_t wanted); // may be NULL
@@ -286,8 +285,8 @@ static inline int is_special_text(const TokenizerTraining* training, const ByteB
     return 0;
 }
 
-// Special tokens must be UTF-8 (JSON is), of at least two bytes (one byte is a token already), and no key of
-// one of the 256 bytes. The caller has checked vocab_size >= 256 + special_count.
+// Trains a tokenizer. Special tokens must be UTF-8 (as JSON is) of at least two bytes (one byte is a token
+// already), and not a key of one of the 256 bytes. The caller has checked vocab_size >= 256 + special_count.
 static inline Tokenizer* tokenizer_train(const WordCounts* counts, const SplitPattern* pattern,
                                          const TokenizerTraining* training) {
     Tokenizer* t = tokenizer_new("the trained tokenizer", pattern);

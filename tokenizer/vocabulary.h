@@ -1,9 +1,9 @@
 /*
 The data of a byte-level BPE tokenizer: tokens, merges, added tokens, pattern.
 
-It is filled by a loader or by training (tokenizer_new, vocabulary_add_token, vocabulary_add_merge,
-vocabulary_add_special) and closed by vocabulary_finish, which checks what encoding relies on. From then on it
-never changes, so any number of threads may read it.
+A loader or the training fills it (tokenizer_new, vocabulary_add_token, vocabulary_add_merge,
+vocabulary_add_added). vocabulary_finish checks the conditions that encoding needs. After that the data never
+change, so any number of threads may read them.
 */
 #ifndef TOKENIZER_VOCABULARY_H
 #define TOKENIZER_VOCABULARY_H
@@ -24,7 +24,8 @@ typedef struct {
     size_t count, capacity;
 } TokenBuffer;
 
-// Room for `wanted` items of `size` bytes, at least doubling; returns the array, perhaps moved.
+// Makes room for `wanted` items of `size` bytes, and at least doubles the array if it grows. Returns the
+// array, which may have moved.
 static inline void* array_reserve(void* array, size_t* capacity, size_t wanted, size_t size) {
     if (wanted <= *capacity) return array;
     *capacity = wanted > 2 * *capacity ? wanted : 2 * *capacity;
@@ -55,7 +56,7 @@ static inline void token_buffer_free(TokenBuffer* buffer) {
 }
 
 // ----------------------------------------------------------------------------
-// Hashing, for the tables in memory; nothing of it is written to a file
+// Hashing, for tables in memory; these hashes are never written to a file
 
 static inline uint64_t hash_mix(uint64_t a, uint64_t b) {
     uint64_t h = (a ^ 0x9e3779b97f4a7c15u) * (b | 1);
@@ -78,13 +79,13 @@ static inline uint64_t hash_bytes(const char* data, size_t bytes) {
 // ----------------------------------------------------------------------------
 // The structure
 
-// Token ids above this are taken for damage: a table of all ids is kept in memory.
+// Files with a token id above this are refused as damaged: memory holds a table of all ids.
 enum { VOCABULARY_MAX_ID = (1 << 24) - 1 };
 
 typedef enum {
-    TOKEN_NONE = 0,  // no token has this id: vocabularies may have holes
-    TOKEN_WORD = 1,  // bytes that merges may build
-    TOKEN_ADDED = 2, // matched as a whole in the text before splitting; never built by merges
+    TOKEN_NONE = 0,  // no token has this id: vocabularies may have unused ids
+    TOKEN_WORD = 1,  // bytes that merges may produce
+    TOKEN_ADDED = 2, // matched as a whole in the text before splitting; never produced by merges
     TOKEN_BOTH = 3
 } TokenKind;
 
@@ -96,13 +97,13 @@ typedef struct {
 
 typedef struct {
     int32_t left, right, result;
-    uint32_t rank; // lower merges first; equal ranks have equal results, and the leftmost merges first
+    uint32_t rank; // the lowest merges first; equal ranks have equal results, and the leftmost merges first
 } Merge;
 
 typedef struct {
     int32_t id;
-    int special;    // matched only where the caller allows special tokens; the others always
-    int normalized; // Hugging Face looks for these in a second pass, in what the first pass left
+    int special;    // 1: matched only if the caller allows special tokens; 0: always
+    int normalized; // 1: matched in a second pass, in the text between the matches of the first pass
 } AddedToken;
 
 typedef struct {
@@ -114,22 +115,22 @@ typedef struct {
 typedef struct TokenizerEncoder TokenizerEncoder;
 
 typedef struct {
-    const char* origin; // the file it came from, for messages
+    const char* origin; // the file, for messages
     const SplitPattern* pattern;
-    int ignore_merges; // a word that is a token is encoded as that token, whatever the merges say
-    ByteBuffer text;   // the bytes of all tokens, one behind the other
+    int ignore_merges; // 1: a word that is a token is encoded as that token, without the merges
+    ByteBuffer text;   // the bytes of all tokens, one after the other
     Token* tokens;     // (size)
     int32_t size;      // highest id + 1
     size_t token_capacity;
-    int32_t* token_slots; // hash table bytes -> id over TOKEN_WORD, -1 in empty slots; a power of two
+    int32_t* token_slots; // hash table from bytes to id, for TOKEN_WORD; -1: empty; a power of two of slots
     size_t token_slot_count, word_count;
     Merge* merges; // in order of rank
     size_t merge_count, merge_capacity;
-    MergeSlot* merge_slots; // hash table over merges, a power of two, at most half full
+    MergeSlot* merge_slots; // hash table of the merges; its size is a power of two, at most half full
     size_t merge_slot_count;
     AddedToken* added; // longest first
     size_t added_count, added_capacity;
-    int32_t byte_ids[256];     // the tokens of one byte: all are present, so any byte string can be encoded
+    int32_t byte_ids[256];     // the tokens of one byte; all exist, so any byte string can be encoded
     uint32_t fingerprint;      // 31 bits, not 0
     TokenizerEncoder* encoder; // the one that tokenizer_encode uses
 } Tokenizer;
@@ -150,7 +151,7 @@ static inline const char* vocabulary_bytes(const Tokenizer* t, int32_t id) {
     return t->text.data + t->tokens[id].offset;
 }
 
-// The slot where these bytes are, or where they would go.
+// The slot of these bytes, or the free slot for them.
 static inline size_t vocabulary_slot(const Tokenizer* t, const char* bytes, size_t length) {
     size_t slot = hash_bytes(bytes, length) & (t->token_slot_count - 1);
     for (;; slot = (slot + 1) & (t->token_slot_count - 1)) {
@@ -211,8 +212,8 @@ static inline int is_printable_ascii(const char* bytes, size_t length) {
     return 1;
 }
 
-// A token that is looked for in the text before splitting. If a token has the id already, it must have the
-// same bytes and key: Hugging Face goes by the key.
+// Adds a token that is matched in the text before splitting. If the id has a token already, it must have the
+// same bytes and the same key, since Hugging Face compares keys.
 static inline void vocabulary_add_added(Tokenizer* t, int64_t id, const char* bytes, size_t length,
                                         int special, int normalized) {
     for (size_t a = 0; a < t->added_count; a++)
@@ -253,7 +254,7 @@ static inline void vocabulary_add_merge(Tokenizer* t, int32_t left, int32_t righ
     t->merges[t->merge_count++] = merge;
 }
 
-// The merge of two neighbours, or NULL.
+// Finds the merge of two neighbours, or NULL.
 static inline const MergeSlot* vocabulary_merge(const Tokenizer* t, int32_t left, int32_t right) {
     uint64_t pair = merge_pair(left, right);
     size_t slot = hash_mix(pair, 0xc4ceb9fe1a85ec53u) & (t->merge_slot_count - 1);
@@ -282,7 +283,7 @@ static inline void vocabulary_index_merges(Tokenizer* t) {
 // ----------------------------------------------------------------------------
 // Closing
 
-// FNV-1a, byte by byte, so that it is the same on every machine: it is written into token shards.
+// FNV-1a, byte by byte, so that the hash is the same on every machine: token shards contain it.
 static inline uint64_t fingerprint_add(uint64_t hash, const void* data, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) hash = (hash ^ ((const unsigned char*)data)[i]) * 0x100000001b3u;
     return hash;
@@ -310,7 +311,7 @@ static inline uint32_t vocabulary_fingerprint(const Tokenizer* t) {
     return folded ? folded : 1;
 }
 
-// Checks and indexes what was filled in.
+// Checks the tokens, builds the table of merges and computes the fingerprint.
 static inline void vocabulary_finish(Tokenizer* t) {
     for (int b = 0; b < 256; b++)
         if (t->byte_ids[b] < 0)
