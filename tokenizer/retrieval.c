@@ -1,20 +1,23 @@
 /*
-The command `retrieval`: a synthetic task for long contexts. Key-value pairs are planted in filler text, the last words ask for
-the value of one of the keys, and the value is the answer: the small cousin of S-NIAH (RULER, arXiv 2404.06654).
+The command `retrieval` writes a synthetic task for long contexts. A sample is filler text with key-value
+pairs in it. Its last words ask for the value of one key, the needle; that value is the answer. The task is a
+small version of S-NIAH (RULER, arXiv 2404.06654).
 
     build/retrieval -t tokenizer.json --lengths 256,1024 --pairs 4 --samples 20000 --output-prefix data/needle
-    build/train_gpt -i 'data/needle_256_train_*.bin' -j 'data/needle_256_val_*.bin' --tokenizer tokenizer.json -t 256 ...
+    build/train_gpt -i 'data/needle_256_train_*.bin' -j 'data/needle_256_val_*.bin' \
+        --tokenizer tokenizer.json -t 256 ...
     build/train_gpt --eval-retrieval data/needle --init-from runs/needle
 
-It stands beside the command `tokenizer`, whose shards it writes (tokenizer/shards.h). docs/retrieval.md says what is in the
-files; runtime/retrieval.h reads them.
+It writes shards as the command `tokenizer` does (tokenizer/shards.h). docs/retrieval.md describes the files,
+and runtime/retrieval.h reads them.
 
-A sample of length T is T tokens: <|endoftext|>, filler with the pairs in it, the question, the answer. The loader's windows
-are T + 1 tokens at a stride of T, the last being a target only, and the first of the next sample is just that: the end of the
-text. So a shard of N samples is N T + 1 tokens, and each window is one sample.
+A sample of length T is T tokens: <|endoftext|>, filler with the pairs in it, the question, the answer. A
+shard of N samples is N T + 1 tokens: the samples and a last <|endoftext|>. The loader's windows have T + 1
+tokens at a stride of T, so each window is one sample and the first token of the next one, which is only a
+target.
 
-Which pairs a split may use is decided by a hash of key and value, which knows no seed: no pair of any training shard
-is ever in an evaluation shard of the same template, whatever the options that made them.
+A hash of key and value decides whether a pair is for training or for evaluation. The hash does not depend on
+the seed or the options, so no pair of any training shard is ever in an evaluation shard.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // memmem
@@ -37,7 +40,7 @@ typedef struct {
     double depths[MOST_DEPTHS];
     int depth_count;
     int key_length, value_length; // characters
-    int pairs;                    // in a sample, the one asked for included
+    int pairs;                    // in a sample, including the needle
     long samples;                 // of training, for each length
     long evaluation_samples;      // for each length and depth
     uint64_t seed;
@@ -45,7 +48,7 @@ typedef struct {
 } Settings;
 
 // ----------------------------------------------------------------------------
-// Random draws: each sample has a sequence of its own
+// Random draws: each sample has its own sequence of draws
 
 typedef struct {
     uint64_t seed, stream, next;
@@ -60,11 +63,11 @@ static Draws draws_of_sample(uint64_t seed, const char* split, int length, long 
 
 static double draw_uniform(Draws* draws) { return random_uniform(draws->seed, draws->stream, draws->next++); }
 
-// One of 0..count-1.
+// Draws one of 0..count-1.
 static int draw_below(Draws* draws, int count) { return (int)(draw_uniform(draws) * count); }
 
 // ----------------------------------------------------------------------------
-// Filler: sentences made here, or pieces of a text
+// Filler: generated sentences, or pieces of a text
 
 static const char* const filler_words[][12] = {
     {"old", "quiet", "green", "small", "heavy", "early", "distant", "plain", "narrow", "warm", "bright",
@@ -90,18 +93,21 @@ static void filler_sentence(ByteBuffer* text, Draws* draws) {
     append_text(text, ".");
 }
 
-// What a sample is made from.
+// The inputs of all samples.
 typedef struct {
     const Settings* settings;
     Tokenizer* tokenizer;
     int32_t end_of_text;
     TokenBuffer file; // the tokens of --filler
-    // the template's parts: before the key, between key and value, after the value; a space before key or value is theirs
+    // The template's parts: before the key, between key and value, after the value. A space directly before
+    // the key or the value is not in the part: it is encoded with the key (key_space) or the value
+    // (value_space).
     char before[WORD_BYTES], between[WORD_BYTES], after[WORD_BYTES];
     int key_space, value_space;
 } Generator;
 
-// Exactly `count` tokens of filler. Training takes from the first nine tenths of a file, evaluation from the last.
+// Draws exactly `count` tokens of filler. From a file, training uses the first nine tenths and evaluation the
+// last tenth.
 static void draw_filler(TokenBuffer* out, const Generator* generator, int count, int split, Draws* draws) {
     out->count = 0;
     if (generator->settings->filler) {
@@ -132,7 +138,7 @@ typedef struct {
     char key[WORD_BYTES], value[WORD_BYTES];
 } Pair;
 
-// One pair in eight belongs to evaluation.
+// The split that a pair belongs to. One pair in eight belongs to evaluation.
 static int pair_split(const Pair* pair) {
     char text[2 * WORD_BYTES + 1];
     snprintf(text, sizeof(text), "%.63s=%.63s", pair->key, pair->value);
@@ -147,7 +153,7 @@ static void draw_word(char* word, const char* alphabet, int length, Draws* draws
     word[length] = 0;
 }
 
-// Pairs of one split, no key and no value twice.
+// Draws pairs of one split, without a repeated key or value.
 static void draw_pairs(Pair* pairs, const Settings* settings, int split, Draws* draws) {
     int tries = 0;
     for (int i = 0; i < settings->pairs;) {
@@ -165,7 +171,8 @@ static void draw_pairs(Pair* pairs, const Settings* settings, int split, Draws* 
 // ----------------------------------------------------------------------------
 // Samples
 
-// A pair in the tokens of its template; the value's own are value_at .. value_at + value_count - 1.
+// The tokens of the template with one pair filled in. The value's tokens are value_at .. value_at +
+// value_count - 1.
 typedef struct {
     TokenBuffer tokens;
     size_t value_at, value_count;
@@ -177,7 +184,8 @@ static void encode_part(const Generator* generator, TokenBuffer* out, int space,
     tokenizer_encode(generator->tokenizer, spaced, strlen(spaced), 0, out);
 }
 
-// The parts are encoded one by one: a value is the same tokens where it is stated and where it is the answer.
+// Encodes the statement of a pair, part by part, so that a value has the same tokens in its statement and as
+// the answer.
 static void state_pair(Statement* statement, const Generator* generator, const Pair* pair) {
     TokenBuffer* out = &statement->tokens;
     out->count = 0;
@@ -192,7 +200,7 @@ static void state_pair(Statement* statement, const Generator* generator, const P
 
 typedef struct {
     TokenBuffer tokens; // (length)
-    Pair pair;          // the one asked for
+    Pair pair;          // the needle's
     int needle_offset, needle_tokens, answer_offset, answer_tokens;
 } Sample;
 
@@ -200,11 +208,12 @@ typedef struct {
 typedef struct {
     Pair pairs[MOST_PAIRS];
     Statement statements[MOST_PAIRS];
-    int side[MOST_PAIRS]; // of each distractor: 0 before the needle, 1 behind it
+    int side[MOST_PAIRS]; // of each distractor (a pair that is not the needle): 0 before, 1 after the needle
     TokenBuffer filler;
 } Workspace;
 
-// Divides the distractors between the two sides of the needle, by room. Returns 0 where they do not fit.
+// Divides the distractors between the two sides of the needle, by their room. Returns 0 if they do not fit,
+// else 1.
 static int choose_sides(Workspace* work, int pairs, int room[2], Draws* draws) {
     for (int i = 1; i < pairs; i++) {
         const int needed = (int)work->statements[i].tokens.count;
@@ -218,14 +227,15 @@ static int choose_sides(Workspace* work, int pairs, int room[2], Draws* draws) {
     return 1;
 }
 
-// Appends one side: its distractors in their order, at random places in `filler` tokens of filler, taken from *used on.
+// Appends one side: its distractors in their order, at random places in `filler` tokens of filler. The filler
+// starts at index *used of work->filler.
 static void append_side(Sample* sample, Workspace* work, int pairs, int side, int filler, size_t* used,
                         Draws* draws) {
     int left = 0;
     for (int i = 1; i < pairs; i++) left += work->side[i] == side;
     for (int i = 1; i < pairs; i++) {
         if (work->side[i] != side) continue;
-        // The least of `left` uniform places.
+        // The smallest of `left` uniform random places.
         int gap = (int)((filler + 1) * (1 - pow(draw_uniform(draws), 1.0 / left--)));
         token_buffer_append(&sample->tokens, work->filler.ids + *used, (size_t)gap);
         *used += (size_t)gap;
@@ -247,7 +257,8 @@ static int count_text(const ByteBuffer* text, const ByteBuffer* wanted) {
     return count;
 }
 
-// 1 where the words that state the key are there twice, in statement and question: not in the filler, nor across its seams.
+// 1 if the text that states the key occurs exactly twice: in the statement and in the question. It must not
+// occur in the filler or across a border of the filler.
 static int key_is_unique(const Generator* generator, const Sample* sample) {
     ByteBuffer text = {NULL, 0, 0}, wanted = {NULL, 0, 0};
     tokenizer_decode(generator->tokenizer, sample->tokens.ids, sample->tokens.count, &text);
@@ -261,7 +272,8 @@ static int key_is_unique(const Generator* generator, const Sample* sample) {
     return count == 2;
 }
 
-// One try at a sample whose needle lies at `depth`: 0 behind the first token, 1 before the question.
+// One attempt to make a sample with the needle at `depth`: 0 is after the first token, 1 before the question.
+// Returns 0 if the pairs do not fit or the key is not unique.
 static int try_sample(Sample* sample, Workspace* work, const Generator* generator, int length, double depth,
                       int split, Draws* draws) {
     const int pairs = generator->settings->pairs;
@@ -323,7 +335,8 @@ static void write_index_line(FILE* index, const char* path, const Sample* sample
     cJSON_Delete(line);
 }
 
-// The shards of one length. Training samples have their needle anywhere, evaluation samples at the given depths.
+// Writes the shards of one length. The needle is at a random depth in training samples, and at the given
+// depths in evaluation samples.
 static void write_length(ShardSet* shards, const Generator* generator, Workspace* work, int length,
                          FILE* index, const char* index_path) {
     const Settings* settings = generator->settings;
@@ -351,7 +364,7 @@ static void write_length(ShardSet* shards, const Generator* generator, Workspace
                 settings->samples, evaluation, length);
 }
 
-// Everything is written in one scratch directory and published together, the index last.
+// Writes all files in one scratch directory and publishes them together, the index last.
 static void write_all(const Generator* generator) {
     const Settings* settings = generator->settings;
     char scratch[PATH_MAX], prefix[PATH_MAX], index_scratch[PATH_MAX], index_path[PATH_MAX];
@@ -434,7 +447,7 @@ static long parse_whole(const char* option, const char* text, long low, long hig
     return value;
 }
 
-// Numbers separated by commas, each in low..high; returns how many.
+// Reads numbers separated by commas, each in low..high; returns their number.
 static int parse_list(double* values, int most, const char* option, const char* list, double low,
                       double high) {
     int count = 0;
@@ -526,7 +539,7 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
     return 0;
 }
 
-// Copies text..end and takes a closing space off it; returns whether there was one.
+// Copies text..end without a closing space (unless may_end_in_space); returns whether it dropped a space.
 static int copy_part(char part[WORD_BYTES], const char* text, const char* end, const char* whole,
                      int may_end_in_space) {
     size_t length = (size_t)(end - text);

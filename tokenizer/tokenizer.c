@@ -1,6 +1,6 @@
 /*
-The command `tokenizer`: trains, encodes, decodes, and prepares text as token shards. `tokenizer --help` lists the
-commands, `tokenizer COMMAND --help` their options. docs/tokenizer.md shows them at work.
+The command `tokenizer`: trains, encodes, decodes, and prepares text as token shards. `tokenizer --help` lists
+the commands, `tokenizer COMMAND --help` their options. docs/tokenizer.md has examples.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // memmem
@@ -44,7 +44,7 @@ static void progress_show(Progress* progress, double part, int last, const char*
     if (progress->quiet || (!last && now - progress->shown < (progress->terminal ? 0.1 : 10))) return;
     progress->shown = now;
     char bar[25], remaining[32] = "";
-    part = part > 1 ? 1 : part > 0 ? part : 0; // not a number where the size of the input is unknown
+    part = part > 1 ? 1 : part > 0 ? part : 0; // NaN if the size of the input is unknown
     for (int i = 0; i < 24; i++) bar[i] = i < part * 24 ? '#' : '.';
     bar[24] = 0;
     if (!last && part > 0.02)
@@ -80,7 +80,7 @@ typedef struct {
     int64_t vocab_size, min_count, max_bytes, shard_tokens;
     double validation_fraction;              // -1: not given
     NameList names, lists, validation_names; // as the user gave them
-    FileList files, validation_files;        // found by them; the command calls gather_files()
+    FileList files, validation_files;        // the files of these names; gather_files() fills them
     int allow_special, binary, include_binary, quiet, threads;
 } Options;
 
@@ -104,7 +104,7 @@ enum {
     OPTION_THREADS
 };
 
-// A whole number, with k, M or G for thousands, millions or milliards.
+// Reads a whole number; k, M and G stand for 10^3, 10^6 and 10^9.
 static int64_t parse_number(const char* option, const char* text, int64_t least, int64_t most) {
     char* end;
     errno = 0;
@@ -128,7 +128,7 @@ static double parse_fraction(const char* option, const char* text) {
     return fraction;
 }
 
-// \n, \r, \t and \\ are written that way on the command line.
+// Reads a separator; the command line has \n, \r, \t and \\ as two characters.
 static char* parse_separator(const char* text) {
     char *separator = (char*)malloc_or_fail(strlen(text) + 1, "the separator"), *out = separator;
     for (; *text; text++) {
@@ -256,7 +256,7 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
             1                                                                                                \
     }
 
-// The files that the user's lists and names stand for. With takes_binary, files that are no text are among them.
+// Finds the files of the user's lists and names. With takes_binary, it includes files that are no text.
 static void gather_files(Options* options, int takes_binary) {
     FileList *files = &options->files, *validation = &options->validation_files;
     files->takes_binary = validation->takes_binary = takes_binary;
@@ -268,7 +268,7 @@ static void gather_files(Options* options, int takes_binary) {
     file_list_report(validation);
 }
 
-// Fails where the command line names no input.
+// Fails if the command line names no input.
 static void check_names(const Options* options, const char* purpose) {
     if (options->names.count + options->lists.count == 0)
         fail_usage("no FILE to %s: name text files, directories or *.jsonl; `%s --help` lists the options",
@@ -297,7 +297,7 @@ static Progress merge_progress;
 
 static void show_merges(int64_t merges, int64_t wanted) {
     char note[64];
-    if (merges % 64 && merges != wanted) return; // the clock is not free
+    if (merges % 64 && merges != wanted) return; // reading the clock costs time
     snprintf(note, sizeof(note), "%lld of %lld", (long long)merges, (long long)wanted);
     progress_show(&merge_progress, (double)merges / (double)wanted, merges == wanted, note);
 }
@@ -403,7 +403,7 @@ static Tokenizer* load_tokenizer(const Options* options) {
     return tokenizer_load(options->tokenizer ? options->tokenizer : "tokenizer.json");
 }
 
-// All input files one behind the other, or standard input.
+// Reads all input files, one after the other, or standard input.
 static ByteBuffer read_input(const Options* options) {
     ByteBuffer input = {NULL, 0, 0};
     const FileList* list = &options->files;
@@ -507,9 +507,9 @@ static const struct argp_option prepare_options[] = {
     OPTIONS_INPUT,
     {0, 0, 0, 0, 0, 0}};
 
-// Documents go to training or validation in the order they come: to validation whenever that keeps its part of all tokens
-// so far at or under the fraction. The last document is held back, so that it can be cut when it is the only one large
-// enough to give a validation part.
+// Divides documents between training and validation, in their order. A document goes to validation if
+// validation then has at most `fraction` of all tokens so far. The last document is held back: if no document
+// was small enough for validation, the end of the last one becomes the validation data.
 typedef struct {
     ShardSet* shards;
     double fraction;
@@ -541,7 +541,7 @@ static void divider_finish(DocumentDivider* divider) {
     size_t validation = (size_t)(divider->fraction * all);
     if (divider->validation_tokens > 0 || validation >= divider->held.count) {
         divider_release(divider);
-    } else { // no document was small enough: the last part of the last one it is
+    } else { // no document was small enough: cut the last one
         size_t train = divider->held.count - validation;
         divider_write(divider, SHARD_TRAIN, divider->held.ids, train);
         divider_write(divider, SHARD_VALIDATION, divider->held.ids + train, validation);
@@ -549,7 +549,7 @@ static void divider_finish(DocumentDivider* divider) {
     token_buffer_free(&divider->held);
 }
 
-// What `prepare` works with.
+// The state of `prepare`.
 typedef struct {
     const Options* options;
     const Tokenizer* tokenizer;
@@ -561,7 +561,8 @@ typedef struct {
     int64_t documents, bytes;
 } Preparation;
 
-// Encodes a batch in parallel: every document with <|endoftext|> before it. Text is text, whatever it spells.
+// Encodes a batch in parallel, with <|endoftext|> before every document. Text that spells a special token
+// stays text.
 static void encode_batch(Preparation* work, const DocumentBatch* batch) {
     size_t before = work->token_capacity;
     work->tokens =
