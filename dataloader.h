@@ -48,9 +48,9 @@ loader_next() that needs the batch reports it.
 #define SHARD_MAGIC_UINT32 20240801
 #define SHARD_VERSION_UINT32 7
 
-// At most this many shards, and at most a quarter of the files that the process may open, stay open. The
-// loader opens further shards for every window that it reads, so that thousands of shards leave open files
-// for everything else.
+// At most this many shards, and at most a quarter of the files that the process may open, stay
+// open. The loader opens further shards for every window that it reads, so that thousands of
+// shards leave open files for everything else.
 #define LOADER_OPEN_FILES 256
 #define LOADER_MESSAGE_BYTES (PATH_MAX + 256)
 #define LOADER_CHUNK_BYTES 16384
@@ -239,9 +239,9 @@ static inline int loader_open_files(void) {
     return (int)(limit.rlim_cur / 4);
 }
 
-// Opens the shards of `pattern`, a shell pattern (glob); quote it on a command line. `tokenizer_hash` 0
-// accepts any tokenizer that all shards share. `shuffle` 0 reads the windows once, in their order. The caller
-// calls loader_close().
+// Opens the shards of `pattern`, a shell pattern (glob); quote it on a command line.
+// `tokenizer_hash` 0 accepts any tokenizer that all shards share. `shuffle` 0 reads the windows
+// once, in their order. The caller calls loader_close().
 static inline DataLoader* loader_open(const char* pattern, int T, int vocab_size, uint32_t tokenizer_hash,
                                       uint64_t seed, int shuffle) {
     assert(T > 0 && vocab_size > 0);
@@ -341,8 +341,8 @@ static inline uint64_t loader_window(const DataLoader* loader, uint64_t sequence
                               loader->windows);
 }
 
-// The shard that holds the window: the last one whose first_window is not above it. Never a shard without
-// windows.
+// The shard that holds the window: the last one whose first_window is not
+// above it. Never a shard without windows.
 static inline const TokenShard* loader_shard_of(const DataLoader* loader, uint64_t window) {
     int low = 0, high = loader->shard_count; // first_window of `low` is <= window, that of `high` is above
     while (high - low > 1) {
@@ -464,11 +464,11 @@ static inline void loader_stop(DataLoader* loader) {
     }
 }
 
-// Starts to read ahead: micro-batch i = 0, 1, 2, ... is the `batch` sequences from first_sequence + i *
-// stride on. With R ranks, micro-batches of B sequences and steps of S sequences (of all ranks), a rank
-// starts at step k with first_sequence = k * S + rank * B and stride = R * B. S is a multiple of R * B, so
-// the same stride leads from one micro-batch to the next and from one step to the next. An earlier reader is
-// stopped first.
+// Starts to read ahead: micro-batch i = 0, 1, 2, ... is the `batch` sequences from first_sequence +
+// i * stride on. With R ranks, micro-batches of B sequences and steps of S sequences (of all
+// ranks), a rank starts at step k with first_sequence = k * S + rank * B and stride = R * B. S is a
+// multiple of R * B, so the same stride leads from one micro-batch to the next and from one step to
+// the next. An earlier reader is stopped first.
 static inline void loader_start(DataLoader* loader, uint64_t first_sequence, uint64_t stride, int batch) {
     assert(batch > 0);
     loader_stop(loader);
@@ -516,8 +516,8 @@ static inline int loader_next(DataLoader* loader, const int** tokens, const int*
 // ----------------------------------------------------------------------------
 // Memory and end
 
-// Bytes that the loader holds on the heap while it reads ahead micro-batches of `batch` sequences (0: it does
-// not).
+// Bytes that the loader holds on the heap while it reads ahead micro-batches of
+// `batch` sequences (0: it does not).
 static inline size_t loader_bytes(const DataLoader* loader, int batch) {
     size_t bytes = sizeof(DataLoader) + (size_t)loader->shard_count * sizeof(TokenShard);
     for (int i = 0; i < loader->shard_count; i++) bytes += strlen(loader->shards[i].path) + 1;

@@ -244,8 +244,7 @@ static void reserve_in_layer(Model* model, int l, size_t member, size_t bytes, c
 // not keep the array. Every level keeps
 // - the layer's input, from which everything else can be computed;
 // - the selected blocks: where two scores are nearly equal, a second selection could choose another block,
-//   and the
-//   gradient would be that of another function;
+//   and the gradient would be that of another function;
 // - attention's output and lse: attention is the part whose cost per token grows with T;
 // - the noised output of pgqa: computing it again would draw a random number for each element.
 static void plan_layer(Model* model, int l) {
@@ -391,8 +390,8 @@ static void gpt_write_heads(const Model* model, const HeadAllocation* heads) {
                    model->stream);
 }
 
-// Fills `decays`. Tensors without weight decay (gains, taps) begin and end at multiples of DECAY_BLOCK
-// elements.
+// Fills `decays`. Tensors without weight decay (gains, taps) begin and end at
+// multiples of DECAY_BLOCK elements.
 static void gpt_upload_decays(Model* model) {
     const TensorTable* table = &model->layout.table;
     const size_t blocks = decay_blocks(model->padded);
@@ -619,8 +618,8 @@ static void gpt_begin_step(Model* model, int step) {
     heads_begin_step(&model->heads, step, model->stream);
 }
 
-// Measures the keys that the projection of layer l has written. With --kd-source forward, it also makes this
-// pass's map from them.
+// Measures the keys that the projection of layer l has written. With --kd-source forward,
+// it also makes this pass's map from them.
 static void gpt_measure_keys(Model* model, int l, int B, int T, int step) {
     const int H = model->config.heads, G = model->config.kv_heads, D = model->config.head_dim;
     Activations* acts = &model->acts;
@@ -864,8 +863,9 @@ static void gpt_backward(Model* model, int B, int T) {
         rmsnorm_backward(acts->dresidual, grads + weights->post_norm, acts->dnorm, layer->residual_mid,
                          params + weights->post_norm, layer->rstd2, acts->workspace, rows, C, stream);
 
-        // attention Wo's gradient needs the noised output, its input. The noise passes the gradient on
-        // unchanged, so attention's backward pass takes its own output, without noise.
+        // attention
+        // The gradient of Wo needs Wo's input, the noised output. The noise passes the gradient on
+        // unchanged, so attention's backward pass needs the output without noise.
         matmul_backward(acts->dattention, grads + weights->o_proj, acts->dresidual, layer_heads(model, l),
                         params + weights->o_proj, rows, H * D, C, stream);
         layer_attention_backward(model, l, B, T);
@@ -882,8 +882,8 @@ static void gpt_backward(Model* model, int B, int T) {
     embedding_backward(grads + model->layout.embedding, acts->dresidual, acts->tokens, acts->workspace, rows,
                        C, stream);
     gpt_reduce(model, config->layers + 1);
-    // Without a reduction there is nothing to wait for, and a recorded graph must not wait for work before
-    // it.
+    // Without a reduction there is nothing to wait for, and a recorded graph
+    // must not wait for work before it.
     if (model->reduces) comm_wait(stream);
     range_end();
 }
@@ -892,8 +892,8 @@ static void gpt_zero_gradients(Model* model) {
     device_zero(model->grads, model->padded * sizeof(float_acc), model->stream);
 }
 
-// Computes the global norm of the gradient. Each rank sums the squares of its own shards; an all-reduce adds
-// the ranks' sums up.
+// Computes the global norm of the gradient. Each rank sums the squares of its own
+// shards; an all-reduce adds the ranks' sums up.
 static void gpt_gradient_norm(Model* model) {
     for (int i = 0; i < model->bucket_count; i++) {
         const Bucket shard = gpt_shard(model->buckets[i]);
@@ -961,8 +961,8 @@ static int known_tokens(const ModelConfig* config, const Tokenizer* tokenizer) {
     return tokenizer ? tokenizer_vocab_size(tokenizer) : config->vocab_size;
 }
 
-// The signal that asks the run to stop; 0: none. A signal to one rank counts for all: all ranks call this
-// together.
+// The signal that asks the run to stop; 0: none. A signal to one rank counts
+// for all: all ranks call this together.
 static int stop_wanted(void) { return comm_max(signals_stop()); }
 
 // Prints the text of a token to stdout, or its number if there is no tokenizer.
@@ -1057,8 +1057,8 @@ static void retrieval_forward(void* context, const int* tokens, int rows, int T)
     gpt_forward(((RetrievalContext*)context)->model, tokens, rows, T, 0, NULL);
 }
 
-// The most likely token after one position of the batch that retrieval_forward() ran; of equals the lowest
-// number.
+// The most likely token after one position of the batch that
+// retrieval_forward() ran; of equals the lowest number.
 static int retrieval_likeliest(void* context, int row, int T, int position) {
     Model* model = ((RetrievalContext*)context)->model;
     const int V = ((RetrievalContext*)context)->known;
@@ -1133,8 +1133,7 @@ static void check_graph(const Options* options) {
         fail_usage("--cuda-graph: not under mpirun with this build, whose gradients the host adds up");
 }
 
-// Whether this process trains, and so changes the checkpoints and metrics of a run's directory. The other
-// modes do not.
+// Whether this process trains, and so writes checkpoints and metrics to a run's directory.
 static int is_to_train(const Options* options) {
     return !options->dry_run && !options->generate && !options->write_logits && !options->eval_retrieval;
 }
@@ -1219,8 +1218,8 @@ static void choose_model(Run* run) {
     tokenizer_free(theirs);
 }
 
-// Upper bound of the tokens of a micro-batch: no memory holds more, and no product of sizes overflows with
-// fewer.
+// Upper bound of the tokens of a micro-batch: no memory holds more, and no
+// product of sizes overflows with fewer.
 #define MOST_TOKENS (1L << 28)
 
 static void open_data(Run* run) {
@@ -1251,8 +1250,8 @@ static void open_data(Run* run) {
         if (!hash) hash = loader_tokenizer_hash(run->train);
         run->val = loader_open(options->val_data, T, known, hash, options->seed, 0);
     }
-    // One pass over the data, counted from the sequences seen: earlier steps may have had another total
-    // batch.
+    // One pass over the data, counted from the sequences seen: earlier steps
+    // may have had another total batch.
     const uint64_t all = loader_sequences(run->train), seen = run->state.sequences_seen;
     const uint64_t one_epoch =
         (uint64_t)run->state.step + (all > seen ? all - seen : 0) / (uint64_t)run->sequences_per_step;
@@ -1272,8 +1271,8 @@ static void open_data(Run* run) {
     run->schedule.decay_fraction = options->decay_fraction;
 }
 
-// Compares the data with the checkpoint's. Other data would have another order: some sequences would come
-// twice and others never.
+// Compares the data with the checkpoint's. Other data would have another order: some
+// sequences would come twice and others never.
 static void check_same_data(Run* run, const TrainingState* before) {
     const TrainingState* now = &run->state;
     const Options* options = &run->options;
@@ -1296,8 +1295,8 @@ static void check_same_data(Run* run, const TrainingState* before) {
         changes_add(run->changes, !now->val_fingerprint ? "no --val-data" : "other --val-data");
 }
 
-// A resumed run must have the seed and the data of its checkpoint. Other settings may change; run->changes
-// lists them.
+// A resumed run must have the seed of its checkpoint and, without --allow-other-data, the training data.
+// Other settings may change; run->changes lists the changes.
 static void check_resume(Run* run, const TrainingState* before) {
     const Options* options = &run->options;
     if (before->seed != options->seed)
@@ -1362,9 +1361,9 @@ static uint64_t hash_of_device(const void* values, size_t bytes, stream_t stream
     return hash;
 }
 
-// Fails if ranks have different weights or, without ZeRO-1, different optimizer states. Files of the same
-// name may differ between machines, and ranks that begin with a difference would keep it without any other
-// sign.
+// Fails if ranks have different weights or, without ZeRO-1, different optimizer states.
+// Files of the same name may differ between machines, and ranks that begin with a
+// difference would keep it without any other sign.
 static void agree_on_weights(const Model* model, const Run* run) {
     const size_t whole = model->padded * sizeof(float_acc);
     if (comm_size() == 1) return;
@@ -1463,8 +1462,8 @@ static size_t other_bytes(const Run* run, const Model* model) {
     return bytes;
 }
 
-// Bytes of one rank that must fit into the memory that holds the model. If that is main memory, it must hold
-// everything else as well.
+// Bytes of one rank that must fit into the memory that holds the model. If that is main
+// memory, it must hold everything else as well.
 static size_t planned_bytes(const Run* run, const Model* model) {
     return model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : other_bytes(run, model));
 }
@@ -1513,8 +1512,8 @@ static void print_plan(const Run* run, const Model* model) {
     fflush(stdout);
 }
 
-// A guess of the GPU memory that CUDA's libraries and the kernels' code take at their first use, after the
-// plan.
+// A guess of the GPU memory that CUDA's libraries and the kernels' code take
+// at their first use, after the plan.
 #define GPU_LIBRARY_BYTES ((size_t)512 << 20)
 
 // The memory that this process can have: the device's, or main memory if the device has none of its own.
@@ -1537,9 +1536,9 @@ static void check_model_fits(const Model* model) {
              (double)limit.bytes / 1e9, limit.name);
 }
 
-// Fails, before anything is allocated, if the plan does not fit. The message names the largest --batch that
-// fits or, if none does, a higher --recompute level and the largest --batch with it: a smaller batch costs
-// less time.
+// Fails, before anything is allocated, if the plan does not fit. The message names the
+// largest --batch that fits or, if none does, a higher --recompute level and the largest
+// --batch with it: a smaller batch costs less time.
 static void check_plan_fits(const Run* run, const Model* model) {
     const Options* options = &run->options;
     const size_t planned = planned_bytes(run, model);
@@ -1592,9 +1591,9 @@ static void check_disk(const Run* run, const Model* model) {
                options->output, count, (double)one / 1e6, (double)unused / 1e6);
 }
 
-// Fails if the run's threads cannot be started: the OpenMP library would end the process without cleaning up.
-// All ranks start their threads before any rank ends its own, since a limit counts the ranks of a machine
-// together.
+// Fails if the run's threads cannot be started: the OpenMP library would end the process
+// without cleaning up. All ranks start their threads before any rank ends its own, since a
+// limit counts the ranks of a machine together.
 static void check_threads(void) {
     const int needed = omp_get_max_threads(); // this thread is one of OpenMP's; the loader's thread adds one
     const int possible = limits_try_threads(needed, comm_barrier);
@@ -1652,8 +1651,8 @@ static double gpt_attention_seconds(const Model* model) {
     return sum;
 }
 
-// Allocates pinned memory from which a step's batches are copied to the device, and to which its losses are
-// copied.
+// Allocates pinned memory from which a step's batches are copied to the device,
+// and to which its losses are copied.
 static void allocate_staging(Run* run) {
     run->recorded_step = -1;
     const size_t places = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
@@ -1736,8 +1735,8 @@ static double train_step(Model* model, Run* run, int step, double* norm, double*
     else queue_step(model, run, step);
     if (run->options.cuda_graph && step + 1 < run->steps) record_step(model, run, step + 1);
     comm_synchronize(model->stream);
-    // Returns the blocks that libraries freed to the system. Else gaps between blocks add up to more than the
-    // plan.
+    // Returns the blocks that libraries freed to the system. Else gaps between
+    // blocks add up to more than the plan.
     malloc_trim(0);
     gpt_check_heads(model);
     range_end();
@@ -1857,9 +1856,9 @@ static void log_heads(Metrics* metrics, const Model* model, int step) {
     allocation_free(&heads);
 }
 
-// Logs statistics of the router's choices after `step` steps, layer by layer (runtime/selection.h). It runs
-// the first sequences of the validation data once more. Returns 0, and logs nothing, if a signal interrupted
-// it; else 1.
+// Logs statistics of the router's choices after `step` steps, layer by layer
+// (runtime/selection.h). It runs the first sequences of the validation data once more. Returns 0,
+// and logs nothing, if a signal interrupted it; else 1.
 static int log_selection(Metrics* metrics, Model* model, const Run* run, int step) {
     enum { SEQUENCES = 4 };
     const ModelConfig* config = &model->config;
@@ -1939,8 +1938,8 @@ static int measure_alone(Model* model, const Run* run, Metrics* metrics, int ste
                          int sampling) {
     const Options* options = &run->options;
     if (validating && heads_are_key_driven(&run->config)) log_heads(metrics, model, step);
-    // Without --output there is no metrics.jsonl to log to, so the forward passes of log_selection() are not
-    // needed.
+    // Without --output there is no metrics.jsonl to log to, so the forward passes
+    // of log_selection() are not needed.
     if (validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
         run->config.moba_topk > 1 && !log_selection(metrics, model, run, step))
         return 0;
@@ -1949,9 +1948,9 @@ static int measure_alone(Model* model, const Run* run, Metrics* metrics, int ste
     return gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
 }
 
-// Runs the validation with its logs, and a sample, if they are due after `step` steps. Returns 0 if a signal
-// came before their end; the checkpoint then records that (`unmeasured`), and the resumed run does all of
-// them.
+// Runs the validation with its logs, and a sample, if they are due after `step` steps.
+// Returns 0 if a signal came before their end; the checkpoint then records that
+// (`unmeasured`), and the resumed run does all of them.
 static int measure(Model* model, Run* run, Metrics* metrics, int step, int last) {
     const int validating = is_due(run->options.val_every, step, last),
               sampling = step > 0 && is_due(run->options.sample_every, step, last);
@@ -2012,8 +2011,8 @@ static void train(Model* model, Run* run) {
                  (uint64_t)comm_size() * (uint64_t)options->batch, options->batch);
     const double started = seconds_now();
     const int first_step = run->state.step;
-    // A resumed run does not repeat the measurements and the checkpoint of its first step, unless
-    // `unmeasured`.
+    // A resumed run does not repeat the measurements and the checkpoint of
+    // its first step, unless `unmeasured`.
     int fresh = run->resume_from[0] == 0 || run->state.unmeasured;
 
     for (int step = first_step;; step++) {
@@ -2084,12 +2083,12 @@ int main(int argc, char** argv) {
     yield_while_waiting(argv);
     signals_start();
     comm_start();
-    // Otherwise the C library keeps a heap for every thread, and freed memory, of a size that no plan can
-    // know.
+    // Otherwise the C library keeps a heap for every thread, and freed
+    // memory, of a size that no plan can know.
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 1 << 20);
-    // Beyond the limit of a file's size, write() then returns an error, and the program cleans up and reports
-    // it.
+    // Beyond the limit of a file's size, write() then returns an error, and the
+    // program cleans up and reports it.
     signal(SIGXFSZ, SIG_IGN);
     static Run run;
     run.options = options_parse(argc, argv);

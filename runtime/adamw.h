@@ -15,8 +15,8 @@ typedef struct {
     int step;   // 1 at the first update, for the bias corrections
 } AdamW;
 
-// Elements of the flat parameters that share one factor of weight decay (0 or 1). No tensor with another
-// factor begins inside a block.
+// Elements of the flat parameters that share one factor of weight decay (0 or 1). No tensor
+// with another factor begins inside a block.
 enum { DECAY_BLOCK = 64 };
 
 static inline size_t decay_blocks(size_t count) { return (count + DECAY_BLOCK - 1) / DECAY_BLOCK; }

@@ -15,9 +15,9 @@ holds the KV head of each query head and never decreases.
 The functions for one layer are written once, for the host and for kernels (dev/cpu/heads.h,
 kernels/heads.cuh). They allocate nothing, print nothing and read no other layer. They compute in double from
 their arguments alone, so that every rank and device gets the same bits from the same numbers. Two rules serve
-this. The only product that is followed by a sum is an explicit fma(), since a compiler may or may not fuse
-the two. A share is converted to float before it is rounded, so that two shares that differ only by the
-rounding of doubles become an exact tie.
+this. A product plus a number is always an explicit fma(), since a compiler may fuse the two or not. A share
+is converted to float before it is rounded, so that two shares that differ only by the rounding of doubles
+become an exact tie.
 */
 #ifndef RUNTIME_ALLOCATION_H
 #define RUNTIME_ALLOCATION_H
@@ -48,9 +48,9 @@ HOST_AND_DEVICE static inline int first_smallest(const int* values, int count) {
     return at;
 }
 
-// Allocates H query heads in proportion to the weights, at least `least` to every group (least * G <= H).
-// Weights must not be negative. Returns 0, and leaves `heads` as it is, if a weight is NaN or infinite; else
-// 1.
+// Allocates H query heads in proportion to the weights, at least `least` to every group
+// (least * G <= H). Weights must not be negative. Returns 0, and leaves `heads` as it
+// is, if a weight is NaN or infinite; else 1.
 HOST_AND_DEVICE static inline int allocate_heads(int* heads,            // (G)
                                                  const double* weights, // (G)
                                                  int G, int H, int least) {
@@ -142,8 +142,8 @@ static inline AllocationSettings allocation_defaults(int dynamic) {
 }
 
 // The state that later steps depend on. The arrays are parts of one block, in host or device memory. A
-// checkpoint holds all arrays but the last three, and `map`, which follows from `heads`; at the end of a step
-// `counted` equals `map`.
+// checkpoint holds all arrays except `map` and the last three. `map` follows from `heads`, and `counted`
+// equals `map` at the end of a step.
 typedef struct {
     AllocationSettings settings;
     int L, H, G;
@@ -212,8 +212,8 @@ HOST_AND_DEVICE static inline void allocation_apply(const HeadAllocation* a, int
     }
 }
 
-// Counts the query heads that moved. Call it once a step, after the step's last map: maps between two
-// micro-batches do not count.
+// Counts the query heads that moved. Call it once a step, after the step's last map:
+// maps between two micro-batches do not count.
 HOST_AND_DEVICE static inline void allocation_count_moves(const HeadAllocation* a, int l) {
     const int* map = a->map + (size_t)l * a->H;
     int* counted = a->counted + (size_t)l * a->H;
@@ -278,8 +278,8 @@ HOST_AND_DEVICE static inline void allocation_update(const HeadAllocation* a, in
     }
 }
 
-// Adds n (G) to dgqa's history, once a window, after the maps of its step were made. It skips an n that is
-// not finite.
+// Adds n (G) to dgqa's history, once a window, after the maps of its step were
+// made. It skips an n that is not finite.
 HOST_AND_DEVICE static inline void allocation_remember(const HeadAllocation* a, int l, const double* n,
                                                        int step) {
     const AllocationSettings* settings = &a->settings;
@@ -288,8 +288,8 @@ HOST_AND_DEVICE static inline void allocation_remember(const HeadAllocation* a, 
     a->windows[l]++;
 }
 
-// The statistic with SOURCE_RANDOM (the same numbers at every step) and SOURCE_SHUFFLED (new ones): uniform
-// random numbers.
+// The statistic with SOURCE_RANDOM (the same numbers at every step) and
+// SOURCE_SHUFFLED (new ones): uniform random numbers.
 HOST_AND_DEVICE static inline void allocation_random(double* n, // (G)
                                                      const HeadAllocation* a, int l, int step) {
     const uint64_t draw = a->settings.source == SOURCE_SHUFFLED ? (uint64_t)step : 0;
@@ -311,9 +311,9 @@ HOST_AND_DEVICE static inline void allocation_begin_step(const HeadAllocation* a
     allocation_remember(a, l, n, step);
 }
 
-// Within a forward pass, with SOURCE_FORWARD: makes the map of layer l from this batch alone. `norms` holds
-// the statistics of its sequences. If they are sums over ranks, `sequences` counts the sequences of all
-// ranks.
+// Within a forward pass, with SOURCE_FORWARD: makes the map of layer l from this batch
+// alone. `norms` holds the statistics of its sequences. If they are sums over ranks,
+// `sequences` counts the sequences of all ranks.
 HOST_AND_DEVICE static inline void allocation_of_batch(const HeadAllocation* a, int l,
                                                        const float_acc* norms, // (B, G)
                                                        int B, long sequences, int step) {

@@ -64,9 +64,9 @@ typedef struct {
     int data_shards;
 } TrainingState;
 
-// The table that writing and reading share. A new member of TrainingState needs one line in it, with the
-// first format version that has the member (raise CHECKPOINT_VERSION to it). From older checkpoints it is
-// read as 0.
+// The table that writing and reading share. A new member of TrainingState needs one line
+// in it, with the first format version that has the member (raise CHECKPOINT_VERSION to
+// it). From older checkpoints it is read as 0.
 typedef enum { STATE_INT, STATE_LONG, STATE_UINT64, STATE_DOUBLE, STATE_TEXT } StateType;
 typedef struct {
     const char* name;
@@ -264,8 +264,8 @@ static inline void heads_get_doubles(double* values, const cJSON* layer, const c
         if (!json_get_double(item, &values[i])) fail("%s: %s must be numbers", path, key);
 }
 
-// Fills in the allocation of a model with heads->L layers, H query heads and G KV heads. The caller has
-// called allocation_start().
+// Fills in the allocation of a model with heads->L layers, H query heads and G KV heads.
+// The caller has called allocation_start().
 static inline void checkpoint_load_heads(const char* directory, HeadAllocation* heads) {
     char path[PATH_MAX];
     path_format(path, "%s/heads.json", directory);
@@ -448,8 +448,8 @@ static inline void config_want_one(const cJSON* json, const char* key, const cha
         fail("%s: %s is not 1, and this program does not compute that", path, key);
 }
 
-// Rotary positions: transformers up to version 4 writes rope_theta and rope_scaling, from 5 on
-// rope_parameters.
+// Rotary positions: transformers up to version 4 writes rope_theta and
+// rope_scaling, from 5 on rope_parameters.
 static inline void config_read_rope(ModelConfig* config, const cJSON* json, const char* path) {
     const char* const scaling_keys[] = {"rope_scaling", "rope_parameters"};
     config->rope_theta = config_get_positive(json, "rope_theta", 10000.0, path);
@@ -466,8 +466,8 @@ static inline void config_read_rope(ModelConfig* config, const cJSON* json, cons
     }
 }
 
-// Reads the "moba" object. A plain Llama has none: all its layers have dense global attention and rotary
-// positions.
+// Reads the "moba" object. A plain Llama has none: all its layers have dense
+// global attention and rotary positions.
 static inline void config_read_variant(ModelConfig* config, ModelVariant* variant, const cJSON* json,
                                        const char* path) {
     strcpy(config->pattern, "G");
@@ -687,8 +687,8 @@ static inline int checkpoint_may_lack(const char* name, const ModelConfig* saved
     return variant->kconv == 0 || layer_kind(saved, layer) != 'G';
 }
 
-// Fails if the file has a tied embedding and a head that is not its copy: without that head it would be
-// another model.
+// Fails if the file has a tied embedding and a head that is not its copy: without
+// that head it would be another model.
 static inline void checkpoint_check_tied_head(const SafetensorsFile* file, const TensorTable* table) {
     const SafetensorsEntry *head = safetensors_find(file, "lm_head.weight"),
                            *embedding = safetensors_find(file, "model.embed_tokens.weight");
@@ -748,8 +748,8 @@ static inline void checkpoint_open_model(SafetensorsFile* file, const char* dire
     checkpoint_check_tied_head(file, table);
 }
 
-// Reads a part of a weight from the file and converts it. Fails if a value is not finite, since it would make
-// every result NaN.
+// Reads a part of a weight from the file and converts it. Fails if a value is not
+// finite, since it would make every result NaN.
 static inline void checkpoint_read_weight(const SafetensorsFile* file, const SafetensorsEntry* entry,
                                           uint64_t first, size_t count, float_acc* values) {
     safetensors_read(file, entry, first, count, values, DTYPE_FLOAT_ACC);
@@ -781,8 +781,8 @@ static inline void checkpoint_load_model(const char* directory, const TensorTabl
     free(values);
 }
 
-// Computes the mean of each group of heads: pooled (G, width) from values (H, width). Group g has the next
-// heads[g] rows of `values`.
+// Computes the mean of each group of heads: pooled (G, width) from values (H, width). Group
+// g has the next heads[g] rows of `values`.
 static inline void pool_heads(float_acc* pooled, const float_acc* values, const int* heads, int G,
                               size_t width) {
     for (int g = 0; g < G; values += (size_t)heads[g] * width, g++) {
@@ -849,8 +849,8 @@ typedef struct {
     float_acc* values; // device memory
 } OptimizerVector;
 
-// A fingerprint of the tensors' places in the flat state: two tables with the same fingerprint give every
-// element the same place.
+// A fingerprint of the tensors' places in the flat state: two tables with the same
+// fingerprint give every element the same place.
 static inline void table_fingerprint(const TensorTable* table, char text[17]) {
     uint64_t hash = random_stream("layout");
     for (int i = 0; i < table->count; i++) {
@@ -964,8 +964,8 @@ static inline uint64_t optimizer_slice_open(SafetensorsFile* file, const char* d
     return held;
 }
 
-// Appends the ranges of an open slice of `held` elements to the list, which may be reallocated. A slice
-// without "count" is one range.
+// Appends the ranges of an open slice of `held` elements to the list, which may be
+// reallocated. A slice without "count" is one range.
 static inline void optimizer_slice_ranges(StatePiece** pieces, int* piece_count, const SafetensorsFile* file,
                                           int rank, uint64_t held, const TensorTable* table) {
     const char *offsets = safetensors_get_metadata(file, "offset"),
@@ -1011,8 +1011,8 @@ static inline int optimizer_slice_total(const char* directory) {
     return total;
 }
 
-// Lists every range of every slice in ascending order; together they must cover the state exactly once. The
-// caller frees the list.
+// Lists every range of every slice in ascending order; together they must cover the state
+// exactly once. The caller frees the list.
 static inline int optimizer_pieces(StatePiece** pieces, const char* directory, int total,
                                    const TensorTable* table, const OptimizerVector* vectors,
                                    int vector_count) {
@@ -1128,9 +1128,9 @@ static inline int checkpoint_list_steps(const char* output, const char* suffix, 
     return count;
 }
 
-// Removes the files that a killed process left half-written, and renames a step_X.old back to step_X if
-// step_X is absent. Only the process that writes to `output` may call it: another one could interfere between
-// two renames of the writer.
+// Removes the files that a killed process left half-written, and renames a step_X.old back to
+// step_X if step_X is absent. Only the process that writes to `output` may call it: another one
+// could interfere between two renames of the writer.
 static inline void checkpoint_clean(const char* output) {
     char path[PATH_MAX], name[PATH_MAX];
     int* steps;
@@ -1152,8 +1152,8 @@ static inline void checkpoint_clean(const char* output) {
     unlink(path);
 }
 
-// Finds step_X, or step_X.old if a process was killed while it replaced step_X; returns 0 if neither is
-// there.
+// Finds step_X, or step_X.old if a process was killed while it replaced
+// step_X; returns 0 if neither is there.
 static inline int checkpoint_find_step(const char* output, int step, char path[PATH_MAX]) {
     path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
     if (is_directory(path)) return 1;
@@ -1259,8 +1259,8 @@ static inline void checkpoint_write_latest(const char* output, int step) {
     scratch_path_commit(path);
 }
 
-// Removes a checkpoint. It renames the directory first, so that nobody finds a checkpoint without some of its
-// files.
+// Removes a checkpoint. It renames the directory first, so that nobody finds a
+// checkpoint without some of its files.
 static inline void checkpoint_remove(const char* output, int step) {
     char path[PATH_MAX], doomed[PATH_MAX];
     path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
@@ -1343,8 +1343,8 @@ static inline void checkpoint_write_shared(const char* scratch, const ModelConfi
 }
 
 // Writes OUTPUT/step_X of state->step, makes `latest` name it, then removes older checkpoints beyond `keep`
-// (0: none). All ranks call it together, each with the ranges of optimizer state that it writes. Rank 0
-// renames the directory when all ranks have synced their files. An error, or a kill at any moment, leaves
+// (0: removes none). All ranks call it together, each with the ranges of optimizer state that it writes. Rank
+// 0 renames the directory when all ranks have synced their files. An error, or a kill at any moment, leaves
 // earlier checkpoints and `latest` as they were.
 // - heads: NULL if the map of query heads follows from the sizes.
 // - weights (table->elements), exp_avg and exp_avg_sq (by the ranges' `at`): in device memory.
@@ -1389,9 +1389,9 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
 // ----------------------------------------------------------------------------
 // Logits in a file, to compare with another program's
 
-// Writes a safetensors file with one tensor "logits" (T, V), fp32, and the metadata "tokens": T numbers
-// separated by spaces. logits: host memory, rows `stride` elements apart (V, or Vp); the first V of each row
-// are written.
+// Writes a safetensors file with one tensor "logits" (T, V), fp32, and the metadata "tokens":
+// T numbers separated by spaces. logits: host memory, rows `stride` elements apart (V, or
+// Vp); the first V of each row are written.
 static inline void logits_write(const char* path, const floatX* logits, const int* tokens, int T, int V,
                                 int stride) {
     char* text = (char*)malloc_or_fail((size_t)T * 12 + 1, "a list of tokens");

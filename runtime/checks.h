@@ -38,8 +38,8 @@ static const char* program_name = "moba.c";
 // 1 while the terminal shows a live line: a message then begins with a newline.
 static int live_line_shown = 0;
 
-// Set by runtime/comm.h if several ranks run: called before a failure is printed, and after it, to end all
-// ranks.
+// Set by runtime/comm.h if several ranks run: called before a failure is
+// printed, and after it, to end all ranks.
 static void (*failure_begin)(void) = NULL;
 static void (*failure_end)(int exit_code) = NULL;
 
@@ -142,8 +142,8 @@ static inline void close_written_or_fail(FILE* file, const char* path) {
     if (fclose(file) != 0) fail("%s: cannot close: %s", path, strerror(errno));
 }
 
-// Reads the rest of an open file into one buffer, with a closing 0 byte that *length does not count. The
-// caller frees it.
+// Reads the rest of an open file into one buffer, with a closing 0 byte that
+// *length does not count. The caller frees it.
 static inline char* read_stream_or_fail(FILE* file, const char* path, size_t* length) {
     size_t capacity = 1 << 16, used = 0;
     char* text = (char*)malloc_or_fail(capacity, path);
@@ -200,8 +200,8 @@ static inline void make_parent_or_fail(const char* path) {
     make_directories_or_fail(parent);
 }
 
-// rm -rf of one file or one flat directory; a missing one is no error. It removes a symbolic link, not its
-// target.
+// rm -rf of one file or one flat directory; a missing one is no error. It
+// removes a symbolic link, not its target.
 static inline void remove_path(const char* path) {
     struct stat info;
     DIR* directory = lstat(path, &info) == 0 && S_ISDIR(info.st_mode) ? opendir(path) : NULL;
@@ -233,8 +233,8 @@ static inline void scratch_lock(void) { pthread_mutex_lock(&scratch_mutex); }
 
 static inline void scratch_unlock(void) { pthread_mutex_unlock(&scratch_mutex); }
 
-// A spare descriptor, closed before the removal: removal must open the directory even if the process has no
-// free descriptor.
+// A spare descriptor, closed before the removal: removal must open the directory even
+// if the process has no free descriptor.
 static int scratch_reserve = -1;
 
 // Removes the scratch. The caller holds the lock.
@@ -263,8 +263,8 @@ static inline void scratch_path_begin(const char* path) {
     scratch_unlock();
 }
 
-// Opens a file for writing: the scratch itself, or a file in it. If a thread is ending the process, this
-// waits for the end.
+// Opens a file for writing: the scratch itself, or a file in it. If a thread is
+// ending the process, this waits for the end.
 static inline FILE* scratch_open_or_fail(const char* path) {
     scratch_lock();
     FILE* file = fopen(path, "wb");
@@ -289,8 +289,8 @@ static inline void scratch_path_forget(void) {
     scratch_unlock();
 }
 
-// Renames the scratch to its final name and syncs the directory above it: the file is now complete on the
-// disk.
+// Renames the scratch to its final name and syncs the directory above it:
+// the file is now complete on the disk.
 static inline void scratch_path_commit(const char* final_path) {
     scratch_lock();
     const int renamed = rename(scratch_path, final_path) == 0, reason = errno;

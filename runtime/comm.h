@@ -17,8 +17,8 @@ build with neither refuses to be started as one of several processes.
 
 Shard r of an array is the r-th of N equal parts. Sums over ranks are in float_acc. With MPI the owner of a
 shard adds the ranks in their order, so the bits depend on N alone; NCCL's order depends on N and the
-machines. Either way every rank gets the same bits. For n bytes, each collective sends and receives n (N - 1)
-/ N bytes per rank.
+machines. Either way every rank gets the same bits. comm_reduce_scatter() and comm_all_gather() each send and
+receive (N - 1) / N of the array per rank.
 
 A rank that fails prints the reason with its number and host, and ends the others; if one is killed, the
 launcher ends them. A rank gives up after COMM_PATIENCE seconds without an answer (COMM_START_PATIENCE at
@@ -42,8 +42,8 @@ start and end). Include the device's header (dev/cpu/device.h or its CUDA twin) 
 #include <nccl.h>
 #endif
 
-// The elements of a shard are a multiple of this: whole packs of every type, and whole blocks of weight
-// decay.
+// The elements of a shard are a multiple of this: whole packs of every
+// type, and whole blocks of weight decay.
 enum { COMM_ALIGNMENT = 64 };
 enum { COMM_PATIENCE = 1800 };       // seconds; writing a checkpoint must take less
 enum { COMM_START_PATIENCE = 300 };  // seconds; the environment variable MOBA_START_SECONDS overrides it
@@ -74,7 +74,7 @@ static inline int comm_launched(void) {
     for (int i = 0; i < 3; i++) {
         const char* text = getenv(counts[i]);
         if (!text) continue;
-        // srun counts an interactive shell as one task: then nobody has started several processes.
+        // srun sets 1 for a lone shell, too; that is no launch of several processes.
         return i == 0 || atoi(text) > 1 ? atoi(text) : 0;
     }
     return 0;
@@ -130,8 +130,8 @@ __attribute__((format(printf, 1, 2), noreturn)) static inline void comm_fail_of_
     fail_with(1, format, arguments);
 }
 
-// One step of a busy wait that began at the time `since`: yields the core, and fails after COMM_PATIENCE
-// seconds.
+// One step of a busy wait that began at the time `since`: yields the core,
+// and fails after COMM_PATIENCE seconds.
 static inline void comm_be_patient(double since) {
     sched_yield();
     if (comm_clock() - since > COMM_PATIENCE)
@@ -249,8 +249,8 @@ static inline void comm_reduce_piece(float_acc* values, size_t shard, size_t at,
     stream_synchronize(stream);
 }
 
-// Queues the sum of values (count) over the ranks. Each rank gets its own shard of the sum; the other shards
-// are undefined afterwards.
+// Queues the sum of values (count) over the ranks. Each rank gets its own shard of the sum;
+// the other shards are undefined afterwards.
 static inline void comm_reduce_scatter(float_acc* values, size_t count, stream_t stream) {
     const size_t N = (size_t)comm_size(), shard = count / N, most = COMM_PIECE / sizeof(float_acc) / N;
     if (!comm.size) return;
@@ -296,8 +296,8 @@ static inline void comm_all_gather(void* values, size_t bytes, stream_t stream) 
     }
 }
 
-// Queues the sums of values (count) over the ranks, for every rank. For small counts only: nothing is split
-// into shards.
+// Queues the sums of values (count) over the ranks, for every rank. For small
+// counts only: nothing is split into shards.
 static inline void comm_all_reduce(float_acc* values, size_t count, stream_t stream) {
     const size_t N = (size_t)comm_size(), bytes = count * sizeof(float_acc);
     if (!comm.size) return;
@@ -378,8 +378,8 @@ static inline void comm_follow(stream_t stream) {
 static const ncclDataType_t comm_nccl_type = ncclFloat32;
 static_assert(sizeof(float_acc) == 4, "NCCL is told that sums are fp32");
 
-// Queues the sum of values (count) over the ranks. Each rank gets its own shard of the sum; the other shards
-// are undefined afterwards.
+// Queues the sum of values (count) over the ranks. Each rank gets its own shard of the sum;
+// the other shards are undefined afterwards.
 static inline void comm_reduce_scatter(float_acc* values, size_t count, stream_t stream) {
     const size_t N = (size_t)comm_size(), shard = count / N;
     if (!comm.size) return;
@@ -400,8 +400,8 @@ static inline void comm_all_gather(void* values, size_t bytes, stream_t stream) 
                "gather shards");
 }
 
-// Queues the sums of values (count) over the ranks, for every rank. For small counts only: nothing is split
-// into shards.
+// Queues the sums of values (count) over the ranks, for every rank. For small
+// counts only: nothing is split into shards.
 static inline void comm_all_reduce(float_acc* values, size_t count, stream_t stream) {
     if (!comm.size) return;
     comm_follow(stream);
@@ -457,8 +457,8 @@ static inline void comm_time_is_over(void) {
     _exit(1);
 }
 
-// This process's rank from the launcher's environment, which is known before MPI has started; 0 if there is
-// none.
+// This process's rank from the launcher's environment, which is known before
+// MPI has started; 0 if there is none.
 static inline int comm_launched_rank(void) {
     static const char* const names[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"};
     for (int i = 0; i < 4; i++)
@@ -513,8 +513,8 @@ static inline void comm_failure_end(int exit_code) {
     MPI_Abort(MPI_COMM_WORLD, exit_code);
 }
 
-// Runs at every exit that is no failure. All ranks reach it; rank 0 may come later, since it removes old
-// checkpoints.
+// Runs at every exit that is no failure. All ranks reach it; rank 0 may come
+// later, since it removes old checkpoints.
 static inline void comm_stop(void) {
     comm_barrier();
     comm_watch("the end");
@@ -589,8 +589,8 @@ static inline void comm_start(void) {
 // ----------------------------------------------------------------------------
 // Agreement
 
-// All ranks call it in the same order, each with its own value of `what`. It fails on the ranks whose value
-// differs from rank 0's.
+// All ranks call it in the same order, each with its own value of `what`. It fails on the
+// ranks whose value differs from rank 0's.
 __attribute__((format(printf, 2, 3))) static inline void comm_must_agree(const char* what, const char* format,
                                                                          ...) {
     typedef struct {

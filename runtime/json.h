@@ -103,8 +103,8 @@ static inline int json_get_uint64(const cJSON* item, uint64_t* value) {
 // ----------------------------------------------------------------------------
 // Writing
 
-// Adds a number with the fewest digits that read back as the same double. JSON has no infinity and no NaN;
-// they are written as strings.
+// Adds a number with the fewest digits that read back as the same double. JSON has no
+// infinity and no NaN; they are written as strings.
 static inline void json_add_double(cJSON* object, const char* key, double value) {
     if (!isfinite(value)) {
         cJSON_AddStringToObject(object, key, isnan(value) ? "nan" : value > 0 ? "inf" : "-inf");

@@ -57,8 +57,8 @@ static inline void arena_reserve_shared(Arena* arena, void** pointer, void** sha
     arena->reservations[arena->count - 1].offset = offset;
 }
 
-// Allocates the block in device memory, zeroed, and sets the pointers. Include the device's header before
-// this one.
+// Allocates the block in device memory, zeroed, and sets the pointers. Include
+// the device's header before this one.
 static inline void arena_allocate(Arena* arena) {
     char what[256];
     snprintf(what, sizeof(what), arena->remedy ? "%s (%s)" : "%s", arena->name, arena->remedy);

@@ -98,8 +98,8 @@ static inline void metrics_number(char* out, double x) {
     }
 }
 
-// Writes `text` as a JSON string with its quotes. Returns the length. `out` needs 6 bytes for each byte of
-// text, and 3.
+// Writes `text` as a JSON string with its quotes. Returns the length. `out` needs
+// 6 bytes for each byte of text, and 3.
 static inline size_t metrics_quote(char* out, const char* text) {
     char* place = out;
     *place++ = '"';
@@ -169,8 +169,8 @@ __attribute__((format(printf, 2, 3))) static inline void metrics_write(MetricsFi
     if (written < 0 || fflush(out->file) != 0) fail("%s: cannot write: %s", out->path, strerror(errno));
 }
 
-// Whether this line of the resumed step is the training step's own line, not that of a measurement after the
-// step.
+// Whether this line of the resumed step is the training step's own line, not
+// that of a measurement after the step.
 static inline int metrics_line_of_step(const char* line) {
     return strstr(line, "\"loss\":") || strstr(line, "\"step_ms\":");
 }
@@ -233,8 +233,8 @@ static inline void metrics_open(Metrics* m, MetricsFile* out, const char* name, 
     out->file = open_or_fail(out->path, m->options.resume_step > 0 ? "ab" : "wb");
 }
 
-// Syncs the files to the disk. Call it before a checkpoint is committed, so that a resume finds the lines up
-// to it.
+// Syncs the files to the disk. Call it before a checkpoint is committed, so
+// that a resume finds the lines up to it.
 static inline void metrics_sync(Metrics* m) {
     MetricsFile* files[] = {&m->metrics, &m->timings, &m->log};
     for (int i = 0; i < 3; i++)
@@ -311,8 +311,8 @@ static inline void metrics_compose(Metrics* m, int step, double loss, double gra
         snprintf(flops, sizeof(flops), "  %.1f%% MFU", 100.0 * o->flops_per_step * rate / o->peak_flops);
     else if (o->flops_per_step > 0)
         snprintf(flops, sizeof(flops), "  %.1f GFLOP/s", 1e-9 * o->flops_per_step * rate);
-    // Measured by the clock, so that validations and checkpoints count. The first step (warm-up) does not
-    // count.
+    // Measured by the clock, so that validations and checkpoints count. The
+    // first step (warm-up) does not count.
     double per_step =
         m->steps_here > 1 ? (metrics_clock() - m->first_step_done) / (m->steps_here - 1) : m->smooth_seconds;
     int left = o->total_steps > step ? o->total_steps - step : 0;
@@ -337,15 +337,15 @@ static inline void metrics_show(Metrics* m, int step, int shown, double loss, do
 // ----------------------------------------------------------------------------
 // The run
 
-// Opens the files, drops the lines after the resumed step, and writes the description. The directory must
-// exist.
+// Opens the files, drops the lines after the resumed step, and writes the
+// description. The directory must exist.
 static inline void metrics_start(Metrics* m, const MetricsOptions* options) {
     memset(m, 0, sizeof(*m));
     m->options = *options;
     if (m->options.log_every < 1) m->options.log_every = 1;
     if (!m->options.terminal) m->options.terminal = stdout;
-    // mpirun gives its processes a terminal even if their output goes to a file; TERM=dumb switches the live
-    // line off.
+    // mpirun gives its processes a terminal even if their output goes to a file;
+    // TERM=dumb switches the live line off.
     const char* kind = getenv("TERM");
     m->live = !m->options.quiet && isatty(fileno(m->options.terminal)) && !(kind && !strcmp(kind, "dumb"));
     m->last_validation = -1;
@@ -424,8 +424,8 @@ static inline void metrics_changes(Metrics* m, int step, const char* changes) {
     free(text);
 }
 
-// Records the mean loss on the validation data after `step` optimizer steps; the validation took `spent`
-// seconds.
+// Records the mean loss on the validation data after `step` optimizer steps;
+// the validation took `spent` seconds.
 static inline void metrics_validation(Metrics* m, int step, double val_loss, double spent) {
     if (step > m->last_validation) {
         char loss_text[METRICS_NUMBER_BYTES];

@@ -355,9 +355,9 @@ static inline double keys_per_query(const ModelConfig* config, int layer, int T)
     return sum / T;
 }
 
-// Useful floating-point operations of one training token: 6 for each weight of a matrix product (2 forward, 4
-// backward), and 12 H D for each key that its queries see. It counts neither the router nor recomputed
-// activations.
+// Useful floating-point operations of one training token: 6 for each weight of a matrix
+// product (2 forward, 4 backward), and 12 H D for each key that its queries see. It counts
+// neither the router nor recomputed activations.
 static inline double flops_per_token(const ModelConfig* config, int T) {
     double weights = (double)config->vocab_size * config->channels, attention = 0;
     for (int l = 0; l < config->layers; l++) {

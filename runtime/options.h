@@ -301,8 +301,8 @@ static inline const char* option_text(int key, const char* text) {
     return text;
 }
 
-// Fails if the option belongs to a variant (a bit of `variants`) that this build is not: it would have no
-// effect.
+// Fails if the option belongs to a variant (a bit of `variants`) that this
+// build is not: it would have no effect.
 static inline void option_needs_variant(int key, int variants, const char* names) {
     if (!(1 << gqa_of_build() & variants))
         fail_usage("%s: of builds with GQA=%s; this one is GQA=%s", option_name(key), names, GQA_NAME);
@@ -486,8 +486,8 @@ static inline error_t option_parse(int key, char* text, struct argp_state* state
         options->beta2 = option_number(key, text, 0, 0.9999999);
         break;
     case KEY_EPS:
-        // When a second moment underflows to 0, eps is the divisor: a smaller one gives huge steps, and 0
-        // gives 0/0.
+        // When a second moment underflows to 0, eps is the divisor: a smaller one
+        // gives huge steps, and 0 gives 0/0.
         options->eps = option_number(key, text, 1e-20, 1);
         break;
     case 'c':
@@ -608,8 +608,8 @@ static inline const struct argp_option* option_find(const char* argument, const 
     return matches > 1 ? NULL : found;
 }
 
-// Guesses the pattern that the shell has expanded to these files: their common beginning, a star, their
-// common end.
+// Guesses the pattern that the shell has expanded to these files: their common
+// beginning, a star, their common end.
 static inline void option_guess_pattern(char pattern[PATH_MAX], char** files, int count) {
     size_t begin = strlen(files[0]), end = begin;
     for (int i = 1; i < count; i++) {

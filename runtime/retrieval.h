@@ -220,8 +220,8 @@ static inline double retrieval_accuracy(const RetrievalCell* cell) {
     return (double)cell->right / (double)cell->samples;
 }
 
-// Prints a table of accuracy: a row for each length, a column for each depth, and a last column for all
-// depths.
+// Prints a table of accuracy: a row for each length, a column for each
+// depth, and a last column for all depths.
 static inline void retrieval_print(const Retrieval* task, FILE* out) {
     double depths[128];
     int depth_count = 0;

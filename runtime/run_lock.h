@@ -29,8 +29,8 @@ typedef struct {
 
 static RunLock run_lock_of_process;
 
-// Whether `path` still names the open file. Its holder may have deleted it, and another process may have made
-// a new one.
+// Whether `path` still names the open file. Its holder may have deleted it, and
+// another process may have made a new one.
 static inline int run_lock_is_named(int file, const char* path) {
     struct stat open_one, named;
     return fstat(file, &open_one) == 0 && stat(path, &named) == 0 && open_one.st_ino == named.st_ino &&
@@ -61,8 +61,8 @@ static inline void run_lock_sign(int file) {
     if (ftruncate(file, 0) == 0) (void)!pwrite(file, line, (size_t)length, 0);
 }
 
-// Returns the locked file, or -1 and errno. EWOULDBLOCK: another process holds the lock, and `holder`
-// receives its line.
+// Returns the locked file, or -1 and errno. EWOULDBLOCK: another process holds the
+// lock, and `holder` receives its line.
 static inline int run_lock_try(const char* path, char* holder, size_t size) {
     for (;;) {
         const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);

@@ -42,9 +42,9 @@ static inline Dtype dtype_of_size(size_t bytes) {
     return bytes == 8 ? DTYPE_F64 : bytes == 4 ? DTYPE_F32 : DTYPE_BF16;
 }
 
-// Rounds to nearest, ties to even. Rounding twice (double to float to bf16) can go wrong if the float is
-// exactly halfway between two bf16 numbers but the double is not. Then the float's last bit is moved towards
-// the double first.
+// Rounds to nearest, ties to even. Rounding twice (double to float to bf16) can go wrong if the
+// float is exactly halfway between two bf16 numbers but the double is not. Then the float's
+// last bit is moved towards the double first.
 static inline uint16_t bf16_from_double(double value) {
     float single = (float)value;
     uint32_t bits;

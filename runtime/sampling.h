@@ -57,9 +57,9 @@ static inline void sampling_pop(const float* logits, int* heap, int count) {
     sampling_sink(logits, heap, count - 1, 0);
 }
 
-// Returns a token id, or -1 if every logit is NaN. logits: (vocab_size); temperature 0: the largest logit;
-// top_k 0 (or vocab_size and more): off; top_p 1 (or more): off; uniform: in [0, 1); workspace:
-// sampling_workspace_bytes().
+// Returns a token id, or -1 if every logit is NaN. logits: (vocab_size); temperature 0: the
+// largest logit; top_k 0 (or vocab_size and more): off; top_p 1 (or more): off; uniform: in [0,
+// 1); workspace: sampling_workspace_bytes().
 static inline int sample_token(const float* logits, int vocab_size, float temperature, int top_k, float top_p,
                                double uniform, int* workspace) {
     int* tokens = workspace; // the tokens whose logits are not NaN
@@ -93,8 +93,8 @@ static inline int sample_token(const float* logits, int vocab_size, float temper
         total = reached;
     }
 
-    // Rounding may leave uniform * total above the sum of all weights: then the last token with a weight is
-    // chosen.
+    // Rounding may leave uniform * total above the sum of all weights: then the
+    // last token with a weight is chosen.
     double sum = 0.0;
     int chosen = best;
     for (int i = 0; i < kept && sum <= uniform * total; i++) {

@@ -70,8 +70,8 @@ static inline void mark_greatest(char* marks, const double* values, int count, i
     }
 }
 
-// Adds a sampled row: `attention` (t + 1) is its dense attention, `selected` (K-1) its selected blocks, -1
-// for none.
+// Adds a sampled row: `attention` (t + 1) is its dense attention, `selected`
+// (K-1) its selected blocks, -1 for none.
 static inline void selection_add_row(SelectionStats* stats, const double* attention, const int* selected,
                                      int t, int S, int K) {
     const int eligible = t / S;
@@ -126,8 +126,8 @@ static inline void selection_add_choices(SelectionStats* stats, const int* selec
     free(load);
 }
 
-// Adds one sequence of one layer. Needs K > 1. A sequence of at most K blocks adds no rows: the router skips
-// nothing.
+// Adds one sequence of one layer. Needs K > 1. A sequence of at most K blocks
+// adds no rows: the router skips nothing.
 static inline void selection_add(SelectionStats* stats,
                                  const floatX* qkv,   // (T, H + 2G, D)
                                  const int* selected, // (H, T, K-1)

@@ -99,8 +99,8 @@ static inline void file_list_report(const FileList* list) {
         warn("skipped %zu files and directories in all; %zu files are read", list->skipped, list->count);
 }
 
-// The reason not to read a regular file, or NULL. *error becomes the error if the file cannot be read at all,
-// else 0.
+// The reason not to read a regular file, or NULL. *error becomes the error if
+// the file cannot be read at all, else 0.
 static inline const char* file_refusal(const char* path, int* error) {
     char start[PEEK_BYTES];
     *error = 0;
@@ -113,8 +113,8 @@ static inline const char* file_refusal(const char* path, int* error) {
 
 enum { FILE_NAMED, FILE_LISTED, FILE_FOUND }; // by the user, in a list, in a directory
 
-// Whether a file of a directory may be skipped after this error. Other errors are faults of the machine or
-// the disk.
+// Whether a file of a directory may be skipped after this error. Other errors
+// are faults of the machine or the disk.
 static inline int error_of_one_file(int error) {
     return error == EACCES || error == EPERM || error == ENOENT;
 }
@@ -305,10 +305,10 @@ static inline int escaped_unit(const char* escape) {
     return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (int)strtol(digits, NULL, 16) : -1;
 }
 
-// Writes U+FFFD over every \u0000 and every surrogate without its other half. cJSON would end the string at a
-// \u0000 and refuse half a surrogate pair, and both are common in text from the web. Returns 1 if it replaced
-// one, else 0; or -1 if a \u is not followed by four hexadecimal digits, since cJSON would end the string
-// there as well.
+// Writes U+FFFD over every \u0000 and every surrogate without its other half. cJSON would end the
+// string at a \u0000 and refuse half a surrogate pair, and both are common in text from the web.
+// Returns 1 if it replaced one, else 0; or -1 if a \u is not followed by four hexadecimal digits,
+// since cJSON would end the string there as well.
 static inline int replace_bad_escapes(char* line) {
     int replaced = 0;
     for (char* c = strchr(line, '\\'); c && c[1];) {
@@ -340,8 +340,8 @@ __attribute__((noreturn)) static inline void fail_without_text(const DocumentRea
          value ? ", but another kind of value" : "", value ? "" : keys);
 }
 
-// Returns the next line that is not blank, without a byte order mark at the start of the file; NULL at the
-// end.
+// Returns the next line that is not blank, without a byte order mark at the
+// start of the file; NULL at the end.
 static inline char* next_line(DocumentReader* reader, const char* path) {
     for (;;) {
         ssize_t length = getline(&reader->line, &reader->line_capacity, reader->lines);

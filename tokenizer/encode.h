@@ -56,8 +56,8 @@ static inline HeapItem heap_pop(Heap* heap) {
 // ----------------------------------------------------------------------------
 // The encoder: the data that one thread needs to encode
 
-// One entry of the cache has 64 bytes, as the processor's cache lines. Longer words or encodings are not
-// cached.
+// One entry of the cache has 64 bytes, as the processor's cache lines. Longer
+// words or encodings are not cached.
 enum { CACHED_BYTES = 30, CACHED_TOKENS = 8, CACHE_LINES = 1 << 16 };
 
 typedef struct {
@@ -202,8 +202,8 @@ static inline const AddedToken* encoder_match_added(const TokenizerEncoder* enco
     return NULL;
 }
 
-// Added tokens cut the text, in two passes as in Hugging Face's `tokenizers`. The text between them is
-// encoded by itself.
+// Added tokens cut the text, in two passes as in Hugging Face's `tokenizers`. The
+// text between them is encoded by itself.
 static inline void encoder_encode_pass(TokenizerEncoder* encoder, const char* text, size_t bytes,
                                        int allow_special, int pass, TokenBuffer* out) {
     if (pass == 2 || bytes == 0) {

@@ -105,8 +105,8 @@ static inline int64_t json_id(const cJSON* value) {
 // ----------------------------------------------------------------------------
 // Vocabulary and merges as characters: common to tokenizer.json and GPT-2's files
 
-// Whether `key` is the content of an added token and the byte alphabet would read it differently. Such keys
-// stand for themselves.
+// Whether `key` is the content of an added token and the byte alphabet would read it
+// differently. Such keys stand for themselves.
 static inline int is_added_key(const Tokenizer* t, const char* key, int64_t id, const cJSON* added_tokens) {
     if (is_printable_ascii(key, strlen(key))) return 0;
     const cJSON* added = added_tokens ? added_tokens->child : NULL;
@@ -271,8 +271,8 @@ static inline void json_check_surroundings(const char* path, const cJSON* root) 
     if (!json_absent(added) && !cJSON_IsArray(added)) fail("%s: added_tokens is not a JSON array", path);
 }
 
-// Reads an added token {"content": ..., "id": ...}. Fails if a setting would make it match by more or less
-// than its plain content.
+// Reads an added token {"content": ..., "id": ...}. Fails if a setting would make it
+// match by more or less than its plain content.
 static inline void read_added_token(Tokenizer* t, const cJSON* added) {
     static const char* const unsupported[] = {"single_word", "lstrip", "rstrip"};
     const cJSON* content = json_member(added, "content");
@@ -435,8 +435,8 @@ static inline void add_special(Tokenizer* t, int64_t id, const char* content) {
     vocabulary_add_added(t, id, content, strlen(content), 1, 0);
 }
 
-// Rank files contain neither the pattern nor the special tokens; the number of ranks identifies the known
-// files.
+// Rank files contain neither the pattern nor the special tokens; the number
+// of ranks identifies the known files.
 static inline Tokenizer* load_tiktoken(const char* path) {
     Tokenizer* t = tokenizer_new(path, split_pattern_by_name("cl100k"));
     t->ignore_merges = 1;
@@ -468,9 +468,9 @@ static inline int path_ends_with(const char* path, const char* ending) {
     return length >= tail && !strcmp(path + length - tail, ending);
 }
 
-// Loads a tokenizer. `path` is a tokenizer.json, a GPT-2 vocab.json or merges.txt (with the other file beside
-// it), a .tiktoken file, or a directory that holds tokenizer.json or the GPT-2 files. An error in a file ends
-// the program with one line.
+// Loads a tokenizer. `path` is a tokenizer.json, a GPT-2 vocab.json or merges.txt (with the other
+// file beside it), a .tiktoken file, or a directory that holds tokenizer.json or the GPT-2 files. An
+// error in a file ends the program with one line.
 static inline Tokenizer* tokenizer_load(const char* path) {
     static const char* const gpt2_names[2][2] = {{"vocab.json", "merges.txt"}, {"encoder.json", "vocab.bpe"}};
     char directory[PATH_MAX], vocabulary[PATH_MAX], merges[PATH_MAX], json[PATH_MAX];

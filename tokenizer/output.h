@@ -56,8 +56,8 @@ static inline void output_file_open(OutputFile* output, const char* path) {
     output->file = scratch_open_or_fail(partial);
 }
 
-// Fails after an error of a write. If the reader of a pipe ended early, as `head` does, the program ends
-// without a message.
+// Fails after an error of a write. If the reader of a pipe ended early, as `head`
+// does, the program ends without a message.
 __attribute__((noreturn)) static inline void output_file_fail(const OutputFile* output, int reason) {
     if (reason == EPIPE) exit(128 + SIGPIPE);
     fail("%s: cannot write: %s", output->name, strerror(reason));

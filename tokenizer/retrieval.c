@@ -99,15 +99,15 @@ typedef struct {
     Tokenizer* tokenizer;
     int32_t end_of_text;
     TokenBuffer file; // the tokens of --filler
-    // The template's parts: before the key, between key and value, after the value. A space directly before
-    // the key or the value is not in the part: it is encoded with the key (key_space) or the value
-    // (value_space).
+    // The template's parts: before the key, between key and value, after the value. A space
+    // directly before the key or the value is not in the part: it is encoded with the key
+    // (key_space) or the value (value_space).
     char before[WORD_BYTES], between[WORD_BYTES], after[WORD_BYTES];
     int key_space, value_space;
 } Generator;
 
-// Draws exactly `count` tokens of filler. From a file, training uses the first nine tenths and evaluation the
-// last tenth.
+// Draws exactly `count` tokens of filler. From a file, training uses the first nine
+// tenths and evaluation the last tenth.
 static void draw_filler(TokenBuffer* out, const Generator* generator, int count, int split, Draws* draws) {
     out->count = 0;
     if (generator->settings->filler) {
@@ -171,8 +171,8 @@ static void draw_pairs(Pair* pairs, const Settings* settings, int split, Draws* 
 // ----------------------------------------------------------------------------
 // Samples
 
-// The tokens of the template with one pair filled in. The value's tokens are value_at .. value_at +
-// value_count - 1.
+// The tokens of the template with one pair filled in. The value's tokens are
+// value_at .. value_at + value_count - 1.
 typedef struct {
     TokenBuffer tokens;
     size_t value_at, value_count;
@@ -184,8 +184,8 @@ static void encode_part(const Generator* generator, TokenBuffer* out, int space,
     tokenizer_encode(generator->tokenizer, spaced, strlen(spaced), 0, out);
 }
 
-// Encodes the statement of a pair, part by part, so that a value has the same tokens in its statement and as
-// the answer.
+// Encodes the statement of a pair, part by part, so that a value has the same
+// tokens in its statement and as the answer.
 static void state_pair(Statement* statement, const Generator* generator, const Pair* pair) {
     TokenBuffer* out = &statement->tokens;
     out->count = 0;
@@ -212,8 +212,8 @@ typedef struct {
     TokenBuffer filler;
 } Workspace;
 
-// Divides the distractors between the two sides of the needle, by their room. Returns 0 if they do not fit,
-// else 1.
+// Divides the distractors between the two sides of the needle, by their room.
+// Returns 0 if they do not fit, else 1.
 static int choose_sides(Workspace* work, int pairs, int room[2], Draws* draws) {
     for (int i = 1; i < pairs; i++) {
         const int needed = (int)work->statements[i].tokens.count;
@@ -335,8 +335,8 @@ static void write_index_line(FILE* index, const char* path, const Sample* sample
     cJSON_Delete(line);
 }
 
-// Writes the shards of one length. The needle is at a random depth in training samples, and at the given
-// depths in evaluation samples.
+// Writes the shards of one length. The needle is at a random depth in training samples, and
+// at the given depths in evaluation samples.
 static void write_length(ShardSet* shards, const Generator* generator, Workspace* work, int length,
                          FILE* index, const char* index_path) {
     const Settings* settings = generator->settings;

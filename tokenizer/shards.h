@@ -145,9 +145,9 @@ static inline void shard_set_finish(ShardSet* set) {
     }
 }
 
-// Moves the shards to their final names. Removes the shards of an earlier, larger set under the following
-// names: a pattern such as NAME_train_*.bin would read them too. Returns 0 if a rename fails, with its target
-// in `to`; else 1.
+// Moves the shards to their final names. Removes the shards of an earlier, larger set under the
+// following names: a pattern such as NAME_train_*.bin would read them too. Returns 0 if a
+// rename fails, with its target in `to`; else 1.
 static inline int shard_set_rename(const ShardSet* set, char* to) {
     char from[PATH_MAX];
     for (int split = 0; split < SHARD_SPLITS; split++) {

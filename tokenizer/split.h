@@ -28,8 +28,8 @@ completely; letters and numbers as PCRE2's own class plus the ranges that are ne
 // ----------------------------------------------------------------------------
 // UTF-8
 
-// The length in bytes of the well-formed sequence at the start of `text`, or 0. Surrogates and overlong forms
-// are not well-formed.
+// The length in bytes of the well-formed sequence at the start of `text`, or 0.
+// Surrogates and overlong forms are not well-formed.
 static inline int utf8_sequence_length(const char* text, size_t bytes) {
     const unsigned char* s = (const unsigned char*)text;
     if (bytes == 0) return 0;
@@ -67,8 +67,8 @@ static inline size_t utf8_valid_prefix(const char* text, size_t bytes) {
 // ----------------------------------------------------------------------------
 // The patterns
 
-// Members of a PCRE2 character class. The ASCII members are also in \p{L}, but PCRE2 tests them faster, with
-// one bitmap.
+// Members of a PCRE2 character class. The ASCII members are also in \p{L}, but
+// PCRE2 tests them faster, with one bitmap.
 #define SPLIT_SPACE                                                                                          \
     "\\t-\\r \\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}\\x{205F}\\x{3000}"
 #define SPLIT_LETTER                                                                                         \
@@ -121,8 +121,8 @@ static inline const SplitPattern* split_pattern_by_name(const char* name) {
     return NULL;
 }
 
-// Finds the pattern of a regular expression in a tokenizer.json; NULL if it is not one that is known to split
-// as Hugging Face does.
+// Finds the pattern of a regular expression in a tokenizer.json; NULL if it is not one
+// that is known to split as Hugging Face does.
 static inline const SplitPattern* split_pattern_by_spelling(const char* regex) {
     for (int i = 0; i < SPLIT_PATTERN_COUNT; i++)
         for (int s = 0; split_pattern(i)->spellings[s]; s++)

@@ -561,8 +561,8 @@ typedef struct {
     int64_t documents, bytes;
 } Preparation;
 
-// Encodes a batch in parallel, with <|endoftext|> before every document. Text that spells a special token
-// stays text.
+// Encodes a batch in parallel, with <|endoftext|> before every document. Text
+// that spells a special token stays text.
 static void encode_batch(Preparation* work, const DocumentBatch* batch) {
     size_t before = work->token_capacity;
     work->tokens =

@@ -24,8 +24,8 @@ typedef struct {
     size_t count, capacity;
 } TokenBuffer;
 
-// Makes room for `wanted` items of `size` bytes, and at least doubles the array if it grows. Returns the
-// array, which may have moved.
+// Makes room for `wanted` items of `size` bytes, and at least doubles the array if it
+// grows. Returns the array, which may have moved.
 static inline void* array_reserve(void* array, size_t* capacity, size_t wanted, size_t size) {
     if (wanted <= *capacity) return array;
     *capacity = wanted > 2 * *capacity ? wanted : 2 * *capacity;
