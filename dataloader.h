@@ -79,7 +79,7 @@ typedef struct {
     uint64_t order_stream;   // the random stream of epoch 0; epoch e has order_stream + e
     uint64_t windows;        // N
     uint64_t tokens;         // in all shards
-    uint32_t tokenizer_hash; // of all shards that know theirs, 0 when none does
+    uint32_t tokenizer_hash; // of the shards whose header has one; 0: none has
 
     // The reader thread's task: batch i begins at sequence origin + i * stride.
     uint64_t origin, stride;

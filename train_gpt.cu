@@ -142,7 +142,7 @@ typedef struct {
     // in the arenas `parameters`, `gradients` and `optimizer`
     floatX* params; // (padded)
     float_acc*
-        masters; // (padded, or its N-th) float_acc weights, rounded to params; NULL if params are float_acc
+        masters; // (padded, or its N-th) weights that params round; NULL: params are float_acc, or no training
     float_acc* grads;      // (padded)
     float_acc* exp_avg;    // (padded, or its N-th) first moment of AdamW
     float_acc* exp_avg_sq; // (padded, or its N-th) second moment
@@ -1607,7 +1607,7 @@ static void check_threads(void) {
 }
 
 // ----------------------------------------------------------------------------
-// The loop
+// The training loop
 
 static double seconds_now(void) {
     struct timespec now;

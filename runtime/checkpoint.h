@@ -573,8 +573,8 @@ static inline void same_text(const char* directory, const char* option, const ch
         fail("%s: its model has %s %s, this run asks for %s", directory, option, saved, wanted);
 }
 
-// Fails with the first difference between the checkpoint's model and the one wanted, both in sizes and in
-// what this build computes.
+// Fails at the first difference between the checkpoint's model and the wanted one,
+// in a size or in the build's variant.
 static inline void checkpoint_check_same_model(const char* directory, const ModelConfig* want) {
     ModelVariant saved_variant, variant = model_variant_of_build();
     const ModelConfig saved = checkpoint_read_config_and_variant(directory, &saved_variant);

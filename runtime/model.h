@@ -21,7 +21,7 @@ grouped attention, SwiGLU, no biases.
 #include "runtime/precision.h"
 #include "runtime/random.h"
 
-// The build's variant: what `make ATTN= GQA= KCONV=` chose.
+// The build's variant, from `make ATTN= GQA= KCONV=`.
 #ifndef ATTN_NAME
 #define ATTN_NAME "dense"
 #endif
@@ -95,7 +95,7 @@ static inline AttentionKind attention_of_build(void) {
 static inline int layer_taps(const ModelConfig* config, int layer) {
     return layer_kind(config, layer) == 'G' ? config->kconv : 0;
 }
-// 1 where the map of query heads follows the keys.
+// 1 if the map of query heads follows the keys.
 static inline int heads_are_key_driven(const ModelConfig* config) {
     return config->gqa == GQA_KEY || config->gqa == GQA_DYNAMIC;
 }
@@ -114,9 +114,9 @@ static inline void model_config_of_build(ModelConfig* config) {
     config->gqa = gqa_of_build();
 }
 
-// "d12" is 12 layers: 64 channels a layer, heads of 64, a feed-forward network of 8/3 C rounded up to a
-// multiple of 64. Sizes left 0 are filled in by model_config_complete(), after the user's own options have
-// been set.
+// The sizes of a descriptor. "d12" is 12 layers, 64 x 12 channels, heads of 64 channels, and a feed-forward
+// network of 8/3 C channels rounded up to a multiple of 64. Sizes that depend on others are left 0:
+// model_config_complete() fills them in after the user's options have been set.
 static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
     ModelConfig config;
     memset(&config, 0, sizeof(config));
@@ -141,7 +141,7 @@ static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
     return config;
 }
 
-// Fills in the sizes that were left 0.
+// Fills in the sizes that are 0.
 static inline void model_config_complete(ModelConfig* config) {
     if (!config->heads && config->head_dim) config->heads = config->channels / config->head_dim;
     if (!config->heads) config->heads = config->channels / 64 > 0 ? config->channels / 64 : 1;

@@ -4,7 +4,7 @@ Signals that end a run: the first one is a request to stop, which the training l
     signals_start();                 // first in main(), before there is a second thread
     signals_take();                  // from here on a signal is a request to stop
     if (signals_stop()) ...          // the number of the signal that came; 0: none
-    signals_release();               // from here on a signal ends the process at once, as before signals_take()
+    signals_release();               // from here on a signal ends the process at once again
 
 Every thread blocks these signals, and one thread waits for them. There is no handler: oneDNN's generated
 matrix products keep their stack pointer inside heap memory, so a handler that runs on an interrupted thread's
@@ -25,7 +25,8 @@ a request to stop instead.
 #include <time.h>
 #include "runtime/checks.h" // defines fail, scratch_path, scratch_lock
 
-// SIGXCPU is the soft limit of processor time (ulimit -S -t). SIGQUIT is left out: it ends the process at once.
+// SIGXCPU is the soft limit of processor time (ulimit -S -t). SIGQUIT is not
+// here: it ends the process at once.
 static const int signals_handled[] = {SIGHUP, SIGINT, SIGUSR1, SIGUSR2, SIGALRM, SIGTERM, SIGXCPU};
 enum { SIGNALS_HANDLED = sizeof(signals_handled) / sizeof(signals_handled[0]) };
 static double signals_same_seconds = 1;
@@ -40,8 +41,8 @@ typedef struct {
 
 static Signals signals;
 
-// Ends the process by the signal's default action, so that its parent sees 128 + the signal. It removes a half-written file, but
-// no directory: the main thread may be about to make another file in there.
+// Ends the process by the signal's default action, so that its parent sees 128 + the signal. It removes a
+// half-written file, but no directory: the main thread may be creating another file in it.
 __attribute__((noreturn)) static inline void signals_end(int number) {
     sigset_t one;
     scratch_lock(); // kept to the end: no other thread can rename a file any more
@@ -60,7 +61,7 @@ static inline double signals_clock(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-// The thread that waits. The system sends SIGXCPU every second, so that one never counts as a second signal.
+// The thread that waits. The system sends SIGXCPU every second, so SIGXCPU never counts as a second signal.
 static inline void* signals_wait(void* unused) {
     double first = 0; // the time of the first request to stop
     for (;;) {
