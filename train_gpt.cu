@@ -142,7 +142,7 @@ typedef struct {
     // in the arenas `parameters`, `gradients` and `optimizer`
     floatX* params; // (padded)
     float_acc*
-        masters; // (padded, or its N-th) weights that params round; NULL: params are float_acc, or no training
+        masters; // (padded, or its N-th) params before rounding; NULL: params are float_acc, or no training
     float_acc* grads;      // (padded)
     float_acc* exp_avg;    // (padded, or its N-th) first moment of AdamW
     float_acc* exp_avg_sq; // (padded, or its N-th) second moment
