@@ -12,14 +12,14 @@ AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the global norm of the gradi
 // AdamW
 #include "runtime/adamw.h"
 
-#define GLOBAL_NORM_CHUNK 65536 // elements that are summed as one
+#define GLOBAL_NORM_CHUNK 65536 // elements of one partial sum
 
 // Elements of the scratch that sum_of_squares needs.
 static inline size_t global_norm_partials(size_t count) {
     return (count + GLOBAL_NORM_CHUNK - 1) / GLOBAL_NORM_CHUNK;
 }
 
-// Summed in an order that does not depend on the number of threads.
+// The order of the sum does not depend on the number of threads.
 static inline void sum_of_squares(float_acc* sum,         // (1)
                                   float_acc* partials,    // (global_norm_partials(count))
                                   const float_acc* grads, // (count)
@@ -50,10 +50,10 @@ static inline void global_norm(float_acc* norm,       // (1)
     *norm = (float_acc)sqrt(total);
 }
 
-// Where the parameters have masters, these are what is updated and params are the copy of them that the model computes with.
-// The elements begin at a multiple of DECAY_BLOCK of the flat parameters.
+// With masters, the update changes the masters, and params becomes the copy of them that the model computes
+// with. The first element is at a multiple of DECAY_BLOCK in the flat parameters.
 static inline void adamw_update(floatX* params,          // (count)
-                                float_acc* masters,      // (count), or NULL: params are all there is
+                                float_acc* masters,      // (count), or NULL: there are no masters
                                 float_acc* exp_avg,      // (count)
                                 float_acc* exp_avg_sq,   // (count)
                                 const float_acc* grads,  // (count)

@@ -1,6 +1,6 @@
 /*
-The loss: cross-entropy of softmax(logits), with its gradient written over the logits, so that probabilities
-are never stored. Padded columns V..Vp take no part: their gradient is 0.
+The loss: cross-entropy of softmax(logits). Its gradient overwrites the logits, so the program never stores
+the probabilities. The padded columns V..Vp do not count: their gradient is 0.
 */
 #ifndef DEV_CPU_CLASSIFIER_H
 #define DEV_CPU_CLASSIFIER_H

@@ -1,6 +1,6 @@
 /*
-The device of DEVICE=cpu: main memory. Every operation takes a stream_t last, as its CUDA twin does; here it
-has no meaning.
+The device of DEVICE=cpu: main memory. The last argument of every operation is a stream_t, as in its CUDA
+twin; here it has no meaning.
 */
 #ifndef DEV_CPU_DEVICE_H
 #define DEV_CPU_DEVICE_H
@@ -15,19 +15,19 @@ has no meaning.
 typedef int stream_t;
 
 #define DEVICE_NAME "cpu"
-#define DEVICE_HAS_OWN_MEMORY 0 // 1: what device_malloc() gives is not main memory
+#define DEVICE_HAS_OWN_MEMORY 0 // 1: device_malloc() does not give main memory
 
-// What the maker calls it; "" where nobody asks.
+// The maker's name of the device; "" on the CPU.
 static inline const char* device_name(void) { return ""; }
 
-// Makes this the process of number `index` of the `count` on this machine: they share its cores.
+// On a GPU: chooses the GPU of process `index` of the `count` processes on this machine. On the CPU the
+// processes share the cores, so there is nothing to choose.
 static inline void device_choose(int index, int count) { (void)index, (void)count; }
 
-// Bytes that are free in a memory of the device's own.
+// Free bytes of the device's own memory; the CPU has none.
 static inline size_t device_memory_free(void) { return 0; }
 
-// Zeroed memory, aligned to a page; large blocks ask for huge pages, which saves the page walks of strided
-// reads.
+// Zeroed memory, aligned to a page. Large blocks ask for huge pages, which save page walks in strided reads.
 static inline void* device_malloc(size_t bytes, const char* what) {
     const size_t huge_page = (size_t)2 << 20;
     size_t alignment = bytes >= huge_page ? huge_page : 4096;
@@ -41,7 +41,7 @@ static inline void* device_malloc(size_t bytes, const char* what) {
 
 static inline void device_free(void* memory) { free(memory); }
 
-// Memory of the host that the device copies from and to while the host goes on.
+// Host memory that the device copies from and to while the host continues.
 static inline void* host_malloc_pinned(size_t bytes, const char* what) { return malloc_or_fail(bytes, what); }
 static inline void host_free_pinned(void* memory) { free(memory); }
 
@@ -73,7 +73,7 @@ static inline stream_t stream_make(void) { return 0; }
 static inline void stream_free(stream_t done) { (void)done; }
 static inline void stream_synchronize(stream_t stream) { (void)stream; }
 
-// A moment in the order of the stream's work, and the seconds between two.
+// A point in the order of the stream's work, and the seconds between two such points.
 typedef double Mark;
 static inline Mark mark_make(void) { return 0; }
 static inline void mark_free(Mark done) { (void)done; }
@@ -83,7 +83,8 @@ static inline void mark(Mark* at, stream_t stream) {
 }
 static inline double seconds_between(Mark begun, Mark done) { return done - begun; }
 
-// Nothing is ever queued here, so nothing can be recorded: a program asks before it calls these.
+// The CPU runs every operation at once, so it has no graphs to record. Check DEVICE_HAS_GRAPHS before these
+// calls.
 #define DEVICE_HAS_GRAPHS 0
 typedef int Graph;
 static inline void graph_record_begin(stream_t stream) { (void)stream; }
@@ -91,7 +92,7 @@ static inline void graph_record_end(Graph* graph, stream_t stream) { (void)graph
 static inline void graph_launch(const Graph* graph, stream_t stream) { (void)graph, (void)stream; }
 static inline void graph_free(Graph* graph) { (void)graph; }
 
-// Names what is queued between the two, for a profiler that looks on.
+// Gives the work between the two calls a name, for a profiler.
 static inline void range_begin(const char* name) { (void)name; }
 static inline void range_end(void) {}
 

@@ -1,5 +1,5 @@
 /*
-Token embedding: out[row] = weight[token[row]]. Positions are RoPE's business, so this is the whole of it.
+Token embedding: out[row] = weight[token[row]]. It adds no positions: RoPE does that.
 */
 #ifndef DEV_CPU_EMBEDDING_H
 #define DEV_CPU_EMBEDDING_H
@@ -22,8 +22,8 @@ static inline size_t embedding_backward_workspace(int rows, int C) {
     return 0;
 }
 
-// dweight accumulates. Threads share out the channels, not the rows: a token that occurs twice is added in
-// the order of the rows whatever the number of threads.
+// dweight accumulates. The channels are divided among the threads, not the rows: so the rows of a repeated
+// token are added in the same order for any number of threads.
 static inline void embedding_backward(float_acc* dweight, // (Vp, C)
                                       const floatX* dout, // (rows, C)
                                       const int* tokens,  // (rows)

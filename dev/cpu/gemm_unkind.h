@@ -1,5 +1,6 @@
 /*
-gemm_unkind: a matrix product for tests, whose rounding is as unhelpful as a library's may be.
+gemm_unkind: a matrix product for tests. It rounds as differently from call to call as a library is allowed
+to.
 
     make BUILD=build/unkind UNKIND=1 build/unkind/test/test_model_fp32 && GEMM_SEED=3 build/unkind/test/test_model_fp32
 
@@ -14,7 +15,7 @@ threads, and the place of the row and of the column. docs/math.md section 6 list
 #include <stdlib.h>
 #include "dev/cpu/device.h"
 
-// Columns that share the order of their sums.
+// Neighbouring columns whose sums have the same order.
 enum { UNKIND_COLUMNS = 8 };
 
 // Mixes a word into the hash (splitmix64; Steele, Lea and Flood, 2014).
@@ -30,8 +31,8 @@ static inline uint64_t unkind_seed(void) {
     return seed ? strtoull(seed, NULL, 10) : 1;
 }
 
-// The sums of one row for UNKIND_COLUMNS columns. `order` chooses the first term, the direction, the number of partial sums that
-// take turns, and whether the old value of C is added first or last.
+// The sums of one row for UNKIND_COLUMNS columns. `order` chooses the first term, the direction, the number
+// of partial sums that take turns, and whether the old value of C is added first or last.
 static inline void unkind_sums(floatX* sums,    // (UNKIND_COLUMNS)
                                const floatX* a, // (K), elements `a_step` apart
                                const floatX* b, // (K, UNKIND_COLUMNS)

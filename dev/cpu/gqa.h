@@ -1,5 +1,5 @@
 /*
-Causal attention, dense or in a sliding window, of H query heads over G key/value heads through any map
+Causal attention, dense or in a sliding window, of H query heads to G KV heads through any map
 (docs/math.md sections 1 and 3).
 
     void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
@@ -7,13 +7,14 @@ Causal attention, dense or in a sliding window, of H query heads over G key/valu
     workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
     attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
 
-One row of qkv holds a token's H query heads, then its G key heads, then its G value heads. window = 0 sees the whole
-past, window = W the keys t-W+1..t. The T x T scores exist one tile at a time: the forward keeps a running maximum and
-sum of every row (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135), the backward
-computes the probabilities again from the saved log-sum-exp. The matrix products are gemm() of matmul.h on tiles.
+One row of qkv holds a token's H query heads, then its G key heads, then its G value heads. With window = 0
+the query at t sees all keys 0..t, with window = W the keys t-W+1..t. Only one tile of the T x T scores exists
+at a time. The forward pass keeps a running maximum and sum of every row (Milakov and Gimelshein, arXiv
+1805.02867; Dao et al., FlashAttention, arXiv 2205.14135). The backward pass computes the probabilities again
+from the saved lse. The matrix products are gemm() of matmul.h on tiles.
 
-Results are the same bits for any number of threads: each product runs on one thread, and its shape and the order of the sums do not
-depend on which thread that is.
+The results have the same bits for any number of threads: each product runs on one thread, and neither its
+shape nor the order of the sums depends on the thread.
 */
 #ifndef DEV_CPU_GQA_H
 #define DEV_CPU_GQA_H
@@ -26,12 +27,13 @@ depend on which thread that is.
 // exp_fast
 #include "dev/cpu/math.h"
 
-// Tiles of the score matrix: rows (queries) by columns (keys). At 64 x 192 the products of a tile, with one operand
-// transposed beforehand, run at about 95 % of the speed of large products; narrower tiles lose to the overhead of a
-// call, taller ones compute more of what the mask throws away.
+// Tiles of the score matrix: rows (queries) by columns (keys). At 64 x 192 the products of a tile, with one
+// operand transposed beforehand, run at about 95 % of the speed of large products; narrower tiles are slower
+// because of the overhead of a call, and taller tiles compute more scores that the mask discards.
 enum { ATTENTION_QUERIES = 64, ATTENTION_KEYS = 192 };
-// Rows of one head that are one unit of parallel work: they share the transposed keys. A multiple of both of the
-// above; twice as many are 2 % faster on few cores and leave half of many cores idle.
+// Rows of one head that are one parallel task; they share the transposed keys. A multiple of both numbers
+// above. Twice as many rows are 2 % faster on few cores, but leave half of the cores idle on machines with
+// many.
 enum { ATTENTION_TASK = 192 };
 // With fewer queries than this (generation) transposing the keys costs more than it saves.
 enum { ATTENTION_FEW_QUERIES = 32 };
@@ -39,7 +41,7 @@ enum { ATTENTION_FEW_QUERIES = 32 };
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 
-// Whether attention can be called with this head dimension: here with any.
+// Whether attention supports this head dimension; the CPU supports all.
 static inline int attention_supports_head_dim(int D) { return D > 0; }
 
 static inline floatX attention_scale(int D) { return (floatX)(1.0 / sqrt((double)D)); }
@@ -47,13 +49,13 @@ static inline floatX attention_scale(int D) { return (floatX)(1.0 / sqrt((double
 // The keys that query t sees are first_visible_key(t, window)..t.
 static inline int first_visible_key(int t, int window) { return window > 0 ? max_int(0, t - window + 1) : 0; }
 
-// One past the last query that sees key t, where T tokens exist.
+// One past the last query that sees key t, in a sequence of T tokens.
 static inline int end_visible_query(int t, int window, int T) {
     return window > 0 && window < T - t ? t + window : T;
 }
 
 // ----------------------------------------------------------------------------
-// Pieces that work on one tile; also for callers that gather queries instead of taking neighbours
+// Functions that work on one tile; moba.h also calls some of them, for gathered queries
 
 // The columns begin..end-1 of row `query` of a tile whose first column is key first_key; empty where begin >= end.
 static inline void visible_columns(int* begin, int* end, int query, int first_key, int keys, int window) {
@@ -64,7 +66,7 @@ static inline void visible_columns(int* begin, int* end, int query, int first_ke
 static inline void transpose_tile(floatX* out,       // (columns, out_stride)
                                   const floatX* inp, // (rows, columns), stride inp_stride
                                   int rows, int columns, int out_stride, int inp_stride) {
-    // A few rows at a time: at the strides of qkv more of them would share too few sets of the cache.
+    // A few rows at a time: at the strides of qkv, more rows would compete for too few sets of the cache.
     for (int first = 0; first < rows; first += 16) {
         const int end = min_int(rows, first + 16);
         for (int c = 0; c < columns; c++)
@@ -73,8 +75,8 @@ static inline void transpose_tile(floatX* out,       // (columns, out_stride)
     }
 }
 
-// Takes one row of raw scores into a running softmax: the row becomes exp(scale * score - row_max), 0 outside
-// begin..end-1. What was summed with the old maximum has to be multiplied by the value returned.
+// Adds one row of raw scores to a running softmax: the row becomes exp(scale * score - row_max), 0 outside
+// begin..end-1. The caller must multiply earlier sums, which used the old maximum, by the value returned.
 static inline floatX softmax_row_update(floatX* row, float_acc* row_max, float_acc* row_sum, int begin,
                                         int end, int keys, floatX scale) {
     for (int k = 0; k < begin && k < keys; k++) row[k] = 0;
@@ -96,7 +98,8 @@ static inline floatX softmax_row_update(floatX* row, float_acc* row_max, float_a
     return correction;
 }
 
-// One row of raw scores becomes probabilities, and the gradient of its probabilities that of its raw scores.
+// Turns one row of raw scores into probabilities, and the gradient of the probabilities into that of the raw
+// scores.
 static inline void softmax_row_backward(floatX* probs,   // (keys) in: raw scores
                                         floatX* dscores, // (keys) in: gradient of the probabilities
                                         float_acc lse, float_acc delta, int begin, int end, int keys,
@@ -114,9 +117,9 @@ static inline void scale_row(floatX* row, floatX factor, int D) {
     for (int d = 0; d < D; d++) row[d] *= factor;
 }
 
-// One step of the online softmax: takes `keys` keys and values from first_key on into the unnormalised output of
-// `rows` neighbouring queries. The first step of a row (is_first) overwrites out. With many rows the product with the
-// transposed key is the faster one; k_t may be NULL.
+// One step of the online softmax: adds `keys` keys and values from first_key on to the unnormalised output of
+// `rows` neighbouring queries. The first step of a row (is_first) overwrites out. With many rows the product
+// with the transposed keys is faster; k_t may be NULL.
 static inline void
 attention_tile_forward(floatX* out,        // (rows, D), stride out_stride
                        float_acc* row_max, // (rows)
@@ -140,8 +143,8 @@ attention_tile_forward(floatX* out,        // (rows, D), stride out_stride
     gemm(0, 0, rows, D, keys, scores, keys, v, qkv_stride, !is_first, out, out_stride);
 }
 
-// One tile of the backward: `rows` neighbouring queries against `keys` keys. Adds to dq, dk and dv; dq may be NULL, or
-// dk and dv may be.
+// One tile of the backward pass: `rows` neighbouring queries and `keys` keys. Adds to dq, dk and dv. Either
+// dq may be NULL, or dk and dv.
 static inline void
 attention_tile_backward(floatX* dq,             // (rows, D), stride qkv_stride
                         floatX* dk,             // (keys, D)
@@ -226,9 +229,9 @@ static inline size_t attention_forward_workspace(int B, int T, int H, int G, int
     return omp_get_max_threads() * attention_forward_tiles(D) * sizeof(floatX);
 }
 
-// Rows start..T-1 of out and lse, given queries of these rows and keys and values of all; start > 0 continues a
-// sequence whose earlier keys and values are in qkv already. With noise (or NULL) also these rows of noise->noised. The workspace
-// needs no initial value.
+// Computes the rows start..T-1 of out and lse, from the queries of these rows and the keys and values of all
+// rows. start > 0 continues a sequence whose earlier keys and values are in qkv already. If noise is not
+// NULL, it also writes these rows of noise->noised. The workspace needs no initial value.
 static inline void attention_forward(floatX* out,    // (B, T, H, D)
                                      float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                      const floatX* qkv,  // (B, T, H + 2G, D)
@@ -238,7 +241,8 @@ static inline void attention_forward(floatX* out,    // (B, T, H, D)
     (void)stream;
     const int row_stride = (H + 2 * G) * D;
     const int tasks = (T - start + ATTENTION_TASK - 1) / ATTENTION_TASK;
-    // The last queries see the most keys: long tasks first, short ones fill the gaps.
+    // The last queries see the most keys. The loop starts these long tasks first, so that short ones fill the
+    // gaps.
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int i = 0; i < tasks; i++) {
         for (int b = 0; b < B; b++) {
@@ -261,8 +265,8 @@ static inline void attention_forward(floatX* out,    // (B, T, H, D)
 // ----------------------------------------------------------------------------
 // Backward
 
-// The workspace, in numbers of floatX. The gradients of key and value are kept per query head until they are summed
-// over the heads of a group, so that heads need not wait for each other.
+// The workspace, in numbers of floatX. Each query head has its own gradients of keys and values; the last
+// step adds them up over the query heads of a group. So query heads do not wait for each other.
 typedef struct {
     size_t delta;     // (B, H, T), rounded up to whole cache lines
     size_t kv;        // (B, H, T, D), once for the keys and once for the values
@@ -286,7 +290,7 @@ static inline size_t attention_backward_workspace(int B, int T, int H, int G, in
     return (sizes.delta + sizes.all_tiles + 2 * sizes.kv) * sizeof(floatX);
 }
 
-// Everything one head needs; the pointers are those of this head, at token 0.
+// The arrays and sizes of one query head; the pointers point at this head's token 0.
 typedef struct {
     floatX* dq;             // (T, D), stride qkv_stride
     floatX* dk;             // (T, D)
@@ -300,8 +304,8 @@ typedef struct {
     int T, D, out_stride, qkv_stride, window;
 } attention_head_t;
 
-// Adds the gradients that the keys from first_key on (one tile) and the queries first_query..end_query-1 give each
-// other; first_query is on the grid of query tiles.
+// Adds the gradients of one tile of keys (from first_key on) and the queries first_query..end_query-1, each
+// through the other. first_query is a multiple of ATTENTION_QUERIES.
 static inline void attention_keys_backward(const attention_head_t* head, floatX* tiles, int first_key,
                                            int first_query, int end_query, int with_dq, int with_dkv) {
     floatX* probs = tiles;
@@ -316,7 +320,7 @@ static inline void attention_keys_backward(const attention_head_t* head, floatX*
     end_query = min_int(end_query, end_visible_query(end_key - 1, head->window, head->T));
     for (int query = first_query; query < end_query; query += ATTENTION_QUERIES) {
         const int rows = min_int(ATTENTION_QUERIES, end_query - query);
-        // Only the columns that some row of the tile sees.
+        // Only the columns that at least one row of the tile sees.
         const int key = max_int(first_key, first_visible_key(query, head->window));
         const int keys = min_int(end_key, query + rows) - key;
         const size_t row = (size_t)query * head->qkv_stride;
@@ -329,8 +333,8 @@ static inline void attention_keys_backward(const attention_head_t* head, floatX*
     }
 }
 
-// Writes the rows dq_begin..dq_end-1 of dq, and dkv_begin..dkv_end-1 of dk and dv; the ranges start at multiples of
-// ATTENTION_TASK, and both are the whole sequence unless one of them is empty.
+// Writes the rows dq_begin..dq_end-1 of dq, and dkv_begin..dkv_end-1 of dk and dv. The ranges start at
+// multiples of ATTENTION_TASK. Either both are the whole sequence, or one of them is empty.
 static inline void attention_head_backward(const attention_head_t* head, floatX* tiles, int dq_begin,
                                            int dq_end, int dkv_begin, int dkv_end) {
     const int with_dq = dq_begin < dq_end, with_dkv = dkv_begin < dkv_end, D = head->D;
@@ -345,7 +349,8 @@ static inline void attention_head_backward(const attention_head_t* head, floatX*
         attention_keys_backward(head, tiles, key, query_begin, query_end, with_dq, with_dkv);
 }
 
-// delta_t = sum over d of dout * out: what the softmax subtracts from every gradient of a row's probabilities.
+// delta_t = sum over d of dout * out: the softmax backward subtracts it from every gradient of a row's
+// probabilities.
 static inline void attention_delta(float_acc* delta,   // (B, H, T)
                                    const floatX* dout, // (B, T, H, D)
                                    const floatX* out,  // (B, T, H, D)
@@ -363,7 +368,8 @@ static inline void attention_delta(float_acc* delta,   // (B, H, T)
     }
 }
 
-// The key and value gradients of every group: the sum over its query heads in their order, 0 for a group without any.
+// The key and value gradients of every KV head: the sum over its query heads in their order, or 0 without
+// query heads.
 static inline void attention_sum_groups(floatX* dqkv,       // (B, T, H + 2G, D)
                                         const floatX* dk,   // (B, H, T, D)
                                         const floatX* dv,   // (B, H, T, D)
@@ -400,9 +406,10 @@ static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
     const int qkv_stride = (H + 2 * G) * D, threads = omp_get_max_threads();
     attention_delta(delta, dout, out, B, T, H, D);
 
-    // A head is one task where that keeps the threads busy. Otherwise tasks are tiles of queries for dq and tiles of
-    // keys for dk and dv: any number of threads, for 7 products instead of 5 (scores and dout v^T are made twice).
-    // The sums are the same in the same order.
+    // If there are enough query heads to keep the threads busy, one task is one head. Otherwise tasks are
+    // tiles of queries for dq and tiles of keys for dk and dv. This keeps any number of threads busy, but
+    // needs 7 products instead of 5 (scores and dout v^T are computed twice). Both ways give the same sums in
+    // the same order.
     const int rounds = (B * H + threads - 1) / threads;
     const int whole_heads = 5 * rounds * threads <= 7 * B * H;
     const int query_tasks = whole_heads ? 0 : (T + ATTENTION_TASK - 1) / ATTENTION_TASK;

@@ -1,11 +1,11 @@
 /*
 Query heads that follow the keys, step by step (runtime/allocation.h): the loop over the layers.
 
-    heads_begin_step(&heads, step, stream);                              // maps from what was measured before
-    heads_of_batch(&heads, l, norms, B, B, step, stream);                // or of one layer, in the middle of its forward pass
-    heads_measure(&heads, sums, sequences, step, stream);               // what was measured in this step
+    heads_begin_step(&heads, step, stream);                // makes the maps from earlier measurements
+    heads_of_batch(&heads, l, norms, B, B, step, stream);  // or the map of one layer, in its forward pass
+    heads_measure(&heads, sums, sequences, step, stream);  // stores the statistics of this step
 
-What `heads` points to is the device's memory: here that of the host.
+The pointers in `heads` are device memory; on the CPU this is the host's memory.
 */
 #ifndef DEV_CPU_HEADS_H
 #define DEV_CPU_HEADS_H
@@ -13,13 +13,14 @@ What `heads` points to is the device's memory: here that of the host.
 #include "dev/cpu/device.h"
 #include "runtime/allocation.h"
 
-// The maps of all layers, where the source is not the keys of this very step.
+// Makes the maps of all layers, unless the source is the keys of this same step.
 static inline void heads_begin_step(const HeadAllocation* heads, int step, stream_t stream) {
     (void)stream;
     for (int l = 0; l < heads->L; l++) allocation_begin_step(heads, l, step);
 }
 
-// The map of layer l from its keys in this batch. sequences: B, and those of other ranks whose norms have been added.
+// Makes the map of layer l from its keys in this micro-batch. sequences: the B sequences of this rank, plus
+// those of the other ranks if their norms have been added.
 static inline void heads_of_batch(const HeadAllocation* heads, int l,
                                   const float_acc* norms, // (B, G)
                                   int B, long sequences, int step, stream_t stream) {
@@ -27,7 +28,7 @@ static inline void heads_of_batch(const HeadAllocation* heads, int l,
     allocation_of_batch(heads, l, norms, B, sequences, step);
 }
 
-// The statistics of all layers, the means of these sums.
+// Stores the statistics of all layers: these sums divided by the number of sequences.
 static inline void heads_measure(const HeadAllocation* heads,
                                  const float_acc* sums, // (L, G) over the sequences
                                  long sequences, int step, stream_t stream) {

@@ -1,16 +1,17 @@
 /*
-Key convolution (Optimizing Mixture of Block Attention, arXiv 2511.11571; docs/math.md section 2): a short causal filter over the keys of a layer,
-channel by channel, with a residual,
+Key convolution (Optimizing Mixture of Block Attention, arXiv 2511.11571; docs/math.md section 2): a short
+causal filter over the keys of a layer, for each channel, with a residual:
 
     k'_t = k_t + silu( sum over l < taps of w_l * k_{t-l} )        keys before the sequence are zero
 
-in place on packed rows of queries, keys and values, before RoPE.
+It works in place on packed rows of queries, keys and values, before RoPE.
 
     keyconv_forward(qkv, raw, weight, B, T, 0, H, G, D, taps, stream);
     keyconv_backward(dqkv, dweight, raw, weight, workspace, B, T, H, G, D, taps, stream);
 
-`raw` receives the keys as they were: the backward needs them, for k' cannot be turned back into k; and a generation needs
-them, for its next key is a function of the last ones. With zero taps k' = k, and the gradient of the taps is not zero.
+`raw` receives the keys before the convolution. The backward pass needs them, because k' does not determine k;
+and generation needs them, because the next k' depends on the last keys. With zero taps k' = k, and the
+gradient of the taps is not zero.
 */
 #ifndef DEV_CPU_KEYCONV_H
 #define DEV_CPU_KEYCONV_H
@@ -19,10 +20,11 @@ them, for its next key is a function of the last ones. With zero taps k' = k, an
 #include "dev/cpu/math.h"
 
 enum { KEYCONV_MAX_TAPS = 5 };
-// Channels that are filtered as one: a cache line of them.
+// Channels that one call filters together: one cache line.
 enum { KEYCONV_SLICE = 16 };
 
-// sums (width) = sum over l of w_l * k_{t-l}; `keys` points at k_t, and `taken` taps reach a token that exists.
+// sums (width) = sum over l of w_l * k_{t-l}; `keys` points at k_t, and the first `taken` taps reach existing
+// tokens.
 static inline void keyconv_filter(floatX* sums, const floatX* keys, const floatX* weight, int width,
                                   int taken, size_t key_stride, size_t weight_stride) {
     for (int c = 0; c < width; c++) sums[c] = 0;
@@ -33,7 +35,8 @@ static inline void keyconv_filter(floatX* sums, const floatX* keys, const floatX
     }
 }
 
-// Rows start..T-1 of every sequence. Where start > 0, the rows 0..start-1 of raw are there from earlier calls.
+// Computes the rows start..T-1 of every sequence. If start > 0, raw holds the rows 0..start-1 from earlier
+// calls.
 static inline void keyconv_forward(floatX* qkv,          // (B, T, H + 2G, D) its keys become k'
                                    floatX* raw,          // (B, T, G, D)
                                    const floatX* weight, // (taps, G, D)
@@ -73,9 +76,9 @@ static inline size_t keyconv_backward_workspace(int B, int T, int G, int D, int 
     return 0;
 }
 
-// dqkv's keys hold the gradient of k' and become that of k; dweight accumulates. Threads share out the channels, and each
-// walks through the tokens in their order: so every sum has one order, and what token t passes on to the tokens before it
-// meets rows whose own gradient of k' has been used already.
+// The keys of dqkv hold the gradient of k' and become the gradient of k; dweight accumulates. The channels
+// are divided among the threads, and each thread takes the tokens in ascending order. So every sum has one
+// order; and token t adds its gradient only to rows t and before, whose gradient of k' has been read already.
 static inline void keyconv_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                     float_acc* dweight,   // (taps, G, D)
                                     const floatX* raw,    // (B, T, G, D)

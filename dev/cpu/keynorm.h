@@ -1,9 +1,9 @@
 /*
-How long the keys of each key/value head are: the number from which key-driven attention hands out its query heads
+The norm of the keys of each KV head: the statistic from which key-driven attention allocates its query heads
 (docs/math.md section 3).
 
-    key_rms(rms, sums, qkv, B, T, H, G, D, stream);            // of this batch's keys, a number per sequence and head
-    key_weight_norm(norm, wk, gain, G, D, C, stream);          // of the weights that make them: no data at all
+    key_rms(rms, sums, qkv, B, T, H, G, D, stream);      // from the keys: one number a sequence and KV head
+    key_weight_norm(norm, wk, gain, G, D, C, stream);    // from the key projection's weights, without data
 
 The keys are those that the projection gives, before convolution and RoPE.
 */
@@ -12,9 +12,9 @@ The keys are those that the projection gives, before convolution and RoPE.
 
 #include "dev/cpu/device.h"
 
-// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of rms[b][g]. Every
-// sequence has T tokens: there is no padding to leave out. Each sum has one order, whatever the number of threads; the long
-// one, over the tokens, is taken in double.
+// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of
+// rms[b][g]. Every sequence has T tokens, without padding. Each sum has one order for any number of threads;
+// the long sum over the tokens is in double.
 static inline void key_rms(float_acc* rms,    // (B, G)
                            float_acc* sums,   // (G) accumulates
                            const floatX* qkv, // (B, T, H + 2G, D)
@@ -36,7 +36,8 @@ static inline void key_rms(float_acc* rms,    // (B, G)
     for (int i = 0; i < B * G; i++) sums[i % G] += rms[i];
 }
 
-// norm[g] = Frobenius norm of the D rows of Wk that make the keys of head g, each column times the gain of the norm before.
+// norm[g] = Frobenius norm of the D rows of Wk that make the keys of KV head g, each column times the gain of
+// the RMSNorm before it.
 static inline void key_weight_norm(float_acc* norm,    // (G)
                                    const floatX* wk,   // (G, D, C)
                                    const floatX* gain, // (C)

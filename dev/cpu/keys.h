@@ -1,6 +1,7 @@
 /*
-What keys and queries go through between the projection and attention, in place (docs/math.md sections 1 and 2): key convolution,
-rotary positions, and the centroids of the blocks that MoBA chooses from. Each is there or not, by a pointer that is NULL or not.
+The steps between the projection and attention, in place on queries and keys (docs/math.md sections 1 and 2):
+key convolution, rotary positions, and the centroids of the key blocks for MoBA. A NULL pointer skips its
+step: weight skips the convolution, table skips RoPE, centroids skips the centroids.
 
     keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);
     keys_backward(dqkv, dweight, raw, weight, table, NULL, B, T, H, G, D, taps, stream);
@@ -12,9 +13,9 @@ rotary positions, and the centroids of the blocks that MoBA chooses from. Each i
 #include "dev/cpu/moba.h"
 #include "dev/cpu/rope.h"
 
-// Rows start..T-1 of every sequence, and the centroids of the blocks that these rows complete. Where start > 0, the keys 0..start-1
-// of qkv and raw, and the centroids of the blocks before start / S, are there from earlier calls. raw is for convolution alone, S
-// for centroids.
+// Computes the rows start..T-1 of every sequence, and the centroids of the key blocks that these rows
+// complete. If start > 0, the keys 0..start-1 of qkv and raw, and the centroids of the blocks before start /
+// S, are there from earlier calls. Only the convolution uses raw, and only the centroids use S.
 static inline void keys_forward(floatX* qkv,            // (B, T, H + 2G, D) in and out
                                 floatX* raw,            // (B, T, G, D) keys before the convolution, or NULL
                                 float_acc* centroids,   // (B, T/S, G, D) or NULL
@@ -36,8 +37,8 @@ static inline size_t keys_backward_workspace(int B, int T, int G, int D, int tap
     return taps ? keyconv_backward_workspace(B, T, G, D, taps) : 0;
 }
 
-// dqkv's queries and keys hold the gradients of what keys_forward left and become those of what it was given; dweight accumulates.
-// Without a weight, dweight, raw and workspace are not used.
+// The queries and keys of dqkv hold the gradients of the outputs of keys_forward and become the gradients of
+// its inputs; dweight accumulates. Without a weight, dweight, raw and workspace are not used.
 static inline void keys_backward(floatX* dqkv,           // (B, T, H + 2G, D) in and out
                                  float_acc* dweight,     // (taps, G, D)
                                  const floatX* raw,      // (B, T, G, D)

@@ -1,10 +1,10 @@
 /*
 Elementwise mathematics that compilers can vectorise.
 
-exp_fast is exp() to a relative 2.3e-7 in fp32, written so that a loop over it becomes SIMD instructions
-without -ffast-math (which would also remove the checks for NaN and Inf). The method is Cody and Waite's: x =
-n ln2 + r, |r| <= ln2/2, and exp(r) by a polynomial of degree 6. In the fp64 build it is the C library's
-exp().
+exp_fast is exp() with a relative error of 2.3e-7 in fp32. Compilers turn a loop over it into SIMD
+instructions without -ffast-math (which would also remove the checks for NaN and Inf). The method is Cody and
+Waite's: x = n ln2 + r, |r| <= ln2/2, and exp(r) by a polynomial of degree 6. In the fp64 build it is the C
+library's exp().
 */
 #ifndef DEV_CPU_MATH_H
 #define DEV_CPU_MATH_H
@@ -35,7 +35,8 @@ static inline float exp_fast(float x) {
     bits = (bits << 23) + ((uint32_t)127 << 23);
     float scale;
     memcpy(&scale, &bits, sizeof(scale));
-    // Outside this range the bits above are not an exponent. A NaN is in neither case and arrives by way of p.
+    // Outside this range the bits above are not an exponent. A NaN fails both comparisons and passes through
+    // p.
     float result = x < -87.3f ? 0.0f : p * scale;
     return x > 88.7f ? INFINITY : result;
 }

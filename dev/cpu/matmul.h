@@ -1,6 +1,6 @@
 /*
-Matrix products: oneDNN's dnnl_sgemm in fp32, plain loops in fp64. Row-major, weights as Hugging Face has them
-(out, in).
+Matrix products: oneDNN's dnnl_sgemm in fp32, plain loops in fp64. Matrices are row-major; weights have
+Hugging Face's shape (out, in).
 
     out (rows, out_channels)  =  inp (rows, in_channels)  x  weight (out_channels, in_channels)^T
 */
@@ -15,16 +15,16 @@ Matrix products: oneDNN's dnnl_sgemm in fp32, plain loops in fp64. Row-major, we
 #endif
 
 // C (M,N) = op(A) op(B) + beta C, row-major with leading dimensions; transA means that A is stored (K,M).
-// Called inside a parallel region it runs on the calling thread alone, which is how attention uses it.
-// Callers may rely on this: the same call with the same sizes gives the same bits, and the bits of a row of C depend on that row of
-// op(A) and on op(B), not on the other rows of A. They may not rely on more: another M, another number of threads or another place
-// of the row changes the order of the sums.
+// Inside a parallel region it runs on the calling thread alone; attention uses it this way. Callers may rely
+// on this: the same call with the same sizes gives the same bits, and the bits of a row of C depend on that
+// row of op(A) and on op(B), not on the other rows of A. They may not rely on more: another M, another number
+// of threads or another place of the row may change the order of the sums.
 static inline void gemm(int transA, int transB, int M, int N, int K, const floatX* A, int lda,
                         const floatX* B, int ldb, floatX beta, floatX* C, int ldc) {
 #if defined(GEMM_UNKIND)
     gemm_unkind(transA, transB, M, N, K, A, lda, B, ldb, beta, C, ldc);
 #elif defined(PRECISION_FP64)
-    const double work = (double)M * N * K; // below some size, threads cost more than they bring
+    const double work = (double)M * N * K; // small products are faster on one thread
 #pragma omp parallel for schedule(static) if (work > 1e5 && !omp_in_parallel())
     for (int m = 0; m < M; m++) {
         floatX* row = C + (size_t)m * ldc;
@@ -52,8 +52,8 @@ static inline void gemm(int transA, int transB, int M, int N, int K, const float
 #endif
 }
 
-// One small product of each kind: the library loads, compiles its kernels and starts its threads now, so that the memory it
-// takes can be seen before a plan is made.
+// Computes one small product of each kind, so that the library loads, compiles its kernels and starts its
+// threads now. The program sees the memory that this takes before it makes its memory plan.
 static inline void matmul_start(void) {
     enum { SIZE = 1024 };
     floatX* matrices = (floatX*)calloc_or_fail((size_t)3 * SIZE * SIZE, sizeof(floatX), "a product");
@@ -63,7 +63,8 @@ static inline void matmul_start(void) {
     free(matrices);
 }
 
-// What the library's products take beyond that, for packed copies of their operands: measured, a thread.
+// Additional bytes that the library's products use on each thread, for packed copies of their operands
+// (measured).
 #if defined(PRECISION_FP64)
 #define MATMUL_SCRATCH_BYTES ((size_t)0)
 #else

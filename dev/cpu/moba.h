@@ -1,25 +1,28 @@
 /*
 Mixture of block attention, forward and backward (docs/math.md section 2).
 
-Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose mean key scores
-highest with it; one softmax over all of them. The same function by two algorithms, with the same arguments:
+Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose
+centroids score highest with it, with one softmax over all these keys. Two algorithms compute this function,
+with the same arguments:
 
-    moba_*        the original (Lu et al., MoBA, arXiv 2502.13189) written plainly, a query at a time: the matrix of
-                  scores, the selection, attention in the own block and in the selected ones, merged by log-sum-exp.
-    flashmoba_*   key blocks lead (Optimizing Mixture of Block Attention, arXiv 2511.11571): for every key block the
-                  list of the queries that chose it, gathered into tiles for dense matrix products.
+    moba_*        the original (Lu et al., MoBA, arXiv 2502.13189), one query at a time: the matrix of scores,
+                  the selection, attention in the own block and in the selected ones, merged by lse.
+    flashmoba_*   works by key blocks (Optimizing Mixture of Block Attention, arXiv 2511.11571): it makes for
+                  every key block the list of the queries that selected it, and gathers these queries into
+                  tiles for dense matrix products.
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
-    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);      // dev/cpu/keys.h
+    keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);   // dev/cpu/keys.h
     flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
     workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
 
-qkv is laid out as in gqa.h; its keys are final (after key convolution and RoPE). The forward writes the selection and
-the backward reads it: nothing is chosen twice, and no gradient flows through the choice. With start > 0 the forward
-continues a sequence: it computes the rows start..T-1, so one more token costs K*S keys and T/S centroids a head.
+qkv has the layout of gqa.h; its keys are final (after key convolution and RoPE). The forward pass writes the
+selection and the backward pass reads it, so the router runs once, and no gradient flows through the
+selection. With start > 0 the forward pass continues a sequence: it computes the rows start..T-1, so one more
+token reads K*S keys and T/S centroids for each query head.
 
-Results are the same bits for any number of threads.
+The results have the same bits for any number of threads.
 */
 #ifndef DEV_CPU_MOBA_H
 #define DEV_CPU_MOBA_H
@@ -27,14 +30,16 @@ Results are the same bits for any number of threads.
 // attention_rows_forward, attention_head_backward, attention_delta, softmax rows, transpose_tile, gemm
 #include "dev/cpu/gqa.h"
 
-// The router: queries of a task, and centroids whose scores exist at one time (a multiple of 16).
+// The router: queries of one task, and centroids that it scores at once (a multiple of 16).
 enum { MOBA_ROUTE_QUERIES = 128, MOBA_CENTROIDS = 128 };
-// Tiles of gathered queries by keys of one block: as many rows as keep the tile in the cache, within limits.
+// Tiles of gathered queries by keys of one block: the number of rows is limited so that the tile stays in the
+// cache.
 enum { MOBA_KEYS = 256, MOBA_ROWS = 240, MOBA_SCORES = 72 * MOBA_KEYS };
-// Rows of the smallest and of the largest tile in the forward pass, which docs/math.md section 6 wants causal to the last bit.
+// Rows of the smallest and of the largest tile in the forward pass, which must be causal to the last bit
+// (docs/math.md section 6; see moba_forward_rows).
 enum { MOBA_FIRST_ROWS = 12, MOBA_FORWARD_ROWS = 48 };
-// Queries a key block is chosen by, on average, in one task of the routed passes. Longer lists fill the tiles, shorter
-// ones make more tasks whose queries stay in the cache.
+// Average length of a key block's list in one chunk. Longer lists fill the tiles better; shorter lists give
+// more chunks, and the queries of a smaller chunk stay in the cache.
 enum { MOBA_LIST = 256 };
 
 // Sizes of one call; the rows computed are start..T-1.
@@ -42,16 +47,17 @@ typedef struct {
     int B, T, start, H, G, D, S, K;
 } moba_shape_t;
 
-// Of GPUs; here workspaces depend on the number of threads.
+// Only GPUs bound the workspace; here its size depends on the number of threads.
 static inline void moba_set_workspace_bound(size_t bytes) { (void)bytes; }
 
-// Blocks with all S keys: the ones that can be chosen, once the query is past them.
+// The number of complete key blocks. A query can select those that end before its own block.
 static inline int moba_blocks(const moba_shape_t* s) { return s->T / s->S; }
 
-// Whether MoBA can be called with these sizes.
+// Whether MoBA supports these sizes.
 static inline int moba_supports(int T, int D, int S, int K) { return T > 0 && D > 0 && S > 0 && K > 0; }
 
-// Numbers of elements of what the caller keeps between forward and backward, or between two tokens.
+// Numbers of elements of the arrays that the caller keeps between forward and backward, or between two
+// tokens.
 static inline size_t moba_selected_count(int B, int T, int H, int K) { return (size_t)B * H * T * (K - 1); }
 static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
     return (size_t)B * (T / S) * G * D;
@@ -66,9 +72,10 @@ static inline void moba_group(int* first, int* heads, const int* kv_of_q, int H,
 }
 
 // ----------------------------------------------------------------------------
-// Centroids, scores and the order of choices: shared by both algorithms
+// Centroids, scores and the order of the selection: shared by both algorithms
 
-// The means of the blocks that the tokens start..T-1 complete; those before are left as they are.
+// Computes the centroids of the key blocks that the tokens start..T-1 complete; earlier centroids do not
+// change.
 static inline void moba_centroids(float_acc* centroids, // (B, T/S, G, D)
                                   const floatX* qkv,    // (B, T, H + 2G, D)
                                   const moba_shape_t* s) {
@@ -86,9 +93,9 @@ static inline void moba_centroids(float_acc* centroids, // (B, T/S, G, D)
     }
 }
 
-// Scores of `rows` queries with `blocks` <= MOBA_CENTROIDS centroids. Every score is one sum in the order of d, in whatever
-// tile it is computed: a query has the same scores in training, prefill and decoding, and equal centroids tie. (The
-// library's products promise neither.)
+// Scores of `rows` queries with `blocks` <= MOBA_CENTROIDS centroids. Every score is one sum in the order of
+// d, independent of its tile. So a query has the same scores in training, prefill and decoding, and equal
+// centroids have equal scores. (The library's products promise neither.)
 static inline void moba_scores(float_acc* scores,      // (rows, scores_stride), to a multiple of 16 columns
                                float_acc* centroids_t, // (D, MOBA_CENTROIDS) scratch
                                const floatX* q,        // (rows, D), stride q_stride
@@ -129,7 +136,7 @@ static inline void moba_scores(float_acc* scores,      // (rows, scores_stride),
     }
 }
 
-// Writes a query's choices in the order in which `selected` has them: the newest block first, then -1.
+// Writes a query's selected blocks in the order of `selected`: the newest block first, then -1.
 static inline void moba_write_selected(int* selected,     // (choices)
                                        const int* blocks, // (count) in any order
                                        int count, int choices) {
@@ -142,10 +149,10 @@ static inline void moba_write_selected(int* selected,     // (choices)
 }
 
 // ----------------------------------------------------------------------------
-// ATTN=moba: a query at a time
+// ATTN=moba: one query at a time
 
-// Takes the best of a row of scores again and again, the more recent of equal ones. Scores taken become NaN, which is
-// never selected.
+// Selects the best of a row of scores, then the next best, and so on; of equal scores the more recent block.
+// A selected score becomes NaN, which is never selected.
 static inline void moba_select_row(int* selected,     // (choices)
                                    int* taken,        // (choices) scratch
                                    float_acc* scores, // (eligible)
@@ -162,7 +169,7 @@ static inline void moba_select_row(int* selected,     // (choices)
     moba_write_selected(selected, taken, count, choices);
 }
 
-// Attention of query t to its keys in the given blocks (-1 for none). Returns the log of the sum of exp(scaled scores).
+// Attention of query t to its keys in the given blocks (-1 for none). Returns the lse.
 static inline float_acc moba_attend(floatX* out,       // (D)
                                     float_acc* probs,  // (count * S) scratch
                                     const floatX* q,   // (D)
@@ -196,7 +203,7 @@ static inline float_acc moba_attend(floatX* out,       // (D)
     return row_max + log(row_sum);
 }
 
-// Two attentions over different keys become one over all of them.
+// Merges two partials of one query, over different keys, into one over all these keys.
 static inline void moba_merge(floatX* out,         // (D) in and out
                               float_acc* lse,      // in and out
                               const floatX* other, // (D)
@@ -208,7 +215,8 @@ static inline void moba_merge(floatX* out,         // (D) in and out
     *lse = largest + log(sum);
 }
 
-// One thread's share of the workspace, in numbers of float_acc, of the scores of one head and of what one query needs.
+// One thread's share of the workspace, in numbers of float_acc: the scores of one head, and the arrays of one
+// query.
 static inline size_t moba_forward_scratch(int T, int D, int S, int K) {
     const size_t columns = (size_t)(T / S + 15) / 16 * 16;
     return (size_t)T * columns + (size_t)D * (MOBA_CENTROIDS + 1) + (size_t)min_int(K, T / S + 1) * S + K;
@@ -221,7 +229,7 @@ static inline size_t moba_forward_workspace(int B, int T, int H, int G, int D, i
     return omp_get_max_threads() * moba_forward_scratch(T, D, S, K) * sizeof(float_acc);
 }
 
-// The rows start..T-1 of head h of sequence b.
+// Computes the rows start..T-1 of query head h of sequence b.
 static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected, const float_acc* centroids,
                                      const floatX* qkv, float_acc* scratch, int b, int h, int g,
                                      const moba_shape_t* s) {
@@ -254,12 +262,12 @@ static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected,
     }
 }
 
-// Rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in qkv already. The centroids
-// are those of all blocks (keys_forward). The workspace needs no initial value. K = 1 has no selected, and reads no centroids. With
-// noise (or NULL) also these rows of noise->noised.
+// Computes the rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in
+// qkv already. `centroids` has all key blocks (keys_forward). The workspace needs no initial value. With K =
+// 1 it uses neither selected nor centroids. If noise is not NULL, it also writes these rows of noise->noised.
 static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
-                                int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
+                                int* selected,  // (B, H, T, K-1) selected blocks, the newest first, then -1
                                 const float_acc* centroids, // (B, T/S, G, D)
                                 const floatX* qkv,          // (B, T, H + 2G, D)
                                 const int* kv_of_q,         // (H) non-decreasing
@@ -282,7 +290,7 @@ static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, 
     return (size_t)B * H * T * sizeof(float_acc);
 }
 
-// What query t and its keys in one block give each other.
+// Adds the gradients of query t and its keys and values in one block.
 static inline void moba_attend_backward(floatX* dq,         // (D) added to
                                         floatX* dk,         // (T, D), stride qkv_stride, added to
                                         floatX* dv,         // (T, D), stride qkv_stride, added to
@@ -348,16 +356,16 @@ static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
 }
 
 // ----------------------------------------------------------------------------
-// ATTN=flashmoba: what one thread works in
+// ATTN=flashmoba: chunks, and the workspace of one thread
 
-// Queries of all heads of one KV head, of neighbouring tokens: the unit of work of the routed passes. Row r is head
-// first_head + r % heads at token first_token + r / heads, so that rows ascend in time.
+// A chunk: all query heads of one KV head at consecutive tokens. One task of the routed passes computes one
+// chunk. Row r is head first_head + r % heads at token first_token + r / heads, so that rows ascend in time.
 typedef struct {
     int b, g, first_head, heads;
     int first_token, tokens;
 } moba_chunk_t;
 
-// A query of a chunk: where it is in qkv, in out, and in (B, H, T).
+// A query of a chunk: its offset in qkv, in out, and in (B, H, T).
 typedef struct {
     size_t q, out, row;
 } moba_query_t;
@@ -370,7 +378,7 @@ static inline moba_query_t moba_query(const moba_chunk_t* chunk, int r, const mo
     return query;
 }
 
-// Rows of a chunk with which a block's list is MOBA_LIST long on average.
+// The number of rows of a chunk for which a key block's list has MOBA_LIST entries on average.
 static inline int moba_chunk_rows(const moba_shape_t* s) {
     const int blocks = max_int(1, moba_blocks(s)), choices = max_int(1, min_int(s->K - 1, blocks));
     return (int)(((size_t)MOBA_LIST * blocks + choices - 1) / choices);
@@ -380,7 +388,8 @@ static inline int moba_chunk_tokens(const moba_shape_t* s, int heads) {
     return min_int(s->T, (moba_chunk_rows(s) + heads - 1) / heads);
 }
 
-// Chunk i of KV head g; false when there is none, because it has no queries or all of them are in earlier chunks.
+// Makes chunk i of KV head g. Returns 0 if there is no such chunk: g has no query heads, or earlier chunks
+// have all its queries.
 static inline int moba_chunk(moba_chunk_t* chunk, const int* kv_of_q, int b, int g, int i,
                              const moba_shape_t* s) {
     chunk->b = b, chunk->g = g;
@@ -400,29 +409,29 @@ static inline int moba_max_chunks(const moba_shape_t* s) {
 }
 
 typedef struct {
-    // Lists of a chunk: block j was chosen by the rows rows[begin[j]..begin[j + 1]-1], ascending
+    // Lists of a chunk: the rows rows[begin[j]..begin[j + 1]-1], ascending, selected block j
     int* begin; // (T/S + 2)
     int* rows;  // (rows of a chunk * choices)
-    // Softmax of a chunk so far
+    // Running softmax of a chunk
     float_acc* row_max; // (rows of a chunk)
     float_acc* row_sum; // (rows of a chunk)
     // A tile
     floatX* q;         // (MOBA_ROWS, D) gathered queries
     floatX* dout;      // (MOBA_ROWS, D) gathered output gradients
-    floatX* result;    // (MOBA_ROWS, D) to be scattered
+    floatX* result;    // (MOBA_ROWS, D) rows to scatter
     floatX* scores;    // (tile rows, keys), then probabilities
     floatX* dscores;   // (tile rows, keys)
     floatX* k_t;       // (D, MOBA_KEYS)
     floatX* v_t;       // (D, MOBA_KEYS)
     floatX* dk;        // (MOBA_KEYS, D), or of a whole block in the local pass
     floatX* dv;        // (MOBA_KEYS, D), likewise
-    floatX* attention; // what the tiles of gqa.h need
-    // The router, whose best choices so far are sorted, the worst last
+    floatX* attention; // scratch of the tiles of gqa.h
+    // The router; it keeps each query's best blocks so far sorted, the worst last
     float_acc* centroids_t;  // (D, MOBA_CENTROIDS)
     float_acc* block_scores; // (MOBA_ROUTE_QUERIES, MOBA_CENTROIDS)
     float_acc* best_scores;  // (MOBA_ROUTE_QUERIES, choices)
     int* best_blocks;        // (MOBA_ROUTE_QUERIES, choices)
-    size_t bytes;            // of all of the above
+    size_t bytes;            // of all arrays above
 } moba_scratch_t;
 
 static inline void* moba_take(char* memory, size_t* used, size_t count, size_t size) {
@@ -431,7 +440,7 @@ static inline void* moba_take(char* memory, size_t* used, size_t count, size_t s
     return taken;
 }
 
-// Lays out one thread's share of the workspace, or without memory only counts its bytes.
+// Lays out one thread's share of the workspace. Without memory it only counts the bytes.
 static inline moba_scratch_t moba_scratch(char* memory, const moba_shape_t* s, int is_backward) {
     const size_t blocks = (size_t)moba_blocks(s), choices = (size_t)s->K - 1, D = (size_t)s->D;
     const size_t rows = (size_t)moba_chunk_rows(s) + s->H; // a chunk is rounded up to whole tokens
@@ -464,13 +473,14 @@ static inline moba_scratch_t moba_scratch(char* memory, const moba_shape_t* s, i
     return scratch;
 }
 
-// Of the calling thread.
+// The scratch of the calling thread.
 static inline moba_scratch_t moba_my_scratch(char* memory, const moba_shape_t* s, int is_backward) {
     const size_t bytes = moba_scratch(NULL, s, is_backward).bytes;
     return moba_scratch(memory + bytes * omp_get_thread_num(), s, is_backward);
 }
 
-// Counts, adds up, fills: the lists of the blocks first_block..end_block-1.
+// Builds the lists of the blocks first_block..end_block-1: counts the entries, makes the prefix sum, then
+// fills.
 static inline void moba_build_lists(int* begin,          // (T/S + 2)
                                     int* rows,           // (rows of a chunk * choices)
                                     const int* selected, // (B, H, T, K-1)
@@ -491,12 +501,13 @@ static inline void moba_build_lists(int* begin,          // (T/S + 2)
     }
 }
 
-// Rows of a tile of so many keys.
+// Rows of a backward tile with this number of keys.
 static inline int moba_tile_rows(int keys) { return min_int(MOBA_ROWS, MOBA_SCORES / keys); }
 
-// Rows of the forward tile that begins at entry `position` of a list: as many as all tiles before it, within limits. The library
-// rounds a row's products by the number of rows and the row's place among them. Both follow from the row's position in the list,
-// which only earlier tokens decide, and never from the length of the list, which later tokens decide.
+// Rows of the forward tile that begins at entry `position` of a list: as many as all tiles before it, within
+// limits. How the library rounds a row's product depends on the number of rows and on the row's place among
+// them. Here both depend only on the row's position in the list, which earlier tokens determine. They do not
+// depend on the length of the list, which later tokens determine.
 static inline int moba_forward_rows(int position, int keys) {
     const int most = min_int(MOBA_FORWARD_ROWS, MOBA_SCORES / keys);
     return min_int(most, max_int(MOBA_FIRST_ROWS, position));
@@ -505,7 +516,8 @@ static inline int moba_forward_rows(int position, int keys) {
 // ----------------------------------------------------------------------------
 // ATTN=flashmoba, forward
 
-// Takes the scores of consecutive blocks, the newest first, into a query's best so far; returns how many there are.
+// Adds the scores of consecutive blocks, the newest first, to a query's best blocks so far; returns how many
+// it has.
 static inline int moba_take_best(float_acc* best,         // (choices) sorted, the worst last
                                  int* blocks,             // (choices)
                                  const float_acc* scores, // (num)
@@ -517,7 +529,7 @@ static inline int moba_take_best(float_acc* best,         // (choices) sorted, t
         for (int j = begin; j < end; j++) largest = scores[j] > largest ? scores[j] : largest;
         if (count == choices && !(largest > best[choices - 1])) continue;
         for (int j = end - 1; j >= begin; j--) {
-            // An equal score is of an older block and loses; NaN compares false.
+            // An equal score belongs to an older block and loses; a comparison with NaN is false.
             if (count == choices ? !(scores[j] > best[choices - 1]) : scores[j] != scores[j]) continue;
             int at = count < choices ? count++ : choices - 1;
             for (; at > 0 && best[at - 1] < scores[j]; at--) {
@@ -531,7 +543,7 @@ static inline int moba_take_best(float_acc* best,         // (choices) sorted, t
     return count;
 }
 
-// The choices of neighbouring queries of one head.
+// The selection for neighbouring queries of one query head.
 static inline void moba_route_rows(int* selected,              // (rows, choices)
                                    const floatX* q,            // (rows, D), stride q_stride
                                    const float_acc* centroids, // (T/S, D), stride G * D
@@ -575,7 +587,7 @@ static inline void flashmoba_route(int* selected,              // (B, H, T, K-1)
     }
 }
 
-// Causal attention of every query in its own block: out and lse as if there were no other keys.
+// Causal attention of every query in its own block: out and lse over these keys alone.
 static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
                                            float_acc* lse,     // (B, H, T)
                                            const floatX* qkv,  // (B, T, H + 2G, D)
@@ -606,8 +618,8 @@ static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
     }
 }
 
-// One step of the online softmax: some keys of one block, for `rows` queries that chose it, in a product of tile_rows >= rows
-// whose last rows are zero.
+// One step of the online softmax: some keys of one block, for `rows` queries that selected it. The products
+// have tile_rows >= rows rows; the last ones are zero.
 static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnormalised
                                      const floatX* qkv,   // (B, T, H + 2G, D)
                                      const floatX* k,     // (keys, D), stride qkv_stride
@@ -636,8 +648,8 @@ static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnorm
     }
 }
 
-// Takes the blocks that the queries of a chunk chose, oldest first, into their outputs.
-static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: normalised, of the local pass
+// Adds the selected blocks of a chunk's queries to their outputs, oldest block first.
+static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: the local pass's, normalised
                                       float_acc* lse,    // (B, H, T) likewise
                                       const floatX* qkv, // (B, T, H + 2G, D)
                                       const moba_scratch_t* scratch, const moba_chunk_t* chunk,
@@ -649,8 +661,8 @@ static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: nor
         scratch->row_sum[r] = 1;
     }
     const int blocks = (chunk->first_token + chunk->tokens - 1) / s->S;
-    // Not by the length of a list: products with and without transposing round differently, and how much later tokens
-    // choose a block must not change a bit of earlier outputs.
+    // This must not depend on the length of a list. Products with and without transposed keys round
+    // differently, and the selections of later tokens must not change a bit of earlier outputs.
     floatX* k_t = num_rows < ATTENTION_FEW_QUERIES ? NULL : scratch->k_t;
     for (int key = 0, keys; key < blocks * s->S; key += keys) {
         const int block = key / s->S, begin = scratch->begin[block], end = scratch->begin[block + 1];
@@ -671,7 +683,7 @@ static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: nor
     }
 }
 
-// Adds the selected blocks to what the local pass left.
+// Adds the selected blocks to the result of the local pass.
 static inline void flashmoba_routed_forward(floatX* out,         // (B, T, H, D)
                                             float_acc* lse,      // (B, H, T)
                                             const int* selected, // (B, H, T, K-1)
@@ -699,7 +711,7 @@ static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int
     return omp_get_max_threads() * moba_scratch(NULL, &shape, 0).bytes;
 }
 
-// As moba_forward.
+// The same contract as moba_forward.
 static inline void flashmoba_forward(floatX* out,                // (B, T, H, D)
                                      float_acc* lse,             // (B, H, T)
                                      int* selected,              // (B, H, T, K-1)
@@ -722,7 +734,7 @@ static inline void flashmoba_forward(floatX* out,                // (B, T, H, D)
 // ----------------------------------------------------------------------------
 // ATTN=flashmoba, backward
 
-// What the backward reads and writes, whole tensors.
+// The whole tensors that the backward pass reads and writes.
 typedef struct {
     floatX* dqkv;           // (B, T, H + 2G, D)
     const floatX* dout;     // (B, T, H, D)
@@ -740,7 +752,8 @@ static inline void moba_add_rows(floatX* to,         // (rows, D), stride to_str
         for (int d = 0; d < D; d++) to[(size_t)r * to_stride + d] += from[(size_t)r * D + d];
 }
 
-// The causal part: a block's queries of all heads of a KV head against its keys. Writes these rows of dqkv.
+// The own block: the queries of one block, of all query heads of a KV head, with the keys of that block,
+// causally. It writes these rows of dqkv.
 static inline void moba_block_backward(const moba_tensors_t* x, const moba_scratch_t* scratch, int b, int g,
                                        int block, const moba_shape_t* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D, first = block * s->S;
@@ -787,7 +800,8 @@ static inline void flashmoba_local_backward(const moba_tensors_t* x, char* works
     }
 }
 
-// Some keys of one block and the queries that chose it: adds to dq of these queries, and to the scratch's dk and dv.
+// Some keys of one block and queries that selected it: adds to dq of these queries, and to the scratch's dk
+// and dv.
 static inline void moba_tile_backward(const moba_tensors_t* x,
                                       const floatX* k,     // (keys, D), stride qkv_stride
                                       const int* rows_ids, // (rows)
@@ -818,7 +832,7 @@ static inline void moba_tile_backward(const moba_tensors_t* x,
     }
 }
 
-// The blocks first_block..end_block-1 and the queries of a chunk that chose them.
+// Adds the gradients of the blocks first_block..end_block-1 and the queries of a chunk that selected them.
 static inline void moba_chunk_backward(const moba_tensors_t* x, const moba_scratch_t* scratch,
                                        const moba_chunk_t* chunk, int first_block, int end_block, int with_dq,
                                        int with_dkv, const moba_shape_t* s) {
@@ -842,9 +856,10 @@ static inline void moba_chunk_backward(const moba_tensors_t* x, const moba_scrat
     }
 }
 
-// Adds what the selected blocks give. A KV head is one task where that keeps the threads busy. Otherwise tasks are
-// chunks of queries for dq and ranges of blocks for dk and dv: any number of threads, for 7 products instead of 5
-// (scores and dout v^T are made twice). The sums are the same in the same order.
+// Adds the gradients of the selected blocks. If there are enough KV heads to keep the threads busy, one task
+// is one KV head. Otherwise tasks are chunks for dq and ranges of blocks for dk and dv. This keeps any number
+// of threads busy, but needs 7 products instead of 5 (scores and dout v^T are computed twice). Both ways give
+// the same sums in the same order.
 static inline void flashmoba_routed_backward(const moba_tensors_t* x, char* workspace,
                                              const moba_shape_t* s) {
     const int threads = omp_get_max_threads(), heads = s->B * s->G, blocks = moba_blocks(s);
@@ -867,7 +882,7 @@ static inline void flashmoba_routed_backward(const moba_tensors_t* x, char* work
     }
 }
 
-// delta, rounded up to whole cache lines, then one scratch a thread.
+// Bytes of delta, rounded up to whole cache lines. In the workspace the scratch of each thread follows it.
 static inline size_t moba_delta_bytes(const moba_shape_t* s) {
     return ((size_t)s->B * s->H * s->T * sizeof(float_acc) + 63) / 64 * 64;
 }

@@ -1,5 +1,6 @@
 /*
-The noise of perturbed grouped attention (runtime/noise.h), on the finished rows of attention's output. Attention calls it itself.
+The noise of perturbed grouped attention (GQA=pgqa, runtime/noise.h), for the finished rows of attention's
+output. attention_forward() and the MoBA functions call it.
 */
 #ifndef DEV_CPU_NOISE_H
 #define DEV_CPU_NOISE_H
@@ -7,7 +8,7 @@ The noise of perturbed grouped attention (runtime/noise.h), on the finished rows
 #include "dev/cpu/device.h"
 #include "runtime/noise.h"
 
-// Rows start..T-1 of noise->noised; nothing where noise is NULL.
+// Writes the rows start..T-1 of noise->noised, or nothing if noise is NULL.
 static inline void attention_noise(const AttentionNoise* noise,
                                    const floatX* out, // (B, T, H, D)
                                    int B, int T, int start, int H, int D) {

@@ -1,5 +1,5 @@
 /*
-RMSNorm (Zhang and Sennrich, arXiv 1910.07467), alone and behind a residual addition.
+RMSNorm (Zhang and Sennrich, arXiv 1910.07467), alone and after a residual addition.
 
     out = x * rstd * weight        rstd = 1 / sqrt(mean(x^2) + eps)
 */
@@ -29,7 +29,7 @@ static inline void rmsnorm_forward(floatX* out,          // (rows, C)
         rstd[row] = rmsnorm_row(out + (size_t)row * C, inp + (size_t)row * C, weight, C, eps);
 }
 
-// sum = residual + branch, out = RMSNorm(sum): one pass over memory for the two.
+// sum = residual + branch, out = RMSNorm(sum), in one pass over memory.
 static inline void residual_rmsnorm_forward(floatX* sum,            // (rows, C)
                                             floatX* out,            // (rows, C)
                                             float_acc* rstd,        // (rows)
@@ -53,7 +53,7 @@ static inline size_t rmsnorm_backward_workspace(int rows, int C) {
     return 0;
 }
 
-// dinp accumulates, for it is the gradient of the residual stream; so does dweight.
+// dinp accumulates, because it is the gradient of the residual stream; dweight accumulates too.
 static inline void rmsnorm_backward(floatX* dinp,          // (rows, C)
                                     float_acc* dweight,    // (C)
                                     const floatX* dout,    // (rows, C)
@@ -72,7 +72,8 @@ static inline void rmsnorm_backward(floatX* dinp,          // (rows, C)
 #pragma omp simd
         for (int c = 0; c < C; c++) dinp[at + c] += r * (dout[at + c] * weight[c] - inp[at + c] * slope);
     }
-    // Threads share out the channels, so that the order of the sum does not depend on their number.
+    // The channels are divided among the threads, so the order of each sum does not depend on the number of
+    // threads.
     const int slice = 64;
 #pragma omp parallel for schedule(static)
     for (int first = 0; first < C; first += slice) {

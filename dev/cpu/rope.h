@@ -1,7 +1,7 @@
 /*
 Rotary position embedding (Su et al., arXiv 2104.09864) on packed rows of queries, keys and values, in place.
-The pairs are (i, i + D/2), as in Hugging Face's LlamaForCausalLM, so that weights are exchanged without a
-permutation.
+The pairs are (i, i + D/2), as in Hugging Face's LlamaForCausalLM, so that both programs use the same weights
+without a permutation.
 
     rope_table(table, T, D, 10000);                         // on the host, once
     rope_forward(qkv, table, B, T, H, G, D, stream);        // rotates the queries and keys, leaves the values
@@ -11,7 +11,7 @@ permutation.
 
 #include "dev/cpu/device.h"
 
-// (T, D/2, 2): cosine and sine of t * theta^(-2i/D). Computed in double, for the angle grows with t.
+// (T, D/2, 2): cosine and sine of t * theta^(-2i/D). Computed in double, because the angle grows with t.
 static inline void rope_table(float_acc* table, int T, int D, float theta) {
     for (int t = 0; t < T; t++) {
         for (int i = 0; i < D / 2; i++) {

@@ -1,6 +1,6 @@
 /*
-SwiGLU (Shazeer, arXiv 2002.05202): out = silu(gate) * up, silu(x) = x / (1 + exp(-x)), on rows that hold gate
-and up.
+SwiGLU (Shazeer, arXiv 2002.05202): out = silu(gate) * up, silu(x) = x / (1 + exp(-x)). Each input row holds
+gate and up.
 */
 #ifndef DEV_CPU_SWIGLU_H
 #define DEV_CPU_SWIGLU_H
