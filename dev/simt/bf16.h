@@ -14,7 +14,7 @@ inline float __bfloat162float(__nv_bfloat16 value);
 
 struct __nv_bfloat16 {
     unsigned short __x;
-    __nv_bfloat16() = default; // left as it is, so that shared arrays of it cost nothing
+    __nv_bfloat16() = default; // does nothing, so that shared arrays of it cost nothing
     __nv_bfloat16(float value) : __x(__float2bfloat16(value).__x) {}
     operator float() const { return __bfloat162float(*this); }
 };
@@ -34,7 +34,8 @@ inline __nv_bfloat16 __float2bfloat16(float value) {
     if (value != value) return __ushort_as_bfloat16(0x7FFF);
     uint32_t bits;
     memcpy(&bits, &value, sizeof(bits));
-    // Half of the last place that stays, less one unit where that place is even: then a tie does not carry into it.
+    // Adds half of the last kept place; one unit less if that place is even, so that a tie does not carry
+    // into it.
     bits += 0x7FFF + (bits >> 16 & 1);
     return __ushort_as_bfloat16((unsigned short)(bits >> 16));
 }

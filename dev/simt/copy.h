@@ -1,10 +1,11 @@
 /*
-cp.async: copies of 4, 8 or 16 bytes from device memory to shared memory that are done only when the thread has waited for them, and
-then only known to that thread until the next barrier.
+cp.async: copies of 4, 8 or 16 bytes from device memory to shared memory. A copy is complete only after the
+thread has waited for it, and other threads may rely on it only after the next barrier.
 
-On a GPU the copy happens at any moment between its issue and the wait. SIMT_ASYNC chooses one: at the wait (lazy; until then
-what it will overwrite is 0xFF bytes, so neither old nor new values can be read), at the issue (eager), or either by
-chance for every copy (mixed). A missing wait, or a stage that is overwritten while others read it, shows in one of them.
+On a GPU the copy happens at any moment between its issue and the wait. SIMT_ASYNC selects the moment: at the
+wait (lazy), at the issue (eager), or at random one of the two for every copy (mixed). With lazy the
+destination holds 0xFF bytes until the wait, so a thread can read neither old nor new values. One of the modes
+shows a missing wait, and a stage that a copy overwrites while other threads still read it.
 
 The copies themselves are instrumented, so that the sanitizers see them as this thread's accesses.
 */
@@ -26,7 +27,8 @@ inline void do_copy(void* to, const void* from, unsigned bytes, bool valid) {
     else copy_as<uint4>(to, from, valid);
 }
 
-// What may happen at once to both ends of a copy: an access that the sanitizers see where the copy is issued.
+// The earliest access to both ends of a copy: it fills the destination with 0xFF bytes, and the sanitizers
+// see both accesses where the copy is issued.
 inline void overwrite(void* to, const void* from, unsigned bytes, bool valid) {
     for (unsigned i = 0; i < bytes / 4; i++) {
 #if defined(SIMT_ADDRESS) || defined(SIMT_THREAD)
@@ -58,7 +60,7 @@ SIMT_INTERNAL inline void copy_async(void* to, const void* from, unsigned bytes,
     if (copy->done) do_copy(to, from, bytes, valid);
 }
 
-// Finishes all groups but the newest `groups` ones. Copies that were never committed are in no group yet.
+// Finishes all groups except the newest `groups` ones. Copies that were never committed are in no group yet.
 SIMT_INTERNAL inline void copy_wait(unsigned groups) {
     Thread* thread = current;
     for (; thread->first_pending != thread->pending_end; thread->first_pending++) {

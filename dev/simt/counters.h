@@ -1,6 +1,7 @@
 /*
-What kernels have done since the program began. Counting costs an addition beside a switch of fibers, so it is always on; who wants
-to know about one launch subtracts what was there before it (launch_observer in kernels/launch.cuh).
+Counters of the kernels' work since the program began. An increment is cheap beside a switch of fibers, so the
+emulator always counts. To count one launch, subtract the counters before it (launch_observer in
+kernels/launch.cuh).
 
     const simt::Counters before = simt::counters;
     launch(kernel, ...);
@@ -16,12 +17,12 @@ namespace simt {
 
 struct Counters {
     uint64_t launches;
-    uint64_t products; // mma.m16n8k16, one for a warp
-    uint64_t matrices; // ldmatrix.x4, one for a warp
+    uint64_t products; // mma.m16n8k16, one for each warp
+    uint64_t matrices; // ldmatrix.x4, one for each warp
     uint64_t copied;   // bytes that cp.async read
     uint64_t loaded;   // bytes read by load() of kernels/vector.cuh
     uint64_t stored;   // bytes written by its store(), and by store_rows() of kernels/tile.cuh
-    uint64_t atomics;  // of threads
+    uint64_t atomics;  // one for each thread
 };
 inline Counters counters;
 

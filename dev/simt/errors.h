@@ -1,6 +1,6 @@
 /*
-The errors of the CUDA runtime's host functions, with CUDA's names and values. A function that fails returns result(), which keeps
-the error for cudaGetLastError(), with a message that says more than CUDA's own.
+The errors of the CUDA runtime's host functions, with CUDA's names and values. A function that fails returns
+result(). This function stores the error for cudaGetLastError(), with a more detailed message than CUDA's own.
 */
 #ifndef DEV_SIMT_ERRORS_H
 #define DEV_SIMT_ERRORS_H
@@ -32,7 +32,7 @@ inline cudaError_t result(cudaError_t error) {
     return error;
 }
 
-// An error that carries a message of its own.
+// Stores an error with its own message.
 __attribute__((format(printf, 2, 3))) inline cudaError_t result(cudaError_t error, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -49,7 +49,7 @@ inline cudaError_t cudaGetLastError() {
     return error;
 }
 
-// For a failed launch or copy: what was wrong, of the last that failed.
+// For a launch or copy that failed: the message of the last failure.
 inline const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
     case cudaSuccess:

@@ -1,16 +1,17 @@
 /*
 One fiber per CUDA thread, and the barriers of a block.
 
-A launch runs its blocks one after the other. A block's threads run one at a time, each until it waits in a barrier or a warp
-operation (warp.h) or returns; then the next ready one goes on, in the order that SIMT_ORDER names. When nobody is ready
-and somebody still waits, the block is stuck, and the error says how many threads wait where.
+A launch runs its blocks one after the other. The threads of a block run one at a time. A thread runs until it
+waits in a barrier or a warp operation (warp.h), or returns; then the next ready thread runs, in the order of
+SIMT_ORDER. If no thread is ready and some threads still wait, the block is stuck, and the error says how many
+threads wait at which place.
 
-An error inside a kernel (kernel_error) ends the launch: the other fibers of the block are abandoned, and the message waits
-for cudaGetErrorString().
+An error inside a kernel (kernel_error) ends the launch: the emulator abandons the other fibers of the block,
+and cudaGetErrorString() returns the message.
 
-Fibers switch by saving the registers that a function call preserves: 30 to 40 million switches a second, measured beside other
-work. Their stacks have a guard page below them, and a fault in a kernel becomes a kernel's error too (plain builds; the
-sanitizers have their own).
+A switch of fibers saves the registers that a function call preserves; a core makes 30 to 40 million switches
+a second, measured beside other work. Each stack has a guard page below it. In plain builds a fault in a
+kernel becomes a kernel error too; sanitizer builds report faults themselves.
 */
 #ifndef DEV_SIMT_FIBERS_H
 #define DEV_SIMT_FIBERS_H
@@ -30,7 +31,8 @@ sanitizers have their own).
 #error "dev/simt switches fibers by x86-64 instructions; build DEVICE=cpu on this processor"
 #endif
 
-// Puts the caller's registers on its stack, its stack pointer into *save, and goes on with the stack `load`.
+// Pushes the caller's registers on its stack, stores its stack pointer in *save, and continues on the stack
+// `load`.
 extern "C" void simt_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -65,11 +67,11 @@ enum Async { ASYNC_LAZY, ASYNC_EAGER, ASYNC_MIXED };
 
 struct Options {
     Order order;   // which ready thread runs next, and in which order blocks run
-    Async async;   // when cp.async copies: at the wait, at once, or each as chance has it
-    uint64_t seed; // of both kinds of chance
+    Async async;   // when cp.async copies: at the wait, at once, or at random for each copy
+    uint64_t seed; // of the random order and the random copies
 };
 
-// The index of the variable's value among these names, separated by |; the first where it is not set.
+// The index of the variable's value among these names, which are separated by |; 0 if it is not set.
 inline int option_from_environment(const char* variable, const char* names) {
     const char* value = getenv(variable);
     if (!value || !*value) return 0;
@@ -106,8 +108,8 @@ SIMT_INTERNAL inline unsigned random_bits() { // xorshift64*
 // ----------------------------------------------------------------------------
 // Threads, warps, the block
 
-// A place in a kernel's source where a thread does something collective. As the last arguments of a function,
-// SIMT_PLACE is its caller's place.
+// A place in a kernel's source where a thread calls a collective operation. With SIMT_PLACE as its last
+// arguments, a function gets the place of its caller.
 struct Place {
     const char* operation;
     const char* file;
@@ -128,11 +130,11 @@ enum { STACK_BYTES = 64 * 1024 };
 enum { GUARD_BYTES = 4096 };
 
 struct Fiber {
-    void* stack_pointer;  // while it does not run
+    void* stack_pointer;  // valid while the fiber does not run
     unsigned char* stack; // lowest address; the guard page is below
     size_t stack_bytes;
-    void* fake_stack; // the address sanitizer's
-    void* sanitized;  // the thread sanitizer's fiber
+    void* fake_stack; // of the address sanitizer
+    void* sanitized;  // the thread sanitizer's own fiber
 };
 
 enum State { READY, WAITING, RETURNED };
@@ -151,7 +153,7 @@ struct Thread {
     uint3 index; // threadIdx
     int warp, lane;
     State state;
-    Place place;                      // where it waits
+    Place place;                      // the place where it waits
     PendingCopy pending[MAX_PENDING]; // a ring
     unsigned first_pending, pending_end, open_group;
 };
@@ -162,8 +164,8 @@ inline bool has_open_copies(const Thread* thread) {
            thread->pending[(thread->pending_end - 1) % MAX_PENDING].group == thread->open_group;
 }
 
-// The lanes of one mask that meet in one operation. What they bring lies in two buffers by turns: a fast lane may bring its
-// next value before a slow one has read the last.
+// The lanes of one mask that meet in one operation. Their values go alternately to two buffers, because a
+// fast lane may bring its next value before a slow lane has read the last ones.
 struct alignas(16) Payload {
     unsigned char bytes[48];
 };
@@ -181,20 +183,20 @@ struct Warp {
     Meeting meetings[MAX_MEETINGS];
 };
 
-// How many predicates at a barrier are true: any, all, count.
+// The predicates at a barrier: whether any is true, whether all are, and how many.
 struct Predicates {
     int any, all, count;
 };
 
 struct Block {
     int thread_count, warp_count, live;
-    int warp;             // of the thread that ran last
+    int warp;             // the warp of the thread that ran last
     unsigned ready_warps; // bit mask of the warps that have ready lanes
 
-    int arrived; // at the barrier
+    int arrived; // threads at the barrier
     bool divergent;
     Place place;
-    Predicates so_far, passed; // at this barrier, and at the last that was passed
+    Predicates so_far, passed; // at this barrier, and at the last completed one
     unsigned generation;
     char barrier_order[2], start_order, end_order;
 
@@ -202,8 +204,9 @@ struct Block {
     void* arguments;
 };
 
-// To the thread sanitizer the threads of a block are those of every block that uses the same fibers, so what thread 0 of two
-// blocks does would seem to be in order. With two sets of fibers, drawn by lot, most pairs of blocks have none in common.
+// Two blocks that use the same fibers look like the same threads to the thread sanitizer: it takes the
+// accesses of thread 0 of both blocks as ordered. With two sets of fibers, chosen at random, it finds a race
+// between two blocks if they use different sets.
 #ifdef SIMT_THREAD
 enum { FIBER_SETS = 2 };
 #else
@@ -214,17 +217,17 @@ inline Fiber fibers[FIBER_SETS][MAX_THREADS];
 inline Thread threads[MAX_THREADS];
 inline Warp warps[MAX_WARPS];
 inline Block block;
-inline Fiber host;               // the one that launches
+inline Fiber host;               // the host thread, which launches
 inline Thread* current;          // the thread that runs; null in the host
 inline char error_message[1024]; // of the last kernel that failed
-inline bool failed;              // in this block
+inline bool failed;              // true after an error in this block
 
 inline uint64_t switches; // for measurements
 
 // ----------------------------------------------------------------------------
 // Switching
 
-// Goes on with `next`, or with the host where it is null.
+// Continues with `next`, or with the host if it is null.
 SIMT_INTERNAL inline void switch_to(Thread* next) {
     Thread* previous = current;
     if (next == previous) return;
@@ -249,7 +252,7 @@ SIMT_INTERNAL inline void switch_to(Thread* next) {
 #endif
 }
 
-// One bit of a mask that is not empty, by the order of threads.
+// Chooses one bit of a mask that is not empty, by the order of threads.
 SIMT_INTERNAL inline int choose(unsigned mask) {
     if (options.order == ORDER_FORWARD) return __builtin_ctz(mask);
     if (options.order == ORDER_REVERSE) return 31 - __builtin_clz(mask);
@@ -258,7 +261,8 @@ SIMT_INTERNAL inline int choose(unsigned mask) {
     return __builtin_ctz(mask);
 }
 
-// The next thread to run, or null where all wait or have returned. In a fixed order a warp goes on as long as it can.
+// The next thread to run, or null if all threads wait or have returned. In a fixed order a warp runs as long
+// as it can.
 SIMT_INTERNAL inline Thread* next_ready() {
     if (!block.ready_warps) return nullptr;
     int warp = block.warp;
@@ -287,8 +291,8 @@ SIMT_INTERNAL inline void wait_at(const Place& place) {
     switch_to(next_ready());
 }
 
-// The last to arrive: the others are ready, and who goes on is drawn again. In forward order it is this thread, which saves
-// a switch.
+// The last thread to arrive calls this. The others are ready, so the next thread to run is chosen again. In
+// forward order this thread continues, which saves a switch.
 SIMT_INTERNAL inline void draw_again() {
     if (options.order != ORDER_FORWARD) switch_to(next_ready());
 }
@@ -310,7 +314,7 @@ SIMT_INTERNAL inline void begin_error() {
     failed = true;
 }
 
-// From inside a kernel; the launch fails with this message, preceded by block and thread.
+// Called inside a kernel: the launch fails with this message, preceded by block and thread.
 __attribute__((format(printf, 1, 2), noreturn)) SIMT_INTERNAL inline void kernel_error(const char* format,
                                                                                        ...) {
     char message[512];
@@ -325,7 +329,7 @@ __attribute__((format(printf, 1, 2), noreturn)) SIMT_INTERNAL inline void kernel
     abort();
 }
 
-// Nobody is ready and somebody waits: how many threads are where.
+// Reports a stuck block, where no thread is ready and some wait: how many threads are at which place.
 SIMT_INTERNAL inline void report_stuck() {
     begin_error();
     append_error(block.divergent ? ": divergent barriers" : ": its threads wait for ever");
@@ -362,7 +366,8 @@ inline void fault_in_kernel() {
     kernel_error("invalid memory access (address %p)", fault_address);
 }
 
-// The thread goes on in fault_in_kernel(), on its own stack, which nobody needs any more.
+// The signal handler: the thread continues in fault_in_kernel(), at the top of its own stack, whose contents
+// are no longer needed.
 inline void on_fault(int number, siginfo_t* info, void* context) {
     if (!current) { // a fault of the host while it runs blocks
         signal(number, SIG_DFL);
@@ -374,7 +379,8 @@ inline void on_fault(int number, siginfo_t* info, void* context) {
     registers[REG_RIP] = (greg_t)fault_in_kernel;
 }
 
-// While one of these lives. Other handlers (test frameworks have some) get their signals back afterwards.
+// Catches faults while an object of this type lives. Its destructor restores the earlier handlers (test
+// frameworks have some).
 struct CatchFaults {
     stack_t kept_stack;
     struct sigaction kept[2];
@@ -401,16 +407,16 @@ struct CatchFaults {
 // ----------------------------------------------------------------------------
 // The block's barrier
 
-// Returns when all threads of the block have come to this same place.
+// Returns when all threads of the block have reached this same place.
 SIMT_INTERNAL inline Predicates barrier(int predicate, const Place& place) {
     if (block.arrived == 0) block.place = place;
     else if (!same_place(block.place, place))
-        block.divergent = true; // the block gets stuck, and then it shows who is where
+        block.divergent = true; // the block gets stuck, and report_stuck() says where its threads are
     block.so_far.any |= predicate != 0;
     block.so_far.all &= predicate != 0;
     block.so_far.count += predicate != 0;
-    // With one object, a fast thread that releases it at the next barrier would seem ordered before a slow one that has
-    // still to leave this barrier.
+    // Two objects alternate. With one object, a fast thread that releases it at the next barrier would seem
+    // ordered before a slow thread that has not left this barrier yet.
     char* order = &block.barrier_order[block.generation % 2];
     release(order);
     if (++block.arrived < block.thread_count || block.divergent) {
@@ -430,10 +436,10 @@ SIMT_INTERNAL inline Predicates barrier(int predicate, const Place& place) {
 // ----------------------------------------------------------------------------
 // Running
 
-// Where every fiber begins.
+// Every fiber begins here.
 SIMT_INTERNAL inline void fiber_main() {
 #ifdef SIMT_ADDRESS
-    // The first fiber of a block comes from the host, and learns where the host's stack is.
+    // The host switches to the first fiber of a block, which stores the place of the host's stack.
     const void* bottom;
     size_t bytes;
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
@@ -466,11 +472,11 @@ SIMT_INTERNAL inline void prepare_fiber(Fiber* fiber) {
         fiber->stack_bytes = STACK_BYTES;
     }
 #ifdef SIMT_THREAD
-    if (!fiber->sanitized) fiber->sanitized = __tsan_create_fiber(0); // slow, so it is kept for later blocks
+    if (!fiber->sanitized) fiber->sanitized = __tsan_create_fiber(0); // slow, so later blocks use it again
 #endif
     fiber->fake_stack = nullptr;
-    // What simt_switch_stack() takes from a stack: six registers, then the address to go to. One word more, so that the
-    // stack is aligned as after a call.
+    // simt_switch_stack() pops six registers and then the address to continue at. One more word aligns the
+    // stack as after a call.
     void** top = (void**)(fiber->stack + STACK_BYTES);
     *--top = nullptr;
     *--top = (void*)fiber_main;
@@ -491,8 +497,9 @@ SIMT_INTERNAL inline void prepare_thread(int i, Fiber* fiber) {
     warps[thread->warp].lanes |= 1u << thread->lane;
 }
 
-// What was left in the midst of a kernel still has guarded variables on its stack, and a call stack in the thread
-// sanitizer, to which all that it did is to be over before the host goes on.
+// An abandoned fiber stopped inside a kernel. It still has guarded variables on its stack, and a call stack
+// in the thread sanitizer. The thread sanitizer must see all its accesses as ordered before the host's next
+// ones.
 SIMT_INTERNAL inline void abandon_fiber(Fiber* fiber) {
     unpoison(fiber->stack, STACK_BYTES);
 #ifdef SIMT_THREAD
@@ -503,7 +510,7 @@ SIMT_INTERNAL inline void abandon_fiber(Fiber* fiber) {
 #endif
 }
 
-// False where the block failed; error_message then says why.
+// Returns false if the block failed; error_message then says why.
 SIMT_INTERNAL inline bool run_block() {
     const int last_warp = (block.thread_count - 1) / WARP;
     block.live = block.thread_count;
@@ -530,7 +537,7 @@ SIMT_INTERNAL inline bool run_block() {
     return !failed;
 }
 
-// Blocks in the order of threads; random order draws each block's place by a seeded shuffle.
+// Runs the blocks in the order of SIMT_ORDER; for the random order a seeded shuffle places each block.
 SIMT_INTERNAL inline bool run_blocks(unsigned* block_order, unsigned blocks) {
     random_state = options.seed * 0x9E3779B97F4A7C15ull + 0xD1B54A32D192ED03ull;
     if (!random_state) random_state = 1;
@@ -552,7 +559,7 @@ SIMT_INTERNAL inline bool run_blocks(unsigned* block_order, unsigned blocks) {
     return true;
 }
 
-// Runs a whole launch; false where a block failed.
+// Runs a whole launch; returns false if a block failed.
 SIMT_INTERNAL inline bool run_grid(dim3 grid, dim3 threads_of_block, size_t shared_bytes, void (*run)(void*),
                                    void* arguments) {
     DeviceMemoryOpen open;

@@ -1,6 +1,6 @@
 /*
-CUDA's device functions that the C library lacks: mathematics, bits of floats, and atomics. What the C library has under
-the same name (expf, exp2f, sqrtf, fmaxf, fmaf, sincosf, ...) kernels use from there.
+CUDA's device functions that the C library lacks: mathematics, bits of floats, and atomics. Kernels use the C
+library's functions where it has the same name (expf, exp2f, sqrtf, fmaxf, fmaf, sincosf, ...).
 */
 #ifndef DEV_SIMT_MATH_H
 #define DEV_SIMT_MATH_H
@@ -50,7 +50,7 @@ template <class A, class B> inline simt_arithmetic<A, B> max(A a, B b) {
 
 template <class T> inline T __ldg(const T* pointer) { return *pointer; }
 
-// Atomics order nothing but themselves, as on the GPU.
+// Atomics order no other accesses, as on the GPU.
 SIMT_INTERNAL inline void simt_count_atomic() { simt::count(&simt::Counters::atomics, 1); }
 template <class T, class Change> inline T simt_atomic(T* address, Change change) {
     T old, changed;
@@ -87,7 +87,7 @@ template <class T> inline T atomicCAS(T* a, std::common_type_t<T> expected, std:
     return simt_atomic(a, [expected, v](T old) { return old == expected ? v : old; });
 }
 
-// What came before one thread's fence is ordered before what follows a later fence of another.
+// Accesses before one thread's fence are ordered before accesses after a later fence of another thread.
 inline char simt_fence;
 inline void __threadfence() {
     simt::acquire(&simt_fence);

@@ -1,21 +1,23 @@
 /*
-The matrix products of DEVICE=simt: plain loops on the host where the GPU has cuBLASLt (kernels/matmul.cuh). Sums are fp32, each
-in the order of the inner dimension, whatever the number of threads.
+The matrix products of DEVICE=simt: plain loops on the host, in place of cuBLASLt on a GPU
+(kernels/matmul.cuh). Sums are fp32, each in the order of the inner dimension, for any number of threads.
 */
 #ifndef DEV_SIMT_MATMUL_H
 #define DEV_SIMT_MATMUL_H
 
 #include "kernels/device.cuh"
 
-// The GPU's library has no products before.
+// On a GPU the library computes no products before matmul_start(); multiply() here checks the same rule.
 static int matmul_started = 0;
 static inline void matmul_start(void) { matmul_started = 1; }
 static inline size_t matmul_scratch_bytes(void) { return 0; }
 
-// The part of C that is summed at once. Loops over its columns are SIMD instructions, whatever else the compiler optimises.
+// The part of C that one call of multiply_tile computes. Loops over its columns become SIMD instructions at
+// every optimisation level.
 enum { SIMT_TILE_ROWS = 4, SIMT_TILE_COLUMNS = 64 };
 
-// One tile, from row m and column n of C on. B is op(B), widened to float, with rows of `stride`.
+// Computes one tile, from row m and column n of C on. B is op(B), converted to float, with rows of `stride`
+// elements.
 static inline void multiply_tile(void* C, const floatX* A, const float* B, int transA, int m, int n, int M,
                                  int N, int K, int stride, int accumulate) {
     const int rows = M - m < SIMT_TILE_ROWS ? M - m : (int)SIMT_TILE_ROWS;
@@ -44,7 +46,7 @@ static inline void multiply_now(void* C, const floatX* A, const floatX* B, int t
     const int stride = (N + SIMT_TILE_COLUMNS - 1) / SIMT_TILE_COLUMNS * SIMT_TILE_COLUMNS;
     const int tile_rows = (M + SIMT_TILE_ROWS - 1) / SIMT_TILE_ROWS;
     float* widened = (float*)calloc_or_fail((size_t)K * stride, sizeof(float), "a matrix product");
-#if !defined(__SANITIZE_THREAD__) // which does not know OpenMP's barriers
+#if !defined(__SANITIZE_THREAD__) // the thread sanitizer does not know OpenMP's barriers
 #pragma omp parallel
 #endif
     {

@@ -1,9 +1,10 @@
 /*
-mma and ldmatrix, as the PTX ISA lays their fragments out over the lanes of a warp ("Matrix Fragments for mma.m16n8k16 with
-floating point type", "ldmatrix"). kernels/ptx.cuh documents them; test/test_layout.cu checks both bodies.
+mma and ldmatrix, with the fragment layout of the PTX ISA ("Matrix Fragments for mma.m16n8k16 with floating
+point type", "ldmatrix"). kernels/ptx.cuh documents both; test/test_layout.cu checks the bodies here and
+there.
 
-Products are exact in fp32, and sums in fp32 in the order of k. A tensor core adds in another order and may round
-otherwise; tests allow for that.
+Products are exact in fp32, and sums are fp32 in the order of k. A tensor core adds in another order and may
+round differently; the tests allow for that.
 */
 #ifndef DEV_SIMT_MATRIX_H
 #define DEV_SIMT_MATRIX_H
@@ -20,7 +21,7 @@ struct MatrixRow {
     unsigned short element[8];
 };
 
-// In instrumented code, so that the sanitizers see the row as read by the lane that names it.
+// This function is instrumented, so that the sanitizers see the read by the lane that gives the address.
 inline MatrixRow read_row(const void* row) { return *(const MatrixRow*)row; }
 
 struct CountMatrices {
@@ -62,10 +63,10 @@ struct MultiplyTiles {
         return value;
     }
 
-    // Every lane's operands become its four elements of the result.
+    // Replaces every lane's operands by its four elements of the result.
     SIMT_INTERNAL void operator()(Payload* payload) const {
         count(&Counters::products, 1);
-        typedef float Row __attribute__((vector_size(32))); // of 8 columns, which the compiler need not find
+        typedef float Row __attribute__((vector_size(32))); // 8 columns; the compiler need not vectorise
         float A[16][16];
         Row B[16], D[16];
         for (int l = 0; l < WARP; l++) {

@@ -1,9 +1,10 @@
 /*
-The GPU's two memories: device memory, one allocation each, and a block's shared memory. What nobody has written reads as
-0xFF bytes: as floats NaN, as integers -1.
+The GPU's two memories: device memory, with one host allocation for each cudaMalloc(), and a block's shared
+memory. Unwritten memory holds 0xFF bytes: NaN as float, -1 as integer.
 
-Under the address sanitizer device memory is poisoned while no kernel and no copy runs (DeviceMemoryOpen), so that host code
-which touches it is caught; shared memory is taken anew for every block, at its exact size.
+Under the address sanitizer, device memory is poisoned while no kernel and no copy runs (DeviceMemoryOpen), so
+the sanitizer catches host code that accesses it. Shared memory is allocated for every block, at its exact
+size.
 */
 #ifndef DEV_SIMT_MEMORY_H
 #define DEV_SIMT_MEMORY_H
@@ -27,7 +28,7 @@ struct Allocation {
 enum { MAX_ALLOCATIONS = 65536 };
 inline Allocation allocations[MAX_ALLOCATIONS]; // by address
 inline int allocation_count;
-inline int device_memory_open; // kernels and copies that run now
+inline int device_memory_open; // the number of kernels and copies that run now
 
 // The number of allocations that begin at or before this address.
 SIMT_INTERNAL inline int allocations_up_to(const void* address) {
@@ -40,7 +41,7 @@ SIMT_INTERNAL inline int allocations_up_to(const void* address) {
     return low;
 }
 
-// The allocation that all these bytes lie in, or null.
+// The allocation that contains all these bytes, or null.
 SIMT_INTERNAL inline Allocation* device_allocation(const void* address, size_t bytes) {
     int i = allocations_up_to(address) - 1;
     if (i < 0) return nullptr;
@@ -49,7 +50,7 @@ SIMT_INTERNAL inline Allocation* device_allocation(const void* address, size_t b
                                                                                    : nullptr;
 }
 
-// A number, for nothing is read there: memory that nobody has written yet may be asked about.
+// The address is a number because this function reads no memory; the bytes may be unwritten.
 SIMT_INTERNAL inline bool is_device_memory(uintptr_t address, size_t bytes) {
     return device_allocation((const void*)address, bytes);
 }
@@ -65,7 +66,7 @@ inline void* device_allocate(size_t bytes) {
     return memory;
 }
 
-// False where the address is not one that device_allocate() gave.
+// Returns false if device_allocate() did not give this address.
 inline bool device_release(void* memory) {
     int i = allocations_up_to(memory) - 1;
     if (i < 0 || allocations[i].begin != memory) return false;
@@ -76,7 +77,7 @@ inline bool device_release(void* memory) {
     return true;
 }
 
-// While one of these lives, device memory may be touched.
+// Device memory may be accessed while an object of this type lives.
 struct DeviceMemoryOpen {
     DeviceMemoryOpen() {
         if (device_memory_open++ == 0)
@@ -91,7 +92,7 @@ struct DeviceMemoryOpen {
 // ----------------------------------------------------------------------------
 // Shared memory
 
-enum { MAX_SHARED_BYTES = 227 * 1024 }; // what a block can have on sm_90
+enum { MAX_SHARED_BYTES = 227 * 1024 }; // the maximum of a block on sm_90
 
 struct SharedMemory {
     char* dynamic; // the running block's dynamic shared memory
@@ -104,7 +105,8 @@ inline SharedMemory shared;
 SIMT_INTERNAL inline void* dynamic_shared_memory() { return shared.dynamic; }
 
 #ifndef SIMT_ADDRESS
-// The main program comes first; its thread_local segment is all __shared__ arrays (types.h).
+// dl_iterate_phdr() reports the main program first; its thread_local segment holds exactly the __shared__
+// arrays (types.h).
 inline int note_shared_arrays(dl_phdr_info* program, size_t, void*) {
     for (int i = 0; i < program->dlpi_phnum; i++)
         if (program->dlpi_phdr[i].p_type == PT_TLS) {
@@ -115,7 +117,7 @@ inline int note_shared_arrays(dl_phdr_info* program, size_t, void*) {
 }
 #endif
 
-// Before a launch.
+// Called before a launch.
 inline void shared_memory_begin(size_t bytes) {
     shared.bytes = bytes;
 #ifndef SIMT_ADDRESS
@@ -123,7 +125,7 @@ inline void shared_memory_begin(size_t bytes) {
 #endif
 }
 
-// Before a block: nobody has written anything.
+// Called before a block: makes all shared memory unwritten.
 inline void shared_memory_fresh() {
 #ifdef SIMT_ADDRESS
     free(shared.dynamic); // the sanitizer knows the exact end of what malloc() gave
@@ -131,7 +133,8 @@ inline void shared_memory_fresh() {
 #else
     forget_accesses(shared.arrays, shared.array_bytes);
     memset(shared.arrays, 0xFF, shared.array_bytes);
-    // One mapping with a page behind it that faults. To the thread sanitizer, a new mapping is new memory.
+    // One mapping, followed by a page that faults. The thread sanitizer gets a new mapping for each block,
+    // because it takes a new mapping as new memory.
     enum { PAGE = 4096, MAPPED = (MAX_SHARED_BYTES + PAGE - 1) / PAGE * PAGE };
     static char* mapping = nullptr;
 #ifndef SIMT_THREAD
@@ -147,7 +150,8 @@ inline void shared_memory_fresh() {
     memset(shared.dynamic, 0xFF, shared.bytes);
 }
 
-// Whether an address can be shared memory. Where the static arrays are not known, what is not device memory can.
+// Whether an address can be shared memory. If the static arrays are not known (under the address sanitizer),
+// every address outside device memory can be.
 SIMT_INTERNAL inline bool may_be_shared(const void* address, size_t bytes) {
     const char* p = (const char*)address;
     if (p >= shared.dynamic && p + bytes <= shared.dynamic + shared.bytes) return true;

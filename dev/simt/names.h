@@ -1,5 +1,5 @@
 /*
-What functions are called: the program's own symbol table, as CUDA has one of the kernels that it was given.
+The names of functions, from the program's own symbol table. (CUDA has a table of the registered kernels.)
 
     printf("%s\n", simt::function_name((const void*)kernel));     // mangled; "?" in a program that was stripped
 */
@@ -21,13 +21,13 @@ struct SymbolTable {
     const char* names;
 };
 
-// The main program comes first.
+// dl_iterate_phdr() reports the main program first.
 inline int note_load_address(dl_phdr_info* program, size_t, void* address) {
     *(uintptr_t*)address = program->dlpi_addr;
     return 1;
 }
 
-// Of the file that this program was started from, which stays mapped.
+// Reads the symbols of the program's own file, which stays mapped.
 inline SymbolTable read_symbols() {
     SymbolTable table = {nullptr, 0, nullptr};
     const int file = open("/proc/self/exe", O_RDONLY);

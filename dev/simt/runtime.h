@@ -2,9 +2,10 @@
 The CUDA runtime's host functions that the program uses, with CUDA's names and values, and cudaLaunchKernelEx(). Streams, events
 and graphs are in stream.h.
 
-"Asynchronous" calls have finished when they return, or are noted where their stream is recorded for a graph. What is checked: that
-copies go between the memories they name, that a kernel's pointer arguments are device memory, and the limits of grid, block and
-shared memory; and of what is recorded, that the host's side of a copy is pinned.
+"Asynchronous" calls have finished when they return, except on a stream that is being recorded for a graph:
+there they are only noted. The emulator checks that copies go between the kinds of memory that they name, that
+a kernel's pointer arguments are device memory, and the limits of grid, block and shared memory. For a
+recorded copy it also checks that the host's memory is pinned.
 */
 #ifndef DEV_SIMT_RUNTIME_H
 #define DEV_SIMT_RUNTIME_H
@@ -83,7 +84,7 @@ inline cudaError_t cudaFree(void* pointer) {
 }
 
 namespace simt {
-inline std::map<const char*, size_t> pinned; // bytes of main memory, by their address
+inline std::map<const char*, size_t> pinned; // address and bytes of pinned host memory
 
 inline bool is_pinned(const void* memory, size_t bytes) {
     auto after = pinned.upper_bound((const char*)memory);
@@ -144,7 +145,7 @@ inline cudaError_t set(void* memory, int value, size_t bytes) {
     return cudaSuccess;
 }
 
-// Memory that a copy can be recorded with.
+// Whether a recorded copy may use this memory.
 inline bool stays_in_place(const void* memory, size_t bytes) {
     return is_device_memory((uintptr_t)memory, bytes) || is_pinned(memory, bytes);
 }
@@ -174,7 +175,7 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
 // ----------------------------------------------------------------------------
 // The device: one, a small GPU of compute capability 9.0
 
-enum { SIMT_MULTIPROCESSORS = 4 }; // few, so that kernels whose grid follows from it stay quick
+enum { SIMT_MULTIPROCESSORS = 4 }; // few, because the grids of some kernels grow with it
 
 inline cudaError_t cudaGetDeviceCount(int* count) {
     *count = 1;
@@ -237,7 +238,7 @@ template <class T> inline bool is_valid_argument(const T& value) {
     else return true;
 }
 
-// A kernel with its arguments, as a launch leaves them.
+// A kernel with its converted arguments.
 template <class... P> struct Call {
     void (*kernel)(P...);
     std::tuple<P...> arguments;
@@ -248,7 +249,8 @@ template <class... P> inline void call(void* launched) {
     std::apply(c->kernel, c->arguments);
 }
 
-// SIMT_LAUNCHES=FILE: of every launch the kernel, the threads of a block and their bytes of dynamic shared memory, a line each.
+// With SIMT_LAUNCHES=FILE, appends a line for every launch: the kernel, the threads of a block and the bytes
+// of its dynamic shared memory.
 inline void log_launch(const void* kernel, dim3 threads_of_block, size_t shared_bytes) {
     static FILE* const log = getenv("SIMT_LAUNCHES") ? fopen(getenv("SIMT_LAUNCHES"), "a") : nullptr;
     if (log)

@@ -2,11 +2,12 @@
 The sanitizers' view of fibers and of the GPU's memories. In a plain build every function here is empty.
 
     address   each fiber has its own stack; device memory and the gaps between shared arrays are poisoned
-    thread    each CUDA thread is a thread of its own, and only what orders memory on a GPU orders it: release() and
-              acquire() at barriers, never the switch from one fiber to the next. So a missing barrier is reported with
-              file and line even where the result is right
+    thread    each CUDA thread is a separate thread, and only operations that order memory on a GPU order it
+              here: release() and acquire() at barriers, never the switch from one fiber to the next. So the
+              sanitizer reports a missing barrier, with file and line, even if the result is right
 
-The emulator's own functions are marked SIMT_INTERNAL: not instrumented, for what they touch is no part of the kernel.
+The emulator's own functions are marked SIMT_INTERNAL: they are not instrumented, because their accesses do
+not belong to the kernel.
 */
 #ifndef DEV_SIMT_SANITIZERS_H
 #define DEV_SIMT_SANITIZERS_H
@@ -18,7 +19,7 @@ The emulator's own functions are marked SIMT_INTERNAL: not instrumented, for wha
 #define SIMT_ADDRESS
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-// Memory that cannot be had is an answer.
+// A failed allocation returns null instead of ending the program.
 extern "C" __attribute__((weak, used)) const char* __asan_default_options() {
     return "allocator_may_return_null=1";
 }
@@ -26,10 +27,12 @@ extern "C" __attribute__((weak, used)) const char* __asan_default_options() {
 #if defined(__SANITIZE_THREAD__)
 #define SIMT_THREAD
 #include <sanitizer/tsan_interface.h>
-// The interface for managed languages: the one way to say that memory is fresh, and earlier accesses to it forgotten.
+// The interface for managed languages. Only this interface can tell the sanitizer that memory is new and that
+// it must forget earlier accesses to it.
 extern "C" void __tsan_java_init(uintptr_t heap_begin, uintptr_t heap_size);
 extern "C" void __tsan_java_alloc(uintptr_t pointer, uintptr_t size);
-// It waits a second at exit for threads that might still race; there are none. Memory that cannot be had is an answer.
+// By default the sanitizer waits a second at exit for threads that might still race; here there are none. A
+// failed allocation returns null instead of ending the program.
 extern "C" __attribute__((weak, used)) const char* __tsan_default_options() {
     return "atexit_sleep_ms=0:allocator_may_return_null=1";
 }
@@ -57,7 +60,7 @@ inline void unpoison(const void* memory, size_t bytes) {
     (void)memory, (void)bytes;
 }
 
-// All that a thread did before release(object) is ordered before what a thread does after acquire(object).
+// Accesses of a thread before release(object) are ordered before accesses of a thread after acquire(object).
 SIMT_INTERNAL inline void release(char* object) {
 #ifdef SIMT_THREAD
     __tsan_release(object);
@@ -72,8 +75,8 @@ SIMT_INTERNAL inline void acquire(char* object) {
     (void)object;
 }
 
-// Accesses to this memory by earlier blocks are no races with those to come: it is another block's memory now. Always the
-// same memory.
+// Forgets earlier blocks' accesses to this memory: they do not race with the next block's accesses, because a
+// GPU gives each block its own memory. Every call must pass the same memory.
 inline void forget_accesses(void* memory, size_t bytes) {
 #ifdef SIMT_THREAD
     static bool initialised = false;

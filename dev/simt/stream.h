@@ -2,17 +2,19 @@
 Streams and events, and graphs that are recorded from streams, with CUDA's names.
 
     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
-    ...                                                  // launches, copies and memsets: noted, not done
+    ...                                                  // launches, copies and memsets: noted, not run
     cudaStreamEndCapture(stream, &graph);
     cudaGraphInstantiate(&executable, graph, 0);
-    cudaGraphLaunch(executable, stream);                 // done, in the order in which they were noted
+    cudaGraphLaunch(executable, stream);                 // runs them, in the order in which they were noted
 
-Nothing runs beside anything else. On a stream that does not record, work is done when the call that queues it returns. On one that
-records it is noted with its arguments as they are; what a copy reads is what is there when the graph runs.
+Nothing runs concurrently. On a stream that does not record, work is complete when the call that queues it
+returns. On a stream that records, the work is noted with the values of its arguments; a copy reads its source
+when the graph runs.
 
-What a GPU refuses while a stream records is an error here, with a message, and the recording is lost: waiting for the stream or
-the device, taking or freeing memory, copies that the host waits for (so those of memory that is not pinned), an end before
-streams that joined are waited for. One recording at a time is possible, on a GPU more.
+While a stream records, calls that a GPU refuses are errors here too, with a message, and the recording is
+lost. These are host synchronisation with the stream or the device, allocating or freeing memory, copies that
+the host waits for (such as those of memory that is not pinned), and an end of the recording before it has
+waited for all streams that joined it. Only one recording at a time is possible; a GPU can make several.
 */
 #ifndef DEV_SIMT_STREAM_H
 #define DEV_SIMT_STREAM_H
@@ -54,15 +56,15 @@ struct Node {
 
 struct simt_stream {
     bool blocking;      // it and the default stream wait for each other
-    unsigned recording; // the number of the recording that it last took part in
-    size_t noted;       // its nodes of that recording
-    size_t awaited;     // those of them that another of its streams waits for
+    unsigned recording; // the number of the last recording that it took part in
+    size_t noted;       // how many of its nodes that recording has
+    size_t awaited;     // how many of these another stream of the recording waits for
 };
 struct simt_event {
     double milliseconds;
-    unsigned recording;  // it stands for a place in this recording and has no time; 0: it has one
-    simt_stream* stream; // and was recorded on this stream
-    size_t noted;        // after so many of the stream's nodes
+    unsigned recording;  // the event is a place in this recording and has no time; 0: it has a time
+    simt_stream* stream; // it was recorded on this stream
+    size_t noted;        // after this many of the stream's nodes
 };
 struct simt_graph {
     std::vector<simt::Node> nodes;
@@ -79,13 +81,13 @@ struct cudaGraphExecUpdateResultInfo {
 };
 
 // ----------------------------------------------------------------------------
-// What is being recorded
+// The current recording
 
 namespace simt {
 
 struct Recording {
-    unsigned number;   // of the newest one
-    cudaGraph_t graph; // null: nothing is recorded now
+    unsigned number;   // of the newest recording
+    cudaGraph_t graph; // null: no stream records now
     cudaStream_t origin;
     std::vector<cudaStream_t> joined; // the other streams
     cudaStreamCaptureMode mode;
@@ -97,21 +99,23 @@ inline bool records(cudaStream_t stream) {
     return recording.graph && stream && stream->recording == recording.number;
 }
 
-// A call that cannot be recorded. The message stays what cudaGetErrorString() says to every later call of this recording.
+// Handles a call that cannot be recorded. cudaGetErrorString() returns its message for every later call of
+// this recording.
 inline cudaError_t lose_recording(cudaError_t error, const char* call, const char* why) {
     if (recording.lost) return result(cudaErrorStreamCaptureInvalidated);
     recording.lost = true;
     return result(error, "%s while a stream is recorded for a graph: %s", call, why);
 }
 
-// For calls that are possible only where nothing is recorded: true, and the recording is lost, where something is.
+// For calls that are not allowed during a recording. If there is a recording, it is lost and this returns
+// true.
 inline bool loses_recording(const char* call) {
     if (!recording.graph || recording.mode == cudaStreamCaptureModeRelaxed) return false;
     lose_recording(cudaErrorStreamCaptureUnsupported, call, "it cannot be part of one");
     return true;
 }
 
-// Does the work, or notes it where the stream records.
+// Runs the work, or notes it if the stream records.
 template <class Work> inline cudaError_t enqueue(cudaStream_t stream, NodeKind kind, Work work) {
     if (!stream && recording.graph && recording.origin->blocking)
         return lose_recording(cudaErrorStreamCaptureImplicit, "work on the default stream",
@@ -157,7 +161,7 @@ inline cudaError_t cudaDeviceSynchronize() {
     return cudaSuccess;
 }
 
-// What a recording stream has recorded, another joins by waiting for.
+// A stream joins a recording when it waits for an event of a stream that records.
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0) {
     (void)flags;
     const bool recorded = simt::recording.graph && event->recording == simt::recording.number;
@@ -207,8 +211,8 @@ inline cudaError_t check_has_time(cudaEvent_t event) {
 
 } // namespace simt
 
-// Without cudaEventRecordExternal an event is recorded as a place in the recording, for other streams to wait for; with it the
-// time is taken whenever the graph runs.
+// On a stream that records: without cudaEventRecordExternal the event is a place in the recording, for which
+// other streams can wait; with it, the event takes the time whenever the graph runs.
 inline cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
     const bool external = flags == cudaEventRecordExternal;
     if (external && !simt::records(stream))
@@ -278,7 +282,7 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t
     return cudaSuccess;
 }
 
-// Other arguments of the same work; anything else needs an executable of its own.
+// Changes the arguments of the same work; different work needs another executable.
 inline cudaError_t cudaGraphExecUpdate(cudaGraphExec_t executable, cudaGraph_t graph,
                                        cudaGraphExecUpdateResultInfo* info) {
     const size_t had = executable->nodes.size(), has = graph->nodes.size();

@@ -1,12 +1,13 @@
 /*
-CUDA's words and small types, for g++: what a kernel's source may say without including CUDA's headers.
+CUDA's keywords and small types, for g++: kernels may use these without including CUDA's headers.
 
     __global__ void scale(float4* x, float by) { ... threadIdx.x + blockIdx.x * blockDim.x ... }
 
-A static __shared__ array is one per block on a GPU. Here blocks run one after the other, so one array serves all; it is
-thread_local for one reason: the linker then gathers all such arrays in one place, which memory.h finds and fills with 0xFF
-before each block. Hence the rule that the program has no other thread_local variables. The address sanitizer guards
-ordinary arrays only, so in its builds they are that, and not refilled.
+On a GPU, each block has its own static __shared__ arrays. Here blocks run one after the other, so one array
+serves all blocks. It is thread_local for one reason: the linker then puts all such arrays into one segment,
+which memory.h finds and fills with 0xFF before each block. So the program must have no other thread_local
+variables. The address sanitizer guards only ordinary arrays, so in its builds they are ordinary, and memory.h
+does not refill them.
 */
 #ifndef DEV_SIMT_TYPES_H
 #define DEV_SIMT_TYPES_H
@@ -37,7 +38,8 @@ struct dim3 {
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// Vectors are aligned to their size, as on the GPU: a misaligned access is found by the undefined-behaviour sanitizer.
+// Vectors are aligned to their size, as on the GPU: the undefined-behaviour sanitizer finds a misaligned
+// access.
 struct alignas(8) int2 {
     int x, y;
 };
@@ -64,7 +66,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// Set by fibers.h whenever it goes from one thread or block to another.
+// fibers.h sets these when it switches to another thread or block.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;

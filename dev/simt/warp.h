@@ -1,12 +1,14 @@
 /*
-What the lanes of a warp do together: shuffles, votes, __syncwarp(). matrix.h builds mma and ldmatrix on the same meeting.
+The collective operations of a warp: shuffles, votes, __syncwarp(). matrix.h builds mma and ldmatrix on the
+same function, meet().
 
-Every lane of the mask brings its value and waits; the last to come may compute something for all; then each takes what is
-its own. All must be at the same place of the source. Wrong on a GPU at times, and an error here always: a caller that is not
-in its mask, a mask that names a lane which has returned or never was, a shuffle that reads a lane outside the mask.
+Every lane of the mask brings its value and waits. The last lane to arrive may compute something for all; then
+each lane reads its result. All lanes must be at the same place of the source. Some mistakes are always errors
+here, but only sometimes give wrong results on a GPU: a caller outside its own mask, a mask that names a lane
+which has returned or does not exist, a shuffle that reads a lane outside the mask.
 
-Only __syncwarp() orders memory: CUDA promises nothing of the kind for shuffles and votes, and the thread sanitizer
-holds kernels to that.
+Only __syncwarp() orders memory. CUDA does not promise this for shuffles and votes, so the thread sanitizer
+reports kernels that rely on it.
 */
 #ifndef DEV_SIMT_WARP_H
 #define DEV_SIMT_WARP_H
@@ -35,8 +37,8 @@ struct Nothing {
     SIMT_INTERNAL void operator()(Payload*) const {}
 };
 
-// Brings `mine` to the lanes of the mask; the last to arrive calls finish(payload of all lanes). Returns that payload, to be
-// read before the next meeting.
+// Gives `mine` to the lanes of the mask; the last lane to arrive calls finish(payload of all lanes). Returns
+// this payload; read it before the next meeting.
 template <class T, class Finish>
 SIMT_INTERNAL inline const Payload* meet(unsigned mask, const T& mine, Finish finish, bool orders_memory,
                                          const Place& place) {
@@ -75,7 +77,7 @@ SIMT_INTERNAL inline const Payload* meet(unsigned mask, const T& mine, Finish fi
     return payload;
 }
 
-// The value of lane `source`; a lane outside 0..31 stands for the caller's own.
+// The value of lane `source`, which must be in the mask.
 template <class T> SIMT_INTERNAL inline T shuffle(unsigned mask, T value, int source, const Place& place) {
     static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, long> ||
                       std::is_same_v<T, unsigned long> || std::is_same_v<T, long long> ||
@@ -92,7 +94,7 @@ template <class T> SIMT_INTERNAL inline T shuffle(unsigned mask, T value, int so
     return result;
 }
 
-// First and last lane of the segment that a shuffle of this width stays in.
+// The first lane of the caller's segment of `width` lanes; a shuffle of this width stays in its segment.
 SIMT_INTERNAL inline int segment_begin(int width, const Place& place) {
     if (width < 1 || width > WARP || (width & (width - 1)))
         kernel_error("%s (%s:%d): width %d is no power of two up to 32", place.operation, place.file,
@@ -111,7 +113,7 @@ SIMT_INTERNAL inline unsigned vote(unsigned mask, int predicate, const Place& pl
     return ballot;
 }
 
-// The lanes whose values have the bits of the caller's.
+// The lanes whose values have the same bits as the caller's.
 template <class T> SIMT_INTERNAL inline unsigned match(unsigned mask, T value, const Place& place) {
     static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
                   "CUDA has no match of this type");
@@ -142,7 +144,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_PLACE) {
     simt::meet(mask, 0, simt::Nothing(), true, {"__syncwarp", file, line});
 }
 
-// A lane that would read beyond its segment of `width` lanes gets its own value, except that xor may read an earlier
+// A lane that would read beyond its segment of `width` lanes gets its own value; only xor may read an earlier
 // segment (PTX ISA, shfl.sync).
 template <class T> inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_PLACE) {
     const simt::Place place = {"__shfl_sync", file, line};
