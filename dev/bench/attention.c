@@ -1,11 +1,12 @@
 /*
-Time of attention, forward and backward, as a share of what the matrix products of the same process reach.
+Times attention, forward and backward, and compares its rate with that of a matrix product in the same
+process.
 
     attention --json attention.json
 
-GFLOP/s count the useful work: two products of 2 D operations for every pair of query and visible key in the forward,
-five in the backward. The peak is a product of two 2048 x 2048 matrices, measured before every round, because other
-work on the machine slows both.
+GFLOP/s count the useful work: for every pair of query and visible key, two products of 2 D operations in the
+forward pass and five in the backward pass. The peak is a product of two 2048 x 2048 matrices. The program
+measures it before every round, because other work on the machine slows both.
 */
 #include <argp.h>
 // attention_forward, attention_backward, gemm

@@ -1,12 +1,14 @@
 /*
-Time of attention on a GPU, forward and backward, as a share of what matrix products reach on the same GPU in the same run.
+Times attention on a GPU, forward and backward, and compares its rate with that of a matrix product in the
+same run.
 
     build/bench/attention_cuda_bf16 --json attention.json
-    dev/bench/peers.py --attention attention.json             # PyTorch's on the same shapes, beside these
+    dev/bench/peers.py --attention attention.json       # PyTorch's times for the same shapes, beside these
 
-Each shape has 16384 tokens and 2048 channels of queries. TFLOP/s count the useful work: two products of 2 D operations for every
-pair of query and visible key in the forward, five in the backward. Calls go round through as many sets of inputs as leave none in
-the cache. The twin for CPUs is attention.c.
+Each shape has 16384 tokens and 2048 channels of queries. TFLOP/s count the useful work: for every pair of
+query and visible key, two products of 2 D operations in the forward pass and five in the backward pass. Calls
+use several sets of inputs in turn, so the cache holds nothing of the next set. The twin for CPUs is
+attention.c.
 */
 #include <argp.h>
 #include "kernels/device.cuh"
@@ -83,7 +85,7 @@ static double visible_pairs(const Shape* shape) {
     return W * (W + 1) / 2 + (T - W) * W;
 }
 
-// What a call reads and writes.
+// The tensors that one call reads and writes.
 typedef struct {
     floatX *qkv, *dqkv, *out, *dout;
     float_acc* lse;

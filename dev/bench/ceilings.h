@@ -1,5 +1,6 @@
 /*
-What the device can do at best, measured in the same run as what is compared with it: a large matrix product, and a copy.
+The rates of a large matrix product and of a copy: the ceilings that a benchmark compares its rates with,
+measured in the same run.
 
     const double product = product_rate(LARGE_PRODUCT);   // operations a second
     const double copy = copy_rate(LARGE_COPY);            // bytes a second, read and written
@@ -10,7 +11,7 @@ What the device can do at best, measured in the same run as what is compared wit
 #include "kernels/matmul.cuh"  // defines matmul_forward
 #include "dev/bench/measure.h" // defines new_random, Mark, median
 
-// Bytes of a copy that no cache holds; on the emulator, few.
+// Bytes of a copy, too many for any cache; few on the emulator.
 #if defined(DEVICE_SIMT)
 static const size_t LARGE_COPY = 1 << 16;
 #else

@@ -15,7 +15,8 @@ import subprocess
 
 OPERATIONS_OF_PRODUCT = 2 * 16 * 8 * 16
 
-# Of a multiprocessor: bytes of shared memory, warps, blocks. All have 65536 registers. sm_86 and sm_89 run the code of sm_80.
+# Limits of a multiprocessor: bytes of shared memory, warps, blocks. All have 65536 registers. sm_86 and sm_89
+# run the code of sm_80.
 MULTIPROCESSORS = {
     "sm_80": {"shared": 164 << 10, "warps": 64, "blocks": 32, "code": "sm_80"},
     "sm_86": {"shared": 100 << 10, "warps": 48, "blocks": 16, "code": "sm_80"},
@@ -24,10 +25,11 @@ MULTIPROCESSORS = {
 }
 REGISTERS, RESERVED_SHARED = 65536, 1024
 
-# How many times its least time a stage is predicted to take.
+# The predicted time of a stage, as a multiple of its least time.
 MISSES = 2
 
-# Forward and backward on one H100 in ms, as the figure of arXiv 2511.11571 has them: FlashAttention-2, FlashMoBA (with routing).
+# Forward and backward on one H100 in ms, from the figure of arXiv 2511.11571: FlashAttention-2, FlashMoBA
+# (with routing).
 PUBLISHED = {8192: (6.8, 6.0), 16384: (24, 13.1), 32768: (94, 28.0), 65536: (373, 68.0), 131072: (1490, 174), 262144: (5970, 530), 524288: (23900, 1620)}
 
 

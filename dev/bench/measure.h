@@ -1,6 +1,7 @@
 /*
-What the benchmarks share: numbers of their command lines, random inputs (never zeros: those are faster), as many sets of them as
-leave none in the cache, and the median of what the device's marks in time measure.
+Functions that the benchmarks share: numbers of the command line, random inputs (never zeros, which are
+faster), enough sets of inputs that the next one is not in the cache, and medians of the times between marks
+in the device's stream.
 
     int T = parse_number(argument, "tokens", 1);
     floatX* qkv = new_random(count);
@@ -11,7 +12,7 @@ leave none in the cache, and the median of what the device's marks in time measu
     times[round] = seconds_between(begun, done);         // waits for the device
     double milliseconds = 1e3 * median(times, rounds);
 
-    for (int i = 0; i < input_sets(bytes); i++) ...      // sets of inputs, of so many bytes each
+    for (int i = 0; i < input_sets(bytes); i++) ...      // sets of inputs, `bytes` each
     PassSeconds seconds = time_passes(forward, backward, &inputs, input_sets(bytes), rounds);
 */
 #ifndef DEV_BENCH_MEASURE_H
@@ -23,7 +24,8 @@ leave none in the cache, and the median of what the device's marks in time measu
 #include "kernels/device.cuh"
 #endif
 
-// Rows and columns of a product that is large for the device; on the emulator, which only shows that a benchmark works, small.
+// Rows and columns of a product that is large for the device. On the emulator it is small: there a run only
+// shows that the benchmark works.
 #if defined(DEVICE_CPU)
 enum { LARGE_PRODUCT = 2048 };
 #elif defined(DEVICE_SIMT)
@@ -45,8 +47,8 @@ static inline int parse_number(const char* text, const char* name, int minimum) 
     return (int)value;
 }
 
-// Uniform in (-1, 1), in the device's memory; device_free() frees. No pattern repeats: blocks of equal keys would all be the
-// router's choice.
+// Uniform random numbers in (-1, 1), in the device's memory; free them with device_free(). No pattern
+// repeats, because equal key blocks would have equal scores in the router.
 #if defined(DEVICE_CPU)
 static inline floatX* new_random(size_t count) {
     floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");
@@ -81,7 +83,7 @@ static inline floatX* new_random(size_t count) {
 #endif
 
 #if defined(DEVICE_CUDA)
-// Bytes that may still be in the device's cache from the call before.
+// Size of the device's cache, which may hold data of the call before.
 static inline size_t device_cache_bytes(void) {
     int device = 0, bytes = 0;
     device_check(cudaGetDevice(&device), "find the device");
@@ -93,14 +95,15 @@ static inline size_t device_cache_bytes(void) {
 static inline size_t device_cache_bytes(void) { return 0; }
 #endif
 
-// How many sets of inputs, of so many bytes each, calls go round through, so that the cache has nothing of the set that is next.
+// The number of sets of inputs, each of `bytes` bytes. Calls use the sets in turn, so the cache holds nothing
+// of the next set.
 enum { MOST_INPUT_SETS = 16 };
 static inline int input_sets(size_t bytes) {
     const size_t wanted = 1 + 2 * device_cache_bytes() / bytes;
     return wanted < MOST_INPUT_SETS ? (int)wanted : MOST_INPUT_SETS;
 }
 
-// The map of H query heads to G key/value heads in groups of one size, in the device's memory.
+// The uniform map of H query heads to G KV heads, in the device's memory.
 static inline int* new_head_map(int H, int G) {
     int* map = (int*)malloc_or_fail(sizeof(int) * (size_t)H, "the head map");
     int* on_device = (int*)device_malloc(sizeof(int) * (size_t)H, "the head map");
@@ -116,7 +119,7 @@ static inline int compare_doubles(const void* a, const void* b) {
     return (x > y) - (x < y);
 }
 
-// Sorts the values.
+// Returns the median; sorts the values.
 static inline double median(double* values, int count) {
     qsort(values, (size_t)count, sizeof(double), compare_doubles);
     return values[count / 2];
@@ -125,14 +128,14 @@ static inline double median(double* values, int count) {
 // ----------------------------------------------------------------------------
 // Forward and backward
 
-// Queues one pass with this set of inputs.
+// A function that queues one pass with this set of inputs.
 typedef void (*Pass)(void* inputs, int set);
 
 typedef struct {
     double forward, backward; // seconds
 } PassSeconds;
 
-// Medians of `rounds`, or of as many as fit in MOST_SECONDS, after as many to warm up as there is reason for.
+// Medians of `rounds` rounds, or of as many as fit in MOST_SECONDS, after one to three rounds that warm up.
 enum { MOST_SECONDS = 10, LEAST_ROUNDS = 3 };
 static inline PassSeconds time_passes(Pass forward, Pass backward, void* inputs, int sets, int rounds) {
     double* times = (double*)malloc_or_fail(sizeof(double) * 2 * (size_t)rounds, "the times");
@@ -147,7 +150,7 @@ static inline PassSeconds time_passes(Pass forward, Pass backward, void* inputs,
         mark(&done, 0);
         const double seconds = seconds_between(begun, done);
         spent += seconds;
-        // Three calls warm up, or one where calls are long.
+        // Three calls warm up, or only one if a call is long.
         if (call < (seconds < 1 ? 3 : 1)) continue;
         times[measured] = seconds_between(begun, middle);
         times[rounds + measured++] = seconds_between(middle, done);

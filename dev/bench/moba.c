@@ -1,12 +1,13 @@
 /*
-Time of block-sparse attention, forward and backward, against dense attention on the same inputs in the same process.
+Times block-sparse attention, forward and backward, and dense attention on the same inputs in the same
+process.
 
     moba --tokens 32768 --json moba.json
 
-A round is flashmoba, dense, flashmoba: the ratio is dense over the mean of the two, because other work on the machine
-slows both. The plain algorithm runs once where --plain allows. "kept" is what a layer keeps for its backward beyond dense attention
-(selection and centroids), also as a share of what dense attention keeps (qkv, out, lse); the workspaces are shared by all
-layers.
+A round is flashmoba, dense, flashmoba. The ratio is dense over the mean of the two flashmoba runs, because
+other work on the machine slows both. The plain algorithm runs once, for lengths up to --plain. "kept" is the
+memory that a layer keeps for its backward pass beyond dense attention (selection and centroids), also as a
+share of the memory that dense attention keeps (qkv, out, lse). All layers share the workspaces.
 */
 #include <argp.h>
 // moba_forward, flashmoba_forward and its stages, attention_forward, gemm
@@ -89,11 +90,11 @@ static const char* stage_names[NUM_STAGES] = {"router", "local_forward", "routed
                                               "routed_backward"};
 
 typedef struct {
-    double dense, flashmoba, plain, ratio; // seconds; plain is 0 where it was not timed
+    double dense, flashmoba, plain, ratio; // seconds; plain is 0 if it was not timed
     double stages[NUM_STAGES];
     double kept_bytes, kept_share; // of a layer, beyond dense attention
     double workspace_bytes, dense_workspace_bytes;
-    double peak, of_peak; // operations a second of large products, and the share of it in flashmoba's
+    double peak, of_peak; // operations a second of large products; flashmoba's rate as a share of it
 } result_t;
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -151,7 +152,8 @@ static double time_plain(buffers_t* x, const moba_shape_t* s) {
     return omp_get_wtime() - start;
 }
 
-// flashmoba_forward and flashmoba_backward, stage by stage. Adds to the times of the stages; returns the sum.
+// Runs flashmoba_forward and flashmoba_backward stage by stage. Adds to the times of the stages; returns
+// their sum.
 static double time_flashmoba(double* stages, buffers_t* x, const moba_shape_t* s) {
     char* memory = (char*)x->workspace;
     float_acc* delta = (float_acc*)x->workspace;
@@ -181,7 +183,7 @@ static double measure_peak(void) {
     const size_t count = (size_t)PEAK_SIZE * PEAK_SIZE;
     floatX *a = new_random(count), *b = new_random(count), *c = new_random(count);
     double seconds = 0;
-    for (int i = 0; i < 2; i++) { // the first warms up
+    for (int i = 0; i < 2; i++) { // the first round warms up
         const double start = omp_get_wtime();
         gemm(0, 1, PEAK_SIZE, PEAK_SIZE, PEAK_SIZE, a, PEAK_SIZE, b, PEAK_SIZE, 0, c, PEAK_SIZE);
         seconds = omp_get_wtime() - start;
@@ -190,7 +192,7 @@ static double measure_peak(void) {
     return 2.0 * PEAK_SIZE * PEAK_SIZE * PEAK_SIZE / seconds;
 }
 
-// Operations of the seven products over the pairs of query and visible key, and of the scores.
+// Operations of the seven products over the pairs of query and visible key, and of the router's scores.
 static double useful_operations(const moba_shape_t* s) {
     double pairs = 0, scores = 0;
     for (int t = 0; t < s->T; t++) {

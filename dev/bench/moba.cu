@@ -1,16 +1,18 @@
 /*
-Time of block-sparse attention on a GPU, forward and backward, stage by stage, against dense attention on the same inputs in the same
-run, and as shares of what matrix products and copies reach there. The twin for CPUs is moba.c.
+Times block-sparse attention on a GPU, forward and backward, stage by stage, and dense attention on the same
+inputs in the same run. It compares the rates with those of matrix products and copies. The twin for CPUs is
+moba.c.
 
-    build/bench/moba_cuda_bf16 --json moba.json               # lengths, sizes of blocks, inputs made to be hard
+    build/bench/moba_cuda_bf16 --json moba.json               # lengths, block sizes, hard inputs
     build/bench/moba_cuda_bf16 --tokens 65536 --input sink    # one shape
-    dev/bench/peers.py --moba moba.json                       # PyTorch's and FlashMoBA's on the same shapes, beside these
-    build/bench/moba_simt_bf16 --count --tokens 65536         # no times: what each stage does, by formula, on any machine
+    dev/bench/peers.py --moba moba.json                       # PyTorch's and FlashMoBA's times for these
+    build/bench/moba_simt_bf16 --count --tokens 65536         # no times: the work of each stage, by formula
 
-Lengths are those of the paper's figure (arXiv 2511.11571): 2 sequences, 16 heads of 128, blocks of 128 keys, 8 a query. What does not
-fit in the device's memory runs with one sequence, or fewer heads, as its line says. TFLOP/s count the useful work: products over the
-pairs of query and visible key, two in the forward and five in the backward, and the router's scores. Stages are timed in calls of
-their own, by an observer of launches, so their sum is not quite the time of a call.
+The lengths are those of the paper's figure (arXiv 2511.11571): 2 sequences, 16 heads of 128, blocks of 128
+keys, 8 blocks a query. A shape that does not fit in the device's memory runs with one sequence, or fewer
+heads, and its line says so. TFLOP/s count the useful work: the products over the pairs of query and visible
+key (two in the forward pass, five in the backward pass) and the router's scores. A launch observer times the
+stages in separate calls, so their sum differs a little from the time of a call.
 */
 #include <argp.h>
 #include "moba.cuh"                // defines flashmoba_forward, flashmoba_backward
@@ -30,7 +32,7 @@ typedef struct {
     Input input;
     Draw draw;
     int rounds, count;
-    int most[NUM_ALGORITHMS]; // tokens of the longest sequence that each is timed with
+    int most[NUM_ALGORITHMS]; // longest sequence to time each algorithm with, in tokens
     const char* json;
 } Settings;
 
@@ -128,7 +130,7 @@ static void check_shape(const moba_shape_t* s) {
 }
 
 // ----------------------------------------------------------------------------
-// The algorithms, each with the same signature but for what it needs to know
+// The algorithms, as functions with one signature
 
 typedef struct {
     floatX *qkv, *dqkv, *out, *dout;
@@ -226,8 +228,9 @@ static const Algorithm algorithms[NUM_ALGORITHMS] = {
 // ----------------------------------------------------------------------------
 // Inputs
 
-// Queries point along one axis, and so do the keys of the first blocks; the others have nothing there. What is left is random and,
-// averaged over a block, small beside it.
+// All queries have a large component along one axis, and so have the keys of the first blocks; the other keys
+// have 0 there. The other components are random, and their mean over a block is small beside it. So every
+// query selects the first blocks.
 static __global__ void aim_kernel(floatX* qkv, // (B, T, H + 2G, D)
                                   size_t tokens, int T, int H, int G, int D, int first_keys) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, token = i / (H + G);
@@ -246,7 +249,8 @@ static size_t kept_bytes(const moba_shape_t* s) {
            moba_centroids_count(s->B, s->T, s->G, s->D, s->S) * sizeof(float);
 }
 
-// What a call of an algorithm takes: its inputs and outputs, what it keeps between forward and backward, and its workspace.
+// Bytes of one call of an algorithm: its inputs and outputs, the arrays kept between forward and backward,
+// its workspace.
 static size_t call_bytes(const moba_shape_t* s, const Algorithm* algorithm) {
     const size_t kept =
         algorithm == &algorithms[DENSE] ? (size_t)s->B * s->H * s->T * sizeof(float) : kept_bytes(s);
@@ -285,7 +289,8 @@ static void free_inputs(Inputs* inputs) {
     device_free(inputs->kv_of_q);
 }
 
-// Fewer sequences, then fewer heads, until inputs and flashmoba's workspace fit in the free memory; 0 where one head does not.
+// Reduces the sequences, then the heads, until inputs and flashmoba's workspace fit in the free memory.
+// Returns 0 if even one head does not fit.
 static int fit_shape(moba_shape_t* s) {
     for (;;) {
         const size_t set = 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX);
@@ -322,10 +327,10 @@ static void after_launch(LaunchObserver* self, const void* kernel, cudaStream_t 
     if (times->launches < MOST_LAUNCHES) mark(&times->done[times->launches++], stream);
 }
 
-// Medians of a few calls.
+// Times the stages: medians of a few calls.
 enum { STAGE_ROUNDS = 5 };
 static void time_stages(double seconds[NUM_STAGES], Inputs* inputs) {
-    static StageTimes times; // and its events, for all calls
+    static StageTimes times; // kept with its events for all calls
     double of_rounds[NUM_STAGES][STAGE_ROUNDS] = {};
     if (!times.observer.before)
         for (int i = 0; i < MOST_LAUNCHES; i++) times.begun[i] = mark_make(), times.done[i] = mark_make();
@@ -348,18 +353,18 @@ static void time_stages(double seconds[NUM_STAGES], Inputs* inputs) {
 
 typedef struct {
     PassSeconds seconds;
-    double bytes; // of a call
+    double bytes; // of one call
 } Timing;
 
 typedef struct {
-    moba_shape_t shape; // that was run
+    moba_shape_t shape; // the shape that was run
     Input input;
-    Timing timings[NUM_ALGORITHMS]; // no seconds: not run
+    Timing timings[NUM_ALGORITHMS]; // 0 seconds: not run
     double stages[NUM_STAGES];      // seconds
     Work works[NUM_STAGES];
 } Result;
 
-// Of one head.
+// Copies the selection of one head to the host.
 static int* download_selection(const Inputs* x) {
     const size_t count = (size_t)x->shape.T * (x->shape.K - 1);
     int* selected = (int*)malloc_or_fail(sizeof(int) * (count + 1), "a selection");
@@ -368,7 +373,7 @@ static int* download_selection(const Inputs* x) {
     return selected;
 }
 
-// Ends the program where a query that could did not choose what the inputs were made for.
+// Ends the program if a query did not select the blocks that the input was made for, although it could.
 static void check_choices(const Inputs* x, const int* selected) {
     const moba_shape_t* s = &x->shape;
     const int aimed = x->input == INPUT_SINK ? 1 : x->input == INPUT_OLDEST ? s->K - 1 : 0;
@@ -418,7 +423,7 @@ static double sum_of_useful(const Work works[NUM_STAGES], int first, int end) {
 // Reporting times
 
 typedef struct {
-    double product, copy; // what the device reaches: operations and bytes a second
+    double product, copy; // the device's ceilings: operations and bytes a second
 } Ceilings;
 
 static void print_stages(const Result* r, const Ceilings* ceilings) {
@@ -446,7 +451,7 @@ static void print_header(const char* title) {
            "        ms  is faster  flashmoba     dense      moba\n");
 }
 
-// Milliseconds of forward and backward, and how many times as long they take as flashmoba's.
+// Prints the milliseconds of forward and backward, and their ratio to flashmoba's.
 static void print_dense(const PassSeconds* dense, const PassSeconds* flashmoba) {
     if (dense->forward == 0) printf(" %31s", "not run");
     else
@@ -503,7 +508,7 @@ static void write_result(FILE* json, const Result* r, int is_first) {
 // ----------------------------------------------------------------------------
 // The tables
 
-#if defined(DEVICE_SIMT) // only to show that they work
+#if defined(DEVICE_SIMT) // small sizes, which only show that the tables work
 static const int lengths[] = {256, 512};
 enum { SWEEP_TOKENS = 256, HARD_TOKENS = 512 };
 static const moba_shape_t usual_shape = {1, 0, 0, 2, 2, 32, 32, 4};
@@ -581,7 +586,8 @@ static void report_times(const Settings* settings) {
 // ----------------------------------------------------------------------------
 // Counting
 
-// What an H100 may reach with mma.sync and in copies (docs/results/kernels.md): a stage takes at least the longer of its two times.
+// Rates that an H100 may reach with mma.sync and in copies (docs/results/kernels.md). The least time of a
+// stage is the longer of its two times.
 static const double ASSUMED_PRODUCTS = 600e12, ASSUMED_BYTES = 3.35e12;
 
 static double least_seconds(const Work* w) {

@@ -1,19 +1,19 @@
 /*
-What flashmoba does at any length, by formula: matrix products, bytes, atomics and launches of each of its stages, and the least
-that any kernels could do. No GPU and no emulator is needed, so lengths are those of the real thing.
+The work of flashmoba at any length, by formula: matrix products, bytes, atomics and launches of each stage,
+and the least work of any kernels. It needs no GPU and no emulator, so it can count real lengths.
 
-    int* selected = drawn_selection(&shape, DRAW_UNIFORM, 1);      // of one head, which stands for all; or the router's
+    int* selected = drawn_selection(&shape, DRAW_UNIFORM, 1);   // one head for all; or the router's selection
     Work works[NUM_STAGES];
     count_work(works, &shape, NULL, selected, 1);
     Floors floors = count_floors(&shape, selected, 1);
 
-Each formula below follows one kernel of moba.cuh, with the sizes of tiles that the kernel is compiled with and the groups of
-heads that moba_first_group() and moba_next_group() go through; test/test_moba_counts.cu compares them with what the emulator
-counts (dev/simt/counters.h), exactly. It counts the bytes of rows, and of entries and statistics that come by cp.async; those of
-other single words (indices, log-sum-exps, sums that go from registers to memory) are by formula only, each word once for
-every kernel that uses it.
+Each formula below follows one kernel of moba.cuh, with the tile sizes of the compiled kernel and the groups
+of heads of moba_first_group() and moba_next_group(). test/test_moba_counts.cu compares the results with the
+emulator's counters (dev/simt/counters.h), exactly. The emulator counts the bytes of rows, and of list entries
+and statistics that cp.async copies. It does not count other single words (indices, lse, sums that go from
+registers to memory); the formulas count each such word once for every kernel that uses it.
 
-A floor is the work of docs/math.md in the least bytes, by counting: count_floors() has the formulas.
+A floor is the least number of bytes for the work of docs/math.md: count_floors() has the formulas.
 */
 #ifndef DEV_BENCH_MOBA_COUNTS_H
 #define DEV_BENCH_MOBA_COUNTS_H
@@ -37,7 +37,7 @@ static const char* const stage_names[NUM_STAGES] = {"centroids", "router",     "
                                                     "forward",   "merge",      "statistics",
                                                     "backward",  "merge keys", "merge queries"};
 
-// The stage of a kernel whose (mangled) name has one of these parts; NUM_STAGES for a kernel of something else.
+// The stage of a kernel, found by a part of its (mangled) name; NUM_STAGES for any other kernel.
 static inline int stage_of_kernel(const char* name) {
     static const struct {
         const char* part;
@@ -61,7 +61,7 @@ static inline int stage_of_kernel(const char* name) {
 }
 
 // ----------------------------------------------------------------------------
-// Selections to count with where no router has run
+// Random selections, to count with when no router has run
 
 typedef enum { DRAW_UNIFORM, DRAW_RECENT, DRAW_SINK, DRAW_OLDEST, NUM_DRAWS } Draw;
 static const char* const draw_names[NUM_DRAWS] = {"uniform", "recent", "sink", "oldest"};
@@ -73,8 +73,9 @@ static inline uint64_t draw_bits(uint64_t* state) { // xorshift64*
     return *state * 0x2545F4914F6CDD1Dull;
 }
 
-// The choices of a query that has `past` complete blocks before its own, more than it may choose: the first block (sink) or the
-// first ones (oldest) for certain, the others with equal chance or, recent, with one that falls as 1 / distance.
+// Draws the selection of a query with `past` complete blocks before its own, more than K-1. It always
+// contains the first block (sink) or the first ones (oldest). The others are drawn with equal probability, or
+// for recent with a probability that falls as 1 / distance.
 static inline void draw_choices(int* chosen, int choices, int past, Draw draw, uint64_t* state) {
     const int certain = draw == DRAW_OLDEST ? choices : draw == DRAW_SINK;
     for (int i = 0; i < choices; i++) {
@@ -83,12 +84,12 @@ static inline void draw_choices(int* chosen, int choices, int past, Draw draw, u
         if (draw == DRAW_RECENT) block = past - (int)pow(past, chance);
         for (int other = 0; other < i; other++)
             if (chosen[other] == block)
-                block = (block + past - 1) % past, other = -1; // taken: the next older one
+                block = (block + past - 1) % past, other = -1; // already drawn: take the next older one
         chosen[i] = block;
     }
 }
 
-// (T, K-1) of one head, in no order of the blocks.
+// Draws the selection of one head, (T, K-1); the blocks of a query are in no particular order.
 static inline int* drawn_selection(const moba_shape_t* s, Draw draw, uint64_t seed) {
     const int choices = s->K - 1;
     int* selected = (int*)malloc_or_fail(sizeof(int) * ((size_t)s->T * choices + 1), "a selection");
@@ -109,11 +110,11 @@ static inline int* drawn_selection(const moba_shape_t* s, Draw draw, uint64_t se
 typedef struct {
     double launches;
     double products;                  // mma.m16n8k16
-    double copied;                    // bytes by cp.async: of rows, and of what rows are gathered by,
-    double loaded, stored;            // and of rows by load(), store() and store_rows()
+    double copied;                    // bytes that cp.async reads: rows, list entries and statistics
+    double loaded, stored;            // bytes of rows by load(), and by store() and store_rows()
     double words_read, words_written; // other bytes
     double atomics;
-    double useful; // operations that the definition asks for
+    double useful; // operations of the definition in docs/math.md
 } Work;
 
 enum { OPERATIONS_OF_PRODUCT = 2 * 16 * 8 * 16 };
@@ -121,7 +122,7 @@ static inline double bytes_read(const Work* w) { return w->copied + w->loaded + 
 static inline double bytes_written(const Work* w) { return w->stored + w->words_written; }
 static inline double bytes_moved(const Work* w) { return bytes_read(w) + bytes_written(w); }
 
-// Products of (rows, depth) and (depth, columns); the fp32 build has none.
+// Number of mma.m16n8k16 for (rows, depth) times (depth, columns); the fp32 build has none.
 static inline double products(double rows, double columns, double depth) {
 #if defined(PRECISION_BF16)
     return rows / 16 * (columns / 8) * (depth / 16);
@@ -134,14 +135,14 @@ static inline int least(int a, int b) { return a < b ? a : b; }
 static inline double row_bytes(const moba_shape_t* s) { return (double)s->D * sizeof(floatX); }
 static inline double sum_bytes(const moba_shape_t* s) {
     return (double)s->D * sizeof(float);
-} // a row of sums
+} // one row of sums
 
-// Of `keys` keys from this one on, those that there are.
+// The number of existing keys among `keys` keys from first_key on.
 static inline int keys_there(int first_key, int keys, int T) {
     return first_key + keys <= T ? keys : first_key < T ? T - first_key : 0;
 }
 
-// Pairs of a query and a key that it sees, and of a query and a block that it scores, of one head.
+// For one head: the pairs of query and visible key, and the pairs of query and scored block.
 static inline void count_pairs(double* pairs, double* scores, const moba_shape_t* s) {
     *pairs = 0, *scores = 0;
     for (int t = 0; t < s->T; t++) {
@@ -151,7 +152,8 @@ static inline void count_pairs(double* pairs, double* scores, const moba_shape_t
     }
 }
 
-// keys_forward_kernel, for centroids alone: every key of a complete block, once. moba_split_kernel: a word becomes MOBA_TERMS of floatX.
+// keys_forward_kernel, when it only makes centroids, reads every key of a complete block once.
+// moba_split_kernel turns each number of a centroid into MOBA_TERMS of floatX.
 static inline Work centroids_work(const moba_shape_t* s) {
     const int blocks = s->T / s->S;
     const double centroids = (double)s->B * s->G * blocks;
@@ -165,9 +167,9 @@ static inline Work centroids_work(const moba_shape_t* s) {
     return w;
 }
 
-// moba_route_kernel: a block of threads reads its queries once and the centroids before the last of them, in all their terms and
-// rounded up to tiles of COLUMNS; the tile that begins beyond the last complete block ends there. Without blocks before its last
-// query it reads nothing.
+// moba_route_kernel: a thread block reads its queries once, and all terms of the centroids of the blocks
+// before its last query, rounded up to tiles of COLUMNS but not beyond the last complete block. If there are
+// no such blocks, it reads nothing.
 template <int D> static inline Work router_work(const moba_shape_t* s) {
     typedef moba_route_shape<D> shape;
     const double heads = (double)s->B * s->H;
@@ -185,26 +187,27 @@ template <int D> static inline Work router_work(const moba_shape_t* s) {
     return w;
 }
 
-// A head of a group: what its lists hold, and with whom it shares its KV head.
+// A query head of a group of heads: its lists, and the heads with which it shares its KV head.
 typedef struct {
     const moba_shape_t* shape;
     const moba_lists_t* lists;       // the group's
     const int* lengths;              // (blocks) entries of its lists
-    double entries;                  // of all of them
-    int is_first, is_last;           // of the group
-    int shares_before, shares_after; // its KV head with the head before it, the one after it
-    int unread;                      // KV heads before its own, and after the last, that no head reads
+    double entries;                  // of all its lists
+    int is_first, is_last;           // in the group
+    int shares_before, shares_after; // whether the neighbouring heads read the same KV head
+    int unread; // KV heads directly before its own, or after the last, that no head reads
 } GroupHead;
 
 static inline int is_whole_head(const GroupHead* head) {
     return head->lists->start == 0 && head->lists->end == head->lists->T;
 }
 
-// Items of a list; moba_items() for the host.
+// Work items of a list; moba_items() for the host.
 static inline int count_items(int entries) { return entries > 0 ? ceil_div(entries, MOBA_ITEM) : 1; }
 
-// moba_count_kernel: an atomic for every entry. moba_scan_tiles_kernel goes over the counts, moba_scan_blocks_kernel over the
-// totals; moba_fill_kernel reads the selection again and has a count, a beginning and an entry for every choice.
+// moba_count_kernel has one atomic for every entry. moba_scan_tiles_kernel makes the prefix sums of the
+// counts, and moba_scan_blocks_kernel those of the totals. moba_fill_kernel reads the selection again; for
+// every entry it reads a count and the beginning of a list, and writes the entry.
 static inline void add_lists(Work* w, const GroupHead* head) {
     const moba_lists_t* x = head->lists;
     const double counts = (double)x->tiles * x->blocks * sizeof(int), entries = head->entries * sizeof(int);
@@ -215,8 +218,9 @@ static inline void add_lists(Work* w, const GroupHead* head) {
     w->words_written += 2 * counts + counts + 2 * entries; // cleared and counted; scanned; filled
 }
 
-// moba_forward_kernel: every part of an item reads its keys and values once and a row for every entry, and writes one; nothing
-// where there is no entry. A warp multiplies 16M rows by all keys, twice.
+// moba_forward_kernel: every part of a work item reads its keys and values once. For every entry it reads one
+// row and writes one row; without entries it reads and writes nothing. A warp multiplies 16M rows by all
+// keys, twice.
 template <int D> static inline void add_forward(Work* w, const GroupHead* head) {
     enum { ROWS = 16 * moba_forward_shape<D>::M };
     const moba_lists_t* x = head->lists;
@@ -234,7 +238,8 @@ template <int D> static inline void add_forward(Work* w, const GroupHead* head) 
         }
 }
 
-// moba_merge_kernel: the rows of all choices, their log-sum-exps and the selection; a row and a log-sum-exp.
+// moba_merge_kernel reads the partials of all blocks of a query, their lse and the selection, and writes a
+// row and its lse.
 static inline void add_merge(Work* w, const GroupHead* head) {
     const moba_lists_t* x = head->lists;
     const double queries = x->end - x->start, row = row_bytes(head->shape);
@@ -245,7 +250,8 @@ static inline void add_merge(Work* w, const GroupHead* head) {
     w->words_written += queries * sizeof(float);
 }
 
-// attention_statistics_kernel: a row of gradients and one of outputs become a log-sum-exp and a delta.
+// attention_statistics_kernel reads a row of gradients, a row of outputs and its lse, and writes lse and
+// delta.
 static inline Work statistics_work(const moba_shape_t* s) {
     const double heads = (double)s->B * s->H;
     Work w = {};
@@ -255,8 +261,8 @@ static inline Work statistics_work(const moba_shape_t* s) {
     return w;
 }
 
-// Whether one item has the whole gradients of a block (moba_is_whole), and whether the first item goes on with sums of the group
-// before (moba_goes_on).
+// Whether one work item computes the whole gradients of a block (moba_is_whole), and whether the first item
+// continues with sums of the group before (moba_goes_on).
 static inline int is_whole_block(const GroupHead* head, int block) {
     return is_whole_head(head) && !head->shares_before && !head->shares_after &&
            count_items(head->lengths[block]) == 1;
@@ -265,8 +271,9 @@ static inline int goes_on(const GroupHead* head) {
     return head->is_first && (head->lists->start > 0 || head->shares_before);
 }
 
-// moba_backward_kernel: as the forward with two rows read for every entry, whole tiles of QUERIES and five products. Of keys and
-// values it leaves gradients, or sums where others have more to add.
+// moba_backward_kernel: like the forward kernel, but with two rows read for every entry, whole tiles of
+// QUERIES and five products. For keys and values it writes gradients, or sums if other work items add to
+// them.
 template <int D> static inline void add_backward(Work* w, const GroupHead* head) {
     enum { QUERIES = moba_backward_shape<D>::QUERIES };
     const moba_lists_t* x = head->lists;
@@ -288,8 +295,9 @@ template <int D> static inline void add_backward(Work* w, const GroupHead* head)
         }
 }
 
-// moba_merge_keys_kernel: the sums of all items of a block, where there is more than one or the KV head has other heads; gradients,
-// or sums for the next group. Zeros of KV heads that no head reads.
+// moba_merge_keys_kernel reads the sums of all work items of a block, if there is more than one or if the KV
+// head has other query heads. It writes gradients, or sums for the next group. It writes zeros for KV heads
+// that no head reads.
 static inline void add_merge_keys(Work* w, const GroupHead* head) {
     const moba_lists_t* x = head->lists;
     const int next_goes_on = x->end < x->T || (head->is_last && head->shares_after);
@@ -307,7 +315,8 @@ static inline void add_merge_keys(Work* w, const GroupHead* head) {
     }
 }
 
-// moba_merge_queries_kernel: the rows of all choices, and the selection; a row.
+// moba_merge_queries_kernel reads the partial gradients of all blocks of a query and the selection, and
+// writes a row.
 static inline void add_merge_queries(Work* w, const GroupHead* head) {
     const moba_lists_t* x = head->lists;
     const double queries = x->end - x->start, row = row_bytes(head->shape);
@@ -320,8 +329,8 @@ static inline void add_merge_queries(Work* w, const GroupHead* head) {
 // ----------------------------------------------------------------------------
 // All heads
 
-// Entries of the lists of one head's queries start..end-1, (blocks), from its selection (T, K-1): every query is one of its own block,
-// and of the blocks that it has chosen.
+// The lengths (blocks) of the lists of one head, for its queries start..end-1, from its selection (T, K-1).
+// Every query is in the list of its own block and in the lists of the blocks that it selected.
 static inline void count_lengths(int* lengths, const moba_shape_t* s, const int* selected, int start,
                                  int end) {
     for (int block = 0; block * s->S < s->T; block++) lengths[block] = 0;
@@ -348,13 +357,13 @@ static inline GroupHead group_head(const moba_shape_t* s, const int* kv_of_q, co
     return head;
 }
 
-// Calls with every head of every group of the forward or of the backward.
+// Calls function() with every head of every group of heads, of the forward or of the backward pass.
 template <typename Function>
 static inline void for_heads(const moba_shape_t* s, const int* kv_of_q, const int* selected, int drawn,
                              int is_backward, Function function) {
     const moba_turn_t turn = moba_turn(s, is_backward);
     int* lengths = (int*)malloc_or_fail(sizeof(int) * (size_t)ceil_div(s->T, s->S), "the lengths of lists");
-    int counted[3] = {-1, -1, -1}; // what the lengths are of
+    int counted[3] = {-1, -1, -1}; // the head, start and end that `lengths` belongs to
     for (moba_group_t group = moba_first_group(NULL, s, &turn, NULL, NULL, NULL, is_backward);
          group.heads > 0; moba_next_group(&group, s, &turn))
         for (int i = 0; i < group.heads; i++) {
@@ -398,8 +407,9 @@ static inline void count_work_of(Work works[NUM_STAGES], const moba_shape_t* s, 
     works[BACKWARD].useful = 10 * pairs * D * s->B * s->H;
 }
 
-// What flashmoba_forward and flashmoba_backward do, lists of both together. The selections (drawn, T, K-1) are those of the first heads
-// of (B, H), or of heads that stand for all; a map that is NULL has groups of one size.
+// Counts the work of flashmoba_forward and flashmoba_backward; the lists of both passes count together. The
+// selections (drawn, T, K-1) are those of the first heads of (B, H), and the other heads repeat them. A NULL
+// map is the uniform map.
 static inline void count_work(Work works[NUM_STAGES], const moba_shape_t* s, const int* kv_of_q,
                               const int* selected, int drawn) {
     if (s->D == 32) count_work_of<32>(works, s, kv_of_q, selected, drawn);
@@ -410,13 +420,13 @@ static inline void count_work(Work works[NUM_STAGES], const moba_shape_t* s, con
 // ----------------------------------------------------------------------------
 // Floors
 
-// Least bytes of one call. A routed choice needs its query read and a row of results and a log-sum-exp written; a list that is cut into
-// items of MOBA_ITEM queries needs its keys and values once for each. With e bytes a number, n blocks, and 128 queries for
-// every reading of the centroids, of a query head:
+// Least bytes of one call. Each selected block of a query needs the query read, and a partial (a row and its
+// lse) written. Each work item of MOBA_ITEM queries needs its keys and values once. With e bytes a number, n
+// blocks, and the centroids read once for every 128 queries, a query head needs:
 //     router      eTD + (T/128)(n/2) eD + 2T(K-1)
 //     forward     T(K-1)(2eD + 4) + items * 2eSD
 //     merge       T(K-1)(eD + 4) + 4eTD          with the queries, keys and values of the own block, and the output
-//     backward    twice the forward              with gradients beside queries, and rows of gradients of queries
+//     backward    twice the forward              with output gradients, and partial query gradients
 typedef struct {
     double router, forward, merge, backward;
 } Floors;

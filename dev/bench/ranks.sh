@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What a core is worth as a process of its own: the CPU trainer as N processes of one thread against one process of N threads, the
-# same total batch, three times in turns. Prints the milliseconds of a step of each, and their ratio. On two cores of an AMD EPYC with
-# Open MPI 4.1.4, 24 November 2026: 1.12, 1.21 and 1.13 times the speed by two processes.
+# Compares the CPU trainer as N processes of one thread with one process of N threads, with the same total
+# batch, three times in turn. Prints the milliseconds of a step of each, and their ratio. On two cores of an
+# AMD EPYC with Open MPI 4.1.4, 24 November 2026, two processes were 1.12, 1.21 and 1.13 times as fast.
 #
-#   dev/bench/ranks.sh            as many as the machine has cores
-#   dev/bench/ranks.sh 2 --zero 1   two, with more options for the trainer
+#   dev/bench/ranks.sh              N is the number of the machine's cores
+#   dev/bench/ranks.sh 2 --zero 1   N is 2, with more options for the trainer
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=${BUILD:-build}
@@ -20,7 +20,7 @@ git ls-files '*.[ch]' '*.cuh' '*.cu' >"$out/files.txt"
 "$build/tokenizer" train -q --vocab-size 1024 -o "$out/tokenizer.json" --files-from "$out/files.txt" --max-bytes 1000000
 "$build/tokenizer" prepare -q -t "$out/tokenizer.json" --output-prefix "$out/text" --files-from "$out/files.txt" --max-bytes 1000000
 
-# The median of the steps' milliseconds, the first two left out.
+# Prints the median of the steps' milliseconds, without the first two steps.
 train() { # name, batch, command...
     local name=$1 batch=$2
     shift 2

@@ -1,14 +1,15 @@
 /*
-A whole training step, timed: forward, loss, backward and update of one model, against the peak of matrix products that is
-measured in the same run, before and after, and against the GPU's data sheet where it is one (MFU).
+Times a whole training step of one model: forward, loss, backward and update. It compares the rate with the
+peak of matrix products, measured before and after in the same run, and on a GPU with the data sheet (MFU).
 
     build/bench/step                              a 124M model: 12 layers, 768 channels, V 50304, T 1024, B 4
     build/bench/step --model d6 --batch 8 --sequence-length 512 --steps 5 --json step.json
-    build/bench/step --recompute layer            what a smaller memory costs in time
+    build/bench/step --recompute layer            the time that --recompute costs
     build/bench/step_cuda_bf16 --batch 32         the same on a GPU
 
-The useful operations of a token are counted by flops_per_token() of runtime/model.h; recomputation and padding do not count.
-The stages are marked in the stream while it runs, so on a GPU they overlap with the host as in training.
+flops_per_token() of runtime/model.h counts the useful operations of a token; recomputation and padding do not
+count. The program puts marks between the stages into the stream, so on a GPU the host runs ahead as in
+training.
 */
 #define TRAIN_GPT_NO_MAIN
 #include <argp.h>
@@ -69,13 +70,13 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
     return 0;
 }
 
-// The best of the sizes that a step is made of, in operations a second: the ceiling that a step could reach.
+// The highest rate of the matrix sizes of a step, in operations a second: the ceiling for a step.
 static double matmul_peak(void) {
     const int shapes[][3] = {{LARGE_PRODUCT, LARGE_PRODUCT, LARGE_PRODUCT},
                              {1024, 1024, 1024},
                              {4096, 2304, 768},
                              {4096, 4096, 768}};
-    const int count = DEVICE_HAS_OWN_MEMORY ? 1 : 4; // a GPU is best at the largest
+    const int count = DEVICE_HAS_OWN_MEMORY ? 1 : 4; // a GPU is fastest at the largest
     const size_t most =
         (size_t)(count > 1 ? 4096 : LARGE_PRODUCT) * (size_t)(count > 1 ? 4096 : LARGE_PRODUCT);
     floatX *a = new_random(most), *b = new_random(most), *c = new_random(most);
@@ -148,7 +149,7 @@ int main(int argc, char** argv) {
         if (step >= 0) times[STEP][step] = seconds_between(at[FORWARD], at[STEP]);
     }
     for (int i = 0; i <= STEP; i++) mark_free(at[i]);
-    // Generation: a token at a time behind half a sequence.
+    // Generation: one token at a time, after half a sequence.
     enum { GENERATED = 16 };
     float* logits = (float*)malloc_or_fail((size_t)config.vocab_size * sizeof(float), "logits");
     floatX* scratch = (floatX*)malloc_or_fail((size_t)config.padded_vocab * sizeof(floatX), "logits");

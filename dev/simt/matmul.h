@@ -12,8 +12,8 @@ static int matmul_started = 0;
 static inline void matmul_start(void) { matmul_started = 1; }
 static inline size_t matmul_scratch_bytes(void) { return 0; }
 
-// The part of C that one call of multiply_tile computes. Loops over its columns become SIMD instructions at
-// every optimisation level.
+// The part of C that one call of multiply_tile computes. Loops over its columns become SIMD instructions,
+// independent of the compiler's other optimisations.
 enum { SIMT_TILE_ROWS = 4, SIMT_TILE_COLUMNS = 64 };
 
 // Computes one tile, from row m and column n of C on. B is op(B), converted to float, with rows of `stride`
