@@ -1,35 +1,38 @@
 /*
-How training scales from one GPU to many: a calculation from one GPU's step time and the links between GPUs.
+Calculates how training scales from one GPU to many, from the step time of one GPU and the links between GPUs.
 
-    build/scaling                                     GPT-2's size (d12) on H100s, 8 to 1024 of them
-    build/scaling --model d24 --batch 16 --step-ms 212 --update-ms 4       with the times that build/bench/step measured
-    build/scaling --network 100 --gpus-per-node 4     nodes with one card of 100 GB/s for every two GPUs
-    build/scaling --report docs/results/scaling.md    the tables on record, and the calculation against published figures
+    build/scaling                                     GPT-2's size (d12) on 8 to 1024 H100s
+    build/scaling --model d24 --batch 16 --step-ms 212 --update-ms 4       measured times of build/bench/step
+    build/scaling --network 100 --gpus-per-node 4     nodes of 4 GPUs whose cards together have 100 GB/s
+    build/scaling --report docs/results/scaling.md    writes the tables on record, with published figures
 
-The model of a step. Every GPU computes its micro-batches; in the last one the gradients of a bucket (a layer, the embedding, an
-untied head) are sent as soon as backward has made them, one bucket after the other, while backward goes on. What is left of
-that when backward ends is waited for. The update follows; with ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) every GPU updates
-its own part of a bucket, and while all gather it, that of the next.
+The model of a step. Every GPU computes its micro-batches. In the last one, it sends the gradients of a bucket
+(a layer, the embedding, an untied head) as soon as the backward pass has computed them, one bucket after the
+other, while the backward pass continues. After the backward pass the GPU waits for the remaining transfers,
+and then updates. With ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) every GPU updates its own part of a
+bucket; while all GPUs gather this bucket, it updates its part of the next one.
 
-The model of a collective. A ring moves S bytes among N GPUs in N-1 steps of S/N:
-
-    seconds = base + (N - nodes) nvlink_latency + (nodes - 1) network_latency + (N-1)/N S/bandwidth
-
-for a reduce-scatter or an all-gather, twice that for an all-reduce. As many rings run as a node has network cards, so within a
-node the bandwidth is NVLink's, and across nodes the smaller of it and of all cards of a node together. An all-reduce may go by a
-double tree instead, with log2(nodes) steps across nodes and 0.82 of the bandwidth; moba.c has one small one a step, of the
-gradient's norm. Everything large is a reduce-scatter or an all-gather, for which there are no trees. The form and the constants
-are those that NCCL itself chooses its algorithms by: github.com/NVIDIA/nccl, src/graph/tuning.cc. A running collective takes
-processors of the GPU, so that what computes beside it is slower.
-
-Not modelled: GPUs and nodes that are slower than others, jitter of the host, the network's switches and other users, the three
-numbers a step that hosts exchange by MPI (the loss, and whether to stop), validation and checkpoints, and that a smaller
-micro-batch uses a GPU worse. Published runs lose more with every doubling of their nodes than the calculation does; how much is
-fitted, and applied in the columns named "expected".
+Not modelled: GPUs and nodes that are slower than others, jitter of the host, the network's switches and other
+users, the three numbers a step that hosts exchange by MPI (the loss, and whether to stop), validation,
+checkpoints, and the lower efficiency of a GPU with a smaller micro-batch. Published runs lose more with every
+doubling of their nodes than the calculation does. This additional loss is fitted, and applied in the columns
+named "expected".
 */
 #include <argp.h>
 #include "runtime/gpus.h"
 #include "runtime/model.h"
+
+// The model of a collective. A ring moves S bytes among N GPUs in N-1 steps of S/N:
+//
+//     seconds = base + (N - nodes) nvlink_latency + (nodes - 1) network_latency + (N-1)/N S/bandwidth
+//
+// for a reduce-scatter or an all-gather, and twice that for an all-reduce. A node runs one ring for each
+// network card. So within a node the bandwidth is NVLink's, and across nodes the smaller of NVLink's and that
+// of all cards of a node together. An all-reduce may use a double tree instead, with log2(nodes) steps across
+// nodes and 0.82 of the bandwidth. moba.c has one small all-reduce a step, for the gradient's norm;
+// everything large is a reduce-scatter or an all-gather, for which NCCL has no trees. NCCL chooses its
+// algorithms by the same formula and constants: github.com/NVIDIA/nccl, src/graph/tuning.cc. A running
+// collective uses some processors of the GPU, so computation beside it is slower.
 
 // ----------------------------------------------------------------------------
 // The machines
@@ -37,13 +40,14 @@ fitted, and applied in the columns named "expected".
 typedef struct {
     const char* name;
     int gpus_per_node;
-    double nvlink;  // GB/s that rings carry through a GPU within its node
+    double nvlink;  // GB/s of rings through a GPU within its node
     double network; // GB/s of all network cards of a node together, in one direction
     double memory;  // GB/s of a GPU's memory
 } Cluster;
 
-// What NCCL reckons with: seconds to start a collective and of a step within a node and between nodes, and the part of the
-// bandwidth that the protocol leaves. Rings have the choice of two protocols, Simple and LL128; a tree's is LL128.
+// NCCL's constants: seconds to start a collective, seconds of a step within a node and between nodes, and the
+// usable part of the bandwidth with this protocol. Rings choose between two protocols, Simple and LL128;
+// trees use LL128.
 typedef struct {
     double base, nvlink, network, bandwidth;
 } Protocol;
@@ -51,13 +55,14 @@ typedef struct {
 static const Protocol ring_protocols[2] = {{8.4e-6, 3.4e-6, 9.6e-6, 1}, {10e-6, 1.9e-6, 4e-6, 0.92}};
 static const Protocol tree_protocol = {4.4e-6, 1.2e-6, 8.5e-6, 0.9 * 0.915};
 
-// The part of a GPU's processors that a running collective holds: NCCL uses 24 channels, a processor each, on 8 A100 with 108
-// of them (log in github.com/NVIDIA/nccl-tests/issues/100).
+// The part of a GPU's processors that a running collective uses. On 8 A100, which have 108 processors each,
+// NCCL uses 24 channels, and each channel one processor (log in github.com/NVIDIA/nccl-tests/issues/100).
 static const double contention = 24.0 / 108;
 
-// NVLink: 370 GB/s is what NCCL's maintainers state for rings on H100 (nccl-tests issue 212), 235 the most that NCCL expects of
-// A100 (tuning.cc), 120 six links of V100 at 25 GB/s less the same fifth for the protocol. Network: 46 to 48 GB/s for each card
-// of 400 Gb/s (nccl-tests issue 290), and the same 94 % of others. Memory: data sheets.
+// NVLink: NCCL's maintainers state 370 GB/s for rings on H100 (nccl-tests issue 212); NCCL expects at most
+// 235 GB/s of A100 (tuning.cc); V100 has six links of 25 GB/s, of which the protocol again takes a fifth: 120
+// GB/s. Network: 46 to 48 GB/s for each card of 400 Gb/s (nccl-tests issue 290), and the same 94 % for other
+// cards. Memory: data sheets.
 static const Cluster h100 = {"H100", 8, 370, 8 * 47, 3350};
 static const Cluster a100 = {"A100", 8, 235, 0.94 * 200, 1555};
 static const Cluster v100 = {"V100", 8, 120, 0.94 * 50, 900};
@@ -72,7 +77,7 @@ static double ring_bandwidth(const Cluster* cluster, int gpus) {
     return 1e9 * (nodes_of(cluster, gpus) > 1 ? narrowest : cluster->nvlink);
 }
 
-// Seconds of a reduce-scatter or an all-gather of so many bytes in all.
+// Seconds of a reduce-scatter or an all-gather of `bytes` bytes in all.
 static double ring_seconds(const Cluster* cluster, int gpus, double bytes) {
     if (gpus == 1) return 0;
     const int nodes = nodes_of(cluster, gpus);
@@ -95,7 +100,7 @@ static double tree_seconds(const Cluster* cluster, int gpus, double bytes) {
            2 * bytes * (gpus - 1) / gpus / (with.bandwidth * ring_bandwidth(cluster, gpus));
 }
 
-// Seconds of an all-reduce by the faster of the two.
+// Seconds of an all-reduce by the faster of ring and tree.
 static double all_reduce_seconds(const Cluster* cluster, int gpus, double bytes) {
     const double ring = 2 * ring_seconds(cluster, gpus, bytes), tree = tree_seconds(cluster, gpus, bytes);
     return ring < tree ? ring : tree;
@@ -116,15 +121,16 @@ typedef struct {
     int gradient_bytes, parameter_bytes; // of one element on the wire
 } Work;
 
-// How the state of the optimizer lies on the GPUs, and what carries the gradients.
+// How the GPUs hold parameters and optimizer state, and which collectives move the gradients.
 typedef enum {
-    ZERO_0, // everything everywhere; reduce-scatter and all-gather of gradients
-    ZERO_1, // optimizer sharded: reduce-scatter of gradients, all-gather of updated parameters
-    FULL_SHARD, // parameters sharded, too: gathered before forward and backward. moba.c has it not; published runs do
+    ZERO_0,     // every GPU holds everything; reduce-scatter and all-gather of gradients
+    ZERO_1,     // optimizer sharded: reduce-scatter of gradients, all-gather of updated parameters
+    FULL_SHARD, // parameters sharded too, gathered before forward and backward: only in published runs
 } Sharding;
 
-// The embedding, `layers` equal layers, and a head. Of a tied one the gradient is complete with the embedding's.
-// seconds: forward and backward of a micro-batch. head_share: the head's part of the operations.
+// The buckets of a model: the embedding, `layers` equal layers, and a head. A tied head has no bucket of its
+// own: its gradient is part of the embedding's. seconds: forward and backward of a micro-batch. head_share:
+// the head's part of the operations.
 static Work work_of_model(int layers, double layer_elements, double embedding_elements, int tied,
                           double head_share, double seconds) {
     Work work;
@@ -135,7 +141,7 @@ static Work work_of_model(int layers, double layer_elements, double embedding_el
     for (int b = 1; b <= layers + 1; b++) {
         const double share = b <= layers ? (1 - head_share) / layers : head_share;
         if (b <= layers) work.elements[b] = layer_elements;
-        work.forward[b] = seconds * share / 3; // backward is two products for each of forward
+        work.forward[b] = seconds * share / 3; // backward has two products for each one in forward
         work.backward[b] = seconds * share * 2 / 3;
     }
     work.micro_batches = 1;
@@ -150,7 +156,7 @@ static double all_elements(const Work* work) {
     return sum;
 }
 
-// When `seconds` of computing are done that begin now, where a collective runs until `busy`.
+// The time when `seconds` of computing end that begin now, while a collective runs until `busy`.
 static double compute_until(double now, double seconds, double busy) {
     const double slow = 1 - contention;
     if (now >= busy) return now + seconds;
@@ -168,7 +174,7 @@ static double send(Clocks* clocks, double seconds) {
     return clocks->link = begins + seconds;
 }
 
-// Each waits for the other.
+// Computing and collectives wait for each other.
 static void meet(Clocks* clocks) {
     if (clocks->compute < clocks->link) clocks->compute = clocks->link;
     clocks->link = clocks->compute;
@@ -180,12 +186,13 @@ static double gradient_seconds(const Work* work, const Cluster* cluster, int gpu
     return (sharding == ZERO_0 ? 2 : 1) * ring_seconds(cluster, gpus, bytes);
 }
 
-// Sends for the parameters of a bucket; returns when they are there.
+// Gathers the parameters of a bucket; returns the time of their arrival.
 static double gather(Clocks* clocks, const Work* work, const Cluster* cluster, int gpus, int b) {
     return send(clocks, ring_seconds(cluster, gpus, work->elements[b] * work->parameter_bytes));
 }
 
-// A micro-batch whose parameters lie in parts: a bucket's are gathered while the bucket before it computes.
+// A micro-batch with sharded parameters: the GPUs gather the parameters of a bucket while the bucket before
+// it computes.
 static void full_shard_micro_batch(Clocks* clocks, const Work* work, const Cluster* cluster, int gpus) {
     const int last = work->buckets - 1;
     double ready = gather(clocks, work, cluster, gpus, 0);
@@ -203,7 +210,7 @@ static void full_shard_micro_batch(Clocks* clocks, const Work* work, const Clust
     }
 }
 
-// Seconds of a step on so many GPUs, each with the same work.
+// Seconds of a step on `gpus` GPUs, each with the same work.
 static double step_seconds(const Work* work, const Cluster* cluster, int gpus, Sharding sharding) {
     Clocks clocks = {0, 0};
     for (int m = 0; m < work->micro_batches; m++) {
@@ -236,7 +243,7 @@ static double step_seconds(const Work* work, const Cluster* cluster, int gpus, S
 // ----------------------------------------------------------------------------
 // Published figures
 
-// Throughput of one GPU in a run of so many: tokens (or examples) a second.
+// Throughput of one GPU in a run on `gpus` GPUs: tokens (or examples) a second.
 typedef struct {
     int gpus;
     double rate;
@@ -251,7 +258,7 @@ typedef struct {
     int gradient_bytes, parameter_bytes;
     Sharding sharding;
     int count;
-    Published figures[5]; // the first is what the rest is reckoned from
+    Published figures[5]; // the calculation starts from the first
 } Run;
 
 // MPT (mosaicml/llm-foundry, scripts/train/benchmarking/README.md): 12 C^2 a layer, vocabulary 50368, tied, learned positions of
@@ -291,8 +298,8 @@ static const Run published[] = {
 };
 enum { RUNS = sizeof(published) / sizeof(published[0]) };
 
-// Bus bandwidth of NCCL's reduce-scatter on nodes of 8 H100, GB/s: github.com/NVIDIA/nccl/issues/1229, which does not say how
-// many bytes; 8 GB are what the same user asks of in issue 1211.
+// Bus bandwidth of NCCL's reduce-scatter on nodes of 8 H100, GB/s: github.com/NVIDIA/nccl/issues/1229. It
+// does not say how many bytes; the same user's issue 1211 has 8 GB.
 static const Published reduce_scatter[] = {{32, 360},  {64, 345},  {128, 320},
                                            {256, 300}, {512, 280}, {1024, 260}};
 enum { BANDWIDTHS = sizeof(reduce_scatter) / sizeof(reduce_scatter[0]) };
@@ -315,7 +322,7 @@ static double rate_of_run(const Run* run, int gpus, double seconds) {
     return run->per_gpu / step_seconds(&work, run->cluster, gpus, run->sharding);
 }
 
-// Seconds of forward and backward with which the first published figure comes out, by bisection.
+// Seconds of forward and backward for which the calculation gives the first published figure, by bisection.
 static double fitted_seconds(const Run* run) {
     double low = 0, high = run->per_gpu / run->figures[0].rate;
     for (int i = 0; i < 60; i++) {
@@ -326,8 +333,8 @@ static double fitted_seconds(const Run* run) {
     return high;
 }
 
-// What published runs lose beyond the calculation for every doubling of the nodes: the mean over the runs that begin with more
-// than one GPU, each from its first figure to its last.
+// The loss of published runs beyond the calculation, for every doubling of the nodes: the mean over the runs
+// that begin with more than one GPU, each from its first figure to its last.
 static double loss_per_doubling(void) {
     double sum = 0;
     int count = 0;
@@ -350,10 +357,10 @@ typedef struct {
     Cluster cluster;
     int vocabulary, sequence_length, batch, micro_batches;
     long total_batch; // tokens of a step in the strong scaling
-    double mfu, peak; // for the step's time, where it is not measured
+    double mfu, peak; // for the step's time, if it is not measured
     double step_ms,
         update_ms; // measured: forward and backward of a micro-batch, and the update; 0: calculated
-    double loss;   // beyond the calculation, for every doubling of the nodes
+    double loss;   // loss beyond the calculation, for every doubling of the nodes
 } Settings;
 
 static ModelConfig config_of(const Settings* settings) {
@@ -376,7 +383,7 @@ static Work work_of_settings(const Settings* settings) {
     const double seconds = settings->step_ms > 0 ? settings->step_ms * 1e-3
                                                  : flops * tokens / (settings->mfu * settings->peak * 1e12);
     const double embeddings = config.tied ? embedding : 2 * embedding;
-    // The last norm goes with an untied head, or alone.
+    // The last norm is in the bucket of an untied head, or has this bucket alone.
     Work work = work_of_model(config.layers, (elements - embeddings) / config.layers, embedding, config.tied,
                               6.0 * config.vocab_size * config.channels / flops, seconds);
     work.elements[config.layers + 1] += config.channels;
@@ -387,8 +394,8 @@ static Work work_of_settings(const Settings* settings) {
     return work;
 }
 
-// The work of one GPU of so many where all share a total batch: whole micro-batches where there are enough sequences, else one
-// that is smaller. 0 where the sequences do not divide evenly.
+// The work of one of `gpus` GPUs that share a total batch: whole micro-batches if there are enough sequences,
+// else one smaller micro-batch. Returns 0 if the sequences do not divide evenly.
 static int share_of_total(Work* work, const Settings* settings, const Work* whole, int gpus) {
     const long sequences = settings->total_batch / settings->sequence_length;
     if (sequences % gpus != 0) return 0;
@@ -475,7 +482,7 @@ static void print_published(FILE* out) {
     fputc('\n', out);
 }
 
-// docs/results/scaling.md: everything but --report is as by default.
+// Writes docs/results/scaling.md, for which all options except --report have their defaults.
 static void write_report(Settings* settings, FILE* out) {
     fprintf(
         out,

@@ -1,28 +1,24 @@
 /*
-The router's theory, measured: why small blocks find the needle (docs/math.md section 4; arXiv 2511.11571).
+Measures the router's theory: why small blocks find the needle (docs/math.md section 4; arXiv 2511.11571).
 
-    build/snr                                                     the table: Monte-Carlo beside its predictions
+    build/snr                                         the table: Monte Carlo beside its predictions
     build/snr --trials 100000 --blocks 256x4,64x16 --related 1,8 --json snr.json
-    build/snr --checkpoint runs/mine --data data/mine_val_000000.bin      the same on a model's own queries and keys
+    build/snr --checkpoint runs/mine --data data/mine_val_000000.bin      with a model's own queries and keys
 
-The model of the table. T keys of unit norm in D dimensions and one query of unit norm, n = T/S blocks. Keys are uniform on the
-sphere, so that a query's similarity with one has mean 0 and variance 1/D, but for m keys of one block, the signal block: the
-needle has similarity dmu with the query, the m - 1 keys related to it have `gap`. Only the component of those keys along the
-query is fixed; what is perpendicular to it has no part in any score. A block's score is the query's product with the mean of
-its keys, which is the mean of its keys' similarities. With dmu_eff = dmu + (m-1) gap:
+The model of the table. There are T keys of unit norm in D dimensions, one query of unit norm, and n = T/S
+blocks. Keys are uniform on the sphere, so a query's similarity with a key has mean 0 and variance 1/D. The
+exceptions are m keys of one block, the signal block: the needle has similarity dmu with the query, and the m
+- 1 keys related to it have `gap`. A block's score is the query's product with the mean of its keys, which is
+the mean of its keys' similarities. With dmu_eff = dmu + (m-1) gap:
 
     score of the signal block - score of another: mean dmu_eff/S, variance about 2/(D S)
     SNR = dmu_eff sqrt(D/(2S)),  pairwise failure P(the other scores higher) = Phi(-SNR)
     recall P(the signal block is among the K best of n) = E_z[P(Binomial(n-1, 1 - Phi(z sqrt(D S))) <= K-1)],
         z ~ N(dmu_eff/S, (S-m)/(S^2 D)) the signal block's score, which all comparisons of a trial share.
 
-A similarity is sampled as what it is, one coordinate of a uniform point on the sphere, without the other D-1: the squared
-length of the point outside of two coordinates is distributed as U^(2/(D-2)), and within the two the direction is uniform.
-test/test_snr.c compares with keys and centroids of all D coordinates.
-
-On a checkpoint there is no needle that is known, so the signal block of a query row is the eligible block that holds the
-most of its dense attention, and everything follows the selection rule of docs/math.md section 2: the current block is always
-attended, and K - 1 complete past blocks are chosen by centroid score. What is reported is explained in docs/results/snr.md.
+A checkpoint has no known needle. So the signal block of a query row is the eligible block that holds the most
+of its dense attention, and the selection is that of docs/math.md section 2: the own block, and K - 1 complete
+past blocks by centroid score. docs/results/snr.md explains the reported values.
 */
 #define TRAIN_GPT_NO_MAIN
 #include <argp.h>
@@ -43,12 +39,12 @@ typedef struct {
     int T, D;
     double dmu, gap; // similarity of the needle, and of the keys related to it
     Blocking blockings[MOST_BLOCKINGS];
-    int related[MOST_BLOCKINGS]; // m: keys of the signal block that are not noise
+    int related[MOST_BLOCKINGS]; // m: the needle and the keys related to it
     int blocking_count, related_count;
     long trials;
     uint64_t seed;
     const char *json, *checkpoint, *data;
-    int sequences, rows; // of a checkpoint's text: sequences, and query rows of each
+    int sequences, rows; // for a checkpoint: sequences of the data, and query rows of each
 } Settings;
 
 // ----------------------------------------------------------------------------
@@ -76,7 +72,7 @@ static double binomial_cdf(int n, double p, int most) {
     return sum < 1 ? sum : 1;
 }
 
-// The integral over the signal block's score, by Simpson's rule over eight standard deviations to either side.
+// The integral over the signal block's score, by Simpson's rule over eight standard deviations on each side.
 static double predicted_recall(const Settings* settings, Blocking blocking, int m) {
     enum { STEPS = 800 };
     const double S = blocking.S, D = settings->D, mean = effective_dmu(settings, m) / S;
@@ -93,7 +89,7 @@ static double predicted_recall(const Settings* settings, Blocking blocking, int 
 }
 
 // ----------------------------------------------------------------------------
-// The table: Monte-Carlo
+// The table: Monte Carlo
 
 // One blocking with one number of related keys.
 typedef struct {
@@ -102,10 +98,13 @@ typedef struct {
     double snr, predicted_failure, predicted_recall;
     double failure, recall; // measured
     long pairs_lost,
-        found; // of all trials: other blocks that scored higher; trials with the signal among the K best
+        found; // over all trials: other blocks that scored higher; trials with the signal among the K best
 } Cell;
 
-// The product of a fixed unit vector with a uniform one: a coordinate of a point on the sphere in D > 2 dimensions.
+// The product of a fixed unit vector with a uniform one: one coordinate of a uniform point on the sphere in D
+// > 2 dimensions. This samples the coordinate without the other D-1: the squared length of the point outside
+// of two coordinates is distributed as U^(2/(D-2)), and within the two the direction is uniform.
+// test/test_snr.c compares with keys and centroids of all D coordinates.
 static double random_similarity(uint64_t seed, uint64_t stream, uint64_t element, int D) {
     uint64_t bits[2];
     random_bits(bits, seed, stream, element);
@@ -114,14 +113,16 @@ static double random_similarity(uint64_t seed, uint64_t stream, uint64_t element
     return sqrt(1 - outside) * cos(2 * M_PI * random_unit(bits[1]));
 }
 
-// One set of T keys serves all cells: cell by cell, m keys of one block become the needle and its relatives.
+// One set of T keys serves all cells. In each cell, m keys of one block are replaced by the needle and its
+// related keys. Only their component along the query matters: the perpendicular part has no effect on any
+// score.
 static void run_trial(Cell* cells, int count, const Settings* settings, long trial, double* similarity,
                       double* sums) {
     const int T = settings->T;
     const uint64_t stream = random_stream("snr keys") + (uint64_t)trial;
     for (int t = 0; t < T; t++)
         similarity[t] = random_similarity(settings->seed, stream, (uint64_t)t, settings->D);
-    int summed = 0; // the block size that `sums` is of
+    int summed = 0; // the block size that `sums` belongs to
     for (int c = 0; c < count; c++) {
         const int S = cells[c].blocking.S, n = T / S, m = cells[c].m;
         for (int j = 0; j < n && summed != S; j++) {
@@ -157,7 +158,8 @@ static int list_cells(Cell* cells, const Settings* settings) {
     return count;
 }
 
-// Fills cells and returns how many there are. Counts are whole numbers: the result is the same for any number of threads.
+// Fills the cells and returns their number. Counts are whole numbers, so the result is the same for any
+// number of threads.
 static int measure_table(Cell cells[MOST_BLOCKINGS * MOST_BLOCKINGS], const Settings* settings) {
     const int count = list_cells(cells, settings), T = settings->T;
 #pragma omp parallel
@@ -233,9 +235,9 @@ static void write_table(const Cell* cells, int count, const Settings* settings) 
 // Sums over the query rows of one head, for one blocking.
 typedef struct {
     double rows;
-    double mass, mass_current, mass_best, mass_chance; // dense attention in the blocks that are attended
+    double mass, mass_current, mass_best, mass_chance; // dense attention in the attended blocks
     double recall, recall_chance;                      // of the K-1 past blocks with the most attention
-    double top, top_chance;                            // the one with the most is chosen
+    double top, top_chance;                            // whether the signal block is selected
     double pairs, lost;                                // the signal block against each other eligible block
     double difference, difference_squared;             // of their scores, for a query of unit norm
     double isotropic;                                  // SNR if keys were isotropic noise
@@ -252,14 +254,15 @@ static double head_snr(const Head* head) {
     return mean / sqrt(head->difference_squared / head->pairs - mean * mean);
 }
 
-// What one query row sees: for each key its dense attention, and its product with the query.
+// One query row: the dense attention of each key, and the key's product with the query.
 typedef struct {
     const double *attention, *product; // (t + 1)
     double query_norm, key_rms;
     int t;
 } Row;
 
-// Adds a row to a head's sums. `scratch` holds 2 doubles and 2 chars for each of t + 1 keys.
+// Adds a row to a head's sums. `scratch` has room for 2 doubles and 2 chars for each eligible block, at most
+// t + 1.
 static void measure_row(Head* head, const Row* row, Blocking blocking, int D, double* scratch) {
     const int S = blocking.S, eligible = row->t / S, choices = blocking.K - 1;
     double *mass = scratch, *score = scratch + eligible;
@@ -304,15 +307,15 @@ static void measure_row(Head* head, const Row* row, Blocking blocking, int D, do
         head->difference += difference;
         head->difference_squared += difference * difference;
     }
-    // dmu_eff = S (gap over the keys' size), as if every key had the same norm
+    // dmu_eff = S (gap over the keys' norm), as if every key had the same norm
     head->isotropic += S * gap / row->key_rms * sqrt(D / (2.0 * S));
 }
 
-// All sampled rows of one query head in one sequence. qkv is (T, H + 2G, D).
+// Measures all sampled rows of one query head in one sequence. qkv is (T, H + 2G, D).
 static void measure_head(Head* heads, const Settings* settings, const ModelConfig* config, const floatX* qkv,
                          int query_head, int kv_head, uint64_t stream) {
     const int T = settings->T, D = config->head_dim, width = qkv_heads(config) * D;
-    int first = 0; // the first row at which every blocking leaves something out
+    int first = 0; // the first row at which no blocking attends to all keys
     for (int b = 0; b < settings->blocking_count; b++) {
         int needed = settings->blockings[b].K * settings->blockings[b].S;
         if (needed > first) first = needed;
@@ -401,7 +404,7 @@ static cJSON* head_as_json(const Head* head) {
     return json;
 }
 
-// A line a head, and one for all; the same as JSON.
+// Prints a line for each head and one for all heads; writes the same as JSON.
 static void report_checkpoint(const Head* heads, const ModelConfig* config, const Settings* settings) {
     cJSON* json = cJSON_CreateObject();
     cJSON_AddStringToObject(json, "checkpoint", settings->checkpoint);
@@ -446,9 +449,10 @@ static void run_checkpoint(Settings* settings, int T_given, int blocks_given) {
     char directory[PATH_MAX], path[PATH_MAX];
     checkpoint_resolve(settings->checkpoint, directory);
     const ModelConfig config = checkpoint_read_config(directory);
-    checkpoint_check_same_model(directory, &config); // this build must compute what the checkpoint's did
+    checkpoint_check_same_model(directory, &config); // this build must compute the checkpoint's model
     const int T = settings->T = T_given ? settings->T : config.sequence_length;
-    // Where nothing is said: the proportions of the table, an eighth of the sequence in ever smaller blocks.
+    // The default blockings have the table's proportions: an eighth of the sequence, in smaller and smaller
+    // blocks.
     for (int b = 0; b < settings->blocking_count && !blocks_given; b++) {
         settings->blockings[b].S = T / 16 >> b;
         if (settings->blockings[b].S < 2) settings->blocking_count = b;
@@ -533,7 +537,7 @@ static const struct argp_option settings_table[] = {
     {0, 0, 0, 0, 0, 0},
 };
 
-// The next whole number of a list, from 1 to `most`; *text moves behind it.
+// The next whole number of a list, from 1 to `most`; *text moves past it.
 static int parse_next(const char* option, const char* whole, const char** text, char separator, long most) {
     char* end;
     long value = strtol(*text, &end, 10);
