@@ -5,7 +5,7 @@
 #   make DEVICE=cuda PRECISION=bf16               for the GPU of this machine, or for all of CUDA_ARCHS where it has none
 #   make DEVICE=simt PRECISION=bf16               the CUDA program on an emulator: for tests, on any machine
 #
-# Binaries lie side by side in build/, named by their flags; build/train_gpt is the one built last.
+# All programs are in build/, with their flags in their names; build/train_gpt is the one built last.
 
 ifeq ($(origin CC),default)
   CC := gcc
@@ -16,7 +16,7 @@ endif
 BUILD ?= build
 
 # ----------------------------------------------------------------------------
-# CUDA, where it is: 12.4 or newer
+# CUDA, if it is installed: 12.4 or newer
 
 NVCC ?= $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 NO_NVCC := no nvcc here: install the CUDA toolkit (12.4 or newer), or name it by NVCC=
@@ -61,11 +61,11 @@ endif
 $(if $(filter cuda,$(DEVICE)),$(if $(NVCC),,$(error DEVICE=cuda: $(NO_NVCC))))
 
 NAME := train_gpt_$(DEVICE)_$(ATTN)_$(GQA)_kconv$(KCONV)_$(PRECISION)
-# What is made for the CPU whatever DEVICE says: tests, the yardsticks of other devices.
+# The precision of programs that are built for the CPU with every DEVICE: tests, and the references for other devices.
 CPU_PRECISION := $(if $(filter cpu,$(DEVICE)),$(PRECISION),fp32)
 
 # ----------------------------------------------------------------------------
-# Compilers. No -ffast-math: the checks for NaN and Inf must mean something, and sums keep their order.
+# Compilers. There is no -ffast-math, because it removes the checks for NaN and Inf and changes the order of sums.
 
 WARNINGS := -Wall -Wextra -Werror -Wshadow
 CFLAGS ?= -O3 -march=native -g
@@ -80,7 +80,7 @@ precision = -DPRECISION_$(shell echo $(1) | tr a-z A-Z)
 onednn = $(if $(filter fp64,$(1)),,-ldnnl)
 TRAIN_LIBS := -lcjson -lpcre2-8 -lm
 
-# The trainer as many processes: by Open MPI, and on GPUs by NCCL where its header lies beside nvcc. make MPI=0 does without.
+# The trainer with many processes needs Open MPI, and on GPUs NCCL, if its header is beside nvcc. make MPI=0 builds for one process.
 MPI ?= $(if $(shell mpicc --showme:version 2>/dev/null),1,0)
 NCCL ?= $(if $(NVCC),$(if $(wildcard $(dir $(NVCC))../include/nccl.h /usr/include/nccl.h),1,0),0)
 $(call allow,MPI,0 1)
@@ -96,9 +96,9 @@ else
   PROCESSES := a single process: $(if $(filter-out undefined default file,$(origin MPI)),MPI=0,no mpicc here (libopenmpi-dev))
 endif
 
-# The emulator of CUDA (dev/simt), plain or with sanitizers, which then replace CFLAGS. It lays every type over the same bytes, as
-# CUDA allows, and its pragmas are not g++'s. It switches between threads most of the time, which -O3 does not make faster; all of
-# -g would make a third of the compiler's work.
+# The emulator of CUDA (dev/simt), plain, or with sanitizers whose flags replace CFLAGS. Its kernels access the same bytes as several
+# types, as CUDA allows (-fno-strict-aliasing), and have pragmas that g++ does not know. It mostly switches between threads, which -O3
+# does not make faster; full -g would take a third of the compile time.
 simt = $(CXX) -std=gnu++17 $(1) -fno-math-errno -fno-trapping-math -fno-strict-aliasing -fopenmp -pthread $(WARNINGS) \
        -Wno-unknown-pragmas -DDEVICE_SIMT -I. -MMD -MP
 SIMT_LEVEL := -O1
@@ -106,7 +106,7 @@ SIMT = $(call simt,$(patsubst -g,-g1,$(subst -O3,$(SIMT_LEVEL),$(CFLAGS))))
 ADDRESS_FLAGS := -O1 -march=native -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 THREAD_FLAGS := -O1 -march=native -g1 -fsanitize=thread
 
-# The GPU of this machine, or real code for what CUDA_ARCHS lists and PTX of the newest, which later GPUs compile for themselves.
+# Code for the GPU of this machine; or code for all of CUDA_ARCHS, and PTX of the newest, which the driver compiles for later GPUs.
 CUDA_ARCHS ?= 80 90
 NEWEST_ARCH := $(lastword $(CUDA_ARCHS))
 OLDER_ARCHS := $(filter-out $(NEWEST_ARCH),$(CUDA_ARCHS))
@@ -118,7 +118,7 @@ CUDA_COMMON := -std=c++17 $(NVCCFLAGS) -Werror all-warnings -I. -MMD -MP -DDEVIC
                $(patsubst %,-Xcompiler %,-Wall -Wextra -Werror -fopenmp -pthread)
 CUDA_LIBS := -lcublasLt -Xlinker -rpath$(comma)$(abspath $(dir $(NVCC))/../lib64)
 
-# A missing library is named before the compiler stumbles over it.
+# make names a missing library before the compiler fails.
 NEEDED := libpcre2-dev:pcre2.h libcjson-dev:cjson/cJSON.h
 define missing_packages
 $(shell for pair in $(1); do \
@@ -156,14 +156,15 @@ tokenizer: $(BUILD)/tokenizer
 
 retrieval: $(BUILD)/retrieval
 
-# A trainer is built as its name says: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
+# A trainer's name has its flags: train_gpt_DEVICE_ATTN_GQA_kconvN_PRECISION.
 flag = $(word $(1),$(subst _, ,$*))
 flags = $(call names,$(call flag,2),$(call flag,3),$(patsubst kconv%,%,$(call flag,4))) $(call precision,$(call flag,5)) -MF $@.d
 compile_cpu = $(CC) $(COMMON) -DDEVICE_CPU $(flags) $(MPI_FLAGS) -x c $< -o $@ $(call onednn,$(call flag,5)) $(TRAIN_LIBS) $(MPI_LIBS)
 compile_cuda = $(NVCC) $(CUDA_COMMON) $(GPU_ARCH) $(flags) $(CUDA_COMM) $< -o $@ $(CUDA_LIBS) $(TRAIN_LIBS) $(CUDA_COMM_LIBS)
 
-# Tests run many variants. To the program its flags are two words and a number: for tests it is compiled once for each device and
-# precision, and linked with the flags of each variant. Programs of the emulator, which are for tests alone, are always made so.
+# Tests run many variants. ATTN, GQA and KCONV are two strings and a number in the program. For tests, make compiles it once for each
+# device and precision, and links it with these values of each variant. It always builds the emulator's programs this way, because
+# only tests use them.
 VARIANTS := $(BUILD)/variants
 combinations = $(foreach attention,dense moba flashmoba,$(foreach heads,gqa kdgqa dgqa pgqa,$(foreach taps,0 3 5, \
                  $(VARIANTS)/train_gpt_$(1)_$(attention)_$(heads)_kconv$(taps)_$(2))))
@@ -183,17 +184,18 @@ link_variant = echo 'const char variant_attn[] = "$(call flag,2)", variant_gqa[]
 $(eval $(call rules_of_variants,cpu,fp32,$$(CC) $$(COMMON) -DDEVICE_CPU -x c))
 $(foreach p,fp32 bf16,$(eval $(call rules_of_variants,simt,$(p),$$(SIMT) -x c++)))
 
-# The variants of make test, which has the one for the CPU as a user compiles it, too; and all, which test-long runs for a few steps.
+# The variants of make test, which also runs the CPU trainer as a user compiles it; and all variants, which test-long runs for a few
+# steps.
 SIMT_VARIANTS := dense_gqa_kconv0 flashmoba_kdgqa_kconv3 flashmoba_pgqa_kconv5 dense_dgqa_kconv5 moba_gqa_kconv3
 USERS_TRAINER := $(BUILD)/train_gpt_cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_fp32
 TESTED_VARIANTS := $(sort $(patsubst %,$(VARIANTS)/train_gpt_%,cpu_dense_gqa_kconv0_fp32 \
                      $(foreach variant,$(ATTN)_kdgqa_kconv3 $(ATTN)_dgqa_kconv5 $(ATTN)_pgqa_kconv3 $(SIMT_VARIANTS),cpu_$(variant)_fp32) \
                      $(foreach variant,$(SIMT_VARIANTS),simt_$(variant)_fp32 simt_$(variant)_bf16)))
 ALL_VARIANTS := $(call combinations,cpu,fp32) $(call combinations,simt,fp32)
-# Those that make gpu-check runs.
+# The trainers that make gpu-check runs.
 GPU_TRAINERS := $(foreach variant,$(SIMT_VARIANTS),$(foreach p,fp32 bf16,$(BUILD)/train_gpt_$(DEVICE)_$(variant)_$(p)))
 
-# With LINKED=1 the user's trainer is a variant, too, which saves a compilation.
+# With LINKED=1 the user's trainer is a linked variant too, which saves a compilation.
 LINKED_TRAINERS := $(patsubst $(VARIANTS)/%,$(BUILD)/%,$(call combinations,simt,fp32) $(call combinations,simt,bf16)) \
                    $(if $(filter 1,$(LINKED)),$(USERS_TRAINER))
 $(LINKED_TRAINERS): $(BUILD)/%: $(VARIANTS)/%
@@ -209,7 +211,7 @@ $(BUILD)/tokenizer $(BUILD)/retrieval: $(BUILD)/%: tokenizer/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) -MF $@.d $< -o $@ -lpcre2-8 -lcjson -lm
 
-# The router's theory; for a checkpoint, built with the flags of the model.
+# The router's theory. For a checkpoint, build it with the flags of the model.
 SNR := snr_cpu_$(ATTN)_$(GQA)_kconv$(KCONV)_$(CPU_PRECISION)
 snr: $(BUILD)/$(SNR)
 	@ln -sf $(SNR) $(BUILD)/snr
@@ -219,7 +221,7 @@ $(BUILD)/$(SNR): dev/snr.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,$(CPU_PRECISION)) -MF $@.d $< -o $@ $(call onednn,$(CPU_PRECISION)) $(TRAIN_LIBS)
 
-# How training scales to many GPUs, calculated.
+# The calculation of how training scales to many GPUs.
 scaling: $(BUILD)/scaling
 
 $(BUILD)/scaling: dev/scaling.c Makefile
@@ -228,7 +230,7 @@ $(BUILD)/scaling: dev/scaling.c Makefile
 	$(Q)$(CC) $(COMMON) -DDEVICE_CPU $(call precision,fp32) -MF $@.d $< -o $@ -lm
 
 # ----------------------------------------------------------------------------
-# Tests of the emulator itself, and of what it has in common with a GPU
+# Tests of the emulator itself, and of the properties that it shares with a GPU
 
 EMULATOR_TESTS := test_layout test_simt test_broken
 EMULATOR_SANITIZED := test_broken_address test_broken_thread
@@ -249,26 +251,26 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 	$(Q)$(call simt,$(THREAD_FLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
 
 # ----------------------------------------------------------------------------
-# Tests: each program in test/ is built once, or once for each precision. cmocka's closing lines tell what passed.
+# Tests: make builds each program in test/ once, or once for each precision. cmocka's last lines tell the result.
 
-# Tests of kernels are built in each precision for the emulator (build/test), for the GPU (build/gpu, run by make gpu-check), and
-# for every architecture (build/cuda), where warnings are errors and nothing is run: by make test as objects for the newest
-# architecture, by make test-long for the others.
+# make builds the tests of kernels in each precision for the emulator (build/test), for the GPU (build/gpu, which make gpu-check runs),
+# and for every architecture (build/cuda). The last ones are not run, but their warnings are errors: make test compiles them for the
+# newest architecture, make test-long for the others.
 KERNEL_TEST_SOURCES := test_moba_kernels test_gqa test_kernels test_heads
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
-# The formulas of benchmarks against the emulator's counters: there is nothing to compare with on a GPU.
+# These tests compare the formulas of the benchmarks with the emulator's counters; a GPU has no such counters.
 COUNT_TESTS := $(BUILD)/test/test_moba_counts_bf16 $(BUILD)/test/test_moba_counts_fp32
 GPU_TESTS := $(patsubst %,$(BUILD)/gpu/%,test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS := $(patsubst %,$(BUILD)/cuda/%.o,train_gpt_bf16 test_layout $(KERNEL_TEST_NAMES))
 CUDA_OBJECTS_LONG := $(if $(NVCC),$(BUILD)/cuda/train_gpt_fp32.o $(foreach arch,$(OLDER_ARCHS), \
                        $(patsubst %,$(BUILD)/cuda/%.sm_$(arch).cubin,train_gpt_bf16 test_layout $(KERNEL_TEST_NAMES))))
 
-# An object that nothing runs needs no optimized code for the host.
+# Nothing runs these objects, so their host code is not optimized.
 NEWEST_OBJECT := -c $(call with_ptx,$(NEWEST_ARCH)) -Xcompiler -O0
 
-# What ptxas says of registers and shared memory stays beside the object, for make kernel-table. In bf16 a register that does not
-# fit and goes to memory is an error: the fp32 kernels are there to check with.
+# The output of ptxas on registers and shared memory is kept beside the object, for make kernel-table. In bf16 a register spill is
+# an error; not in fp32, whose kernels are only for checking.
 PTXAS_FLAGS = -Xptxas -v$(if $(findstring bf16,$@),$(comma)--warn-on-spills$(comma)--warning-as-error)
 compile_object = $(NVCC) $(CUDA_COMMON) $(1) $(PTXAS_FLAGS) -MF $@.d $< -o $@ 2>$@.ptxas || \
   { grep -vE '^(ptxas info| +[0-9]+ bytes stack)' $@.ptxas >&2; exit 1; }
@@ -290,7 +292,7 @@ $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: tes
 	$$(Q)$$(call compile_object,$$(NEWEST_OBJECT) $$(call precision,$$*))
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
-# It runs for minutes in make test-long: what -O2 saves there, a seventh, is more than it costs.
+# This test runs for minutes in make test-long. -O2 saves a seventh of that, which is more than the longer compilation.
 $(BUILD)/test/test_moba_kernels_bf16 $(BUILD)/test/test_moba_kernels_fp32: SIMT_LEVEL := -O2
 
 $(COUNT_TESTS): $(BUILD)/test/test_moba_counts_%: test/test_moba_counts.cu Makefile
@@ -344,7 +346,7 @@ else
 compile-cuda: $(CUDA_OBJECTS)
 endif
 
-# The longest first, so that the last ones end together.
+# The longest tests first, so that the last ones end together.
 TESTS := $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed $(BUILD)/test/test_programs test/test_launch.sh \
          $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_snr $(BUILD)/test/test_scaling \
@@ -362,7 +364,8 @@ $(BUILD)/test/%_fp32: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-# The yardstick of the kernels' tests. Never under a sanitizer, which does not know OpenMP's threads; dev/cpu has tests of its own.
+# The reference of the kernels' tests. It has no sanitizer, because the thread sanitizer does not know OpenMP's barriers; dev/cpu has
+# its own tests.
 $(BUILD)/test/reference.o: test/reference.c Makefile
 	@mkdir -p $(@D)
 	@echo "  build $@"
@@ -373,8 +376,8 @@ $(BUILD)/test/%: test/%.c Makefile
 	@echo "  build $@"
 	$(Q)$(CC) $(COMMON) $(VARIANT) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-# Tests of numbers, for docs/math.md section 6: with the unkind product, and with oneDNN limited to the instructions of older
-# processors. In that build the emulator's trainers are those of $(BUILD), which have no gemm of dev/cpu.
+# Tests of docs/math.md section 6: with gemm_unkind, and with oneDNN limited to the instructions of older processors. The unkind build
+# uses the emulator's trainers of $(BUILD), which do not call gemm of dev/cpu.
 UNKIND_BUILD := $(BUILD)/unkind
 OPERATION_TESTS := test/test_model_fp32 test/test_moba_fp32 test/test_attention_fp32 test/test_operations_fp32
 PROGRAM_TESTS := test/test_simt_trainer test/test_distributed test/test_programs test/test_checkpoint test/test_retrieval
@@ -393,7 +396,8 @@ unkind-programs: unkind-operations $(SIMT_TRAINERS) $(BUILD)/tokenizer $(BUILD)/
 
 unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) TOKENIZER=$(UNKIND_BUILD)/tokenizer,$(addprefix $(UNKIND_BUILD)/,$(3)))
 limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
-# make test-long takes every seed and every instruction set, each with another number of threads; make test-numbers takes all of them.
+# make test-long runs every seed and every instruction set once, each with another number of threads; make test-numbers runs all
+# combinations.
 NUMBER_TESTS = $(call unkind,1,1,$(PROGRAM_TESTS)) $(call limited,SSE41,2,$(PROGRAM_TESTS)) \
                $(call unkind,1,4,$(OPERATION_TESTS)) $(call unkind,2,1,$(OPERATION_TESTS)) $(call unkind,3,2,$(OPERATION_TESTS)) \
                $(call limited,SSE41,1,$(OPERATION_TESTS)) $(call limited,AVX,2,$(OPERATION_TESTS)) $(call limited,AVX2,4,$(OPERATION_TESTS))
@@ -401,16 +405,17 @@ test-numbers: unkind-programs $(USERS_TRAINER) $(TESTED_VARIANTS) $(addprefix $(
 	@$(RUN_TESTS) $(foreach threads,1 2 4,$(foreach seed,1 2 3,$(call unkind,$(seed),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))) \
 	  $(foreach set,SSE41 AVX AVX2 DEFAULT,$(call limited,$(set),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))))
 
-# Most tests have one thread: as many at a time as there are cores, but not more than 4, whose own threads would be in their way.
+# Most tests have one thread, so make runs as many at a time as there are cores. It runs at most 4, because the threads of some tests
+# would slow the others down.
 RUN_TESTS := MAKEFLAGS= TEST_JOBS=$(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) scripts/run_tests.sh
 
 test: all compile-cuda unkind-operations $(USERS_TRAINER) $(TESTED_VARIANTS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer $(RUN_TESTS) $(TESTS) $(UNKIND_SAMPLE)
 	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
-# The exhaustive matrix: the same programs under the address, undefined-behaviour and thread sanitizers, kernels and emulator in
-# other orders of the threads, every variant, every architecture, and the scripts as a user calls them. It leaves out what make test
-# has run. First everything is built, then everything runs from one list, the longest first, so that no core is idle.
+# The full matrix: the same programs under the address, undefined-behaviour and thread sanitizers, kernels and emulator in other
+# orders of the threads, every variant, every architecture, and the scripts as a user calls them. It leaves out the runs of make
+# test. make first builds everything, then runs one list, the longest first, so that no core is idle.
 ADDRESS := $(BUILD)/address
 THREAD := $(BUILD)/thread
 .PHONY: test-programs address-programs thread-programs
@@ -418,7 +423,7 @@ test-programs: $(BUILD)/tokenizer $(BUILD)/retrieval $(USERS_TRAINER) $(TESTED_V
 	@ln -sf $(notdir $(USERS_TRAINER)) $(BUILD)/train_gpt
 address-programs:
 	@$(MAKE) --no-print-directory BUILD=$(ADDRESS) CFLAGS="$(ADDRESS_FLAGS)" LINKED=1 EMULATOR_SANITIZED= test-programs
-# The thread sanitizer sees every thread of the emulator but not those of OpenMP, so that the yardstick must do with one.
+# The thread sanitizer knows every thread of the emulator but not OpenMP's barriers, so the reference runs with one thread.
 THREAD_TESTS := $(addprefix $(THREAD)/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
 thread-programs:
 	@$(MAKE) --no-print-directory BUILD=$(THREAD) CFLAGS="$(THREAD_FLAGS)" $(THREAD_TESTS)
@@ -439,13 +444,13 @@ test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(ALL_VARIANTS) $(TESTED_VARIANTS
            $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
 	@$(RUN_TESTS) $(LONG_TESTS)
 
-# Kernels broken on purpose, in every place that dev/simt/mutate.py knows: do the tests notice? test-long takes a sample.
+# dev/simt/mutate.py breaks the kernels on purpose, one place at a time, and checks that the tests fail. test-long takes a sample.
 MUTATE := CXX=$(CXX) MAKE=$(MAKE) dev/simt/mutate.py --build $(BUILD)/mutate
 mutate:
 	$(MUTATE) --report docs/results/mutation.md
 
 # ----------------------------------------------------------------------------
-# Benchmarks, for the CPU; and for a GPU, or the emulator that shows that they work: NAME_DEVICE_PRECISION
+# Benchmarks for the CPU; and NAME_DEVICE_PRECISION for a GPU, or for the emulator, which only shows that they work
 
 BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
@@ -504,7 +509,7 @@ kernel-table: $(PTXAS_TOLD:%.ptxas=%) $(TABLED:%=$(BUILD)/test/%) $(BUILD)/bench
 	mv $(BUILD)/kernels.md docs/results/kernels.md
 
 # ----------------------------------------------------------------------------
-# make gpu-check: all that only a GPU can tell, in one command. The two targets after it are what its script asks for.
+# make gpu-check: all checks that need a GPU, in one command. Its script calls the two targets after it.
 
 DEVICE_TESTS := $(if $(filter simt,$(DEVICE)),$(KERNEL_TESTS),$(GPU_TESTS))
 
