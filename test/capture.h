@@ -1,5 +1,5 @@
 /*
-Running a function in a child process, for what ends the process: its exit code and what it wrote to stderr.
+Runs a function that ends its process in a child process, and captures the exit code and the text on stderr.
 
     struct Captured c = capture(open_a_broken_shard, &arguments);
     assert_int_equal(c.exit_code, 1);
@@ -14,11 +14,12 @@ Running a function in a child process, for what ends the process: its exit code 
 #include <unistd.h>
 
 struct Captured {
-    int exit_code;   // of the child, or -1 when a signal ended it
-    char text[8192]; // what it wrote to stderr, up to this length
+    int exit_code;   // of the child, or -1 if a signal ended it
+    char text[8192]; // the child's stderr, up to this length
 };
 
-// The child is given five minutes, on a busy machine, too: a deadlock shows as -1.
+// A deadlocked child ends after five minutes, which gives -1. Other children need less time, even on a busy
+// machine.
 static inline struct Captured capture(void (*function)(void*), void* argument) {
     struct Captured captured = {-1, ""};
     int ends[2];

@@ -1,7 +1,7 @@
 /*
 An array of the host with a twin on the device, for tests and benchmarks of kernels.
 
-    DeviceArray<float> x(100);              // the twin is as cudaMalloc() gives it
+    DeviceArray<float> x(100);              // the twin holds what cudaMalloc() gives
     for (float& value : x.host) value = 1;
     x.to_device();
     launch(kernel, 1, 32, 0, nullptr, x.device);

@@ -1,8 +1,9 @@
 /*
-What the tests of attention's kernels share (test_gqa.cu, test_moba_kernels.cu): bounds, maps of heads, inputs that floatX holds
-exactly, and errors beside those that rounding alone makes. Include it after the header with the kernels, for it uses their device.
+Functions that the tests of attention's kernels share (test_gqa.cu, test_moba_kernels.cu): bounds, maps,
+inputs that floatX holds exactly, and errors compared with the error of rounding alone. Include it after the
+header with the kernels, because it uses their device.
 
-TEST_LONG=1 in the environment asks for the full matrix.
+TEST_LONG=1 in the environment selects the full matrix.
 */
 #ifndef TEST_DEVICE_ATTENTION_H
 #define TEST_DEVICE_ATTENTION_H
@@ -15,7 +16,7 @@ TEST_LONG=1 in the environment asks for the full matrix.
 
 static const int LONG_MATRIX = getenv("TEST_LONG") != NULL;
 
-// Relative errors, in the Euclidean norm. A log-sum-exp is fp32 in every build, of rows that are.
+// Bounds of the relative error, in the Euclidean norm. lse is fp32 in every build.
 #if defined(PRECISION_BF16)
 static const double BOUND = 1e-2;
 #else
@@ -43,7 +44,7 @@ static const HeadMap* const ALL_MAPS[8] = {&ONE,    &MHA,         &GQA,         
 // ----------------------------------------------------------------------------
 // Memory of the device
 
-// What the device gets, and what it then holds exactly.
+// Uploads `exact` as floatX, and sets `exact` to the rounded values that the device then holds.
 static void upload_rounded(floatX* device, floatX* host, double* exact, size_t count) {
     for (size_t i = 0; i < count; i++) {
         host[i] = (floatX)(float)exact[i];
@@ -52,7 +53,7 @@ static void upload_rounded(floatX* device, floatX* host, double* exact, size_t c
     copy_to_device(device, host, count * sizeof(floatX), 0);
 }
 
-// Bytes that no kernel has written: NaN in every type, and no block.
+// Fills memory with bytes that stand for "unwritten": NaN as a float, and no block as an int.
 static void forget(void* memory, size_t bytes) {
     device_check(cudaMemset(memory, 0xFF, bytes), "clear memory");
 }
@@ -63,7 +64,7 @@ static void* forgotten(size_t bytes) {
     return memory;
 }
 
-// What the device holds, as doubles.
+// The device's values, as doubles.
 template <typename Element> static double* download(const Element* values, size_t count) {
     Element* host = (Element*)calloc_or_fail(count + 1, sizeof(Element), "a test");
     double* exact = new_doubles(count + 1);
@@ -77,8 +78,8 @@ template <typename Element> static double* download(const Element* values, size_
 // ----------------------------------------------------------------------------
 // Errors
 
-// One of the parts of dqkv (or all of out): the squares of its difference from the reference, of the difference that
-// rounding alone makes, and of the reference.
+// For one part of dqkv (or for out): the sums of squares of its difference from the reference, of the
+// difference that rounding the reference makes, and of the reference.
 typedef struct {
     double difference, rounding, norm;
 } Error;
@@ -90,8 +91,8 @@ static void add_error(Error* error, double value, double reference) {
     error->norm += reference * reference;
 }
 
-// `noise` is what may be left where a gradient is 0 but for cancellation: the norm of another one that is not. `which` is the case,
-// in words.
+// `noise` allows for gradients that cancel to almost 0: it is the norm of another gradient, which does not
+// cancel. `which` describes the case.
 static void assert_error(const char* what, const char* which, const Error* error, double noise,
                          int rounded_only) {
     const double difference = sqrt(error->difference), rounding = sqrt(error->rounding),
@@ -107,7 +108,7 @@ static void assert_error(const char* what, const char* which, const Error* error
     assert_true(good);
 }
 
-// The log-sum-exp of `count` rows.
+// Checks the lse of `count` rows.
 static void assert_lse_error(const char* which, const Error* error, size_t count) {
     const double difference = sqrt(error->difference), norm = sqrt(error->norm + (double)count);
     if (!(difference <= LSE_BOUND * norm))
@@ -115,8 +116,8 @@ static void assert_lse_error(const char* which, const Error* error, size_t count
     assert_true(difference <= LSE_BOUND * norm);
 }
 
-// The rows of noised (B, T, H, D) from `start` on: the device's own output with the noise of the reference. No other row is
-// touched.
+// Checks the rows of noised (B, T, H, D) from `start` on: they must be the device's own output with the
+// reference's noise. The kernel must write no other row.
 static void check_noised(const char* which, const floatX* out, const AttentionNoise* noise, int B, int T,
                          int start, int H, int D) {
     const size_t count = (size_t)B * T * H * D;
@@ -133,8 +134,8 @@ static void check_noised(const char* which, const floatX* out, const AttentionNo
     free(exact), free(noised), free(want);
 }
 
-// The gradients of queries, keys and values, (rows, H + 2G, D) against the reference's. Those of a KV head that no query head reads
-// are 0.
+// Compares the gradients of queries, keys and values, (rows, H + 2G, D), with the reference's. The gradients
+// of a KV head that no query head reads must be 0.
 static void check_gradients(const char* which, const double* dqkv, const double* reference, size_t rows,
                             const HeadMap* map, int D, int rounded_only) {
     const int heads = map->H + 2 * map->G;

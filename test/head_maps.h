@@ -1,5 +1,6 @@
 /*
-The maps from query heads to key/value heads that attention is tested with: every kind that it must take.
+The maps from query heads to KV heads for the tests of attention: one of every kind that attention must
+support.
 */
 #ifndef TEST_HEAD_MAPS_H
 #define TEST_HEAD_MAPS_H

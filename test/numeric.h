@@ -1,6 +1,6 @@
 /*
-What the tests of operations and of the model share: random inputs, the error of a vector against another, and gradients by
-central differences of a reference that is written in double precision, whatever the build under test.
+Functions that the tests of operations and of the model share: random inputs, the relative error of a vector,
+and gradients by central differences of a reference, which is in double precision in every build.
 */
 #ifndef TEST_NUMERIC_H
 #define TEST_NUMERIC_H
@@ -9,13 +9,13 @@ central differences of a reference that is written in double precision, whatever
 #include <stdarg.h>
 #include <stddef.h>
 #ifdef __cplusplus
-extern "C" { // cmocka.h is C's
+extern "C" { // cmocka.h has no extern "C" of its own
 #endif
 #include <cmocka.h>
 #ifdef __cplusplus
 }
 #endif
-#undef fail // cmocka's macro; ours is a function, and in tests print_error and assert_true do
+#undef fail // cmocka's macro; fail() here is runtime/checks.h's function
 #include "runtime/checks.h"
 #include "runtime/precision.h"
 #include "runtime/random.h"
@@ -45,7 +45,7 @@ static inline void fill_normal(double* exact, floatX* values, size_t count, doub
     }
 }
 
-// |a - b| / |b| in the Euclidean norm; |a| where b is zero.
+// |a - b| / |b| in the Euclidean norm, or |a| if b is zero.
 static inline double relative_error(const floatX* a, const double* b, size_t count) {
     double difference = 0, norm = 0;
     for (size_t i = 0; i < count; i++) {

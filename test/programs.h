@@ -1,13 +1,15 @@
 /*
-For tests that run the built programs: a process and what became of it, the files it left, and token shards made here.
+For tests that run the built programs: starts processes, checks their results and files, and makes token
+shards.
 
-    const Result* result = run("%s -x 3 -o first", trainer);       // a line of sh; overwritten by the next call
+    const Result* result = run("%s -x 3 -o first", trainer);       // a line of sh; the next call overwrites it
     must_end_well(result);
     must_fail_with(run("%s -b 0", trainer), 2, "--batch 0");
     must_be_same_run("first", "second", 3);
     pid_t job = start("build/train_gpt ...", "out.txt", "err.txt");   // beside the test
 
-Include it after the tree's other headers: cmocka.h makes fail() a macro of its own. What must be equal is compared as bytes.
+Include it after the tree's other headers, because cmocka.h defines a macro fail(). Files that must be equal
+are compared byte by byte.
 */
 #ifndef TEST_PROGRAMS_H
 #define TEST_PROGRAMS_H
@@ -32,7 +34,7 @@ Include it after the tree's other headers: cmocka.h makes fail() a macro of its 
 #include <time.h>
 #include <unistd.h>
 
-// snprintf that must fit.
+// snprintf whose output must fit.
 __attribute__((format(printf, 3, 4))) static inline void print_to(char* out, size_t size, const char* format,
                                                                   ...) {
     va_list arguments;
@@ -46,19 +48,19 @@ __attribute__((format(printf, 3, 4))) static inline void print_to(char* out, siz
 // Running a program
 
 typedef struct {
-    int exit_code;   // 128 + the signal where one ended it
+    int exit_code;   // 128 + the signal if one ended the process
     double peak;     // bytes of resident memory
-    char out[65536]; // what it printed, cut where longer
+    char out[65536]; // its stdout, cut at this length
     char err[8192];
 } Result;
 
-// What is done to the process while it runs; all zero is nothing.
+// Actions on the process while it runs; all zero: none.
 typedef struct {
-    long kill_after_ms; // SIGKILL so long after its start; 0: not
+    long kill_after_ms; // SIGKILL this long after its start; 0: none
     int signal;         // sent once `until_file` has `until_lines` lines; 0: none
     const char* until_file;
     int until_lines;
-    long after_ms;     // and so long after that
+    long after_ms;     // and this long after that
     rlim_t file_bytes; // largest file it may write; 0: no limit
 } Treatment;
 
@@ -92,8 +94,9 @@ static inline double now(void) {
 static const int stop_signals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU};
 enum { STOP_SIGNALS = sizeof(stop_signals) / sizeof(stop_signals[0]) };
 
-// In the child, before exec: a test that nohup or the background of a script started ignores signals, and its children would.
-// SIGXCPU writes a core where the limit allows it.
+// Call this in the child, before exec. If nohup or a script's background started the test, it ignores some
+// signals, and its children would inherit that. SIGXCPU writes a core if the limit allows it, so the limit
+// becomes 0.
 static inline void heed_signals(void) {
     const struct rlimit no_core = {0, 0};
     (void)setrlimit(RLIMIT_CORE, &no_core);
@@ -108,7 +111,7 @@ static inline int has_ended(pid_t child) {
     return info.si_pid != 0;
 }
 
-// Waits until the file has so many lines; fails where the process ends before.
+// Waits until the file has this many lines; fails if the process ends before.
 static inline void await_lines(pid_t child, const char* path, int lines) {
     while (count_lines(path) < lines) {
         assert_false(has_ended(child));
@@ -161,8 +164,8 @@ static inline const Result* run_treated(const Treatment* treatment, const char* 
     return &result;
 }
 
-// A run into `output` that its signal must reach. On a busy machine a short run may end before this process gets to look at it:
-// then it is made again, from its start.
+// A run into `output` that its signal must reach. On a busy machine a short run may end before this process
+// sends the signal; then this function runs it again, from its start.
 static inline const Result* run_interrupted(const Treatment* treatment, const char* line,
                                             const char* output) {
     char command[16384], remove[PATH_MAX];
@@ -186,7 +189,7 @@ __attribute__((format(printf, 1, 2))) static inline const Result* run(const char
     return run_treated(&nothing, line);
 }
 
-// Starts a line of sh, which goes on beside the test.
+// Starts a line of sh, which runs beside the test.
 static inline pid_t start(const char* line, const char* out, const char* err) {
     char command[16384];
     print_to(command, sizeof(command), "exec %s >%s 2>%s", line, out, err);
@@ -200,15 +203,16 @@ static inline pid_t start(const char* line, const char* out, const char* err) {
     return child;
 }
 
-// Waits for what start() has started: its exit code, 128 + the signal where one ended it.
+// Waits for a process of start(). Returns its exit code, or 128 + the signal if one ended it.
 static inline int end_of(pid_t child) {
     int status;
     assert_int_equal(waitpid(child, &status, 0), child);
     return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
 }
 
-// No thread of the process has a handler for the signals that stop a run, which would use the stack of the code that it
-// interrupts; all threads block them but the one that waits for them, which /proc shows as not blocking them.
+// Checks that the process has no handler for the signals that stop a run, because a handler would use the
+// stack of the code that it interrupts. All threads must block these signals except the thread that waits for
+// them, which /proc shows as not blocking them.
 static inline void must_take_signals_on_no_stack(pid_t process, int least_threads) {
     char path[320], text[8192];
     unsigned long long stopping = 0, blocked, caught;
@@ -246,7 +250,7 @@ static inline void must_fail_with(const Result* result, int exit_code, const cha
     assert_ptr_equal(strchr(result->err, '\n'), result->err + strlen(result->err) - 1);
 }
 
-// For preparing files: a line of sh that must succeed.
+// Runs a line of sh, for preparing files.
 __attribute__((format(printf, 1, 2))) static inline void shell(const char* format, ...) {
     char line[4096];
     va_list arguments;
@@ -271,7 +275,7 @@ static inline void must_equal(const char* a, const char* b) {
     assert_int_equal(result->exit_code, 0);
 }
 
-// The parts of a run that its flags determine.
+// Compares the parts of two runs that their flags determine.
 static inline void must_be_same_run(const char* a, const char* b, int steps) {
     static const char* const parts[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors"};
     char left[256], right[256];
@@ -304,12 +308,12 @@ static inline int read_metric(double* values, int most, const char* output, cons
 enum { VOCABULARY = 97 };
 
 typedef struct {
-    int magic, version, tokens, vocabulary, hash; // the header's
+    int magic, version, tokens, vocabulary, hash; // of the header
     int held;                                     // tokens that the file really holds
-    int bad_at, bad_token;                        // one token that is not of the text; bad_at -1: none
+    int bad_at, bad_token;                        // place and value of one wrong token; bad_at -1: none
 } Shard;
 
-// A text with something to learn: after each token come two others far more often than all the rest.
+// Writes a text that a model can learn: two tokens follow each token far more often than all others.
 static inline void write_shard(const char* path, Shard shard) {
     FILE* file = fopen(path, "wb");
     assert_non_null(file);
@@ -335,18 +339,19 @@ static inline Shard good_shard(int tokens) {
 }
 
 // ----------------------------------------------------------------------------
-// Where it all happens
+// The test's directory
 
-static char top[PATH_MAX]; // of the source tree
-static char directory[64]; // made by enter_directory(), with KEEP in the environment it stays
+static char top[PATH_MAX]; // the top of the source tree
+static char directory[64]; // made by enter_directory(); kept if KEEP is in the environment
 
-// From the top of the tree into a directory of the test's own; what its programs see of the environment. 0: all is well.
+// Goes from the top of the tree into a new directory of the test, and sets the environment of its programs.
+// Returns 0 on success.
 static inline int enter_directory(void) {
     print_to(directory, sizeof(directory), "/tmp/test_of_programs_XXXXXX");
     if (!realpath(".", top) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
-    // Threads that spin while they wait are slow where others compute too.
+    // Threads that spin while they wait are slow on a machine with other work.
     setenv("OMP_WAIT_POLICY", "passive", 0);
-    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // what a program holds when it fails is no leak
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // memory that a failing program still holds is no leak
     setenv("LC_ALL", "C", 1);
     return 0;
 }

@@ -1,5 +1,5 @@
 /*
-The object behind test/reference.h: dev/cpu in fp64, whatever the precision of the build that it belongs to.
+The implementation of test/reference.h: dev/cpu in fp64, for builds of every precision.
 */
 #undef PRECISION_FP32
 #undef PRECISION_FP64

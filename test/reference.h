@@ -1,11 +1,11 @@
 /*
-The yardstick of the CUDA kernels' tests: the operations of dev/cpu in double precision, compiled as C into one object that tests
-of any language, precision and device link with.
+The reference of the CUDA kernels' tests: the operations of dev/cpu in double precision, compiled as C into
+one object. Tests in any language, precision and device link with it.
 
     reference_rmsnorm_forward(out, rstd, inp, weight, rows, C, 1e-5f);
 
-Names, shapes and the order of arguments are those of dev/cpu, without the stream and with their own workspaces; what is
-floatX or float_acc there is double here.
+Names, shapes and the order of arguments are those of dev/cpu, without the stream. The functions allocate
+their own workspaces. floatX and float_acc of dev/cpu are double here.
 */
 #ifndef TEST_REFERENCE_H
 #define TEST_REFERENCE_H
@@ -53,7 +53,7 @@ void reference_attention_backward(double* dqkv, const double* dout, const double
                                   const double* qkv, const int* kv_of_q, int B, int T, int H, int G, int D,
                                   int window);
 
-// With the selection of the caller, and the selection itself.
+// The forward and backward passes use the caller's selection; reference_flashmoba_select() makes one.
 void reference_flashmoba_forward(double* out, double* lse, const int* selected, const double* qkv,
                                  const int* kv_of_q, int B, int T, int H, int G, int D, int S, int K);
 void reference_flashmoba_select(int* selected, double* centroids, const double* qkv, const int* kv_of_q,
@@ -79,7 +79,8 @@ void reference_attention_noise(double* noised, const double* out, int B, int T, 
 }
 #endif
 
-// Before the first call: under the thread sanitizer with one thread, for it does not know the barriers of OpenMP.
+// Call this before the other functions. Under the thread sanitizer it limits OpenMP to one thread, because
+// the sanitizer does not know OpenMP's barriers.
 static inline void reference_start(void) {
 #if defined(__SANITIZE_THREAD__)
     omp_set_num_threads(1);

@@ -1,6 +1,6 @@
 /*
-The allocation of query heads to key/value heads: the table of docs/math.md section 3 worked out by hand, what must hold for
-every input, and the histories of dgqa over many steps.
+Tests the allocation of query heads to KV heads: the table of docs/math.md section 3, calculated by hand;
+properties that hold for every input; and dgqa's history over many steps.
 */
 #include "test/numeric.h"
 #include "test/capture.h"

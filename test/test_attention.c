@@ -1,8 +1,9 @@
 /*
-Attention against a reference that is written as the formulas are: one row of scores at a time, in double.
+Compares attention with a reference that follows the formulas: one row of scores at a time, in double.
 
-The fp64 build holds the tiled code to the reference's rounding, and the reference's gradients to central differences;
-the fp32 build is held to 1e-5 of the reference on the same inputs (docs/math.md section 7).
+In the fp64 build the tiled code must equal the reference to rounding, and the reference's gradients must
+equal central differences. The fp32 build must be within 1e-5 of the reference on the same inputs
+(docs/math.md section 7).
 */
 // attention_forward, attention_backward; before cmocka.h, which makes fail() a macro of its own
 #include "dev/cpu/gqa.h"

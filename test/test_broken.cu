@@ -1,9 +1,10 @@
 /*
-Broken kernels, which keep the emulator honest: each has one planted bug, and the mode in which it has to be found; its sound twin
-(the same code without the bug) has to pass in every order and every mode of cp.async without a word.
+Tests that the emulator finds bugs in kernels. Each case is a kernel with one planted bug, and the mode in
+which the emulator must find it. The same code without the bug must pass in every order and every mode of
+cp.async, without any message.
 
-This program is built three times, plain, with the address and undefined-behaviour sanitizers, and with the thread sanitizer; each
-runs the cases of its own. Every run is a process of its own, as most bugs end it.
+This program is built three times: plain, with the address and undefined-behaviour sanitizers, and with the
+thread sanitizer. Each build runs its own cases. Every run is a separate process, because most bugs end it.
 */
 #include "kernels/ptx.cuh"
 #include "test/capture.h"

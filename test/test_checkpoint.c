@@ -1,9 +1,9 @@
 /*
-Checkpoints: what is saved is what is loaded; what is broken is refused in one line; what is interrupted leaves
-the checkpoint before it whole.
+Tests checkpoints: a loaded checkpoint equals the saved one; a broken one is refused in one line; an
+interrupted save leaves the checkpoint before it complete.
 
-Code that ends the program runs in a forked child whose stderr is read back. The calls that change the disk go
-through counted versions, so that a save can be killed, or fail, at each of them in turn.
+Code that ends the program runs in a forked child, and the test reads the child's stderr. Counted versions
+replace the calls that change the disk, so that a save can be killed, or fail, at each of them in turn.
 */
 #define _GNU_SOURCE
 #include <ftw.h>

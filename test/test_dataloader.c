@@ -1,5 +1,5 @@
 /*
-The data loader: the order of the data, the windows at the edges of shards, every error, the reader thread.
+Tests the data loader: the order of the data, windows at the edges of shards, every error, the reader thread.
 */
 #include "dataloader.h"
 #include "test/capture.h"

@@ -1,11 +1,12 @@
 /*
-The trainer as several processes, by mpirun on this machine: the same curves whatever their number, the optimizer's state in
-shards, checkpoints that move between numbers of processes, and processes that are killed.
+Tests the trainer with several ranks, started by mpirun on this machine: equal curves for any number of ranks,
+the sharded optimizer state, resuming with another number of ranks, and ranks that are killed.
 
-    BUILD=build build/test/test_distributed                  from the top of the tree; TEST_LONG=1 for more kills, TEST_LONG=rest for these alone
+    BUILD=build build/test/test_distributed      from the top of the tree
+    TEST_LONG=1                                  more kills; TEST_LONG=rest: only these
 
-Curves of different numbers of ranks differ in the order of their sums alone, and must agree to 1e-5; what has the same number
-must agree to the last bit. Skipped, loudly, where there is no mpirun.
+Curves of different numbers of ranks differ only in the order of sums, and must agree to 1e-5. Runs with the
+same number of ranks must agree to the last bit. Without mpirun the test prints that it is skipped.
 */
 #define _GNU_SOURCE
 #include "dev/cpu/device.h" // defines stream_t, for comm.h

@@ -1,7 +1,8 @@
 /*
-gqa.cuh against dev/cpu/gqa.h in fp64 on the same inputs (test/reference.h), in the precision of the build: output,
-log-sum-exp and gradients within the bounds of docs/math.md section 7, for sizes that reach every branch; the same bits when
-repeated; every element of the outputs written and nothing else. Runs on the emulator and on a GPU.
+Compares gqa.cuh, in the precision of the build, with dev/cpu/gqa.h in fp64 on the same inputs
+(test/reference.h). Output, lse and gradients must be within the bounds of docs/math.md section 7, for sizes
+that reach every branch. A repeated call must give the same bits. The kernels must write every element of the
+outputs, and nothing else. The test runs on the emulator and on a GPU.
 
 TEST_LONG=1 runs the full matrix.
 */

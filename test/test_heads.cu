@@ -1,7 +1,8 @@
 /*
-kernels/heads.cuh against the functions of runtime/allocation.h called by the host, with the same numbers: after every call the
-whole state must be the same bits. By every source and kind, over many steps, with statistics that are ordinary and that are not.
-Runs on the emulator and on a GPU, where it also shows that both calculate alike.
+Compares kernels/heads.cuh with the functions of runtime/allocation.h on the host, with the same numbers:
+after every call the whole state must have the same bits. It tests every source and kind over many steps, with
+ordinary statistics and others (ties, zeros, very small or large numbers, NaN, Inf). It runs on the emulator
+and on a GPU, where it also shows that host and device calculate alike.
 */
 #include "kernels/heads.cuh"
 // cmocka

@@ -1,9 +1,11 @@
 /*
-Every CUDA operation but attention, in a table: operation x shape x width of access, in the precision of the build, against
-dev/cpu in fp64 on the same inputs (test/reference.h). Runs on the emulator, and on a GPU.
+Compares every CUDA operation except attention, in the precision of the build, with dev/cpu in fp64 on the
+same inputs (test/reference.h). The cases are a table: operation x shape x width of access. The test runs on
+the emulator and on a GPU.
 
-For each: outputs and gradients within the bounds of docs/math.md section 7; the same bits when repeated; nothing written
-outside of the outputs; NaN and Inf where the reference has them.
+For each case: outputs and gradients are within the bounds of docs/math.md section 7; a repeated call gives
+the same bits; the kernel writes nothing outside of the outputs; NaN and Inf are at the same places as in the
+reference.
 */
 #include "test/numeric.h"
 #include "test/capture.h"

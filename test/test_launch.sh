@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The scripts that train with many processes, as a user calls them: the restart loop; one machine; two machines, which are two
-# network namespaces with addresses and host names of their own, joined by a cable; Slurm, whose commands are stood in for by
-# scripts of this test. In cmocka's words, so that scripts/run_tests.sh counts them. BUILD names the directory of the programs;
-# TEST_LONG=1 runs all of it, TEST_LONG=rest only what does not run without.
-# shellcheck disable=SC2317 # the functions are called by way of check()
+# Tests the scripts that train with many processes, as a user calls them: the restart loop; one machine; two
+# machines; Slurm. The two machines are network namespaces with their own addresses and host names, connected
+# by a virtual cable. Scripts of this test replace Slurm's commands. The output has cmocka's format, so that
+# scripts/run_tests.sh counts the tests. BUILD names the directory of the programs. TEST_LONG=1 runs all
+# tests, TEST_LONG=rest only those that do not run without it. shellcheck disable=SC2317 # the functions are
+# called by way of check()
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 top=$PWD

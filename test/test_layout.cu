@@ -1,10 +1,10 @@
 /*
-What the kernels take for granted of the machine, against plain index formulas: which element of a fragment lies in which
-register of which lane (mma, ldmatrix plain and transposed), groups of cp.async, shuffles of every kind, width and type,
-votes, barriers, bf16 rounding.
+Tests the properties of the machine that the kernels rely on, with plain index formulas: which element of a
+fragment is in which register of which lane (mma, ldmatrix plain and transposed), groups of cp.async, shuffles
+of every kind, width and type, votes, barriers, bf16 rounding.
 
-Compiled by g++ it tests the emulator, by nvcc the GPU and the inline PTX, which the emulator never sees: on a new GPU it is the
-first thing to run.
+Compiled by g++ it tests the emulator. Compiled by nvcc it tests the GPU and the inline PTX, which the
+emulator never runs, so run this test first on a new GPU.
 */
 #include "kernels/ptx.cuh"
 #include "test/device_array.h"

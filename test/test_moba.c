@@ -1,9 +1,9 @@
 /*
-Mixture of block attention, both algorithms, against a reference that is written as the formulas of docs/math.md section 2 are:
-every score, every block, one query at a time, in double.
+Compares both algorithms of mixture of block attention with a reference that follows the formulas of
+docs/math.md section 2: every score, every block, one query at a time, in double.
 
-Queries and keys are multiples of 1/8, of which the scores of blocks of 2^i keys are exact in every precision: selections
-must then be the reference's, ties included.
+Queries and keys are multiples of 1/8, so the scores of blocks of 2^i keys are exact in every precision. The
+selections must then equal the reference's, also with equal scores.
 */
 // moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
 #include "dev/cpu/moba.h"

@@ -1,6 +1,7 @@
 /*
-The formulas of dev/bench/moba_counts.h against what the emulator counts while the kernels run: the same numbers, exactly, for sizes
-that reach every branch. And what they say of lengths that the emulator cannot run.
+Compares the formulas of dev/bench/moba_counts.h with the emulator's counters while the kernels run: the
+numbers must be exactly equal, for sizes that reach every branch. It also checks the formulas for lengths that
+the emulator cannot run.
 */
 // count_work, count_floors
 #include "dev/bench/moba_counts.h"

@@ -1,8 +1,9 @@
 /*
-moba.cuh and kernels/moba_plain.cuh against dev/cpu/moba.h in fp64 on the same inputs (test/reference.h), in the precision of the
-build: the selection, and with the same selection output, log-sum-exp and gradients within the bounds of docs/math.md section 7,
-for sizes that reach every branch; what follows from the definition; the same bits when repeated; and one against the other. Runs
-on the emulator and on a GPU.
+Compares moba.cuh and kernels/moba_plain.cuh, in the precision of the build, with dev/cpu/moba.h in fp64 on
+the same inputs (test/reference.h), for sizes that reach every branch. It compares the selection, and with the
+same selection the output, lse and gradients, within the bounds of docs/math.md section 7. It also checks
+properties that follow from the definition, that a repeated call gives the same bits, and the two algorithms
+against each other. It runs on the emulator and on a GPU.
 
 TEST_LONG=1 runs the full matrix.
 */

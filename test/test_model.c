@@ -1,7 +1,7 @@
 /*
-The whole model. An independent forward pass is written out below in double precision, token by token and without tiles; the
-trainer's loss and logits are compared with it, and the trainer's gradients with its central differences. Built in fp64, where
-the bounds are 1e-12 and 1e-6, and in fp32.
+Tests the whole model. This file has an independent forward pass in double precision, token by token and
+without tiles. The test compares the trainer's loss and logits with it, and the trainer's gradients with its
+central differences. The bounds are 1e-12 and 1e-6 in the fp64 build, and 1e-5 in the fp32 build.
 */
 #define TRAIN_GPT_NO_MAIN
 #include "test/numeric.h"

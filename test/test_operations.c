@@ -1,6 +1,7 @@
 /*
-Every operation but attention (which has its own test): its output against a plain definition in double precision, and its
-gradients against central differences of that definition. Built in fp64 and in fp32.
+Tests every operation except attention (which has its own test). It compares the output with a plain
+definition in double precision, and the gradients with central differences of that definition, in fp64 and in
+fp32.
 */
 #include "test/numeric.h"
 #include "dev/cpu/device.h"

@@ -1,11 +1,11 @@
 /*
-The built programs from end to end, as a user runs them: train, be killed, resume, compare; what bad input gets; memory
-against the plan; generation; the plot.
+Tests the built programs from end to end, as a user runs them: training, kills, resuming, comparing; errors
+for bad input; memory against the plan; generation; the plot.
 
     BUILD=build build/test/test_programs          from the top of the tree
 
-Each program runs as a process of its own in a temporary directory, on tiny token shards made here. What must be equal is
-compared as bytes.
+Each program runs as a separate process in a temporary directory, on tiny token shards that the test makes.
+Files that must be equal are compared byte by byte.
 */
 #define _GNU_SOURCE
 #include "runtime/model.h"   // ATTN_NAME, GQA_NAME, KCONV

@@ -1,6 +1,6 @@
 /*
-The retrieval task: what build/retrieval writes, read back window by window; runtime/retrieval.h on a scripted model; and a
-small model that learns the task, from end to end.
+Tests the retrieval task: reads the output of build/retrieval window by window; runs runtime/retrieval.h on a
+scripted model; and trains a small model that learns the task, from end to end.
 
     BUILD=build build/test/test_retrieval          from the top of the tree
 */

@@ -1,5 +1,6 @@
 /*
-The host-side headers of runtime/: learning-rate schedules, sampling, metrics, what GPUs can do, what MoBA's choices are worth.
+Tests the host-side headers of runtime/: learning-rate schedules, sampling, metrics, peak rates of GPUs, and
+the statistics of MoBA's selections.
 */
 // for posix_openpt, of the tests of the terminal
 #ifndef _GNU_SOURCE

@@ -1,6 +1,6 @@
 /*
-dev/scaling.c: collectives and steps against seconds worked out by hand, published figures within what docs/results/scaling.md
-says, and that this file is what the program writes today.
+Tests dev/scaling.c: compares collectives and steps with seconds calculated by hand, and published figures
+with the errors in docs/results/scaling.md; and checks that this document is what the program writes today.
 */
 #define SCALING_NO_MAIN
 #include "dev/scaling.c" // NOLINT(bugprone-suspicious-include): the program without its main

@@ -1,7 +1,7 @@
 /*
-dev/simt, the emulator of CUDA's execution model: its errors and their words, the orders of threads, the moments of cp.async, what
-unwritten memory holds, and the host's functions. What it shares with a GPU is in test_layout.cu, and what it has to find in kernels
-in broken.cu.
+Tests dev/simt, the emulator of CUDA's execution model: its errors and their messages, the orders of threads,
+the moments of cp.async, the contents of unwritten memory, and the host's functions. test_layout.cu tests the
+properties that it shares with a GPU, and test_broken.cu the bugs that it must find in kernels.
 */
 #define PRECISION_FP32 // of floatX, which nothing here depends on
 #include "kernels/ptx.cuh"

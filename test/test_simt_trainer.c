@@ -1,15 +1,16 @@
 /*
-The CUDA program against the CPU program: the same steps from the same checkpoint over the same data, and checkpoints that move
-between them.
+Compares the CUDA program with the CPU program: the same steps from the same checkpoint over the same data,
+and checkpoints that move between them.
 
     BUILD=build build/test/test_simt_trainer                     from the top of the tree: the emulator (DEVICE=simt)
     BUILD=build DEVICE=cuda build/test/test_simt_trainer         the GPU of this machine
 
-TEST_LONG=1 takes every combination of attention, grouping and taps, in fp32; TEST_LONG=rest does nothing else.
-With --cuda-graph and --recompute the device must write what it writes without, to the last bit.
+TEST_LONG=1 adds every combination of attention, grouping and taps, in fp32; TEST_LONG=rest runs only these.
+The device must write the same bits with and without --cuda-graph and --recompute.
 
-On the CPU fp32 is the yardstick. The fp32 build of the other device computes the same in another order, and must stay within
-1e-4 of its losses over 20 steps; the bf16 build rounds every activation to 8 bits, and must stay within 2 %.
+The reference is the CPU in fp32. The fp32 build of the other device computes the same in another order, and
+must stay within 1e-4 of the reference's losses over 20 steps. The bf16 build rounds every activation to 8
+bits, and must stay within 2 %.
 */
 #define _GNU_SOURCE
 #include "runtime/safetensors.h" // defines safetensors_open, safetensors_read

@@ -1,6 +1,7 @@
 /*
-dev/snr.c: the router's theory. The table against its predictions and the figures on record, the shortcut of its sampling
-against whole keys, and what it reports of a model's queries and keys against values worked out by hand.
+Tests dev/snr.c, the router's theory. It compares the table with its predictions and with the figures on
+record, the sampling of single coordinates with whole keys, and the report on a model's queries and keys with
+values calculated by hand.
 */
 #define SNR_NO_MAIN
 #include "dev/snr.c" // NOLINT(bugprone-suspicious-include): the program without its main

@@ -1,6 +1,6 @@
 /*
-Tests of tokenizer/: the library in this process, the command as build/tokenizer (or $TOKENIZER). Run from the
-root of the tree. Fixtures in test/fixtures/tokenizer were recorded by test/compare_tokenizer.py --record.
+Tests tokenizer/: the library in this process, and the command build/tokenizer (or $TOKENIZER). Run it from
+the top of the tree. test/compare_tokenizer.py --record recorded the fixtures in test/fixtures/tokenizer.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // memmem

@@ -1,4 +1,4 @@
-// A trainer whose flags are chosen when it is linked: the words that ATTN, GQA and KCONV are, in the place of constants.
+// Declares ATTN, GQA and KCONV as variables instead of constants, so that linking chooses a trainer's flags.
 #ifndef TEST_VARIANT_H
 #define TEST_VARIANT_H
 
