@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What docs/results/variants.md reports: every variant on one text and on the retrieval task, three seeds each. About two hours
-# on two cores; interrupted, the same line goes on.
+# Makes the results of docs/results/variants.md: every variant on one text and on the retrieval task, three seeds each. It takes
+# about two hours on two cores. After an interruption, the same line resumes it.
 #
 #   docs/results/variants.sh runs/variants
 set -euo pipefail
