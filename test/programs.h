@@ -2,7 +2,7 @@
 For tests that run the built programs: starts processes, checks their results and files, and makes token
 shards.
 
-    const Result* result = run("%s -x 3 -o first", trainer);       // a line of sh; the next call overwrites it
+    const Result* result = run("%s -x 3 -o first", trainer);     // a line of sh; the next call overwrites it
     must_end_well(result);
     must_fail_with(run("%s -b 0", trainer), 2, "--batch 0");
     must_be_same_run("first", "second", 3);
