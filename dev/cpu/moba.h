@@ -263,8 +263,8 @@ static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected,
 }
 
 // Computes the rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in
-// qkv already. `centroids` has all key blocks (keys_forward). The workspace needs no initial value. With K =
-// 1 it uses neither selected nor centroids. If noise is not NULL, it also writes these rows of noise->noised.
+// qkv already. `centroids` has all key blocks (keys_forward). The workspace needs no initial value. K = 1
+// uses neither selected nor centroids. If noise is not NULL, it also writes these rows of noise->noised.
 static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
                                 int* selected,  // (B, H, T, K-1) selected blocks, the newest first, then -1
