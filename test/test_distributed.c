@@ -287,9 +287,11 @@ static int kill_one(int number) {
     if (WEXITSTATUS(status) == 0) return 0; // the rank was done with everything
     assert_int_equal(WEXITSTATUS(status), 128 + SIGKILL);
     read_text(err, sizeof(err), "stderr.txt");
+    // Now and then, on a busy machine, mpirun tells of a process that has failed and does not say which one.
     print_to(wanted, sizeof(wanted), "process rank %d with PID", rank);
-    if (!strstr(err, wanted)) print_error("%s\n", err);
-    assert_non_null(strstr(err, wanted));
+    const int told = strstr(err, wanted) || strstr(err, "1 process returned");
+    if (!told) print_error("%s\n", err);
+    assert_true(told);
     return 1;
 }
 
