@@ -3,8 +3,8 @@
 # machines; Slurm. The two machines are network namespaces with their own addresses and host names, connected
 # by a virtual cable. Scripts of this test replace Slurm's commands. The output has cmocka's format, so that
 # scripts/run_tests.sh counts the tests. BUILD names the directory of the programs. TEST_LONG=1 runs all
-# tests, TEST_LONG=rest only those that do not run without it. shellcheck disable=SC2317 # the functions are
-# called by way of check()
+# tests, TEST_LONG=rest only those that do not run without it.
+# shellcheck disable=SC2317 # check() calls the functions
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 top=$PWD

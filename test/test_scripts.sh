@@ -2,7 +2,8 @@
 # Tests the scripts as a user calls them, on tiny texts: make's choice of the device, gpu-check without a GPU,
 # quickstart with good and bad texts, the download from a local server, the recipe from download to story. The
 # output has cmocka's format, so that scripts/run_tests.sh counts the tests. It takes a minute or two; make
-# test-long runs it. shellcheck disable=SC2317 # the functions are called by way of check()
+# test-long runs it.
+# shellcheck disable=SC2317 # check() calls the functions
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 top=$PWD
