@@ -21,7 +21,8 @@ Both are chains of kernels with no host synchronisation. This file has them in t
     backward    the same work items: dK and dV of the keys, a partial row of dQ of each query; then two merges
     workspaces  heads are processed in groups, so that the partial rows stay within a bound
 
-Only integer counts use atomics, so every run gives the same bits. Bytes and clocks: docs/results/kernels.md.
+Only integer counts use atomics, so every run gives the same bits. Limits: S is a power of two from 16 to 512,
+K is at most 64. ATTN=moba is in kernels/moba_plain.cuh. Bytes and clocks: docs/results/kernels.md.
 */
 #ifndef MOBA_CUH
 #define MOBA_CUH
@@ -32,8 +33,8 @@ Only integer counts use atomics, so every run gives the same bits. Bytes and clo
 // load, store
 #include "kernels/vector.cuh"
 
-// Most keys of a work item. A larger key block is split into parts of MOBA_KEYS keys; each part has its own
-// partial rows.
+// Most keys of a thread block. A larger key block is split into parts of MOBA_KEYS keys. One thread block
+// computes each part of a work item; each part has its own partial rows.
 #if defined(PRECISION_BF16)
 enum { MOBA_KEYS = 128 };
 #else
@@ -446,7 +447,7 @@ static __device__ __forceinline__ int moba_more_before(const moba_lists_t& x, in
     return x.first_item[(size_t)head * (x.blocks + 1) + block] - block;
 }
 
-// Finds the work item of this thread block. Returns false if there is none.
+// Finds the work item, and its part, of this thread block. Returns false if there is none.
 static __device__ __forceinline__ bool moba_item(moba_item_t* item, const moba_lists_t& x, int head) {
     const int i = blockIdx.x / x.parts, part = blockIdx.x % x.parts;
     if (i >= x.first_item[(size_t)head * (x.blocks + 1) + x.blocks]) return false;
@@ -560,7 +561,7 @@ template <int D> struct moba_forward_shape {
     }
 };
 
-// One thread block computes one work item. Its keys and values stay in shared memory; tiles of QUERIES
+// One thread block computes one part of a work item (all of it if parts = 1). Its keys and values stay in shared memory; tiles of QUERIES
 // gathered queries pass through a ring, and a warp computes 16M queries of each tile. The next tile is in
 // flight while one is in use.
 template <int D, int COLUMNS>
@@ -830,7 +831,7 @@ template <int D> static constexpr size_t moba_backward_shared_bytes(int keys) {
            carved_bytes<moba_tile_rows<shape::QUERIES>>(MOBA_TILES_OF_ENTRIES) + carved_bytes<moba_work>(1);
 }
 
-// One thread block computes one work item: the sums of dK and dV of its keys, and one partial row of dQ for
+// One thread block computes one part of a work item (all of it if parts = 1): the sums of dK and dV of its keys, and one partial row of dQ for
 // each query. A warp owns 16M keys. The scores are transposed, as in gqa.cuh, so that P and dS are left
 // operands of the next products. For dQ, dS goes through shared memory, and a warp computes COLUMNS columns
 // of 16 rows at a time. There are two tiles of queries: while one is loaded, the other is in use and

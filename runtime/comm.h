@@ -10,12 +10,12 @@ Processes (ranks) that train one model together: their numbers, and their collec
     comm_sum(&loss, 1);                           // numbers in host memory; complete on return
     comm_must_agree("--batch", "%d", batch);      // fails if a rank has another value than rank 0
 
-mpirun or srun starts the ranks; without them there is one rank, and the functions do nothing. The build
-chooses the library: MPI (COMM_MPI) for numbers of the host and, through host memory, arrays of the device; or
-NCCL (COMM_NCCL, which MPI starts) for arrays of the device, on its own stream, while the device computes. A
-build with neither refuses to be started as one of several processes.
+mpirun or srun starts the ranks. Without them there is one rank, and the collective operations do nothing. A
+build with COMM_MPI uses MPI for host numbers and, through host memory, for device arrays. With COMM_NCCL as
+well, NCCL moves the device arrays on its own stream while the device computes. A build without MPI refuses
+to start as one of several processes.
 
-Shard r of an array is the r-th of N equal parts. Sums over ranks are in float_acc. With MPI the owner of a
+Shard r of an array is the r-th of N equal parts. Sums of arrays are in float_acc; comm_sum() adds doubles. With MPI the owner of a
 shard adds the ranks in their order, so the bits depend on N alone; NCCL's order depends on N and the
 machines. Either way every rank gets the same bits. comm_reduce_scatter() and comm_all_gather() each send and
 receive (N - 1) / N of the array per rank.

@@ -37,7 +37,7 @@ typedef struct {
     double max_lr;
     int warmup;            // steps; 0: none
     int steps;             // of the whole run, including the warm-up
-    double final_fraction; // of max_lr, reached at the end
+    double final_fraction; // min_lr / max_lr; no effect with constant
     double decay_fraction; // wsd: the part of all steps that decays, SCHEDULE_DECAY_FRACTION by default
 } Schedule;
 

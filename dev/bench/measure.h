@@ -47,8 +47,8 @@ static inline int parse_number(const char* text, const char* name, int minimum) 
     return (int)value;
 }
 
-// Uniform random numbers in (-1, 1), in the device's memory; free them with device_free(). No pattern
-// repeats, because equal key blocks would have equal scores in the router.
+// Uniform random numbers in (-1, 1), in the device's memory; free them with device_free(). Within an array no
+// pattern repeats: equal key blocks would have equal scores. On the CPU every call returns the same numbers.
 #if defined(DEVICE_CPU)
 static inline floatX* new_random(size_t count) {
     floatX* values = (floatX*)device_malloc(count * sizeof(floatX), "the inputs");

@@ -6,8 +6,9 @@ process.
 
 A round is flashmoba, dense, flashmoba. The ratio is dense over the mean of the two flashmoba runs, because
 other work on the machine slows both. The plain algorithm runs once, for lengths up to --plain. "kept" is the
-memory that a layer keeps for its backward pass beyond dense attention (selection and centroids), also as a
-share of the memory that dense attention keeps (qkv, out, lse). All layers share the workspaces.
+memory that a layer keeps after its forward pass beyond dense attention: the selection, which the backward
+pass reads, and the centroids, which it does not. It is also given as a share of dense attention's memory
+(qkv, out, lse). All layers share the workspaces.
 */
 #include <argp.h>
 // moba_forward, flashmoba_forward and its stages, attention_forward, gemm

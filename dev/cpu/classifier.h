@@ -1,6 +1,7 @@
 /*
-The loss: cross-entropy of softmax(logits). Its gradient overwrites the logits, so the program never stores
-the probabilities. The padded columns V..Vp do not count: their gradient is 0.
+The loss: cross-entropy of softmax(logits). With write_gradient the gradient overwrites the logits; otherwise
+the logits stay. The probabilities are never stored. The padded columns V..Vp have no probability, and their
+gradient is 0.
 */
 #ifndef DEV_CPU_CLASSIFIER_H
 #define DEV_CPU_CLASSIFIER_H
