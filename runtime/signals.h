@@ -116,8 +116,8 @@ static inline int signals_output_is_gone(void) {
            fstat(STDOUT_FILENO, &info) == 0 && (S_ISFIFO(info.st_mode) || S_ISSOCK(info.st_mode));
 }
 
-// Only the main thread calls it. Ctrl-C ends the reader of a pipe as well; the run
-// then reports the signal, not SIGPIPE.
+// Returns the signal that asks the run to stop, or 0. If the reader of stdout has gone, it returns SIGPIPE. An
+// earlier signal wins: Ctrl-C also ends the reader. Only the main thread calls it.
 static inline int signals_stop(void) {
     int stop = __atomic_load_n(&signals.stop, __ATOMIC_ACQUIRE);
     if (!stop && signals.watches_output && signals_output_is_gone())

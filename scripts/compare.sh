@@ -11,11 +11,10 @@
 #   --seeds N --steps N               seeds 1337, 1338, ... (default 3) and the steps of each run
 #   -- OPTION...                      options of train_gpt that all variants share
 #
-# Cells are --output/NAME/seed_N, output directories of train_gpt; beside each are its log and its settings, and a cell that
-# was begun with other settings is refused. In --output: table.md, table.json, loss.png, loss.svg. The validation loss is that
-# after the last step, the spread its sample standard deviation over the seeds; tokens/s are those of training steps alone,
-# the mean over the seeds, as is the part of a step that attention takes, forward and backward; peak memory is the largest of
-# the seeds.
+# A cell is --output/NAME/seed_N: a train_gpt output directory, with a log and settings beside it. A cell begun with
+# other settings is refused. --output gets table.md, table.json, loss.png and loss.svg. The loss is the validation
+# loss after the last step; the spread is its standard deviation over seeds. tokens/s (training steps alone) and
+# attention's share of a step are means over the seeds; peak memory is the largest.
 #
 # Variants are compared after equal numbers of tokens. A row that is not so is marked with the reason, in the table and in the
 # plot: a run that the variant's own --max-seconds has stopped, or options that change the tokens of a step.

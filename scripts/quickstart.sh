@@ -212,7 +212,8 @@ for i in "${!variants[@]}"; do
     milliseconds=$(awk -v a="$milliseconds" -v b="$speed" 'BEGIN { print a + b }')
 done
 
-# What is left, less 10 s for the table and the sample. Of a step, a forward pass is a third: so long take 5 validations.
+# The remaining time, less 10 s for table and sample. A validation costs a third of a training step per token
+# (forward only), and there are 5.
 budget=$(awk -v m="$minutes" -v e="$(elapsed)" 'BEGIN { left = 60 * m - e - 10; print (left < 5 ? 5 : left) }')
 most=$((passes * tokens / step_tokens + 1))
 validations=$((5 * val_tokens / 3 / step_tokens)) # in steps
@@ -246,7 +247,7 @@ for i in "${!variants[@]}"; do
     progress=$!
     await || status=$?
     wait "$progress" || true
-    # What somebody's signal has stopped is marked, as is what its time limit has, if there is anything to show of it.
+    # Marks a variant that a signal or its time limit stopped, if it has a validation loss.
     validated=$(json_lines '.val_loss | finite' <"$out/$name/metrics.jsonl" 2>/dev/null) || true
     if [ $status -gt 128 ] && [ -n "$validated" ]; then
         tell "  $name was stopped by SIG$(kill -l $((status - 128)))"

@@ -81,9 +81,9 @@ done
 # Whatever the output goes to, mpirun's processes see a terminal; in a file they would redraw their line of progress.
 if [ ! -t 1 ]; then export TERM=dumb; fi
 
-# The first signal becomes SIGUSR1, on which train_gpt writes a checkpoint, and which mpirun passes on to every process: of
-# SIGTERM it would kill them a second later, too soon for a checkpoint. The second one ends the command at once; what comes within
-# a second of the first is the same again: timeout, and a shell whose terminal closes, send theirs twice.
+# The first signal becomes SIGUSR1: mpirun passes it to every process, and train_gpt writes a checkpoint. After
+# SIGTERM, mpirun would kill them within a second. A second signal ends the command at once. Signals within a
+# second of the first are ignored: timeout and a closing shell send theirs twice.
 child="" signal=0 signalled=0
 # shellcheck disable=SC2317 # the traps call it
 pass_on() {

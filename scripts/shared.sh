@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the scripts beside it have in common: an environment that changes no result, messages, signals, files that are whole,
-# and runs read from their JSON lines. A script begins with
+# Functions that all scripts share: environment, messages, names, signals, complete files, and reading a run's
+# JSON. A script begins with
 #
 #     self=$(readlink -f -- "$0")
 #     . "${self%/*}/shared.sh"

@@ -12,7 +12,7 @@
 # --program FILE    (default: build/train_gpt)
 # --tries N, --pause N   as in scripts/restart.sh, which does the restarting
 #
-# What stands after -- are options of train_gpt; --output is needed, and --resume is added. Run it on the first machine of the
+# Arguments after -- are options of train_gpt. --output is required; the script adds --resume. Run it on the first machine of the
 # list. Variables of the environment that begin with NCCL_, OMP_ or MOBA_ go to all machines.
 set -euo pipefail
 self=$(readlink -f -- "$0")

@@ -8,7 +8,7 @@
 # --program FILE  (default: build/train_gpt)
 # --tries N, --pause N   as in scripts/restart.sh, which does the restarting
 #
-# What stands after -- are options of train_gpt; --output is needed, and --resume is added.
+# Arguments after -- are options of train_gpt. --output is required; the script adds --resume.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh

@@ -431,7 +431,7 @@ static int latest_whole_step(const char* output, const ModelConfig* config) {
     return checkpoint_latest(output, path) ? assert_whole(path, config) : -1;
 }
 
-// What has a checkpoint's name is whole, the latest or not.
+// Every directory with a checkpoint's name is complete, not only the latest.
 static void assert_all_whole(const char* output, const ModelConfig* config) {
     char path[PATH_MAX];
     int* steps;
@@ -556,7 +556,7 @@ static void test_round_trip(void** unused) {
         }
 }
 
-// What memory held before loading does not show in the padding after.
+// Loading overwrites the padding, so earlier contents of memory do not remain.
 static void test_padding(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 0));

@@ -250,7 +250,7 @@ static pid_t child_of(pid_t parent, int rank) {
     return (pid_t)child;
 }
 
-// What is sure to come, comes in this time on the busiest machine.
+// Seconds to wait for an event that must happen, even on a busy machine.
 enum { PATIENCE = 300 };
 
 // Waits for the job, no longer than this. 1: it has ended.
@@ -260,9 +260,8 @@ static int ends_within(pid_t job, int* status, double seconds) {
     return 0;
 }
 
-// Lets a run go on from where it is, kills a rank at a moment that `number` draws, and waits for the job to end: while it starts, or
-// some milliseconds after it has written another line of metrics, which is in a step, a validation or a checkpoint. 0: it came to
-// its end before.
+// Resumes the run and kills one rank, chosen by `number`, during the start or some milliseconds after a new line
+// of metrics. Waits for the job to end. Returns 0 if the run finished first.
 static int kill_one(int number) {
     enum { KILLED_RANKS = 3 };
     char line[4096], err[8192], wanted[64];
@@ -295,7 +294,8 @@ static int kill_one(int number) {
     return 1;
 }
 
-// What is there after all of it is what a run has left that nobody touched.
+// Kills random ranks at random moments and resumes each time. The finished run must equal a run that was never
+// killed.
 static void test_a_killed_rank_ends_the_job(void** state) {
     (void)state;
     const int kills = getenv("TEST_LONG") ? 45 : 5;
@@ -354,7 +354,7 @@ static void test_a_signal_stops_a_validation_of_all(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// What must not start
+// Starts that must fail
 
 // The job fails with this code, and says so once, in a line that has all of this in it.
 static void job_must_fail(const Result* result, int exit_code, const char* says) {

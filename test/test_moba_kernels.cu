@@ -348,7 +348,7 @@ static void test_pieces(void** state) {
     }
 }
 
-// What is taken at a time stays within the bound where pieces of a head do, and is all heads where these fit.
+// The workspace stays within its bound when heads are split. When all heads fit, one group has them all.
 static void test_workspace(void** state) {
     (void)state;
     assert_int_equal(moba_workspace_bound, (size_t)1 << 30);
@@ -371,7 +371,7 @@ static void test_workspace(void** state) {
     assert_true(turn.sequences == 3 && turn.heads == 4 && turn.queries == 200);
 }
 
-// Who has planned for a batch may run fewer and shorter sequences in its workspace.
+// A workspace sized for a batch also serves fewer and shorter sequences.
 static void test_workspace_of_shorter_sequences(void** state) {
     (void)state;
     moba_workspace_bound = (size_t)1 << 20;
@@ -653,8 +653,8 @@ static void test_repeatable(void** state) {
     }
 }
 
-// What one computes is what the other does: the same selection, results as near to each other as to the reference. Inputs are
-// multiples of 1/4, of which scores are exact in whatever order they are added up.
+// moba and flashmoba give the same selection, and results as close to each other as to the reference. Inputs are
+// multiples of 1/4, so scores are exact in any order.
 static void test_moba_is_flashmoba(void** state) {
     (void)state;
     static const int shapes[][5] = {{2, 150, 64, 32, 3}, {1, 300, 32, 16, 6}, {1, 90, 128, 64, 2}};

@@ -966,7 +966,7 @@ static void test_bad_input_gets_one_clear_line(void** state) {
         shell("rm -rf bad");
         const Result* result = train("bad", bad_inputs[i].options);
         wrong += !is_answered_well(&bad_inputs[i], result);
-        // What is seen while the data are read leaves the metrics so far; all else is seen before.
+        // Errors found while reading data may leave metrics; all other errors come before the directory exists.
         if (exists("bad") && !strstr(bad_inputs[i].options, "outside")) {
             print_error("%s: made the output directory\n", bad_inputs[i].options);
             wrong++;
@@ -1134,7 +1134,7 @@ static void test_a_full_file_system_leaves_no_partial_checkpoint(void** state) {
     umount("small");
     assert_true(good);
     must_hold_nothing_partial("rescued");
-    // What had been written before is a run that goes on.
+    // The run resumes from the files that were complete.
     must_end_well(train("rescued", "--resume"));
     must_be_same_run("whole", "rescued", STEPS);
 }

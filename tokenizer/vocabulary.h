@@ -24,8 +24,8 @@ typedef struct {
     size_t count, capacity;
 } TokenBuffer;
 
-// Makes room for `wanted` items of `size` bytes, and at least doubles the array if it
-// grows. Returns the array, which may have moved.
+// Returns the array with room for `wanted` items of `size` bytes in all; it may have moved. When it grows, it
+// at least doubles.
 static inline void* array_reserve(void* array, size_t* capacity, size_t wanted, size_t size) {
     if (wanted <= *capacity) return array;
     *capacity = wanted > 2 * *capacity ? wanted : 2 * *capacity;

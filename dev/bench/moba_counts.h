@@ -329,7 +329,8 @@ static inline void add_merge_queries(Work* w, const GroupHead* head) {
 // ----------------------------------------------------------------------------
 // All heads
 
-// The lengths (blocks) of the lists of one head, for its queries start..end-1, from its selection (T, K-1).
+// Counts the queries in each key block's list, for one head and its queries start..end-1. `lengths` has one
+// entry for each key block; `selected` is (T, K-1).
 // Every query is in the list of its own block and in the lists of the blocks that it selected.
 static inline void count_lengths(int* lengths, const moba_shape_t* s, const int* selected, int start,
                                  int end) {

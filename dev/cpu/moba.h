@@ -7,9 +7,9 @@ with the same arguments:
 
     moba_*        the original (Lu et al., MoBA, arXiv 2502.13189), one query at a time: the matrix of scores,
                   the selection, attention in the own block and in the selected ones, merged by lse.
-    flashmoba_*   works by key blocks (Optimizing Mixture of Block Attention, arXiv 2511.11571): it makes for
-                  every key block the list of the queries that selected it, and gathers these queries into
-                  tiles for dense matrix products.
+    flashmoba_*   works by key blocks (Optimizing Mixture of Block Attention, arXiv 2511.11571). It attends
+                  within each own block first. Then each task takes a chunk of queries, lists for every key
+                  block the queries that selected it, and gathers these into tiles for dense products.
 
     void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
     keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);   // dev/cpu/keys.h
@@ -20,7 +20,7 @@ with the same arguments:
 qkv has the layout of gqa.h; its keys are final (after key convolution and RoPE). The forward pass writes the
 selection and the backward pass reads it, so the router runs once, and no gradient flows through the
 selection. With start > 0 the forward pass continues a sequence: it computes the rows start..T-1, so one more
-token reads K*S keys and T/S centroids for each query head.
+token reads at most K*S keys and T/S centroids for each query head.
 
 The results have the same bits for any number of threads.
 */
