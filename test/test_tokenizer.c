@@ -1396,6 +1396,9 @@ static void output_that_cannot_be_written(void** state) {
     assert_success(
         run_shell("mkfifo $D/pipe; cat $D/pipe >$D/got & $T encode -t $J -o $D/pipe runtime/checks.h; wait;"
                   "test -p $D/pipe && cmp $D/got $D/target"));
+    // Standard output by another name keeps what is in its file already.
+    assert_success(run_shell("echo before >$D/log; $T encode -t $J -o /dev/stdout runtime/checks.h >>$D/log;"
+                             "head -n 1 $D/log | grep -q before && test $(wc -c <$D/log) -gt 1000"));
     // A reader that leaves early is no error; a closed pipe for messages does not stop the work.
     Outcome early =
         run_shell("($T encode -t $J runtime/*.h; echo $? >$D/code) | true; test $(cat $D/code) = 141");

@@ -43,6 +43,11 @@ static inline void output_file_open(OutputFile* output, const char* path) {
     const int exists = stat(path, &info) == 0;
     if (!*path || path[strlen(path) - 1] == '/') fail("--output %s: must name a file", path);
     if (exists && S_ISDIR(info.st_mode)) fail("%s: is a directory, not a file", path);
+    // /dev/stdout, or the file that standard output goes to: a rename would take it from those who append to it.
+    struct stat standard;
+    if (exists && fstat(STDOUT_FILENO, &standard) == 0 && standard.st_dev == info.st_dev &&
+        standard.st_ino == info.st_ino)
+        return;
     if (exists && !S_ISREG(info.st_mode)) {
         output->file = open_or_fail(path, "wb");
         return;
