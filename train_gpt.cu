@@ -1091,7 +1091,7 @@ static void eval_retrieval(Model* model, Retrieval* task, const Options* options
         char path[PATH_MAX];
         make_directories_or_fail(options->output);
         path_format(path, "%s/retrieval.json", options->output);
-        json_write_file(path, json);
+        json_replace_file(path, json);
     }
     cJSON_Delete(json);
 }

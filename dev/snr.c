@@ -26,7 +26,7 @@ past blocks by centroid score. docs/results/snr.md explains the reported values.
 #pragma GCC diagnostic ignored "-Wunused-function" // only the forward pass is needed
 #include "train_gpt.cu"
 #pragma GCC diagnostic pop
-#include "runtime/json.h" // defines json_write_file
+#include "runtime/json.h" // defines json_replace_file
 
 enum { MOST_BLOCKINGS = 16 };
 
@@ -225,7 +225,7 @@ static void write_table(const Cell* cells, int count, const Settings* settings) 
         json_add_double(item, "predicted_recall", cells[c].predicted_recall);
         cJSON_AddItemToArray(list, item);
     }
-    json_write_file(settings->json, json);
+    json_replace_file(settings->json, json);
     cJSON_Delete(json);
 }
 
@@ -441,7 +441,7 @@ static void report_checkpoint(const Head* heads, const ModelConfig* config, cons
         cJSON_AddItemToObject(item, "all", head_as_json(&all));
         cJSON_AddItemToArray(blockings, item);
     }
-    if (settings->json) json_write_file(settings->json, json);
+    if (settings->json) json_replace_file(settings->json, json);
     cJSON_Delete(json);
 }
 

@@ -1391,19 +1391,22 @@ static inline void checkpoint_save(const char* output, const ModelConfig* config
 
 // Writes a safetensors file with one tensor "logits" (T, V), fp32, and the metadata "tokens":
 // T numbers separated by spaces. logits: host memory, rows `stride` elements apart (V, or
-// Vp); the first V of each row are written.
+// Vp); the first V of each row are written. An old file stays if the process ends early.
 static inline void logits_write(const char* path, const floatX* logits, const int* tokens, int T, int V,
                                 int stride) {
     char* text = (char*)malloc_or_fail((size_t)T * 12 + 1, "a list of tokens");
     size_t used = 0;
     for (int t = 0; t < T; t++) used += (size_t)sprintf(text + used, t ? " %d" : "%d", tokens[t]);
+    char target[PATH_MAX], partial[PATH_MAX];
+    replacement_begin(target, partial, path);
     SafetensorsWriter writer;
-    safetensors_create(&writer, path);
+    safetensors_create(&writer, partial);
     safetensors_metadata(&writer, "tokens", text);
     safetensors_declare(&writer, "logits", DTYPE_F32, 2, (uint64_t)T, (uint64_t)V);
     for (int t = 0; t < T; t++)
         safetensors_write(&writer, logits + (size_t)t * (size_t)stride, DTYPE_FLOATX, (uint64_t)V);
     safetensors_finish(&writer);
+    replacement_commit(target, partial);
     free(text);
 }
 

@@ -308,4 +308,22 @@ static inline void scratch_path_commit(const char* final_path) {
     }
 }
 
+// Begins a file that keeps its old contents if the process ends early. The caller writes `partial`, then calls
+// replacement_commit(). A pipe or a device is written directly, since a rename would replace it.
+static inline void replacement_begin(char target[PATH_MAX], char partial[PATH_MAX], const char* path) {
+    char resolved[PATH_MAX];
+    struct stat info;
+    const int exists = stat(path, &info) == 0, direct = exists && !S_ISREG(info.st_mode);
+    // The rename must replace the file that a link points at, not the link.
+    path_format(target, "%s", exists && !direct && realpath(path, resolved) ? resolved : path);
+    path_format(partial, "%s", target);
+    if (direct) return;
+    path_format(partial, "%s.%d.partial", target, (int)getpid());
+    scratch_path_begin(partial);
+}
+
+static inline void replacement_commit(const char* target, const char* partial) {
+    if (strcmp(target, partial) != 0) scratch_path_commit(target);
+}
+
 #endif

@@ -169,4 +169,12 @@ static inline void json_write_file(const char* path, const cJSON* object) {
     cJSON_free(text);
 }
 
+// The same; the old file stays if the process ends early.
+static inline void json_replace_file(const char* path, const cJSON* object) {
+    char target[PATH_MAX], partial[PATH_MAX];
+    replacement_begin(target, partial, path);
+    json_write_file(partial, object);
+    replacement_commit(target, partial);
+}
+
 #endif

@@ -1314,6 +1314,65 @@ static void test_file_limit(void** unused) {
     run_free(&run);
 }
 
+typedef struct {
+    const char* path;
+    const floatX* logits;
+} LogitsFile;
+
+static void write_logits_with_limit(void* argument) {
+    const LogitsFile* file = (const LogitsFile*)argument;
+    const int tokens[4] = {1, 2, 3, 4};
+    const struct rlimit limit = {file_limit, file_limit};
+    signal(SIGXFSZ, SIG_IGN);
+    if (file_limit) setrlimit(RLIMIT_FSIZE, &limit);
+    logits_write(file->path, file->logits, tokens, 4, 256, 256);
+}
+
+static void replace_json_with_limit(void* path) {
+    const struct rlimit limit = {file_limit, file_limit};
+    cJSON* json = cJSON_CreateObject();
+    cJSON_AddStringToObject(json, "text", "longer than the limit");
+    signal(SIGXFSZ, SIG_IGN);
+    if (file_limit) setrlimit(RLIMIT_FSIZE, &limit);
+    json_replace_file((const char*)path, json);
+    cJSON_Delete(json);
+}
+
+// A result that cannot be written leaves the old file whole, and nothing beside it.
+static void test_results_replace_the_old_file(void** unused) {
+    (void)unused;
+    static floatX logits[4 * 256];
+    char directory[PATH_MAX], path[PATH_MAX], link_path[PATH_MAX];
+    path_format(directory, "%s", fresh("results"));
+    make_directories_or_fail(directory);
+    path_format(path, "%s/result", directory);
+    path_format(link_path, "%s/link", directory);
+    assert_int_equal(symlink("result", link_path), 0);
+    const LogitsFile file = {link_path, logits};
+    void* const arguments[2] = {(void*)&file, link_path};
+    void (*const writers[2])(void*) = {write_logits_with_limit, replace_json_with_limit};
+    for (int w = 0; w < 2; w++) {
+        size_t length;
+        write_text(directory, "result", "old");
+        file_limit = 8;
+        expect_failure(writers[w], arguments[w], "File too large");
+        char* text = read_file_or_fail(path, NULL);
+        assert_string_equal(text, "old");
+        free(text);
+        assert_false(directory_has(directory, ".partial"));
+        file_limit = 0;
+        expect_success(writers[w], arguments[w]);
+        free(read_file_or_fail(path, &length));
+        struct stat info;
+        assert_true(length > 8 && lstat(link_path, &info) == 0 && S_ISLNK(info.st_mode));
+        assert_false(directory_has(directory, ".partial"));
+    }
+    const LogitsFile device = {"/dev/null", logits};
+    struct stat info;
+    expect_success(write_logits_with_limit, (void*)&device);
+    assert_true(stat("/dev/null", &info) == 0 && S_ISCHR(info.st_mode));
+}
+
 // A real full disk, where one may be mounted.
 static void save_on_full_disk(void* argument) {
     Run* run = (Run*)argument;
@@ -1629,6 +1688,7 @@ int main(void) {
         cmocka_unit_test(test_names_inside_a_run),
         cmocka_unit_test(test_slices),
         cmocka_unit_test(test_file_limit),
+        cmocka_unit_test(test_results_replace_the_old_file),
         cmocka_unit_test(test_full_disk),
         cmocka_unit_test(test_unwritable),
         cmocka_unit_test(test_failure_at_each_call),
