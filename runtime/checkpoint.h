@@ -66,7 +66,8 @@ typedef struct {
 
 // The table that writing and reading share. A new member of TrainingState needs one line
 // in it, with the first format version that has the member (raise CHECKPOINT_VERSION to
-// it). From older checkpoints it is read as 0.
+// it). From older checkpoints it is read as 0. A missing `unmeasured` is always read as 0:
+// the first checkpoints of version 2 lack it.
 typedef enum { STATE_INT, STATE_LONG, STATE_UINT64, STATE_DOUBLE, STATE_TEXT } StateType;
 typedef struct {
     const char* name;
@@ -182,6 +183,7 @@ static inline TrainingState checkpoint_load_state(const char* directory) {
         const StateField* field = &state_fields[i];
         if (field->since > (int)version) continue;
         const cJSON* item = json_get(json, field->name);
+        if (!item && field->offset == offsetof(TrainingState, unmeasured)) continue;
         if (!item) fail("%s: %s is missing", path, field->name);
         checkpoint_parse_field((char*)&state + field->offset, field, item, path);
     }
@@ -1105,9 +1107,16 @@ static inline int checkpoint_step_of_name(const char* name, const char* suffix) 
     return step <= INT_MAX && !strncmp(name, canonical, 5 + digits) ? (int)step : -1;
 }
 
+// Whether `path` is a directory itself: a removal must not follow a link.
 static inline int is_directory(const char* path) {
     struct stat info;
     return lstat(path, &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+// Whether `path` is a directory, or a link to one: a user may have moved a checkpoint to another disk.
+static inline int leads_to_directory(const char* path) {
+    struct stat info;
+    return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
 }
 
 // The steps of the directory's names step_X + suffix, ascending. The caller frees them.
@@ -1156,9 +1165,27 @@ static inline void checkpoint_clean(const char* output) {
 // step_X; returns 0 if neither is there.
 static inline int checkpoint_find_step(const char* output, int step, char path[PATH_MAX]) {
     path_format(path, "%s/" CHECKPOINT_NAME_FORMAT, output, step);
-    if (is_directory(path)) return 1;
+    if (leads_to_directory(path)) return 1;
     path_format(path, "%s/" CHECKPOINT_NAME_FORMAT ".old", output, step);
-    return is_directory(path);
+    return leads_to_directory(path);
+}
+
+// Returns the highest step with a directory, or -1. *named receives the highest step that any name has, or -1.
+static inline int checkpoint_newest(const char* output, int* named) {
+    static const char* const suffixes[] = {"", ".old"};
+    int newest = -1;
+    *named = -1;
+    for (int s = 0; s < 2; s++) {
+        int* steps;
+        const int count = checkpoint_list_steps(output, suffixes[s], &steps);
+        for (int i = 0; i < count; i++) {
+            char path[PATH_MAX];
+            if (steps[i] > *named) *named = steps[i];
+            if (steps[i] > newest && checkpoint_find_step(output, steps[i], path)) newest = steps[i];
+        }
+        free(steps);
+    }
+    return newest;
 }
 
 static inline int checkpoint_name_exists(const char* output, const char* name) {
@@ -1167,8 +1194,21 @@ static inline int checkpoint_name_exists(const char* output, const char* name) {
     return path_exists(path);
 }
 
+// Fails because `latest` names a checkpoint that cannot be used.
+__attribute__((noreturn)) static inline void checkpoint_refuse_latest(const char* output, const char* name) {
+    const char* problem = checkpoint_name_exists(output, name) ? "a directory" : "there";
+    int named;
+    const int newest = checkpoint_newest(output, &named);
+    if (newest < 0)
+        fail("%s/latest: names %s, which is not %s, and no other checkpoint is there", output, name, problem);
+    fail("%s/latest: names %s, which is not %s; write the name of another checkpoint into this file, such "
+         "as " CHECKPOINT_NAME_FORMAT ", the newest one there",
+         output, name, problem, newest);
+}
+
 // Finds the newest checkpoint of an output directory: returns 1 and its path, or 0 if there is none. Without
-// the file `latest` (the run was killed in its first save) it is the checkpoint of the highest step.
+// the file `latest` (the run was killed in its first save) it is the checkpoint of the highest step. Fails if
+// there are names of checkpoints but no directory: a run from step 0 would replace what has these names.
 static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
     char latest[PATH_MAX];
     path_format(latest, "%s/latest", output);
@@ -1179,29 +1219,46 @@ static inline int checkpoint_latest(const char* output, char path[PATH_MAX]) {
         int step = strlen(name) == length ? checkpoint_step_of_name(name, "") : -1;
         if (step < 0)
             fail("%s: want one line with the name of a checkpoint beside it, such as step_00001000", latest);
-        if (!checkpoint_find_step(output, step, path))
-            fail("%s: names %s, which is not %s; name the checkpoint to use by its own directory", latest,
-                 name, checkpoint_name_exists(output, name) ? "a directory of this run" : "there");
+        if (!checkpoint_find_step(output, step, path)) checkpoint_refuse_latest(output, name);
         free(name);
         return 1;
     }
-    int *steps, *old_steps;
-    int count = checkpoint_list_steps(output, "", &steps),
-        old_count = checkpoint_list_steps(output, ".old", &old_steps);
-    int newest = count ? steps[count - 1] : -1;
-    if (old_count && old_steps[old_count - 1] > newest) newest = old_steps[old_count - 1];
-    free(steps);
-    free(old_steps);
+    int named;
+    const int newest = checkpoint_newest(output, &named);
+    if (newest < 0 && named >= 0)
+        fail("%s/" CHECKPOINT_NAME_FORMAT ": is not a directory, and no other checkpoint is there", output,
+             named);
     return newest >= 0 && checkpoint_find_step(output, newest, path);
+}
+
+// Whether the directory holds weights by a name of Hugging Face's.
+static inline int checkpoint_has_weights(const char* directory) {
+    return checkpoint_name_exists(directory, "model.safetensors") ||
+           checkpoint_name_exists(directory, "model.safetensors.index.json");
+}
+
+// Whether the directory is the output of a run.
+static inline int checkpoint_holds_run(const char* directory) {
+    int named;
+    return checkpoint_name_exists(directory, "latest") ||
+           checkpoint_name_exists(directory, "metrics.jsonl") || checkpoint_newest(directory, &named) >= 0;
+}
+
+// Whether the directory itself is a checkpoint, and not one that holds a state.json of the user.
+static inline int checkpoint_is_checkpoint(const char* directory) {
+    const char* slash = strrchr(directory, '/');
+    return checkpoint_name_exists(directory, "state.json") && !checkpoint_holds_run(directory) &&
+           (checkpoint_has_weights(directory) || (slash && checkpoint_step_of_name(slash + 1, "") >= 0));
 }
 
 // Finds the checkpoint that a user means by `given`: that directory itself if it has a config.json (a
 // checkpoint, or a model saved by transformers), else the latest checkpoint in it. Fails if there is neither.
+// The config.json of a run's directory is the user's own if no weights are beside it.
 static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
     char directory[PATH_MAX], config_path[PATH_MAX];
     path_format(directory, "%s", given); // the caller may pass one buffer for both
     path_format(config_path, "%s/config.json", directory);
-    if (path_exists(config_path)) {
+    if (path_exists(config_path) && (checkpoint_has_weights(directory) || !checkpoint_holds_run(directory))) {
         path_format(path, "%s", directory);
         return;
     }
@@ -1220,9 +1277,10 @@ static inline void checkpoint_resolve(const char* given, char path[PATH_MAX]) {
 }
 
 // Fails if the output directory is inside a checkpoint or has the name of one: the run that owns the
-// surrounding directory would take it for its own checkpoint.
+// surrounding directory would take it for its own checkpoint. Files of the user's own with the names
+// config.json and state.json are no checkpoint.
 static inline void checkpoint_check_output(const char* output) {
-    char path[PATH_MAX], real[PATH_MAX], inside[PATH_MAX];
+    char path[PATH_MAX], real[PATH_MAX];
     path_format(path, "%s", output);
     for (size_t end = strlen(path); end > 1 && path[end - 1] == '/';) path[--end] = 0;
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
@@ -1231,19 +1289,21 @@ static inline void checkpoint_check_output(const char* output) {
         if (checkpoint_step_of_name(name, suffixes[i]) >= 0)
             fail_usage("--output %s: has the name of a checkpoint; name the directory of the run: %.*s",
                        output, slash ? (int)(slash - path) : 1, slash ? path : ".");
-    path_format(inside, "%s/config.json", path);
-    if (path_exists(inside))
+    if (checkpoint_name_exists(path, "config.json") && checkpoint_has_weights(path) &&
+        !checkpoint_holds_run(path))
         fail_usage("--output %s: holds a model (config.json); name another directory", output);
     // Checks the existing part of the path, and every directory above it.
     while (!realpath(path, real)) {
+        if (!strcmp(path, ".") || !strcmp(path, "/"))
+            fail("the current directory: %s; change to another one", strerror(errno));
         char* last = strrchr(path, '/');
         if (last && last != path) *last = 0;
         else path_format(path, "%s", last ? "/" : ".");
     }
     for (char* last = real + strlen(real); last; last = strrchr(real, '/')) {
         *last = 0;
-        path_format(inside, "%s/state.json", real);
-        if (path_exists(inside)) fail_usage("--output %s: lies in the checkpoint %s", output, real);
+        if (checkpoint_is_checkpoint(real))
+            fail_usage("--output %s: lies in the checkpoint %s", output, real);
     }
 }
 

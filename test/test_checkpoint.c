@@ -660,7 +660,28 @@ static void test_latest_errors(void** unused) {
         expect_failure(call_latest, output, "want one line with the name of a checkpoint");
     }
     write_text(output, "latest", "step_00000001\n");
-    expect_failure(call_latest, output, "names step_00000001, which is not there");
+    expect_failure(call_latest, output, "names step_00000001, which is not there, and no other checkpoint");
+    char path[PATH_MAX];
+    path_format(path, "%s/step_00000003", output);
+    assert_int_equal(mkdir(path, 0777), 0);
+    expect_failure(call_latest, output, "into this file, such as step_00000003, the newest one there");
+    // Without `latest`: the newest directory, or link to one, is the latest checkpoint.
+    write_text(output, "step_00000009", "no directory");
+    path_format(path, "%s/latest", output);
+    assert_int_equal(unlink(path), 0);
+    assert_true(checkpoint_latest(output, path));
+    assert_non_null(strstr(path, "/step_00000003"));
+    path_format(path, "%s/moved", output);
+    assert_int_equal(mkdir(path, 0777), 0);
+    path_format(path, "%s/step_00000005", output);
+    assert_int_equal(symlink("moved", path), 0);
+    assert_true(checkpoint_latest(output, path));
+    assert_non_null(strstr(path, "/step_00000005"));
+    // Names without a directory are not a new run.
+    assert_int_equal(unlink(path), 0);
+    path_format(path, "%s/step_00000003", output);
+    assert_int_equal(rmdir(path), 0);
+    expect_failure(call_latest, output, "step_00000009: is not a directory");
 }
 
 static void test_tokenizer(void** unused) {
@@ -900,6 +921,7 @@ static void test_bad_config(void** unused) {
         {"\"format_version\":\t2", "\"format_version\":3", "written by a newer version"},
         {"\"format_version\":\t2", "\"x\":1", "no format_version"},
         {"\"format_version\":\t2", "\"format_version\":1", NULL},
+        {"\"unmeasured\"", "\"x\"", NULL},
         {"\"data_fingerprint\"", "\"x\"", "data_fingerprint is missing"},
         {"\"data_fingerprint\":\t\"", "\"data_fingerprint\":\"-", "data_fingerprint must be decimal digits"},
         {"\"step\":\t1", "\"step\":-1", "step must be a whole number from 0"},
@@ -1207,16 +1229,62 @@ static void test_names_inside_a_run(void** unused) {
     path_format(path, "%s/latest", run.output);
     path_format(other, "name the directory that it lies in: %s\n", run.output);
     expect_failure(call_resolve, path, other);
-    // A link is no checkpoint of the run, and what it leads to is never removed.
+    // A link to a checkpoint is read, and its target is never removed.
     path_format(path, "%s/step_00000003", run.output);
-    assert_int_equal(symlink("step_00000001", path), 0);
+    write_text(run.output, "step_00000003", "a file");
     write_text(run.output, "latest", "step_00000003\n");
-    expect_failure(call_resolve, (void*)run.output,
-                   "names step_00000003, which is not a directory of this run");
+    expect_failure(call_resolve, (void*)run.output, "names step_00000003, which is not a directory; write");
+    assert_int_equal(unlink(path), 0);
+    assert_int_equal(symlink("step_00000001", path), 0);
+    checkpoint_resolve(run.output, other);
+    assert_string_equal(other, path);
+    checkpoint_remove(run.output, 3);
+    assert_true(exists(run.output, "step_00000003"));
     remove_path(path);
     assert_false(exists(run.output, "step_00000003"));
     assert_true(exists(run.output, "step_00000001/state.json"));
     run_free(&run);
+}
+
+// The user's own files beside a run, with names of a checkpoint's files, do not stop it.
+static void test_files_of_the_user(void** unused) {
+    (void)unused;
+    Run run = run_make(small_config("G", 1));
+    char top[PATH_MAX], path[PATH_MAX];
+    path_format(top, "%s", fresh("user"));
+    path_format(path, "%s/run", top);
+    run.output = path;
+    make_directories_or_fail(path);
+    write_text(top, "state.json", "{}");
+    write_text(path, "state.json", "{}");
+    write_text(path, "config.json", "{}");
+    expect_success(call_check_output, path);
+    run_fill_and_save(&run, 1);
+    expect_success(call_check_output, path);
+    expect_success(call_resolve, path);
+    write_text(path, "model.safetensors", "mine");
+    expect_success(call_check_output, path);
+    // A directory of a model, and one of a checkpoint by another name, stay refused.
+    write_text(top, "model.safetensors", "a model");
+    expect_bad_output(path, "lies in the checkpoint");
+    write_text(top, "config.json", "{}");
+    expect_bad_output(top, "holds a model");
+    run_free(&run);
+}
+
+static void enter_removed_directory(void* output) {
+    const char* gone = fresh("gone");
+    make_directories_or_fail(gone);
+    if (chdir(gone) != 0 || rmdir(gone) != 0) fail("cannot remove the current directory");
+    alarm(120); // an endless loop must not hold the test
+    call_check_output(output);
+}
+
+static void test_current_directory_is_gone(void** unused) {
+    (void)unused;
+    expect_failure(enter_removed_directory, (void*)"run", "the current directory: No such file");
+    expect_failure(enter_removed_directory, (void*)"a/b/run", "the current directory: No such file");
+    expect_success(enter_removed_directory, (void*)"/not/there/yet");
 }
 
 static void write_slice(const Run* run, int rank, int total, size_t first, size_t end) {
@@ -1686,6 +1754,8 @@ int main(void) {
         cmocka_unit_test(test_convolution_of_more_layers),
         cmocka_unit_test(test_changed_settings),
         cmocka_unit_test(test_names_inside_a_run),
+        cmocka_unit_test(test_files_of_the_user),
+        cmocka_unit_test(test_current_directory_is_gone),
         cmocka_unit_test(test_slices),
         cmocka_unit_test(test_file_limit),
         cmocka_unit_test(test_results_replace_the_old_file),
