@@ -18,8 +18,9 @@ host that crashed; then the user must delete the file.
 #include <time.h>
 #include "runtime/checks.h" // defines fail, warn, path_format
 
-// A killed process may still end while the next one starts: run_lock() tries again for up to half a second.
-enum { RUN_LOCK_TRIES = 10, RUN_LOCK_PAUSE_MS = 50 };
+// A killed process may still end while the next one starts, and the ranks of a killed mpirun need seconds for
+// it. So run_lock() tries again for up to 10 seconds, and after the first second says that it waits.
+enum { RUN_LOCK_TRIES = 200, RUN_LOCK_SILENT_TRIES = 20, RUN_LOCK_PAUSE_MS = 50 };
 
 typedef struct {
     int held;
@@ -61,15 +62,33 @@ static inline void run_lock_sign(int file) {
     if (ftruncate(file, 0) == 0) (void)!pwrite(file, line, (size_t)length, 0);
 }
 
+// Opens the file to sign it, or where another user owns it, to read it: flock() needs no more.
+static inline int run_lock_open(const char* path, int* may_sign) {
+    int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    *may_sign = file >= 0;
+    if (file < 0 && errno == EACCES) {
+        file = open(path, O_RDONLY | O_CLOEXEC);
+        if (file < 0) errno = EACCES; // also where there is no file: then the directory refuses a new one
+    }
+    return file;
+}
+
 // Returns the locked file, or -1 and errno. EWOULDBLOCK: another process holds the
 // lock, and `holder` receives its line.
 static inline int run_lock_try(const char* path, char* holder, size_t size) {
     for (;;) {
-        const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        int may_sign;
+        const int file = run_lock_open(path, &may_sign);
         if (file < 0) return -1;
         if (flock(file, LOCK_EX | LOCK_NB) == 0) {
-            if (run_lock_is_named(file, path)) return file;
+            const int named = run_lock_is_named(file, path);
+            // A killed run of another user left the file, which tells a wrong holder: a new one replaces it.
+            // In a directory with the sticky bit (EPERM) the file stays and serves as the lock.
+            const int removed = named && !may_sign ? unlink(path) : 0, error = errno;
+            if (named && (may_sign || (removed != 0 && error == EPERM))) return file;
             close(file);
+            errno = error;
+            if (removed != 0) return -1;
             continue;
         }
         const int error = errno;
@@ -90,6 +109,10 @@ static inline void run_lock(const char* directory) {
         const struct timespec pause = {0, RUN_LOCK_PAUSE_MS * 1000000L};
         lock->file = run_lock_try(lock->path, holder, sizeof(holder));
         if (lock->file >= 0 || errno != EWOULDBLOCK) break;
+        if (i == RUN_LOCK_SILENT_TRIES) {
+            printf("--output %s: waiting for another run, which may be ending: %s\n", directory, holder);
+            fflush(stdout);
+        }
         if (i + 1 < RUN_LOCK_TRIES) nanosleep(&pause, NULL);
         errno = EWOULDBLOCK;
     }
