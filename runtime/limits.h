@@ -3,7 +3,7 @@ Limits of a container, a job or a shell. The program reads them in advance: beyo
 the process, a file ends in the middle, or the OpenMP library aborts.
 
     const MemoryLimit limit = limits_memory("/proc/self/cgroup", "/sys/fs/cgroup", 2, limits_stacks(8));
-    if (planned > limit.bytes) fail("%.1f GB are free (%s)", (double)limit.bytes / 1e9, limit.name);
+    if (planned > limit.bytes) fail("%s are free (%s)", limits_bytes_text(text, limit.bytes), limit.name);
     const int threads = limits_try_threads(8, NULL);                  // 8, or the number that can be started
     const size_t bytes = limits_disk_free("runs/mine");               // SIZE_MAX: not known
     const size_t longest = limits_file_bytes();                       // SIZE_MAX: no limit
@@ -52,6 +52,13 @@ static inline size_t memory_peak(void) { return memory_proc_field("/proc/self/st
 // Bytes of main memory that are available without swapping; 0 if unknown.
 static inline size_t memory_available(void) { return memory_proc_field("/proc/meminfo", "MemAvailable:"); }
 
+// Writes 1500000000 bytes as "1.5 GB" and 90000 as "0.1 MB".
+static inline const char* limits_bytes_text(char text[32], size_t bytes) {
+    const int large = bytes >= 1000000000;
+    snprintf(text, 32, "%.1f %s", (double)bytes / (large ? 1e9 : 1e6), large ? "GB" : "MB");
+    return text;
+}
+
 typedef struct {
     size_t bytes;     // that this process may hold in total; SIZE_MAX: not known
     const char* name; // of the limit
@@ -69,23 +76,26 @@ static inline size_t limits_read_number(const char* directory, const char* name)
                                        : SIZE_MAX; // version 1 has a huge number for no limit
 }
 
-// Bytes of the cached file pages of a control group, which the kernel frees before it kills a process.
-static inline size_t limits_read_cache(const char* directory, const char* const keys[2]) {
+// Bytes of a control group that the kernel frees before it kills a process: cached file pages, and caches of
+// the kernel's own, such as those of directory entries.
+static inline size_t limits_read_cache(const char* directory, const char* const keys[3]) {
     char path[PATH_MAX], key[64];
     unsigned long long value;
     size_t sum = 0;
     path_format(path, "%s/memory.stat", directory);
     FILE* file = fopen(path, "r");
     while (file && fscanf(file, "%63s %llu", key, &value) == 2)
-        if (!strcmp(key, keys[0]) || !strcmp(key, keys[1])) sum += (size_t)value;
+        for (int i = 0; i < 3; i++)
+            if (keys[i] && !strcmp(key, keys[i])) sum += (size_t)value;
     if (file) fclose(file);
     return sum;
 }
 
 // Bytes that the group of this directory may still allocate; SIZE_MAX if it has no limit.
 static inline size_t limits_group_free(const char* directory) {
-    static const char* const cache[2][2] = {{"total_inactive_file", "total_active_file"},
-                                            {"inactive_file", "active_file"}};
+    // Version 1 does not tell the kernel's own caches.
+    static const char* const cache[2][3] = {{"total_inactive_file", "total_active_file", NULL},
+                                            {"inactive_file", "active_file", "slab_reclaimable"}};
     const int second = limits_read_number(directory, "memory.current") != SIZE_MAX;
     const size_t most = limits_read_number(directory, second ? "memory.max" : "memory.limit_in_bytes");
     const size_t used = limits_read_number(directory, second ? "memory.current" : "memory.usage_in_bytes");
