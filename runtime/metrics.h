@@ -204,12 +204,16 @@ static inline void metrics_remember(Metrics* m, const char* line, char* descript
     if (seconds) m->seconds_before = strtod(seconds + 10, NULL);
 }
 
-// Rewrites one file without the lines after the resumed step. A missing file stays missing.
+// Rewrites one file without the lines after the resumed step. A missing file stays missing. After a power cut,
+// zeros may stand in the place of lines; they end a line, so that the lines after them count.
 static inline void metrics_cut_file(Metrics* m, const char* path, char* description) {
     if (!path_exists(path)) return;
     char partial[PATH_MAX];
     path_format(partial, "%s.partial", path);
-    char* text = read_file_or_fail(path, NULL);
+    size_t length;
+    char* text = read_file_or_fail(path, &length);
+    for (char* zero = text; (zero = (char*)memchr(zero, 0, length - (size_t)(zero - text))) != NULL;)
+        *zero = '\n';
     scratch_path_begin(partial);
     FILE* file = open_or_fail(partial, "wb");
     for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {

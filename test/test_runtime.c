@@ -26,8 +26,21 @@ static int flock_or_fail(int file, int operation) {
     errno = lock_error;
     return lock_error ? -1 : flock(file, operation);
 }
+// The pauses of run_lock() take no time here, and are counted. After three seconds a test may let them end the
+// lock's holder; then they take their time.
+static double paused_seconds = 0;
+static pid_t ends_after_a_pause = 0;
+static int pause_at_once(const struct timespec* wanted, struct timespec* left) {
+    (void)left;
+    paused_seconds += (double)wanted->tv_sec + 1e-9 * (double)wanted->tv_nsec;
+    if (!ends_after_a_pause || paused_seconds < 3) return 0;
+    kill(ends_after_a_pause, SIGKILL);
+    return nanosleep(wanted, NULL);
+}
 #define flock flock_or_fail
+#define nanosleep pause_at_once
 #include "runtime/run_lock.h"
+#undef nanosleep
 #undef flock
 
 // last, as it has a macro `fail` of its own
@@ -793,6 +806,21 @@ static void metrics_resume_oddities(void** state) {
     assert_null(strstr(text, "cut"));
     assert_non_null(strstr(text, "{\"step\":3,\"x\":1}\n"));
     free(text);
+    // Zeros in the middle, as after a power cut: between two lines, before one, and in one.
+    char path[PATH_MAX];
+    path_format(path, "%s/metrics.jsonl", folder);
+    FILE* zeros = open_or_fail(path, "ab");
+    static const char damaged[] = "{\"step\":3,\"x\":2}\n\0\0\0\n\0\0{\"step\":3,\"x\":3}\n"
+                                  "{\"step\":3,\"to\0\0rn\"}\n{\"step\":3,\"x\":4}\n\0\0";
+    write_or_fail(damaged, sizeof(damaged), zeros, path);
+    close_written_or_fail(zeros, path);
+    o = run_options(5, 1);
+    metrics_start(m, &o);
+    metrics_finish(m);
+    text = contents("metrics.jsonl");
+    assert_non_null(strstr(text, "{\"step\":3,\"x\":2}\n{\"step\":3,\"x\":3}\n{\"step\":3,\"x\":4}\n"));
+    assert_null(strstr(text, "rn"));
+    free(text);
     // A run without description, and one without files.
     memset(&o, 0, sizeof(o));
     o.quiet = 1;
@@ -1130,6 +1158,75 @@ static void a_dead_holder_has_no_lock(void** state) {
     assert_string_equal(next.text, "");
 }
 
+// Here stdout is read as well. The exit code tells the time, in tenths of a second, that run_lock() waited.
+static void wait_for_the_lock(void* unused) {
+    (void)unused;
+    dup2(STDERR_FILENO, STDOUT_FILENO);
+    run_lock(folder);
+    exit(paused_seconds < 10 ? (int)(10 * paused_seconds + 0.5) : 255);
+}
+
+// Ranks of a killed mpirun hold the lock for some seconds more.
+static void an_ending_holder_is_waited_for(void** state) {
+    (void)state;
+    int says;
+    const pid_t holder = start_child(hold_the_lock, &says);
+    must_say(says, 'l');
+    ends_after_a_pause = holder;
+    const struct Captured waited = capture(wait_for_the_lock, NULL);
+    ends_after_a_pause = 0;
+    assert_in_range(waited.exit_code, 30, 99);
+    assert_non_null(strstr(waited.text, "waiting for another run"));
+    assert_ptr_equal(strchr(waited.text, '\n') + 1, waited.text + strlen(waited.text));
+    (void)status_of(holder, says);
+}
+
+// As a user who may read the lock's file and not write it; root may do everything, so it becomes another user.
+static void lock_folder_as_another(void* unused) {
+    if (getuid() == 0 && setuid(65534) != 0) exit(9);
+    lock_folder(unused);
+}
+
+static void hold_the_lock_as_another(void) {
+    char path[PATH_MAX];
+    path_format(path, "%s/lock", folder);
+    const int file = open(path, O_RDONLY);
+    if (file < 0 || flock(file, LOCK_EX) != 0) _exit(97);
+    say('l');
+    for (;;) pause();
+}
+
+static void a_lock_of_another_user(void** state) {
+    (void)state;
+    char path[PATH_MAX];
+    int says;
+    path_format(path, "%s/lock", folder);
+    static const mode_t modes[] = {0777, 01777}; // with the sticky bit, only root's file stays
+    for (int i = 0; i < 2; i++) {
+        FILE* file = open_or_fail(path, "wb");
+        write_or_fail("pid 7 on host\n", 14, file, path);
+        close_written_or_fail(file, path);
+        assert_int_equal(chmod(path, 0444) || chmod(folder, modes[i]), 0);
+        const pid_t holder = start_child(hold_the_lock_as_another, &says);
+        must_say(says, 'l');
+        const struct Captured refused = capture(lock_folder_as_another, NULL);
+        assert_int_equal(refused.exit_code, 1);
+        assert_non_null(strstr(refused.text, "another run is at work there: pid 7 on host;"));
+        kill(holder, SIGKILL);
+        (void)status_of(holder, says);
+        const struct Captured next = capture(lock_folder_as_another, NULL);
+        assert_string_equal(next.text, "");
+        assert_int_equal(next.exit_code, 0);
+        unlink(path);
+    }
+    if (getuid() == 0) { // then the directory is another user's, who may not write there
+        assert_int_equal(chmod(folder, 0755), 0);
+        const struct Captured refused = capture(lock_folder_as_another, NULL);
+        assert_int_equal(refused.exit_code, 1);
+        assert_non_null(strstr(refused.text, "/lock: Permission denied"));
+    }
+}
+
 static void a_file_system_without_locks_is_warned_of(void** state) {
     (void)state;
     static const int errors[] = {ENOLCK, ENOSYS, EOPNOTSUPP};
@@ -1193,6 +1290,9 @@ static void limits_of_version_2(void** state) {
     assert_int_equal(left_in("two", "0::/job/step\n"), 3000);
     put("two/job/memory.stat", "anon 5000\ninactive_file 1500\nactive_file 500\nfile 1\n");
     assert_int_equal(left_in("two", "0::/job/step\n"), 5000);
+    put("two/job/memory.stat",
+        "anon 5000\ninactive_file 1500\nslab_reclaimable 400\nslab_unreclaimable 70\nactive_file 100\n");
+    assert_int_equal(left_in("two", "0::/job/step\n"), 5000);
     put("two/job/step/memory.max", "2500\n");
     assert_int_equal(left_in("two", "0::/job/step\n"), 1500);
     put("two/job/step/memory.current", "2600\n"); // above its limit, as it may be for a moment
@@ -1252,6 +1352,14 @@ static void the_least_limit_is_named(void** state) {
     assert_close((double)limit.bytes - (double)with_stacks.bytes, 32 << 20, 4 << 20);
 }
 
+static void bytes_have_a_fitting_unit(void** state) {
+    (void)state;
+    char text[32];
+    assert_string_equal(limits_bytes_text(text, 0), "0.0 MB");
+    assert_string_equal(limits_bytes_text(text, 40 << 20), "41.9 MB");
+    assert_string_equal(limits_bytes_text(text, 1500000000), "1.5 GB");
+}
+
 static void start_threads_with_a_limit(void* nothing) {
     (void)nothing;
     const struct rlimit few = {1, 1};
@@ -1294,6 +1402,8 @@ int main(void) {
         cmocka_unit_test(output_without_a_reader_is_a_wish_to_stop),
         in_own_folder(a_directory_has_one_lock),
         in_own_folder(a_dead_holder_has_no_lock),
+        in_own_folder(an_ending_holder_is_waited_for),
+        in_own_folder(a_lock_of_another_user),
         in_own_folder(a_file_system_without_locks_is_warned_of),
         cmocka_unit_test(schedules_by_hand),
         cmocka_unit_test(schedules_at_the_edges),
@@ -1318,6 +1428,7 @@ int main(void) {
         in_own_tree(limits_of_version_2),
         in_own_tree(limits_of_version_1),
         in_own_tree(the_least_limit_is_named),
+        cmocka_unit_test(bytes_have_a_fitting_unit),
         cmocka_unit_test(threads_are_tried),
         in_own_tree(files_have_room),
     };
