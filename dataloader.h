@@ -160,7 +160,10 @@ static inline void shard_open(TokenShard* shard, int vocab_size, uint32_t tokeni
 
     shard->vocab_size = header[3];
     if (vocab_size && header[3] != 0 && header[3] != vocab_size)
-        fail("%s: written with a vocabulary of %d tokens, the model's has %d", path, header[3], vocab_size);
+        fail("%s: written with a vocabulary of %d tokens, the model's has %d%s", path, header[3], vocab_size,
+             header[3] > 0 && header[3] < vocab_size && !tokenizer_hash
+                 ? "; if the rest is padding, --tokenizer tells the size without it"
+                 : "");
     shard->tokenizer_hash = (uint32_t)header[4];
     if (tokenizer_hash && shard->tokenizer_hash && shard->tokenizer_hash != tokenizer_hash)
         fail("%s: written with another tokenizer: its hash is %08x, the given tokenizer's is %08x", path,

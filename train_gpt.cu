@@ -1156,6 +1156,19 @@ static void find_checkpoints(Run* run) {
     if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
 }
 
+// Checks the options that a mode without training needs.
+static void check_mode(const Run* run) {
+    const Options* options = &run->options;
+    const char* mode = options->generate         ? "--generate"
+                       : options->write_logits   ? "--write-logits"
+                       : options->eval_retrieval ? "--eval-retrieval"
+                                                 : NULL;
+    if (!mode) return;
+    if (!run->init_from[0]) fail_usage("%s: needs --init-from, the model to run", mode);
+    if (comm_size() > 1) fail_usage("%s: runs in one process, not in %d", mode, comm_size());
+    if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
+}
+
 // Decides the model's sizes, which the user's options override: a checkpoint's or a descriptor's. Loads the
 // tokenizer, and checks that model, build, tokenizer and checkpoint fit together.
 static void choose_model(Run* run) {
@@ -1518,8 +1531,12 @@ static void print_plan(const Run* run, const Model* model) {
 
 // The memory that this process can have: the device's, or main memory if the device has none of its own.
 static MemoryLimit available_memory(void) {
-    MemoryLimit limit = limits_memory("/proc/self/cgroup", "/sys/fs/cgroup", comm_local_size(),
-                                      limits_stacks(omp_get_max_threads()));
+    // OpenMP's threads start here at the latest, so that their stacks are in the memory that the process has.
+    // Only the loader's thread is still to come.
+#pragma omp parallel
+    (void)omp_get_thread_num();
+    MemoryLimit limit =
+        limits_memory("/proc/self/cgroup", "/sys/fs/cgroup", comm_local_size(), limits_stacks(1));
     if (!DEVICE_HAS_OWN_MEMORY) return limit;
     const size_t unused = device_memory_free();
     limit.bytes = unused ? unused - (unused < GPU_LIBRARY_BYTES ? unused : GPU_LIBRARY_BYTES) : SIZE_MAX;
@@ -1531,9 +1548,10 @@ static MemoryLimit available_memory(void) {
 static void check_model_fits(const Model* model) {
     const MemoryLimit limit = available_memory();
     const size_t bytes = model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : memory_resident());
+    char wanted[32], available[32];
     if (bytes > limit.bytes)
-        fail("the model takes %.1f GB and %.1f GB are free (%s)", (double)bytes / 1e9,
-             (double)limit.bytes / 1e9, limit.name);
+        fail("the model takes %s and %s are free (%s)", limits_bytes_text(wanted, bytes),
+             limits_bytes_text(available, limit.bytes), limit.name);
 }
 
 // Fails, before anything is allocated, if the plan does not fit. The message names the
@@ -1545,6 +1563,9 @@ static void check_plan_fits(const Run* run, const Model* model) {
     const MemoryLimit limit = available_memory();
     const size_t available = limit.bytes;
     if (planned <= available) return;
+    char plan_text[32], free_text[32], text[32];
+    limits_bytes_text(plan_text, planned);
+    limits_bytes_text(free_text, available);
     for (int level = options->recompute; level < RECOMPUTE_LEVELS; level++) {
         const int same = level == (int)options->recompute;
         for (int B = options->batch - same; B >= 1; B--) {
@@ -1554,17 +1575,15 @@ static void check_plan_fits(const Run* run, const Model* model) {
                      options->zero);
             size_t bytes = planned_bytes(run, &smaller);
             if (bytes <= available)
-                fail("the plan takes %.1f GB and %.1f GB are free (%s); --batch %d%s%s takes %.1f GB and "
-                     "trains "
-                     "the same (gradients accumulate)",
-                     (double)planned / 1e9, (double)available / 1e9, limit.name, B,
-                     same ? "" : " --recompute ", same ? "" : recompute_names[level], (double)bytes / 1e9);
+                fail("the plan takes %s and %s are free (%s); --batch %d%s%s takes %s and trains the same "
+                     "(gradients accumulate)",
+                     plan_text, free_text, limit.name, B, same ? "" : " --recompute ",
+                     same ? "" : recompute_names[level], limits_bytes_text(text, bytes));
         }
     }
-    fail("the plan takes %.1f GB and %.1f GB are free (%s), and neither a smaller --batch nor --recompute "
-         "fits: "
+    fail("the plan takes %s and %s are free (%s), and neither a smaller --batch nor --recompute fits: "
          "choose fewer --layers or --channels, or a shorter --sequence-length",
-         (double)planned / 1e9, (double)available / 1e9, limit.name);
+         plan_text, free_text, limit.name);
 }
 
 // Fails before training if one checkpoint does not fit on its file system, or one of its files exceeds the
@@ -1575,6 +1594,8 @@ static void check_disk(const Run* run, const Model* model) {
                  state = 2 * model->layout.table.elements * sizeof(float_acc);
     const size_t slice = state / (size_t)comm_size(), largest = weights > slice ? weights : slice;
     if (!options->output || comm_rank() > 0) return;
+    // A finished run that is resumed writes no checkpoint.
+    if (run->resume_from[0] && run->state.step == run->steps && !run->state.unmeasured) return;
     if (largest > limits_file_bytes())
         fail("--output %s: a checkpoint has a file of %.3f MB, and files may have %.3f MB (ulimit -f)",
              options->output, (double)largest / 1e6, (double)limits_file_bytes() / 1e6);
@@ -2049,9 +2070,10 @@ static void train(Model* model, Run* run) {
         run->state.train_loss = loss;
         if (!isfinite(loss) || !isfinite(norm)) {
             metrics_finish(&metrics);
+            // Without fabs(), a NaN may be printed as "-nan".
             fail("step %d: the loss is %g and the gradient's norm %g: training has diverged; lower "
                  "--learning-rate %g or lengthen --warmup%s",
-                 step + 1, loss, norm, options->learning_rate,
+                 step + 1, isnan(loss) ? fabs(loss) : loss, fabs(norm), options->learning_rate,
                  has_checkpoint(options) ? ", and go on from the last checkpoint by --resume" : "");
         }
         metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun, attention);
@@ -2097,18 +2119,13 @@ int main(int argc, char** argv) {
     check_graph(options);
     check_threads();
     find_checkpoints(&run);
+    check_mode(&run);
     choose_model(&run);
     const int T = run.config.sequence_length;
     static Model model;
 
     matmul_start();
     if (options->generate || options->write_logits || options->eval_retrieval) {
-        const char* mode = options->generate       ? "--generate"
-                           : options->write_logits ? "--write-logits"
-                                                   : "--eval-retrieval";
-        if (!run.init_from[0]) fail_usage("%s: needs --init-from, the model to run", mode);
-        if (comm_size() > 1) fail_usage("%s: runs in one process, not in %d", mode, comm_size());
-        if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
         Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
         gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0, RECOMPUTE_NONE,
                  0);

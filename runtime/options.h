@@ -285,11 +285,13 @@ static inline long option_integer(int key, const char* text, long low, long high
 // smaller number would silently become 0.
 static inline double option_number(int key, const char* text, double low, double high) {
     char* end;
+    errno = 0;
     double value = strtod(text, &end);
+    const int rounded = errno == ERANGE; // 1e-400 reads as 0
     if (end == text || *end || isnan(value)) fail_usage("%s %s: want a number", option_name(key), text);
     if (value < low || value > high)
         fail_usage("%s %s: must be from %g to %g", option_name(key), text, low, high);
-    if (value != 0 && fabs(value) < (double)FLT_MIN)
+    if ((value != 0 || rounded) && fabs(value) < (double)FLT_MIN)
         fail_usage("%s %s: too small for a float, whose least is %.2g", option_name(key), text,
                    (double)FLT_MIN);
     return value;

@@ -347,9 +347,12 @@ static void test_a_directory_is_of_one_run(void** state) {
     shell("mkdir shared/step_00000007.tmp; touch shared/latest.tmp");
     print_to(pid, sizeof(pid), "pid %d on ", (int)first);
     static const char* const tries[] = {"", "--resume", "--overwrite"};
-    for (int i = 0; i < 3; i++) {
-        must_fail_with(train("shared", tries[i]), 1, "--output shared: another run is at work there: ");
-        must_fail_with(train("shared/../shared", tries[i]), 1, pid);
+    static const char* const names[] = {"shared", "shared/../shared", "shared/"};
+    for (int i = 0; i < 3; i++) { // each waits for ten seconds
+        const Result* result = train(names[i], tries[i]);
+        must_fail_with(result, 1, ": another run is at work there: ");
+        must_fail_with(result, 1, pid);
+        assert_non_null(strstr(result->out, "waiting for another run"));
     }
     must_end_well(train("shared", "--dry-run --resume"));
     assert_true(exists("shared/step_00000007.tmp") && exists("shared/latest.tmp"));
@@ -433,6 +436,7 @@ static void test_hints_can_be_followed(void** state) {
     result = train("diverged", "-l 1000 -u 0 -k constant --clip 0 -c 100 -n 0 -x 300");
     assert_int_equal(result->exit_code, 1);
     assert_non_null(strstr(result->err, "has diverged"));
+    assert_null(strstr(result->err, "-nan"));
     assert_null(strstr(result->err, "--resume"));
     assert_false(exists("diverged/latest"));
 }
@@ -847,6 +851,9 @@ static const BadInput bad_inputs[] = {
     {"-l 1e300", 2, {"--learning-rate 1e300", "from 0 to 1000", ""}},
     {"-l 1e-300", 2, {"--learning-rate 1e-300", "too small", ""}},
     {"-l 1e-40", 2, {"--learning-rate 1e-40", "too small", ""}},
+    {"-l 1e-400", 2, {"--learning-rate 1e-400", "too small", ""}},
+    {"-l -1e-400", 2, {"--learning-rate -1e-400", "too small", ""}},
+    {"-l 1e400", 2, {"--learning-rate 1e400", "from 0 to 1000", ""}},
     {"-l ''", 2, {"--learning-rate", "number", ""}},
     {"--eps 0", 2, {"--eps 0", "from 1e-20", ""}},
     {"--eps -1e-8", 2, {"--eps -1e-8", "from 1e-20", ""}},
@@ -975,6 +982,12 @@ static void test_bad_input_gets_one_clear_line(void** state) {
     }
     shell("rm -rf bad");
     assert_int_equal(wrong, 0);
+    // A mode without training names the option that it needs, not the vocabulary, which comes with it.
+    must_fail_with(run("%s --generate", trainer), 2, "--generate: needs --init-from");
+    must_fail_with(run("%s --write-logits x --tokens 1", trainer), 2, "--write-logits: needs --init-from");
+    must_fail_with(run("%s --write-logits x --init-from whole", trainer), 2,
+                   "--write-logits: needs --tokens");
+    must_fail_with(run("%s --eval-retrieval x", trainer), 2, "--eval-retrieval: needs --init-from");
 }
 
 static void test_tokenizers_data_and_checkpoints_must_fit(void** state) {
@@ -1070,6 +1083,8 @@ static void test_padded_vocabulary(void** state) {
     must_end_well(result);
     assert_true(shows_a_padded_token(result->out));
     must_end_well(run("%s --generate --init-from padded --tokenizer one.json --sample-length 3", trainer));
+    must_fail_with(run("%s %s --init-from padded", trainer, padded), 1, "--tokenizer tells the size");
+    must_end_well(run("%s %s --init-from padded --tokenizer one.json -x 1", trainer, padded));
 }
 
 // Files that may not be as large as a checkpoint's are seen before training; so is memory that a shell does not allow.
@@ -1092,6 +1107,10 @@ static void test_limits_are_seen_before_training(void** state) {
     const Treatment nothing = {0};
     must_fail_with(run_treated(&nothing, line), 1, "ulimit -v");
     assert_false(exists("virtual"));
+    // The stacks of 16 threads, 1 GB in all, count once.
+    print_to(line, sizeof(line), "sh -c \"ulimit -s 65536; ulimit -v 1700000; OMP_NUM_THREADS=16 exec %s\"",
+             command("virtual", "--dry-run"));
+    must_end_well(run_treated(&nothing, line));
     shell("rm -rf large; mkdir large; cp whole/step_00000030/* large");
     shell(
         "sed -i 's/\"max_position_embeddings\":.*/\"max_position_embeddings\":10000000,/' large/config.json");
@@ -1131,6 +1150,13 @@ static void test_a_full_file_system_leaves_no_partial_checkpoint(void** state) {
     BadInput wanted = {"full file system", 1, {"small/run", "No space left on device", ""}};
     good = is_answered_well(&wanted, result) && good;
     shell("cp -r small/run rescued");
+    // A finished run writes no checkpoint, so it needs no room for one.
+    good = mount("tmpfs", "small", "tmpfs", MS_REMOUNT, "size=400k") == 0 && good;
+    shell("rm -rf small/*; mkdir small/done; cd whole; cp -r step_%08d latest *.jsonl *.log ../small/done",
+          STEPS);
+    result = train("small/done", "--resume");
+    good = result->exit_code == 0 && good;
+    if (result->exit_code != 0) print_error("%s", result->err);
     umount("small");
     assert_true(good);
     must_hold_nothing_partial("rescued");
