@@ -154,7 +154,11 @@ static inline char* read_stream_or_fail(FILE* file, const char* path, size_t* le
         capacity *= 2;
         text = (char*)realloc_or_fail(text, capacity, path);
     }
-    if (ferror(file)) fail("%s: cannot read: %s", path, strerror(errno));
+    if (ferror(file)) {
+        const int error = errno;
+        free(text);
+        fail("%s: cannot read: %s", path, strerror(error));
+    }
     text[used] = 0;
     if (length) *length = used;
     return text;
