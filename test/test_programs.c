@@ -682,10 +682,13 @@ static const Variant variants[] = {
     {"flashmoba", "kdgqa", 3, "--moba-block 16 --moba-topk 2 -t 64", 1, 1},
 };
 
-static void choose_trainer(const char* build, const Variant* v) {
+// The directory of the programs. The user's trainer may be a link into a directory below it.
+static char build_directory[PATH_MAX];
+
+static void choose_trainer(const Variant* v) {
     char path[PATH_MAX];
-    print_to(path, sizeof(path), "%s/variants/train_gpt_cpu_%s_%s_kconv%d_fp32", build, v->attention, v->gqa,
-             v->kconv);
+    print_to(path, sizeof(path), "%s/variants/train_gpt_cpu_%s_%s_kconv%d_fp32", build_directory,
+             v->attention, v->gqa, v->kconv);
     if (!realpath(path, trainer)) print_error("%s: %s (make test builds it)\n", path, strerror(errno));
     assert_int_equal(access(trainer, X_OK), 0);
 }
@@ -708,13 +711,11 @@ static void must_tell_what_was_chosen(const char* run, int lines) {
 
 static void test_variants(void** state) {
     (void)state;
-    char build[PATH_MAX], kept[PATH_MAX], more[512], left[256], right[256];
-    print_to(build, sizeof(build), "%s", trainer);
+    char kept[PATH_MAX], more[512], left[256], right[256];
     print_to(kept, sizeof(kept), "%s", trainer);
-    *strrchr(build, '/') = 0;
     for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++) {
         const Variant* v = &variants[i];
-        choose_trainer(build, v);
+        choose_trainer(v);
         shell("rm -rf one two");
         // --heads and --kv-heads last, so that they win over the ones of all tests.
         print_to(more, sizeof(more), "%s --heads 8 --kv-heads 4 -n 7", v->options);
@@ -1200,6 +1201,7 @@ static int set_up(void** state) {
     (void)state;
     const char* build = getenv("BUILD") ? getenv("BUILD") : "build";
     char path[PATH_MAX];
+    if (!realpath(build, build_directory)) return -1;
     print_to(path, sizeof(path), "%s/train_gpt_cpu_%s_%s_kconv%d_fp32", build, ATTN_NAME, GQA_NAME, KCONV);
     if (!realpath(path, trainer)) {
         print_error("%s: %s (run this from the top of the tree, after make)\n", path, strerror(errno));
