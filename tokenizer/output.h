@@ -13,7 +13,7 @@ directly, since a rename would replace it.
 #ifndef TOKENIZER_OUTPUT_H
 #define TOKENIZER_OUTPUT_H
 
-#include "runtime/checks.h" // scratch_path_begin, make_parent_or_fail, open_or_fail
+#include "runtime/checks.h" // replacement_begin, make_parent_or_fail, open_or_fail
 
 #include <signal.h>
 
@@ -38,7 +38,7 @@ static inline void output_file_open(OutputFile* output, const char* path) {
     output->name = path ? path : "standard output";
     path_format(output->path, "%s", output->name);
     if (!path) return;
-    char partial[PATH_MAX], resolved[PATH_MAX];
+    char partial[PATH_MAX];
     struct stat info;
     const int exists = stat(path, &info) == 0;
     if (!*path || path[strlen(path) - 1] == '/') fail("--output %s: must name a file", path);
@@ -52,11 +52,8 @@ static inline void output_file_open(OutputFile* output, const char* path) {
         output->file = open_or_fail(path, "wb");
         return;
     }
-    // The rename must replace the file that a link points at, not the link.
-    if (exists && realpath(path, resolved)) path_format(output->path, "%s", resolved);
-    make_parent_or_fail(output->path);
-    path_format(partial, "%s.%d.partial", output->path, (int)getpid());
-    scratch_path_begin(partial);
+    make_parent_or_fail(path);
+    replacement_begin(output->path, partial, path);
     output->has_scratch = 1;
     output->file = scratch_open_or_fail(partial);
 }
