@@ -158,7 +158,7 @@ static void test_signals_are_taken_on_no_stack(void** state) {
     assert_int_equal(end_of(job), 128 + SIGTERM);
 }
 
-// What was ignored when the program started stays so.
+// A signal that is ignored when the program starts stays ignored.
 static void test_nohup_ignores_the_terminal(void** state) {
     (void)state;
     const pid_t job = start(command("nohup", "-x 1000000 -n 0"), "nohup.txt", "nohup_err.txt");
@@ -413,7 +413,7 @@ static const Result* follow_the_hint(const Result* result) {
     return run("%s", line);
 }
 
-// What the program says of files is so: a hint's command works, and no hint names a checkpoint that is not there.
+// A hint's command works, and no hint names a checkpoint that does not exist.
 static void test_hints_can_be_followed(void** state) {
     (void)state;
     must_end_well(follow_the_hint(train("hinted", "-u 0 -x 1")));

@@ -310,7 +310,7 @@ static void a_stop_keeps_the_earlier_run(void** state) {
     must_run("cat kept/* > kept.before");
     for (int i = 0; i < 3; i++) {
         static const int signals[] = {SIGTERM, SIGHUP, SIGALRM};
-        // So many samples that the end is far, and a wait for the scratch directory.
+        // The command makes too many samples to finish soon. The test waits for the scratch directory.
         must_run("%s/retrieval -t small.json --lengths 160,128 --samples 10000000 --output-prefix kept/run & "
                  "n=0; until ls -d kept/*.partial || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done; "
                  "kill -%d $!; wait $!; test $? = %d",
