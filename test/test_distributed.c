@@ -210,7 +210,8 @@ static double printed(const char* text, const char* name) {
     return strtod(at + strlen(name), NULL);
 }
 
-// As the plan says, so it is: with 4 ranks, a quarter of the moments.
+// With 4 ranks and --zero 1 a rank holds a quarter of the moments: in the plan, and in the memory it takes. The plan's
+// figure for program and libraries is left out, because it is measured at the start and varies by a megabyte or two.
 static void test_shards_take_less_memory(void** state) {
     (void)state;
     double planned[2], peak[2], optimizer[2];
@@ -219,15 +220,16 @@ static void test_shards_take_less_memory(void** state) {
             run("%s %s --layers 4 --channels 512 --vocab 97 -t 32 -i train.bin -b 1 -x 3 --zero %d",
                 mpirun(4), dense, zero);
         must_end_well(result);
-        planned[zero] = printed(result->out, "planned peak");
+        planned[zero] =
+            printed(result->out, "planned peak") - printed(result->out, "program, libraries, data");
         optimizer[zero] = printed(result->out, "  optimizer");
         peak[zero] = printed(result->out, "peak memory");
     }
     print_message(
-        "planned %.1f and %.1f MB, of these for the optimizer %.1f and %.1f; measured %.1f and %.1f\n",
+        "model %.1f and %.1f MB, of these the optimizer %.1f and %.1f; measured in all %.1f and %.1f\n",
         planned[0], planned[1], optimizer[0], optimizer[1], peak[0], peak[1]);
     assert_true(optimizer[1] < optimizer[0] * 0.27 && optimizer[0] > 50);
-    assert_true(fabs((planned[0] - planned[1]) - (optimizer[0] - optimizer[1])) < 1);
+    assert_true(fabs((planned[0] - planned[1]) - (optimizer[0] - optimizer[1])) < 0.5);
     assert_true(peak[0] - peak[1] > 0.9 * (optimizer[0] - optimizer[1]));
 }
 

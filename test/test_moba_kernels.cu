@@ -17,6 +17,8 @@ TEST_LONG=1 runs the full matrix.
 #include "test/reference.h"
 // HeadMap, download, assert_error; cmocka
 #include "test/device_attention.h"
+// capture
+#include "test/capture.h"
 
 // ----------------------------------------------------------------------------
 // Cases
@@ -485,6 +487,48 @@ static void test_one_improves(void** state) {
     free_case(&c);
 }
 
+// A size that the kernels do not have is an error, in the forward pass and in the backward pass.
+static void forward_with_many_blocks(void* nothing) {
+    (void)nothing;
+    algorithm->forward(NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 64, 0, 1, 1, 64, 16, 65, NULL, 0);
+}
+
+static void backward_with_large_blocks(void* nothing) {
+    (void)nothing;
+    algorithm->backward(NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 64, 1, 1, 64, 1024, 2, 0);
+}
+
+static void test_refused(void** state) {
+    (void)state;
+    const struct Captured forward = capture(forward_with_many_blocks, NULL);
+    assert_int_equal(forward.exit_code, 1);
+    assert_non_null(strstr(forward.text, "blocks of 16 keys, 65 of them a query"));
+    const struct Captured backward = capture(backward_with_large_blocks, NULL);
+    assert_int_equal(backward.exit_code, 1);
+    assert_non_null(strstr(backward.text, "blocks of 1024 keys, 2 of them a query"));
+}
+
+// Memory of 7 rows of 8 elements. Row 3 is the first row of the tile, so the tile has 4 rows.
+enum { ROWS = 7, ROW_STRIDE = 8, FIRST_ROW = 3, ROWS_READ = 10 };
+
+static __global__ void addresses_kernel(int* addresses, floatX* memory) {
+    const neighbour_rows<floatX> rows = neighbours(memory, ROW_STRIDE, 1, ROWS).from(FIRST_ROW - 1);
+    for (int row = 0; row < ROWS_READ; row++) addresses[row] = (int)(rows.at(row) - memory);
+}
+
+// The copy of a row behind the last one reads the last row, so it never leaves its memory.
+static void test_rows_behind_the_last(void** state) {
+    (void)state;
+    floatX* memory = (floatX*)forgotten(ROWS * ROW_STRIDE * sizeof(floatX));
+    int* addresses = (int*)forgotten(ROWS_READ * sizeof(int));
+    launch(addresses_kernel, 1, 1, 0, 0, addresses, memory);
+    int* host = download_ints(addresses, ROWS_READ);
+    for (int i = 0; i < ROWS_READ; i++)
+        assert_int_equal(host[i], ROW_STRIDE * (FIRST_ROW + i < ROWS ? FIRST_ROW + i : ROWS - 1));
+    free(host);
+    device_free(addresses), device_free(memory);
+}
+
 // Blocks with the same keys have the same scores, and the newest of them are chosen; also where these are -INFINITY.
 static void test_ties(void** state) {
     (void)state;
@@ -768,6 +812,7 @@ int main(int argc, char** argv) {
         FLASHMOBA(lists),
         FLASHMOBA(many_centroids),
         FLASHMOBA(one_improves),
+        FLASHMOBA(refused),
         FLASHMOBA(ties),
         FLASHMOBA(nan),
         FLASHMOBA(all_blocks),
@@ -777,6 +822,7 @@ int main(int argc, char** argv) {
         FLASHMOBA(repeatable),
         MOBA(shapes),
         MOBA(hot_block),
+        MOBA(refused),
         MOBA(ties),
         MOBA(nan),
         MOBA(all_blocks),
@@ -786,6 +832,7 @@ int main(int argc, char** argv) {
         MOBA(repeatable),
         cmocka_unit_test(test_moba_is_flashmoba),
         cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_rows_behind_the_last),
     };
     reference_start();
     if (argc > 1) cmocka_set_test_filter(argv[1]);

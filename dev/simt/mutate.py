@@ -21,9 +21,9 @@ not there, an entry there that matches no mutant any more, or (without --sample)
 
 import argparse
 import collections
+import hashlib
 import json
 import os
-import random
 import re
 import resource
 import selectors
@@ -256,9 +256,13 @@ SYNCHRONISATION = ("barrier", "wait", "commit")
 
 
 def chosen_mutants(options):
-    """All that there are, and those to run: spread over the functions, in an order that the seed alone decides."""
+    """All that there are, and those to run: spread over the functions, in an order that the seed and the mutants' own text
+    decide. So a change of one line changes little of a sample."""
+
+    def shuffled(items, name):
+        return sorted(items, key=lambda item: hashlib.sha256(repr((options.seed, name(item))).encode()).digest())
+
     everything = [m for name in FILES for m in mutants_of_file(name)]
-    draw = random.Random(options.seed)
     by_function = collections.OrderedDict()
     for mutant in everything:
         if options.file and mutant.file not in options.file:
@@ -267,12 +271,8 @@ def chosen_mutants(options):
             by_function.setdefault((mutant.file, mutant.function), []).append(mutant)
     chosen = [m for m in everything if m.kind in SYNCHRONISATION and (not options.file or m.file in options.file)]
     # One of each function, and then of all.
-    queues = list(by_function.values())
-    for queue in queues:
-        draw.shuffle(queue)
-    draw.shuffle(queues)
-    rest = [mutant for queue in queues for mutant in queue[1:]]
-    draw.shuffle(rest)
+    queues = [shuffled(by_function[function], Mutant.key) for function in shuffled(by_function, lambda function: function)]
+    rest = shuffled([mutant for queue in queues for mutant in queue[1:]], Mutant.key)
     drawn = []
     for mutant in [queue[0] for queue in queues] + rest:
         if len(drawn) < options.expressions and not any(overlap(mutant, other) for other in drawn):
@@ -280,7 +280,7 @@ def chosen_mutants(options):
     # Zero halves to zero: such loops would not end, and no test can tell them from slow ones.
     chosen += [m for m in drawn if not (m.kind == "bound" and re.search("> -> >=.*(/= 2|while)", m.change + m.source))]
     if options.sample:  # of those that a whole run would have
-        draw.shuffle(chosen)
+        chosen = shuffled(chosen, Mutant.key)
         synchronising = [m for m in chosen if m.kind in SYNCHRONISATION][:options.sample // 4]
         chosen = synchronising + [m for m in chosen if m.kind not in SYNCHRONISATION][:options.sample - len(synchronising)]
     order = list(FILES)
