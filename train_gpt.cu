@@ -54,6 +54,7 @@ it for DEVICE=simt, which runs the CUDA kernels on an emulator (dev/simt).
 #else
 #error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
+#include "runtime/attention.h"   // defines AttentionShape, AttentionTensors, attention_module
 #include "runtime/comm.h"        // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_start
 #include "runtime/memory.h"      // defines Arena
@@ -207,26 +208,26 @@ static void gpt_plan_buckets(Model* model) {
 // and writes all of that gradient in memory; so the parts are larger there.
 #define LOGIT_BYTES ((size_t)(DEVICE_HAS_OWN_MEMORY ? 1024 : 128) << 20)
 
+static AttentionShape layer_shape(const ModelConfig* config, int layer, int B, int T, int start) {
+    const AttentionShape shape = {B,
+                                  T,
+                                  start,
+                                  config->heads,
+                                  config->kv_heads,
+                                  config->head_dim,
+                                  layer_window(config, layer),
+                                  config->moba_block,
+                                  config->moba_topk};
+    return shape;
+}
+
 // Bytes of workspace that the attention of a layer needs; forward and backward use the same workspace.
 static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
-    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
-              K = config->moba_topk;
-    size_t forward = 0, backward = 0;
-    switch (layer_attention(config, layer)) {
-    case ATTENTION_DENSE:
-        forward = attention_forward_workspace(B, T, H, G, D);
-        backward = attention_backward_workspace(B, T, H, G, D);
-        break;
-    case ATTENTION_MOBA:
-        forward = moba_forward_workspace(B, T, H, G, D, S, K);
-        backward = moba_backward_workspace(B, T, H, G, D, S, K);
-        break;
-    case ATTENTION_FLASHMOBA:
-        forward = flashmoba_forward_workspace(B, T, H, G, D, S, K);
-        backward = flashmoba_backward_workspace(B, T, H, G, D, S, K);
-        break;
-    }
-    return training && backward > forward ? backward : forward;
+    const AttentionModule* module = attention_module(layer_attention(config, layer));
+    const AttentionShape shape = layer_shape(config, layer, B, T, 0);
+    const size_t forward = module->forward_workspace(&shape),
+                 backward = training ? module->backward_workspace(&shape) : 0;
+    return backward > forward ? backward : forward;
 }
 
 // Reserves an array of layer l; `member` is its offset in LayerActivations. From the --recompute level
@@ -540,57 +541,40 @@ static const AttentionNoise* layer_noise(AttentionNoise* noise, const Model* mod
     return noise;
 }
 
+// The arrays of a layer's attention.
+static AttentionTensors layer_tensors(const Model* model, int l) {
+    const LayerActivations* layer = &model->acts.layers[l];
+    AttentionTensors tensors;
+    memset(&tensors, 0, sizeof(tensors));
+    tensors.out = layer->attention;
+    tensors.lse = layer->lse;
+    tensors.selected = layer->selected;
+    tensors.centroids = layer->centroids;
+    tensors.qkv = layer->qkv;
+    tensors.kv_of_q = model->heads.map + (size_t)l * model->config.heads;
+    tensors.workspace = model->acts.workspace;
+    return tensors;
+}
+
 // Writes attention, lse and, with MoBA, selected; in a training pass of pgqa also noised.
 static void layer_attention_forward(Model* model, int l, int B, int T, int start, const TrainingPass* pass) {
-    const ModelConfig* config = &model->config;
-    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
-              K = config->moba_topk;
-    const int* kv_of_q = model->heads.map + (size_t)l * H;
-    LayerActivations* layer = &model->acts.layers[l];
-    void* workspace = model->acts.workspace;
-    AttentionNoise memory;
-    const AttentionNoise* noise = layer_noise(&memory, model, l, pass);
+    const AttentionShape shape = layer_shape(&model->config, l, B, T, start);
+    AttentionTensors tensors = layer_tensors(model, l);
+    AttentionNoise noise;
+    tensors.noise = layer_noise(&noise, model, l, pass);
     mark(&model->marks[4 * l], model->stream);
-    switch (layer_attention(config, l)) {
-    case ATTENTION_DENSE:
-        attention_forward(layer->attention, layer->lse, layer->qkv, kv_of_q, workspace, B, T, start, H, G, D,
-                          layer_window(config, l), noise, model->stream);
-        break;
-    case ATTENTION_MOBA:
-        moba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv, kv_of_q,
-                     workspace, B, T, start, H, G, D, S, K, noise, model->stream);
-        break;
-    case ATTENTION_FLASHMOBA:
-        flashmoba_forward(layer->attention, layer->lse, layer->selected, layer->centroids, layer->qkv,
-                          kv_of_q, workspace, B, T, start, H, G, D, S, K, noise, model->stream);
-        break;
-    }
+    attention_module(layer_attention(&model->config, l))->forward(&tensors, &shape, model->stream);
     mark(&model->marks[4 * l + 1], model->stream);
 }
 
 // Computes dqkv from dattention.
 static void layer_attention_backward(Model* model, int l, int B, int T) {
-    const ModelConfig* config = &model->config;
-    const int H = config->heads, G = config->kv_heads, D = config->head_dim, S = config->moba_block,
-              K = config->moba_topk;
-    Activations* acts = &model->acts;
-    const int* kv_of_q = model->heads.map + (size_t)l * H;
-    const LayerActivations* layer = &acts->layers[l];
+    const AttentionShape shape = layer_shape(&model->config, l, B, T, 0);
+    AttentionTensors tensors = layer_tensors(model, l);
+    tensors.dqkv = model->acts.dqkv;
+    tensors.dout = model->acts.dattention;
     mark(&model->marks[4 * l + 2], model->stream);
-    switch (layer_attention(config, l)) {
-    case ATTENTION_DENSE:
-        attention_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->qkv, kv_of_q,
-                           acts->workspace, B, T, H, G, D, layer_window(config, l), model->stream);
-        break;
-    case ATTENTION_MOBA:
-        moba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected, layer->qkv,
-                      kv_of_q, acts->workspace, B, T, H, G, D, S, K, model->stream);
-        break;
-    case ATTENTION_FLASHMOBA:
-        flashmoba_backward(acts->dqkv, acts->dattention, layer->attention, layer->lse, layer->selected,
-                           layer->qkv, kv_of_q, acts->workspace, B, T, H, G, D, S, K, model->stream);
-        break;
-    }
+    attention_module(layer_attention(&model->config, l))->backward(&tensors, &shape, model->stream);
     mark(&model->marks[4 * l + 3], model->stream);
 }
 
@@ -1172,11 +1156,17 @@ static void check_mode(const Run* run) {
 // Decides the model's sizes, which the user's options override: a checkpoint's or a descriptor's. Loads the
 // tokenizer, and checks that model, build, tokenizer and checkpoint fit together.
 static void choose_model(Run* run) {
-    const Options* options = &run->options;
+    Options* options = &run->options;
     const char* directory = run->resume_from[0] ? run->resume_from : run->init_from;
+    // Training may start (--init-from) from a model with another kind of attention or sequence length; the
+    // weights' shapes are checked when they are read. Resume, --generate and --write-logits require the
+    // checkpoint's model to match exactly.
+    const int must_match = run->resume_from[0] || options->generate || options->write_logits;
     ModelConfig base;
     if (directory[0] && !options->model) {
         base = checkpoint_read_config(directory);
+        // A build with kinds of its own starts new training with them, even from weights of another kind.
+        if (BUILD_CHOOSES_KINDS && !must_match) model_config_of_build(&base);
     } else {
         char descriptor[16] = "d12";
         if (options->layers) snprintf(descriptor, sizeof(descriptor), "d%d", options->layers);
@@ -1202,26 +1192,24 @@ static void choose_model(Run* run) {
              (int)tokenizer_vocab_size(run->tokenizer), *V);
     model_config_complete(&run->config);
     model_config_check(&run->config);
+    options_check_kinds(options, &run->config);
     if (!attention_supports_head_dim(run->config.head_dim))
         fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
                    run->config.heads, run->config.head_dim, DEVICE_NAME);
-    if (run->config.attention != ATTENTION_DENSE &&
-        !moba_supports(run->config.sequence_length, run->config.head_dim, run->config.moba_block,
-                       run->config.moba_topk))
-        fail_usage("--moba-block %d --moba-topk %d: on device %s blocks have 16, 32, 64, 128, 256 or 512 "
-                   "keys, and a "
-                   "query attends to at most 64 of them",
-                   run->config.moba_block, run->config.moba_topk, DEVICE_NAME);
+    for (int l = 0; l < run->config.layers; l++) {
+        const AttentionShape shape = layer_shape(&run->config, l, 1, run->config.sequence_length, 0);
+        if (!attention_module(layer_attention(&run->config, l))->supports(&shape))
+            fail_usage("--moba-block %d --moba-topk %d: on device %s blocks have 16, 32, 64, 128, 256 or 512 "
+                       "keys, and a "
+                       "query attends to at most 64 of them",
+                       run->config.moba_block, run->config.moba_topk, DEVICE_NAME);
+    }
     const int least = options->heads_by_keys.least, G = run->config.kv_heads, H = run->config.heads;
     if (heads_are_key_driven(&run->config) && least * G > H)
         fail_usage("--kd-min-heads %d: %d KV heads would need %d query heads, --heads is %d", least, G,
                    least * G, H);
     if (!directory[0]) return;
-    // Training may start (--init-from) from a model with another kind of attention or sequence length; the
-    // weights' shapes are checked when they are read. Resume, --generate and --write-logits require the
-    // checkpoint's model to match exactly.
-    if (run->resume_from[0] || options->generate || options->write_logits)
-        checkpoint_check_same_model(directory, &run->config);
+    if (must_match) checkpoint_check_same_model(directory, &run->config);
     char path[PATH_MAX];
     path_format(path, "%s/tokenizer.json", directory);
     if (!options->tokenizer || !path_exists(path)) return;
@@ -1335,19 +1323,20 @@ static void agree_on_shards(const char* what, const DataLoader* loader) {
 static void agree_on_run(const Run* run, int argc, char** argv) {
     const ModelConfig* config = &run->config;
     if (comm_size() == 1) return;
-    comm_must_agree("the build", "DEVICE=%s ATTN=%s GQA=%s KCONV=%d PRECISION=%s", DEVICE_NAME, ATTN_NAME,
-                    GQA_NAME, KCONV, PRECISION_NAME);
+    comm_must_agree("the build", "DEVICE=%s PRECISION=%s", DEVICE_NAME, PRECISION_NAME);
     comm_must_agree("the number of arguments", "%d", argc - 1);
     for (int i = 1; i < argc; i++) {
         char name[64];
         snprintf(name, sizeof(name), "argument %d, after %.32s,", i, i > 1 ? argv[i - 1] : "the program");
         comm_must_agree(name, "%s", argv[i]);
     }
-    comm_must_agree(
-        "the model",
-        "%d layers, %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, pattern %s",
-        config->layers, config->channels, config->heads, config->head_dim, config->kv_heads, config->ffn,
-        config->vocab_size, config->sequence_length, config->pattern);
+    comm_must_agree("the model",
+                    "%d layers, %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, "
+                    "pattern %s, attention %s, "
+                    "query heads %s, kconv %d",
+                    config->layers, config->channels, config->heads, config->head_dim, config->kv_heads,
+                    config->ffn, config->vocab_size, config->sequence_length, config->pattern,
+                    attention_names[config->attention], gqa_names[config->gqa], config->kconv);
     comm_must_agree("the checkpoint to resume", "%s", run->resume_from[0] ? run->resume_from : "none");
     comm_must_agree("the checkpoint to start from", "%s", run->init_from[0] ? run->init_from : "none");
     comm_must_agree("the tokenizer's hash", "%08x", run->tokenizer ? tokenizer_hash(run->tokenizer) : 0);
@@ -1499,8 +1488,9 @@ static void print_plan(const Run* run, const Model* model) {
     if (comm_size() > 1)
         printf("ranks    %d, %d of them on this host; optimizer state %s\n", comm_size(), comm_local_size(),
                model->sharded ? "sharded over them (--zero 1)" : "whole on each (--zero 0)");
-    printf("build    device %s, attention %s, heads %s, kconv %d, %s, %d threads\n", DEVICE_NAME, ATTN_NAME,
-           GQA_NAME, KCONV, PRECISION_NAME, omp_get_max_threads());
+    printf("build    device %s, attention %s, heads %s, kconv %d, %s, %d threads\n", DEVICE_NAME,
+           attention_names[config->attention], gqa_names[config->gqa], config->kconv, PRECISION_NAME,
+           omp_get_max_threads());
     const double peak = gpu_peak_flops(device_name(), PRECISION_NAME);
     if (peak > 0) printf("         %s, at most %.0f TFLOP/s\n", device_name(), peak / 1e12);
     else if (device_name()[0])
@@ -1811,9 +1801,9 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     to.tokens_before = run->state.sequences_seen * (uint64_t)config->sequence_length;
     to.flops_per_step = flops_per_token(config, config->sequence_length) * (double)options->total_batch;
     to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME) * comm_size();
-    metrics_describe_text(&to, "attn", ATTN_NAME);
-    metrics_describe_text(&to, "gqa", GQA_NAME);
-    metrics_describe_number(&to, "kconv", KCONV);
+    metrics_describe_text(&to, "attn", attention_names[config->attention]);
+    metrics_describe_text(&to, "gqa", gqa_names[config->gqa]);
+    metrics_describe_number(&to, "kconv", config->kconv);
     if (heads_are_key_driven(config)) describe_heads(&to, &options->heads_by_keys);
     if (config->gqa == GQA_PERTURBED) metrics_describe_number(&to, "pgqa_noise", options->pgqa_noise);
     metrics_describe_text(&to, "precision", PRECISION_NAME);
@@ -1834,7 +1824,7 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_describe_number(&to, "batch", options->batch);
     metrics_describe_number(&to, "total_batch", (double)options->total_batch);
     metrics_describe_number(&to, "steps", run->steps);
-    metrics_describe_text(&to, "schedule", schedule_name(options->schedule));
+    metrics_describe_text(&to, "schedule", schedule_names[options->schedule]);
     metrics_describe_number(&to, "learning_rate", options->learning_rate);
     metrics_describe_number(&to, "warmup", options->warmup);
     metrics_describe_number(&to, "final_lr_fraction", options->final_lr_fraction);
@@ -1961,7 +1951,7 @@ static int measure_alone(Model* model, const Run* run, Metrics* metrics, int ste
     if (validating && heads_are_key_driven(&run->config)) log_heads(metrics, model, step);
     // Without --output there is no metrics.jsonl to log to, so the forward passes
     // of log_selection() are not needed.
-    if (validating && run->val && options->output && run->config.attention != ATTENTION_DENSE &&
+    if (validating && run->val && options->output && model_chooses_blocks(&run->config) &&
         run->config.moba_topk > 1 && !log_selection(metrics, model, run, step))
         return 0;
     if (!sampling) return 1;
@@ -2002,7 +1992,7 @@ static void describe_state(Run* run) {
     state->seed = options->seed;
     state->total_batch = options->total_batch;
     state->sequence_length = run->config.sequence_length;
-    snprintf(state->schedule, sizeof(state->schedule), "%s", schedule_name(options->schedule));
+    snprintf(state->schedule, sizeof(state->schedule), "%s", schedule_names[options->schedule]);
     state->max_steps = run->steps;
     state->warmup_steps = run->schedule.warmup;
     state->learning_rate = options->learning_rate;

@@ -115,9 +115,9 @@ typedef enum {
     STATISTIC_SOURCES
 } StatisticSource;
 typedef enum { DGQA_EMA, DGQA_DIFF } DgqaKind;
-static const char* const statistic_source_names[STATISTIC_SOURCES] = {"lagged", "forward", "weights",
-                                                                      "random", "shuffled"};
-static const char* const dgqa_kind_names[] = {"ema", "diff"};
+static const char* const statistic_source_names[] = {"lagged", "forward",  "weights",
+                                                     "random", "shuffled", NULL};
+static const char* const dgqa_kind_names[] = {"ema", "diff", NULL};
 
 typedef struct {
     int dynamic; // 0: kdgqa, from the range of n at every step; 1: dgqa, from n's history at every window

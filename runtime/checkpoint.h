@@ -317,28 +317,14 @@ static const ConfigField config_fields[] = {
 };
 #define CONFIG_FIELDS ((int)(sizeof(config_fields) / sizeof(config_fields[0])))
 
-// The build's part of a model: its ATTN, GQA and KCONV.
-typedef struct {
-    char attn[16];
-    char gqa[16];
-    int kconv;
-} ModelVariant;
-
-static inline ModelVariant model_variant_of_build(void) {
-    ModelVariant variant;
-    memset(&variant, 0, sizeof(variant));
-    snprintf(variant.attn, sizeof(variant.attn), "%s", ATTN_NAME);
-    snprintf(variant.gqa, sizeof(variant.gqa), "%s", GQA_NAME);
-    variant.kconv = KCONV;
-    return variant;
-}
-
 // 1 if transformers' LlamaForCausalLM accepts the model and computes the same function.
-static inline int model_is_llama(const ModelConfig* config, const ModelVariant* variant) {
-    if (strcmp(variant->attn, "dense") || strcmp(variant->gqa, "gqa") || variant->kconv) return 0;
+static inline int model_is_llama(const ModelConfig* config) {
+    if (config->gqa != GQA_STATIC || config->kconv) return 0;
     if (config->channels % config->heads != 0) return 0; // LlamaConfig refuses it, even with a head_dim
     for (int l = 0; l < config->layers; l++)
-        if (layer_kind(config, l) != 'G' || !layer_has_rope(config, l)) return 0;
+        if (layer_kind(config, l) == 'S' || layer_attention(config, l) != ATTENTION_DENSE ||
+            !layer_has_rope(config, l))
+            return 0;
     return 1;
 }
 
@@ -357,8 +343,7 @@ static inline int tokenizer_end_of_text(const char* tokenizer_path, int vocab_si
 
 static inline void checkpoint_write_config(const char* path, const ModelConfig* config,
                                            const char* tokenizer_path) {
-    const ModelVariant variant = model_variant_of_build();
-    const int llama = model_is_llama(config, &variant);
+    const int llama = model_is_llama(config);
     const char* architecture = llama ? "LlamaForCausalLM" : "MobaForCausalLM";
     cJSON* json = cJSON_CreateObject();
     cJSON_AddItemToObject(json, "architectures", cJSON_CreateStringArray(&architecture, 1));
@@ -382,9 +367,9 @@ static inline void checkpoint_write_config(const char* path, const ModelConfig* 
     cJSON_AddItemToObject(json, "eos_token_id",
                           end_of_text < 0 ? cJSON_CreateNull() : cJSON_CreateNumber(end_of_text));
     cJSON* moba = cJSON_AddObjectToObject(json, "moba");
-    cJSON_AddStringToObject(moba, "attn", variant.attn);
-    cJSON_AddStringToObject(moba, "gqa", variant.gqa);
-    cJSON_AddNumberToObject(moba, "kconv", variant.kconv);
+    cJSON_AddStringToObject(moba, "attn", attention_names[config->attention]);
+    cJSON_AddStringToObject(moba, "gqa", gqa_names[config->gqa]);
+    cJSON_AddNumberToObject(moba, "kconv", config->kconv);
     cJSON_AddStringToObject(moba, "pattern", config->pattern);
     cJSON_AddNumberToObject(moba, "window", config->window);
     if (config->attention != ATTENTION_DENSE) {
@@ -468,32 +453,39 @@ static inline void config_read_rope(ModelConfig* config, const cJSON* json, cons
     }
 }
 
+// Reads a kind in the "moba" object, one of `names`.
+static inline int config_get_kind(const cJSON* moba, const char* key, const char* const* names,
+                                  const char* path) {
+    const char* text = json_text(json_get(moba, key));
+    const int kind = text ? name_index(names, text) : -1;
+    if (kind < 0)
+        fail("%s: moba.%s is %s, which this program does not know", path, key,
+             text ? json_shown(text) : "not a text");
+    return kind;
+}
+
 // Reads the "moba" object. A plain Llama has none: all its layers have dense
 // global attention and rotary positions.
-static inline void config_read_variant(ModelConfig* config, ModelVariant* variant, const cJSON* json,
-                                       const char* path) {
+static inline void config_read_moba(ModelConfig* config, const cJSON* json, const char* path) {
     strcpy(config->pattern, "G");
     config->window = 256;
-    config->attention = attention_of_build();
+    config->attention = ATTENTION_DENSE;
+    config->gqa = GQA_STATIC;
+    config->kconv = 0;
     config->moba_block = 128;
     config->moba_topk = 8;
     config->rope_global = config->rope_sliding = 1;
-    memset(variant, 0, sizeof(*variant));
-    strcpy(variant->attn, "dense");
-    strcpy(variant->gqa, "gqa");
     const cJSON* moba = json_get(json, "moba");
     if (!moba) return;
-    const char* attn = json_text(json_get(moba, "attn"));
-    const char* gqa = json_text(json_get(moba, "gqa"));
     const char* pattern = json_text(json_get(moba, "pattern"));
-    if (!attn || strlen(attn) >= sizeof(variant->attn) || !gqa || strlen(gqa) >= sizeof(variant->gqa))
-        fail("%s: moba must have attn and gqa, both short texts", path);
-    if (!pattern || !pattern[0] || strlen(pattern) > PATTERN_MAX || strspn(pattern, "GS") != strlen(pattern))
-        fail("%s: moba.pattern must be 1 to %d letters G and S", path, PATTERN_MAX);
-    strcpy(variant->attn, json_shown(attn));
-    strcpy(variant->gqa, json_shown(gqa));
+    config->attention = (AttentionKind)config_get_kind(moba, "attn", attention_names, path);
+    config->gqa = (GqaKind)config_get_kind(moba, "gqa", gqa_names, path);
+    if (!pattern || !pattern[0] || strlen(pattern) > PATTERN_MAX || strspn(pattern, "GDS") != strlen(pattern))
+        fail("%s: moba.pattern must be 1 to %d letters G, D and S", path, (int)PATTERN_MAX);
     strcpy(config->pattern, pattern);
-    variant->kconv = config_get_int(moba, "kconv", 0, 5, 0, path);
+    config->kconv = config_get_int(moba, "kconv", 0, KCONV_MAX, 0, path);
+    if (config->kconv != 0 && config->kconv != 3 && config->kconv != 5)
+        fail("%s: moba.kconv must be 0, 3 or 5", path);
     config->window = config_get_int(moba, "window", 1, 1 << 24, 256, path);
     config->moba_block = config_get_int(moba, "block", 1, 1 << 16, config->moba_block, path);
     config->moba_topk = config_get_int(moba, "topk", 1, 1 << 10, config->moba_topk, path);
@@ -518,7 +510,8 @@ static inline void config_check_sizes(ModelConfig* config, const char* path) {
         fail("%s: head_dim %d: rotary positions need an even number", path, config->head_dim);
 }
 
-static inline ModelConfig checkpoint_read_config_and_variant(const char* directory, ModelVariant* variant) {
+// Reads the model's sizes and kinds from a checkpoint, or from a directory saved by transformers.
+static inline ModelConfig checkpoint_read_config(const char* directory) {
     char path[PATH_MAX];
     path_format(path, "%s/config.json", directory);
     cJSON* json = json_read_object(path);
@@ -544,24 +537,11 @@ static inline ModelConfig checkpoint_read_config_and_variant(const char* directo
     config.norm_eps = config_get_positive(json, "rms_norm_eps", 1e-6, path);
     config.tied = config_get_bool(json, "tie_word_embeddings", 0, path);
     config_read_rope(&config, json, path);
-    config_read_variant(&config, variant, json, path);
+    config_read_moba(&config, json, path);
     config_check_sizes(&config, path);
     model_config_complete(&config);
-    model_config_of_build(&config); // *variant has the checkpoint's build
     cJSON_Delete(json);
     return config;
-}
-
-// Reads the model's sizes from a checkpoint, or from a directory saved by transformers.
-static inline ModelConfig checkpoint_read_config(const char* directory) {
-    ModelVariant variant;
-    return checkpoint_read_config_and_variant(directory, &variant);
-}
-
-static inline ModelVariant checkpoint_read_variant(const char* directory) {
-    ModelVariant variant;
-    (void)checkpoint_read_config_and_variant(directory, &variant);
-    return variant;
 }
 
 static inline void same_number(const char* directory, const char* option, double saved, double wanted) {
@@ -575,11 +555,9 @@ static inline void same_text(const char* directory, const char* option, const ch
         fail("%s: its model has %s %s, this run asks for %s", directory, option, saved, wanted);
 }
 
-// Fails at the first difference between the checkpoint's model and the wanted one,
-// in a size or in the build's variant.
+// Fails at the first difference between the checkpoint's model and the wanted one, in a size or in a kind.
 static inline void checkpoint_check_same_model(const char* directory, const ModelConfig* want) {
-    ModelVariant saved_variant, variant = model_variant_of_build();
-    const ModelConfig saved = checkpoint_read_config_and_variant(directory, &saved_variant);
+    const ModelConfig saved = checkpoint_read_config(directory);
     same_number(directory, "--layers", saved.layers, want->layers);
     same_number(directory, "--channels", saved.channels, want->channels);
     same_number(directory, "--heads", saved.heads, want->heads);
@@ -602,13 +580,13 @@ static inline void checkpoint_check_same_model(const char* directory, const Mode
                  layer_has_rope(&saved, l) ? "rotary positions" : "no positions",
                  layer_has_rope(want, l) ? "rotary positions" : "none");
     }
-    same_text(directory, "ATTN", saved_variant.attn, variant.attn);
+    same_text(directory, "--attention", attention_names[saved.attention], attention_names[want->attention]);
     if (want->attention != ATTENTION_DENSE) {
         same_number(directory, "--moba-block", saved.moba_block, want->moba_block);
         same_number(directory, "--moba-topk", saved.moba_topk, want->moba_topk);
     }
-    same_text(directory, "GQA", saved_variant.gqa, variant.gqa);
-    same_number(directory, "KCONV", saved_variant.kconv, variant.kconv);
+    same_text(directory, "--query-heads", gqa_names[saved.gqa], gqa_names[want->gqa]);
+    same_number(directory, "--kconv", saved.kconv, want->kconv);
 }
 
 // ----------------------------------------------------------------------------
@@ -682,11 +660,10 @@ static inline int checkpoint_may_ignore(const char* name) {
 }
 
 // Whether the file may lack this tensor: the taps of a layer without a key convolution, which are then zero.
-static inline int checkpoint_may_lack(const char* name, const ModelConfig* saved,
-                                      const ModelVariant* variant) {
+static inline int checkpoint_may_lack(const char* name, const ModelConfig* saved) {
     int layer;
     if (!strstr(name, ".k_conv.") || sscanf(name, "model.layers.%d.", &layer) != 1) return 0;
-    return variant->kconv == 0 || layer_kind(saved, layer) != 'G';
+    return layer_taps(saved, layer) == 0;
 }
 
 // Fails if the file has a tied embedding and a head that is not its copy: without
@@ -714,11 +691,11 @@ static inline void checkpoint_check_tied_head(const SafetensorsFile* file, const
 
 // Fails unless file and table have the same tensors with the same shapes.
 static inline void checkpoint_check_tensors(const SafetensorsFile* file, const TensorTable* table,
-                                            const ModelConfig* saved, const ModelVariant* variant) {
+                                            const ModelConfig* saved) {
     for (int i = 0; i < table->count; i++) {
         const Tensor* tensor = &table->tensors[i];
         const SafetensorsEntry* entry = safetensors_find(file, tensor->name);
-        if (!entry && checkpoint_may_lack(tensor->name, saved, variant)) continue;
+        if (!entry && checkpoint_may_lack(tensor->name, saved)) continue;
         if (!entry) fail("%s: tensor %s is missing", file->path, tensor->name);
         SafetensorsEntry want = *entry;
         want.dims = tensor->dims;
@@ -744,9 +721,8 @@ static inline void checkpoint_open_model(SafetensorsFile* file, const char* dire
         fail("%s: a model in several files is not read; save it as one (max_shard_size in transformers)",
              index_path);
     safetensors_open(file, path);
-    ModelVariant variant;
-    const ModelConfig saved = checkpoint_read_config_and_variant(directory, &variant);
-    checkpoint_check_tensors(file, table, &saved, &variant);
+    const ModelConfig saved = checkpoint_read_config(directory);
+    checkpoint_check_tensors(file, table, &saved);
     checkpoint_check_tied_head(file, table);
 }
 

@@ -21,14 +21,18 @@ grouped attention, SwiGLU, no biases.
 #include "runtime/precision.h"
 #include "runtime/random.h"
 
-// The build's variant, from `make ATTN= GQA= KCONV=`.
-#ifndef ATTN_NAME
+// Bits of the kinds of attention in this build, by AttentionKind. `make ATTN=KIND` leaves out other kinds than dense.
+#ifndef ATTENTION_MODULES
+#define ATTENTION_MODULES 7
+#endif
+
+// `make ATTN= GQA= KCONV=` defines these three: the kinds that a new model has by default.
+#if defined(ATTN_NAME) && defined(GQA_NAME) && defined(KCONV)
+#define BUILD_CHOOSES_KINDS 1
+#else
+#define BUILD_CHOOSES_KINDS 0
 #define ATTN_NAME "dense"
-#endif
-#ifndef GQA_NAME
 #define GQA_NAME "gqa"
-#endif
-#ifndef KCONV
 #define KCONV 0
 #endif
 
@@ -39,6 +43,8 @@ typedef enum {
     ATTENTION_FLASHMOBA, // the same function by gathered tiles
 } AttentionKind;
 
+static const char* const attention_names[] = {"dense", "moba", "flashmoba", NULL};
+
 // How query heads share key/value heads: docs/math.md section 3.
 typedef enum {
     GQA_STATIC,    // gqa: H/G consecutive query heads for each KV head
@@ -46,8 +52,9 @@ typedef enum {
     GQA_DYNAMIC,   // dgqa: by a running average of these norms over the steps, or by their change
     GQA_PERTURBED, // pgqa: as gqa, with noise on attention's output while training
 } GqaKind;
+static const char* const gqa_names[] = {"gqa", "kdgqa", "dgqa", "pgqa", NULL};
 
-#define PATTERN_MAX 64
+enum { PATTERN_MAX = 64, KCONV_MAX = 5 };
 
 typedef struct {
     int layers;                    // L
@@ -59,20 +66,21 @@ typedef struct {
     int vocab_size;                // V
     int padded_vocab;              // Vp: V rounded up to a multiple of 128; columns V..Vp have no probability
     int sequence_length;           // T, the longest sequence that the model is trained on
-    char pattern[PATTERN_MAX + 1]; // one letter per layer, repeated: G global attention, S sliding window
+    char pattern[PATTERN_MAX + 1]; // one letter per layer, repeated: G, D or S; see layer_kind
     int window;                    // W of the S layers: a query at t sees keys t-W+1..t
-    int rope_global;               // G layers: 1 rotary positions, 0 none
+    int rope_global;               // G and D layers: 1 rotary positions, 0 none
     int rope_sliding;              // S layers: 1 rotary positions, 0 none
-    AttentionKind attention;       // of the G layers; S layers are dense within their window
+    AttentionKind attention;       // of the G layers
     int moba_block;                // S, keys of a block
     int moba_topk;                 // K, blocks that a query attends to, including its own
     float rope_theta;
     float norm_eps;
     int tied;    // 1: the output head is the embedding
-    int kconv;   // taps of the key convolution in the global layers: 0 (none), 3 or 5
+    int kconv;   // taps of the key convolution in the G and D layers: 0 (none), 3 or 5
     GqaKind gqa; // of every layer
 } ModelConfig;
 
+// G: global attention of the model's kind. D: global dense attention. S: dense attention within a sliding window.
 static inline char layer_kind(const ModelConfig* config, int layer) {
     return config->pattern[layer % (int)strlen(config->pattern)];
 }
@@ -87,13 +95,15 @@ static inline int layer_has_rope(const ModelConfig* config, int layer) {
 static inline AttentionKind layer_attention(const ModelConfig* config, int layer) {
     return layer_kind(config, layer) == 'G' ? config->attention : ATTENTION_DENSE;
 }
-static inline AttentionKind attention_of_build(void) {
-    if (!strcmp(ATTN_NAME, "moba")) return ATTENTION_MOBA;
-    return strcmp(ATTN_NAME, "flashmoba") ? ATTENTION_DENSE : ATTENTION_FLASHMOBA;
+// 1 if some layer chooses blocks of keys.
+static inline int model_chooses_blocks(const ModelConfig* config) {
+    for (int l = 0; l < config->layers; l++)
+        if (layer_attention(config, l) != ATTENTION_DENSE) return 1;
+    return 0;
 }
 // Taps of a layer's key convolution; 0: it has none.
 static inline int layer_taps(const ModelConfig* config, int layer) {
-    return layer_kind(config, layer) == 'G' ? config->kconv : 0;
+    return layer_kind(config, layer) == 'S' ? 0 : config->kconv;
 }
 // 1 if the map of query heads follows the keys.
 static inline int heads_are_key_driven(const ModelConfig* config) {
@@ -102,17 +112,22 @@ static inline int heads_are_key_driven(const ModelConfig* config) {
 // Heads of a packed row of queries, keys and values.
 static inline int qkv_heads(const ModelConfig* config) { return config->heads + 2 * config->kv_heads; }
 
-static inline GqaKind gqa_of_build(void) {
-    if (!strcmp(GQA_NAME, "kdgqa")) return GQA_KEY;
-    if (!strcmp(GQA_NAME, "dgqa")) return GQA_DYNAMIC;
-    return strcmp(GQA_NAME, "pgqa") ? GQA_STATIC : GQA_PERTURBED;
+// The place of a name among names that end with NULL, or -1.
+static inline int name_index(const char* const* names, const char* name) {
+    for (int i = 0; names[i]; i++)
+        if (!strcmp(names[i], name)) return i;
+    return -1;
 }
 
-// Sets the members that the build decides.
+// Sets the kinds that the build has as its defaults.
 static inline void model_config_of_build(ModelConfig* config) {
+    config->attention = (AttentionKind)name_index(attention_names, ATTN_NAME);
+    config->gqa = (GqaKind)name_index(gqa_names, GQA_NAME);
     config->kconv = KCONV;
-    config->gqa = gqa_of_build();
 }
+
+// 1 if this build has the operations of the kind.
+static inline int attention_is_built(AttentionKind kind) { return ATTENTION_MODULES >> (int)kind & 1; }
 
 // The sizes of a descriptor. "d12" is 12 layers, 64 x 12 channels, heads of 64 channels, and a feed-forward
 // network of 8/3 C channels rounded up to a multiple of 64. Sizes that depend on others are left 0:
@@ -130,7 +145,6 @@ static inline ModelConfig model_config_from_descriptor(const char* descriptor) {
     strcpy(config.pattern, "G");
     config.window = 256;
     config.rope_global = config.rope_sliding = 1;
-    config.attention = attention_of_build();
     config.moba_block = 128;
     config.moba_topk = 8;
     config.rope_theta = 10000.0f;
@@ -174,9 +188,17 @@ static inline void model_config_check(const ModelConfig* config) {
     check_range("--window", config->window, 1, 1 << 24);
     check_range("--moba-block", config->moba_block, 1, 1 << 16);
     check_range("--moba-topk", config->moba_topk, 1, 1 << 10);
-    if (!config->pattern[0] || strspn(config->pattern, "GS") != strlen(config->pattern))
-        fail_usage("--pattern %s: want letters G (global attention) and S (sliding window), such as SG",
+    if (!config->pattern[0] || strspn(config->pattern, "GDS") != strlen(config->pattern))
+        fail_usage("--pattern %s: want letters G (global attention), D (global and dense) and S (sliding "
+                   "window), such "
+                   "as SG",
                    config->pattern);
+    if (!attention_is_built(config->attention))
+        fail_usage("--attention %s: not in this build, which has %s; make builds a trainer with every kind",
+                   attention_names[config->attention],
+                   strcmp(ATTN_NAME, "dense") ? "dense and " ATTN_NAME : "dense alone");
+    if (config->kconv != 0 && config->kconv != 3 && config->kconv != 5)
+        fail_usage("--kconv %d: want 0, 3 or 5", config->kconv);
     int any_rope = 0;
     for (int l = 0; l < config->layers; l++) any_rope |= layer_has_rope(config, l);
     if (any_rope && config->head_dim % 2 != 0)

@@ -1,8 +1,9 @@
 /*
 The command line of train_gpt: one table of options, read by glibc's argp.
 
-    Options options = options_parse(argc, argv);       // prints help, or fails with exit code 2
+    Options options = options_parse(argc, argv);         // prints help, or fails with exit code 2
     ModelConfig config = options_model(&options, base);  // base: a descriptor's sizes or a checkpoint's
+    options_check_kinds(&options, &config);              // fails for an option without effect on this model
 
 Single letters are llm.c's where the meaning is the same. The parser refuses a value of the wrong form.
 model_config_check() and the program's start check the rules that join several options.
@@ -25,58 +26,7 @@ typedef enum {
     RECOMPUTE_LAYER, // also norms, queries, keys, values, the residual between attention and feed-forward
     RECOMPUTE_LEVELS
 } Recompute;
-static const char* const recompute_names[RECOMPUTE_LEVELS] = {"none", "mlp", "layer"};
-
-typedef struct {
-    // Model. 0 or NULL: not given.
-    const char* model;
-    int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window, moba_block, moba_topk;
-    size_t moba_workspace; // bytes
-    const char* pattern;
-    const char* position;
-    float rope_theta, norm_eps;
-    int tied; // -1: not given
-    const char* init_from;
-    // Heads
-    AllocationSettings heads_by_keys; // of GQA=kdgqa and dgqa
-    double pgqa_noise;
-    // Data
-    const char* train_data;
-    const char* val_data;
-    const char* tokenizer;
-    int batch, sequence_length;
-    long total_batch;
-    // Optimizer
-    long steps; // -1: one epoch
-    double learning_rate, final_lr_fraction, decay_fraction;
-    int warmup; // steps
-    ScheduleKind schedule;
-    double beta1, beta2, eps, weight_decay, clip;
-    int zero; // 1: the optimizer state is sharded over the processes (ZeRO-1)
-    // Memory and speed
-    Recompute recompute;
-    int cuda_graph;
-    // Output, checkpoints, start and end
-    const char* output;
-    int resume, overwrite;
-    int allow_other_data; // 1: a resume may use other training data
-    long checkpoint_every;
-    int keep;
-    double max_seconds;
-    uint64_t seed;
-    int dry_run;
-    // Validation and logs
-    long val_every, val_batches, log_every;
-    // Sampling
-    long sample_every;
-    int sample_length, top_k;
-    double temperature, top_p;
-    const char* prompt;
-    int generate;
-    const char* write_logits;
-    const char* tokens;
-    const char* eval_retrieval;
-} Options;
+static const char* const recompute_names[] = {"none", "mlp", "layer", NULL};
 
 // Keys of the options without a letter.
 enum {
@@ -88,6 +38,9 @@ enum {
     KEY_HEAD_DIM,
     KEY_FFN,
     KEY_VOCAB,
+    KEY_ATTENTION,
+    KEY_QUERY_HEADS,
+    KEY_KCONV,
     KEY_PATTERN,
     KEY_WINDOW,
     KEY_MOBA_BLOCK,
@@ -130,8 +83,62 @@ enum {
     KEY_TOKENS,
     KEY_EVAL_RETRIEVAL,
     KEY_ALLOW_OTHER_DATA,
-    KEY_USAGE
+    KEY_USAGE,
+    OPTION_KEYS
 };
+
+typedef struct {
+    // Model. 0 or NULL: not given.
+    const char* model;
+    int layers, channels, heads, kv_heads, head_dim, ffn, vocab_size, window, moba_block, moba_topk;
+    int attention, gqa, kconv; // -1: not given
+    size_t moba_workspace;     // bytes
+    const char* pattern;
+    const char* position;
+    float rope_theta, norm_eps;
+    int tied; // -1: not given
+    const char* init_from;
+    // Heads
+    AllocationSettings heads_by_keys; // of kdgqa and dgqa
+    double pgqa_noise;
+    // Data
+    const char* train_data;
+    const char* val_data;
+    const char* tokenizer;
+    int batch, sequence_length;
+    long total_batch;
+    // Optimizer
+    long steps; // -1: one epoch
+    double learning_rate, final_lr_fraction, decay_fraction;
+    int warmup; // steps
+    ScheduleKind schedule;
+    double beta1, beta2, eps, weight_decay, clip;
+    int zero; // 1: the optimizer state is sharded over the processes (ZeRO-1)
+    // Memory and speed
+    Recompute recompute;
+    int cuda_graph;
+    // Output, checkpoints, start and end
+    const char* output;
+    int resume, overwrite;
+    int allow_other_data; // 1: a resume may use other training data
+    long checkpoint_every;
+    int keep;
+    double max_seconds;
+    uint64_t seed;
+    int dry_run;
+    // Validation and logs
+    long val_every, val_batches, log_every;
+    // Sampling
+    long sample_every;
+    int sample_length, top_k;
+    double temperature, top_p;
+    const char* prompt;
+    int generate;
+    const char* write_logits;
+    const char* tokens;
+    const char* eval_retrieval;
+    char given[OPTION_KEYS]; // 1 at the key of every option that the command line has
+} Options;
 
 static const struct argp_option option_table[] = {
     {0, 0, 0, 0, "Model", 0},
@@ -144,15 +151,26 @@ static const struct argp_option option_table[] = {
     {"head-dim", KEY_HEAD_DIM, "D", 0, "head dimension (default C/H)", 0},
     {"ffn", KEY_FFN, "F", 0, "width of the feed-forward network (default 8/3 C, up to a multiple of 64)", 0},
     {"vocab", KEY_VOCAB, "V", 0, "vocabulary (default: the tokenizer's, or what the shards say)", 0},
+    {"attention", KEY_ATTENTION, "KIND", 0,
+     "attention of the G layers: dense, moba or flashmoba (default: the checkpoint's, or dense)", 0},
+    {"query-heads", KEY_QUERY_HEADS, "KIND", 0,
+     "how query heads share KV heads: gqa, kdgqa, dgqa or pgqa (default: the checkpoint's, or gqa)", 0},
+    {"kconv", KEY_KCONV, "N", 0,
+     "width of the convolution on the keys of the G and D layers: 0 (none), 3 or 5 (default: the "
+     "checkpoint's, or "
+     "0)",
+     0},
     {"pattern", KEY_PATTERN, "LETTERS", 0,
-     "a letter a layer, repeated: G global, S sliding window (default G)", 0},
+     "a letter a layer, repeated: G global, D global and dense whatever --attention says, S sliding window "
+     "(default G)",
+     0},
     {"window", KEY_WINDOW, "W", 0, "window of the S layers in tokens (default 256)", 0},
-    {"moba-block", KEY_MOBA_BLOCK, "S", 0,
-     "keys of a block, in builds of ATTN=moba and flashmoba (default 128)", 0},
-    {"moba-topk", KEY_MOBA_TOPK, "K", 0, "blocks that a query attends to, its own among them (default 8)", 0},
+    {"moba-block", KEY_MOBA_BLOCK, "S", 0, "moba, flashmoba: keys of a block (default 128)", 0},
+    {"moba-topk", KEY_MOBA_TOPK, "K", 0,
+     "moba, flashmoba: blocks that a query attends to, its own among them (default 8)", 0},
     {"moba-workspace", KEY_MOBA_WORKSPACE, "MB", 0,
-     "MB (1048576 bytes) for lists and partial rows of the heads that a GPU computes at a time (default "
-     "1024)",
+     "flashmoba: MB (1048576 bytes) for lists and partial rows of the heads that a GPU computes at a time "
+     "(default 1024)",
      0},
     {"position", KEY_POSITION, "KINDS", 0, "rope, none, or by letter: S=rope,G=none (default rope)", 0},
     {"rope-theta", KEY_ROPE_THETA, "X", 0, "base of the rotary angles (default 10000)", 0},
@@ -162,7 +180,7 @@ static const struct argp_option option_table[] = {
     {"init-from", KEY_INIT_FROM, "DIR", 0,
      "start from the weights of this checkpoint, ours or Hugging Face's", 0},
 
-    {0, 0, 0, 0, "Query heads by keys (builds of GQA=kdgqa, dgqa, pgqa)", 0},
+    {0, 0, 0, 0, "Query heads by keys (--query-heads kdgqa, dgqa, pgqa)", 0},
     {"kd-source", KEY_KD_SOURCE, "NAME", 0,
      "kdgqa, dgqa: the keys that are measured: lagged (the step before's; default), forward (the "
      "micro-batch's own, so results depend on --batch), weights (no data) or, as controls, random (a map "
@@ -297,39 +315,156 @@ static inline double option_number(int key, const char* text, double low, double
     return value;
 }
 
-// Reads the name of a file, or another text that must not be empty.
-static inline const char* option_text(int key, const char* text) {
-    if (!text[0]) fail_usage("%s: is empty", option_name(key));
-    return text;
-}
-
-// Fails if the option belongs to a variant (a bit of `variants`) that this
-// build is not: it would have no effect.
-static inline void option_needs_variant(int key, int variants, const char* names) {
-    if (!(1 << gqa_of_build() & variants))
-        fail_usage("%s: of builds with GQA=%s; this one is GQA=%s", option_name(key), names, GQA_NAME);
-}
-
-static inline int option_choice(int key, const char* text, const char* const* names, int count) {
+// The place of `text` among the names.
+static inline int option_choice(int key, const char* text, const char* const* names) {
     char rule[128] = "";
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; names[i]; i++) {
         if (!strcmp(text, names[i])) return i;
         snprintf(rule + strlen(rule), sizeof(rule) - strlen(rule), "%s%s", i ? " or " : "", names[i]);
     }
     fail_usage("%s %s: want %s", option_name(key), text, rule);
 }
 
-// Reads the options of the key-driven variants.
-static inline void option_parse_heads(AllocationSettings* heads, int key, const char* text) {
-    const int dynamic_only = key == KEY_KD_WINDOW || key == KEY_KD_BETA || key == KEY_DGQA_KIND;
-    if (dynamic_only) option_needs_variant(key, 1 << GQA_DYNAMIC, "dgqa");
-    else option_needs_variant(key, 1 << GQA_KEY | 1 << GQA_DYNAMIC, "kdgqa or dgqa");
-    if (key == KEY_KD_SOURCE)
-        heads->source = (StatisticSource)option_choice(key, text, statistic_source_names, STATISTIC_SOURCES);
-    if (key == KEY_KD_MIN_HEADS) heads->least = (int)option_integer(key, text, 0, 1024);
-    if (key == KEY_KD_WINDOW) heads->window = (int)option_integer(key, text, 1, INT_MAX);
-    if (key == KEY_KD_BETA) heads->beta = option_number(key, text, 0, 1);
-    if (key == KEY_DGQA_KIND) heads->kind = (DgqaKind)option_choice(key, text, dgqa_kind_names, 2);
+// ----------------------------------------------------------------------------
+// Values: for each option the member of Options that it sets, and the accepted values
+
+typedef enum {
+    OPTION_INT,
+    OPTION_LONG,
+    OPTION_UINT64,    // from `low` to LONG_MAX
+    OPTION_MEGABYTES, // a size_t in bytes; the option is in units of 1048576 bytes
+    OPTION_DOUBLE,
+    OPTION_FLOAT,
+    OPTION_TEXT,     // must not be empty
+    OPTION_ANY_TEXT, // may be empty
+    OPTION_NAME,     // an int or enum: the place of the value in `names`
+    OPTION_SET,      // an int that the option, which has no value, sets to `low`
+} OptionType;
+
+typedef struct {
+    int key;
+    OptionType type;
+    size_t offset;            // of the member in Options
+    double low, high;         // accepted values
+    const char* const* names; // of OPTION_NAME; the last one is NULL
+} OptionField;
+
+#define FIELD(key, type, member, low, high)                                                                  \
+    { key, type, offsetof(Options, member), low, high, NULL }
+#define NAME_FIELD(key, member, names)                                                                       \
+    { key, OPTION_NAME, offsetof(Options, member), 0, 0, names }
+#define TEXT_FIELD(key, member)                                                                              \
+    { key, OPTION_TEXT, offsetof(Options, member), 0, 0, NULL }
+
+static const OptionField option_fields[] = {
+    TEXT_FIELD('e', model),
+    FIELD(KEY_LAYERS, OPTION_INT, layers, 1, 1024),
+    FIELD(KEY_CHANNELS, OPTION_INT, channels, 1, 1 << 17),
+    FIELD(KEY_HEADS, OPTION_INT, heads, 1, 1024),
+    FIELD(KEY_KV_HEADS, OPTION_INT, kv_heads, 1, 1024),
+    FIELD(KEY_HEAD_DIM, OPTION_INT, head_dim, 1, 1024),
+    FIELD(KEY_FFN, OPTION_INT, ffn, 1, 1 << 20),
+    FIELD(KEY_VOCAB, OPTION_INT, vocab_size, 2, 1 << 24),
+    NAME_FIELD(KEY_ATTENTION, attention, attention_names),
+    NAME_FIELD(KEY_QUERY_HEADS, gqa, gqa_names),
+    FIELD(KEY_KCONV, OPTION_INT, kconv, 0, KCONV_MAX),
+    TEXT_FIELD(KEY_PATTERN, pattern),
+    FIELD(KEY_WINDOW, OPTION_INT, window, 1, 1 << 24),
+    FIELD(KEY_MOBA_BLOCK, OPTION_INT, moba_block, 1, 1 << 16),
+    FIELD(KEY_MOBA_TOPK, OPTION_INT, moba_topk, 1, 1 << 10),
+    FIELD(KEY_MOBA_WORKSPACE, OPTION_MEGABYTES, moba_workspace, 1, 1 << 20),
+    TEXT_FIELD(KEY_POSITION, position),
+    FIELD(KEY_ROPE_THETA, OPTION_FLOAT, rope_theta, 1, 1e12),
+    FIELD(KEY_NORM_EPS, OPTION_FLOAT, norm_eps, 1e-12, 1),
+    FIELD(KEY_TIED, OPTION_SET, tied, 1, 1),
+    FIELD(KEY_UNTIED, OPTION_SET, tied, 0, 0),
+    TEXT_FIELD(KEY_INIT_FROM, init_from),
+
+    NAME_FIELD(KEY_KD_SOURCE, heads_by_keys.source, statistic_source_names),
+    FIELD(KEY_KD_MIN_HEADS, OPTION_INT, heads_by_keys.least, 0, 1024),
+    FIELD(KEY_KD_WINDOW, OPTION_INT, heads_by_keys.window, 1, INT_MAX),
+    FIELD(KEY_KD_BETA, OPTION_DOUBLE, heads_by_keys.beta, 0, 1),
+    NAME_FIELD(KEY_DGQA_KIND, heads_by_keys.kind, dgqa_kind_names),
+    FIELD(KEY_PGQA_NOISE, OPTION_DOUBLE, pgqa_noise, 0, 1e6),
+
+    TEXT_FIELD('i', train_data),
+    TEXT_FIELD('j', val_data),
+    TEXT_FIELD(KEY_TOKENIZER, tokenizer),
+    FIELD('b', OPTION_INT, batch, 1, 1 << 20),
+    FIELD('t', OPTION_INT, sequence_length, 1, 1 << 24),
+    FIELD('d', OPTION_LONG, total_batch, 1, 1L << 40),
+
+    FIELD('x', OPTION_LONG, steps, -1, INT_MAX),
+    FIELD('l', OPTION_DOUBLE, learning_rate, 0, 1e3),
+    NAME_FIELD('k', schedule, schedule_names),
+    FIELD('u', OPTION_INT, warmup, 0, INT_MAX),
+    FIELD('q', OPTION_DOUBLE, final_lr_fraction, 0, 1),
+    FIELD(KEY_DECAY_FRACTION, OPTION_DOUBLE, decay_fraction, 0, 1),
+    FIELD(KEY_BETA1, OPTION_DOUBLE, beta1, 0, 0.9999999),
+    FIELD(KEY_BETA2, OPTION_DOUBLE, beta2, 0, 0.9999999),
+    // Where a second moment underflows to 0, eps is the divisor: a smaller one gives huge steps, and 0 gives 0/0.
+    FIELD(KEY_EPS, OPTION_DOUBLE, eps, 1e-20, 1),
+    FIELD('c', OPTION_DOUBLE, weight_decay, 0, 100),
+    FIELD(KEY_CLIP, OPTION_DOUBLE, clip, 0, 1e9),
+    FIELD(KEY_ZERO, OPTION_INT, zero, 0, 1),
+
+    NAME_FIELD(KEY_RECOMPUTE, recompute, recompute_names),
+    FIELD(KEY_CUDA_GRAPH, OPTION_SET, cuda_graph, 1, 1),
+
+    TEXT_FIELD('o', output),
+    FIELD('n', OPTION_LONG, checkpoint_every, 0, INT_MAX),
+    FIELD(KEY_KEEP, OPTION_INT, keep, 0, INT_MAX),
+    FIELD(KEY_RESUME, OPTION_SET, resume, 1, 1),
+    FIELD('y', OPTION_INT, resume, 0, 1),
+    FIELD(KEY_ALLOW_OTHER_DATA, OPTION_SET, allow_other_data, 1, 1),
+    FIELD(KEY_OVERWRITE, OPTION_SET, overwrite, 1, 1),
+    FIELD(KEY_MAX_SECONDS, OPTION_DOUBLE, max_seconds, 0, 1e9),
+    FIELD(KEY_SEED, OPTION_UINT64, seed, 0, 0),
+    FIELD(KEY_DRY_RUN, OPTION_SET, dry_run, 1, 1),
+
+    FIELD('v', OPTION_LONG, val_every, 0, INT_MAX),
+    FIELD('m', OPTION_LONG, val_batches, 1, INT_MAX),
+    FIELD(KEY_LOG_EVERY, OPTION_LONG, log_every, 1, INT_MAX),
+    FIELD('s', OPTION_LONG, sample_every, 0, INT_MAX),
+    FIELD('g', OPTION_INT, sample_length, 1, 1 << 24),
+    FIELD(KEY_TEMPERATURE, OPTION_DOUBLE, temperature, 0, 1e6),
+    FIELD(KEY_TOP_K, OPTION_INT, top_k, 0, INT_MAX),
+    FIELD(KEY_TOP_P, OPTION_DOUBLE, top_p, 0, 1),
+    FIELD(KEY_PROMPT, OPTION_ANY_TEXT, prompt, 0, 0),
+    FIELD(KEY_GENERATE, OPTION_SET, generate, 1, 1),
+    TEXT_FIELD(KEY_WRITE_LOGITS, write_logits),
+    FIELD(KEY_TOKENS, OPTION_ANY_TEXT, tokens, 0, 0),
+    TEXT_FIELD(KEY_EVAL_RETRIEVAL, eval_retrieval),
+};
+#undef FIELD
+#undef NAME_FIELD
+#undef TEXT_FIELD
+
+// Reads the value `text` of an option into its member of Options.
+static inline void option_set(Options* options, const OptionField* field, const char* text) {
+    char* member = (char*)options + field->offset;
+    const int key = field->key;
+    if (field->type >= OPTION_INT && field->type <= OPTION_MEGABYTES) {
+        const long high = field->type == OPTION_UINT64 ? LONG_MAX : (long)field->high;
+        const long value = option_integer(key, text, (long)field->low, high);
+        const int narrow = (int)value;
+        const size_t bytes = (size_t)value << 20;
+        if (field->type == OPTION_INT) memcpy(member, &narrow, sizeof(narrow));
+        else if (field->type == OPTION_MEGABYTES) memcpy(member, &bytes, sizeof(bytes));
+        else memcpy(member, &value, sizeof(value)); // LONG and UINT64 have 8 bytes
+    } else if (field->type == OPTION_DOUBLE || field->type == OPTION_FLOAT) {
+        const double value = option_number(key, text, field->low, field->high);
+        const float narrow = (float)value;
+        if (field->type == OPTION_FLOAT) memcpy(member, &narrow, sizeof(narrow));
+        else memcpy(member, &value, sizeof(value));
+    } else if (field->type == OPTION_TEXT || field->type == OPTION_ANY_TEXT) {
+        if (field->type == OPTION_TEXT && !text[0]) fail_usage("%s: is empty", option_name(key));
+        memcpy(member, &text, sizeof(text));
+    } else {
+        const int value =
+            field->type == OPTION_NAME ? option_choice(key, text, field->names) : (int)field->low;
+        memcpy(member, &value, sizeof(value));
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -373,221 +508,20 @@ static inline void options_print_help(void) {
 
 static inline error_t option_parse(int key, char* text, struct argp_state* state) {
     Options* options = (Options*)state->input;
-    const long many = 1L << 40, millions = 1L << 24;
-    switch (key) {
-    case 'e':
-        options->model = option_text(key, text);
-        break;
-    case KEY_LAYERS:
-        options->layers = (int)option_integer(key, text, 1, 1024);
-        break;
-    case KEY_CHANNELS:
-        options->channels = (int)option_integer(key, text, 1, 1 << 17);
-        break;
-    case KEY_HEADS:
-        options->heads = (int)option_integer(key, text, 1, 1024);
-        break;
-    case KEY_KV_HEADS:
-        options->kv_heads = (int)option_integer(key, text, 1, 1024);
-        break;
-    case KEY_HEAD_DIM:
-        options->head_dim = (int)option_integer(key, text, 1, 1024);
-        break;
-    case KEY_FFN:
-        options->ffn = (int)option_integer(key, text, 1, 1 << 20);
-        break;
-    case KEY_VOCAB:
-        options->vocab_size = (int)option_integer(key, text, 2, millions);
-        break;
-    case KEY_PATTERN:
-        options->pattern = option_text(key, text);
-        break;
-    case KEY_WINDOW:
-        options->window = (int)option_integer(key, text, 1, millions);
-        break;
-    case KEY_MOBA_BLOCK:
-    case KEY_MOBA_TOPK:
-    case KEY_MOBA_WORKSPACE:
-        if (attention_of_build() == ATTENTION_DENSE)
-            fail_usage("%s: of builds with ATTN=moba or flashmoba; this one is ATTN=dense", option_name(key));
-        if (key == KEY_MOBA_WORKSPACE && attention_of_build() == ATTENTION_MOBA)
-            fail_usage("%s: of builds with ATTN=flashmoba; this one is ATTN=moba", option_name(key));
-        if (key == KEY_MOBA_BLOCK) options->moba_block = (int)option_integer(key, text, 1, 1 << 16);
-        else if (key == KEY_MOBA_TOPK) options->moba_topk = (int)option_integer(key, text, 1, 1 << 10);
-        else options->moba_workspace = (size_t)option_integer(key, text, 1, 1 << 20) << 20;
-        break;
-    case KEY_POSITION:
-        options->position = option_text(key, text);
-        break;
-    case KEY_ROPE_THETA:
-        options->rope_theta = (float)option_number(key, text, 1, 1e12);
-        break;
-    case KEY_NORM_EPS:
-        options->norm_eps = (float)option_number(key, text, 1e-12, 1);
-        break;
-    case KEY_TIED:
-        options->tied = 1;
-        break;
-    case KEY_UNTIED:
-        options->tied = 0;
-        break;
-    case KEY_INIT_FROM:
-        options->init_from = option_text(key, text);
-        break;
-    case KEY_KD_SOURCE:
-    case KEY_KD_WINDOW:
-    case KEY_KD_BETA:
-    case KEY_KD_MIN_HEADS:
-    case KEY_DGQA_KIND:
-        option_parse_heads(&options->heads_by_keys, key, text);
-        break;
-    case KEY_PGQA_NOISE:
-        option_needs_variant(key, 1 << GQA_PERTURBED, "pgqa");
-        options->pgqa_noise = option_number(key, text, 0, 1e6);
-        break;
-    case 'i':
-        options->train_data = option_text(key, text);
-        break;
-    case 'j':
-        options->val_data = option_text(key, text);
-        break;
-    case KEY_TOKENIZER:
-        options->tokenizer = option_text(key, text);
-        break;
-    case 'b':
-        options->batch = (int)option_integer(key, text, 1, 1 << 20);
-        break;
-    case 't':
-        options->sequence_length = (int)option_integer(key, text, 1, millions);
-        break;
-    case 'd':
-        options->total_batch = option_integer(key, text, 1, many);
-        break;
-    case 'x':
-        options->steps = option_integer(key, text, -1, INT_MAX);
-        break;
-    case 'l':
-        options->learning_rate = option_number(key, text, 0, 1e3);
-        break;
-    case 'k':
-        options->schedule = schedule_kind_from_name(text);
-        break;
-    case 'u':
-        options->warmup = (int)option_integer(key, text, 0, INT_MAX);
-        break;
-    case 'q':
-        options->final_lr_fraction = option_number(key, text, 0, 1);
-        break;
-    case KEY_DECAY_FRACTION:
-        options->decay_fraction = option_number(key, text, 0, 1);
-        break;
-    case KEY_BETA1:
-        options->beta1 = option_number(key, text, 0, 0.9999999);
-        break;
-    case KEY_BETA2:
-        options->beta2 = option_number(key, text, 0, 0.9999999);
-        break;
-    case KEY_EPS:
-        // When a second moment underflows to 0, eps is the divisor: a smaller one
-        // gives huge steps, and 0 gives 0/0.
-        options->eps = option_number(key, text, 1e-20, 1);
-        break;
-    case 'c':
-        options->weight_decay = option_number(key, text, 0, 100);
-        break;
-    case KEY_CLIP:
-        options->clip = option_number(key, text, 0, 1e9);
-        break;
-    case KEY_ZERO:
-        options->zero = (int)option_integer(key, text, 0, 1);
-        break;
-    case KEY_RECOMPUTE:
-        options->recompute = (Recompute)option_choice(key, text, recompute_names, RECOMPUTE_LEVELS);
-        break;
-    case KEY_CUDA_GRAPH:
-        options->cuda_graph = 1;
-        break;
-    case 'o':
-        options->output = option_text(key, text);
-        break;
-    case 'n':
-        options->checkpoint_every = option_integer(key, text, 0, INT_MAX);
-        break;
-    case KEY_KEEP:
-        options->keep = (int)option_integer(key, text, 0, INT_MAX);
-        break;
-    case KEY_RESUME:
-        options->resume = 1;
-        break;
-    case 'y':
-        options->resume = (int)option_integer(key, text, 0, 1);
-        break;
-    case KEY_ALLOW_OTHER_DATA:
-        options->allow_other_data = 1;
-        break;
-    case KEY_OVERWRITE:
-        options->overwrite = 1;
-        break;
-    case KEY_MAX_SECONDS:
-        options->max_seconds = option_number(key, text, 0, 1e9);
-        break;
-    case KEY_SEED:
-        options->seed = (uint64_t)option_integer(key, text, 0, LONG_MAX);
-        break;
-    case KEY_DRY_RUN:
-        options->dry_run = 1;
-        break;
-    case 'v':
-        options->val_every = option_integer(key, text, 0, INT_MAX);
-        break;
-    case 'm':
-        options->val_batches = option_integer(key, text, 1, INT_MAX);
-        break;
-    case KEY_LOG_EVERY:
-        options->log_every = option_integer(key, text, 1, INT_MAX);
-        break;
-    case 's':
-        options->sample_every = option_integer(key, text, 0, INT_MAX);
-        break;
-    case 'g':
-        options->sample_length = (int)option_integer(key, text, 1, millions);
-        break;
-    case KEY_TEMPERATURE:
-        options->temperature = option_number(key, text, 0, 1e6);
-        break;
-    case KEY_TOP_K:
-        options->top_k = (int)option_integer(key, text, 0, INT_MAX);
-        break;
-    case KEY_TOP_P:
-        options->top_p = option_number(key, text, 0, 1);
-        break;
-    case KEY_PROMPT:
-        options->prompt = text;
-        break;
-    case KEY_GENERATE:
-        options->generate = 1;
-        break;
-    case KEY_WRITE_LOGITS:
-        options->write_logits = option_text(key, text);
-        break;
-    case KEY_TOKENS:
-        options->tokens = text;
-        break;
-    case KEY_EVAL_RETRIEVAL:
-        options->eval_retrieval = option_text(key, text);
-        break;
-    case KEY_HELP:
+    for (size_t i = 0; i < sizeof(option_fields) / sizeof(option_fields[0]); i++) {
+        if (option_fields[i].key != key) continue;
+        options->given[key] = 1;
+        option_set(options, &option_fields[i], text);
+        return 0;
+    }
+    if (key == KEY_HELP) {
         options_print_help();
         exit(0);
-    case KEY_USAGE:
-        argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
-        break;
-    case ARGP_KEY_ARG:
-        fail_usage("%s: not an option (every argument is --name value; see --help)", text);
-    default:
-        return ARGP_ERR_UNKNOWN;
     }
-    return 0;
+    if (key == KEY_USAGE) argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
+    if (key == ARGP_KEY_ARG)
+        fail_usage("%s: not an option (every argument is --name value; see --help)", text);
+    return key == KEY_USAGE ? 0 : ARGP_ERR_UNKNOWN;
 }
 
 // Finds the option that an argument such as "--batch=4", "-b" or "-b4" means. Returns its entry, or NULL if
@@ -659,8 +593,8 @@ static inline void reject_unknown_options(int argc, char** argv) {
 static inline Options options_parse(int argc, char** argv) {
     static Options options;
     memset(&options, 0, sizeof(options));
-    options.tied = -1;
-    options.heads_by_keys = allocation_defaults(gqa_of_build() == GQA_DYNAMIC);
+    options.tied = options.attention = options.gqa = options.kconv = -1;
+    options.heads_by_keys = allocation_defaults(0);
     options.pgqa_noise = 1;
     options.batch = 4;
     options.steps = -1;
@@ -698,7 +632,7 @@ static inline int position_is_rope(const char* whole, const char* kind, size_t l
     fail_usage("--position %s: want rope, none, or by letter such as S=rope,G=none", whole);
 }
 
-// "rope" and "none" apply to every layer, "S=rope,G=none" to the layers of each letter.
+// "rope" and "none" apply to every layer, "S=rope,G=none" to the layers of each letter. D layers follow G.
 static inline void set_position(ModelConfig* config, const char* text) {
     if (!strchr(text, '=')) {
         config->rope_global = config->rope_sliding = position_is_rope(text, text, strlen(text));
@@ -726,6 +660,9 @@ static inline ModelConfig options_model(const Options* options, ModelConfig base
     if (options->ffn) config.ffn = options->ffn;
     if (options->vocab_size) config.vocab_size = options->vocab_size;
     if (options->window) config.window = options->window;
+    if (options->attention >= 0) config.attention = (AttentionKind)options->attention;
+    if (options->gqa >= 0) config.gqa = (GqaKind)options->gqa;
+    if (options->kconv >= 0) config.kconv = options->kconv;
     if (options->moba_block) config.moba_block = options->moba_block;
     if (options->moba_topk) config.moba_topk = options->moba_topk;
     if (options->sequence_length) config.sequence_length = options->sequence_length;
@@ -740,6 +677,49 @@ static inline ModelConfig options_model(const Options* options, ModelConfig base
     if (options->position) set_position(&config, options->position);
     model_config_complete(&config);
     return config;
+}
+
+// Options that have an effect with some kinds only: the kinds of attention and of query heads, as bits.
+typedef struct {
+    int key;
+    unsigned attentions, gqas; // ~0u: all
+} OptionKinds;
+
+static const OptionKinds option_kinds[] = {
+    {KEY_MOBA_BLOCK, 1u << ATTENTION_MOBA | 1u << ATTENTION_FLASHMOBA, ~0u},
+    {KEY_MOBA_TOPK, 1u << ATTENTION_MOBA | 1u << ATTENTION_FLASHMOBA, ~0u},
+    {KEY_MOBA_WORKSPACE, 1u << ATTENTION_FLASHMOBA, ~0u},
+    {KEY_KD_SOURCE, ~0u, 1u << GQA_KEY | 1u << GQA_DYNAMIC},
+    {KEY_KD_MIN_HEADS, ~0u, 1u << GQA_KEY | 1u << GQA_DYNAMIC},
+    {KEY_KD_WINDOW, ~0u, 1u << GQA_DYNAMIC},
+    {KEY_KD_BETA, ~0u, 1u << GQA_DYNAMIC},
+    {KEY_DGQA_KIND, ~0u, 1u << GQA_DYNAMIC},
+    {KEY_PGQA_NOISE, ~0u, 1u << GQA_PERTURBED},
+};
+
+// Fails for an option that has no effect with the kind of the model: `kinds` has the bits of those where it has.
+static inline void option_must_fit(int key, const char* kind_option, const char* const* names, int kind,
+                                   unsigned kinds) {
+    char fitting[64] = "";
+    if (kinds >> kind & 1) return;
+    for (int i = 0; names[i]; i++)
+        if (kinds >> i & 1)
+            snprintf(fitting + strlen(fitting), sizeof(fitting) - strlen(fitting), "%s%s",
+                     fitting[0] ? " or " : "", names[i]);
+    fail_usage("%s: has an effect with %s %s only, and this model has %s %s", option_name(key), kind_option,
+               fitting, kind_option, names[kind]);
+}
+
+// Fails for every option that has no effect with the model's kinds, and completes the settings of the query heads.
+static inline void options_check_kinds(Options* options, const ModelConfig* config) {
+    for (size_t i = 0; i < sizeof(option_kinds) / sizeof(option_kinds[0]); i++) {
+        const OptionKinds* option = &option_kinds[i];
+        if (!options->given[option->key]) continue;
+        option_must_fit(option->key, "--attention", attention_names, (int)config->attention,
+                        option->attentions);
+        option_must_fit(option->key, "--query-heads", gqa_names, (int)config->gqa, option->gqas);
+    }
+    options->heads_by_keys.dynamic = config->gqa == GQA_DYNAMIC;
 }
 
 #endif

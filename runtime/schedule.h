@@ -1,7 +1,7 @@
 /*
 Learning-rate schedules: the learning rate of each optimizer step.
 
-    Schedule schedule = {schedule_kind_from_name("cosine"), 3e-4, 100, 2000, 0.1, 0.2};
+    Schedule schedule = {SCHEDULE_COSINE, 3e-4, 100, 2000, 0.1, 0.2};
     double lr = learning_rate(&schedule, step);                      // step = 0 .. steps-1
 
 Every schedule rises linearly over the first `warmup` steps: lr(step) = max_lr (step+1) / warmup. Then, with
@@ -41,17 +41,7 @@ typedef struct {
     double decay_fraction; // wsd: the part of all steps that decays, SCHEDULE_DECAY_FRACTION by default
 } Schedule;
 
-static inline const char* schedule_name(ScheduleKind kind) {
-    static const char* names[] = {"cosine", "linear", "constant", "wsd"};
-    return names[kind];
-}
-
-// Fails with exit code 2 for any other name.
-static inline ScheduleKind schedule_kind_from_name(const char* name) {
-    for (int kind = SCHEDULE_COSINE; kind <= SCHEDULE_WSD; kind++)
-        if (!strcmp(name, schedule_name((ScheduleKind)kind))) return (ScheduleKind)kind;
-    fail_usage("--schedule %s: must be one of " SCHEDULE_NAMES, name);
-}
+static const char* const schedule_names[] = {"cosine", "linear", "constant", "wsd", NULL};
 
 // The first step of wsd's decay. As in llm.c, the number of steps before it is rounded down.
 static inline int schedule_decay_start(const Schedule* schedule) {

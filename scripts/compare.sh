@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares variants of the model: builds each, trains each with the same seeds over the same order of the data, and writes a
+# Compares variants of the model: builds the trainer, trains each variant with the same seeds over the same order of the data, and writes a
 # table and a plot. Interrupt it at any time: the same line goes on, and what is finished is not run again.
 #
 #   scripts/compare.sh --train-data 'data/mine_train_*.bin' --val-data 'data/mine_val_*.bin' --tokenizer data/tokenizer.json \
@@ -140,7 +140,9 @@ build=${build#"$top"/}
 programs=$build
 if [[ $build != /* ]]; then programs=$top/$build; fi
 
-# Sets flags (of make) and binary for a variant. Flags that are not given have their defaults, whatever the environment says.
+# Sets flags (of make), and the binary and options (kinds) that they mean, for a variant. Flags that are not given have their
+# defaults, whatever the environment says. A trainer has all kinds of attention, query heads and key convolution, so
+# it is built for each DEVICE and PRECISION only.
 flags_of() {
     local flag DEVICE=cpu ATTN=dense GQA=gqa KCONV=0 PRECISION=fp32
     for flag in $1; do
@@ -150,7 +152,8 @@ flags_of() {
         esac
     done
     flags=("DEVICE=$DEVICE" "ATTN=$ATTN" "GQA=$GQA" "KCONV=$KCONV" "PRECISION=$PRECISION")
-    binary=$programs/train_gpt_${DEVICE}_${ATTN}_${GQA}_kconv${KCONV}_$PRECISION
+    binary=$programs/train_gpt_${DEVICE}_$PRECISION
+    kinds=(--attention "$ATTN" --query-heads "$GQA" --kconv "$KCONV")
 }
 for variant in "${variants[@]}"; do
     IFS='|' read -r name text options <<<"$variant"
@@ -181,7 +184,7 @@ make_scratch
 # ----------------------------------------------------------------------------
 # Build, and try the options of every variant before the first is trained
 
-# Sets name, flags, binary and command for a variant: all of its command but seed and output.
+# Sets name, flags, binary, kinds and command for a variant: all of its command but seed and output.
 prepare() {
     local text options
     IFS='|' read -r name text options <<<"$1"
@@ -197,13 +200,13 @@ for variant in "${variants[@]}"; do
     prepare "$variant"
     say "building $name: ${flags[*]}"
     : >"$output/build.log" || fail "$output/build.log: cannot be written"
-    if ! run make -C "$top" --no-print-directory "BUILD=$build" train "${flags[@]}" >"$output/build.log" 2>&1; then
+    if ! run make -C "$top" --no-print-directory "BUILD=$build" train "${flags[0]}" "${flags[4]}" >"$output/build.log" 2>&1; then
         reason=$(sed -n 's/.*\*\*\* \(.*: must be one of: .*\)\. *Stop\.$/\1/p' "$output/build.log")
         if [ -n "$reason" ]; then fail "$name: $reason" 2; fi
         fail "$name: the build failed; see $output/build.log"
     fi
     status=0
-    run "$binary" "${command[@]}" --dry-run >/dev/null 2>"$scratch/errors" || status=$?
+    run "$binary" "${kinds[@]}" "${command[@]}" --dry-run >/dev/null 2>"$scratch/errors" || status=$?
     [ $status -eq 0 ] || fail "$name: $(tail -n 1 "$scratch/errors")" $status
 done
 exec {build_lock}>&-
@@ -232,7 +235,7 @@ train_cell() { # seed; the variant is prepared
     fi
     publish "$scratch/settings" "$cell.settings"
     say "$name, seed $1: $(date +%H:%M:%S), watch it with tail -f $cell.log"
-    run "$binary" "${command[@]}" --seed "$1" --output "$cell" --resume >>"$cell.log" 2>"$scratch/errors" || status=$?
+    run "$binary" "${kinds[@]}" "${command[@]}" --seed "$1" --output "$cell" --resume >>"$cell.log" 2>"$scratch/errors" || status=$?
     [ $status -eq 0 ] || fail "$name, seed $1: exit code $status: $(tail -n 1 "$scratch/errors")"
     finished "$cell" || [[ " ${command[*]}" == *" --max"* ]] ||
         fail "$name, seed $1: ended without a validation and a checkpoint of step $steps; see $cell.log"

@@ -106,7 +106,7 @@ prepare_text() {
         "$build/tokenizer" prepare -q -t "$out/tokenizer.json" --output-prefix "$out/text" "${source[@]}"
 }
 train() {
-    "$build/train_gpt_${device}_dense_gqa_kconv0_$1" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --tokenizer "$out/tokenizer.json" \
+    "$build/train_gpt_${device}_$1" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --tokenizer "$out/tokenizer.json" \
         "${model[@]}" -x 200 -l 1e-3 -u 20 -v 100 -m 4 -o "$out/$1" --overwrite
 }
 # The mean difference of the two loss curves, and that of the last validation, each at most 1 %.
@@ -147,7 +147,7 @@ ranks() { # name, mpirun's or none, options...
     local name=$1 by=$2
     shift 2
     # shellcheck disable=SC2086 # words of a command
-    $by "$build/train_gpt_${device}_dense_gqa_kconv0_bf16" -i "$out/text_train_*.bin" --tokenizer "$out/tokenizer.json" \
+    $by "$build/train_gpt_${device}_bf16" -i "$out/text_train_*.bin" --tokenizer "$out/tokenizer.json" \
         "${model[@]}" -b "$small_batch" -x 20 -l 1e-3 -u 5 -v 0 -o "$out/$name" --overwrite "$@"
 }
 one_process_by_nccl() {

@@ -18,13 +18,13 @@ self=$(readlink -f -- "$0")
 caller=$PWD
 cd "$top"
 
-# The variants: name, flags of make, options of train_gpt; BLOCK is an eighth of a sequence. scripts/compare.sh compares such
-# variants over several seeds.
+# The variants: name, options of train_gpt; BLOCK is an eighth of a sequence. scripts/compare.sh compares such variants over
+# several seeds.
 variants=(
-    "dense|ATTN=dense GQA=gqa KCONV=0|--kv-heads 2"
-    "moba|ATTN=moba GQA=gqa KCONV=0|--kv-heads 2 --moba-block BLOCK --moba-topk 3"
-    "flashmoba|ATTN=flashmoba GQA=gqa KCONV=3|--kv-heads 2 --moba-block BLOCK --moba-topk 3"
-    "kdgqa|ATTN=dense GQA=kdgqa KCONV=0|--kv-heads 2"
+    "dense|--attention dense --kv-heads 2"
+    "moba|--attention moba --kv-heads 2 --moba-block BLOCK --moba-topk 3"
+    "flashmoba|--attention flashmoba --kconv 3 --kv-heads 2 --moba-block BLOCK --moba-topk 3"
+    "kdgqa|--query-heads kdgqa --kv-heads 2"
 )
 
 # The model that they share, and how it is trained. Sizes and learning rate: docs/results/quickstart.md.
@@ -130,22 +130,11 @@ if [ $number -gt 1 ]; then tell "earlier results stay where they are in quicksta
 
 tell "installing what is missing (scripts/install.sh)"
 scripts/install.sh
-tell "building the tokenizer and the variants"
-programs=() builds=("BUILD=build tokenizer")
-for variant in "${variants[@]}"; do
-    IFS='|' read -r _ flags _ <<<"$variant"
-    read -ra flags <<<"$flags"
-    declare "${flags[@]}"
-    programs+=("build/train_gpt_cpu_${ATTN}_${GQA}_kconv${KCONV}_fp32")
-    builds+=("${flags[*]} DEVICE=cpu PRECISION=fp32 BUILD=build ${programs[-1]}")
-done
-# A line of arguments for each make, as many at once as there are cores.
-printf '%s\n' "${builds[@]}" >"$out/builds.txt"
+tell "building the tokenizer and the trainer"
 lock_build build
-quietly "$out/build.log" xargs -a "$out/builds.txt" -L 1 -P "$(nproc)" make --no-print-directory
-for i in "${!variants[@]}"; do cp "${programs[i]}" "$out/train_gpt_${variants[i]%%|*}"; done
+quietly "$out/build.log" make --no-print-directory -j"$(nproc)" DEVICE=cpu PRECISION=fp32 BUILD=build tokenizer build/train_gpt_cpu_fp32
+cp build/train_gpt_cpu_fp32 "$out/train_gpt"
 exec {build_lock}>&-
-rm "$out/builds.txt"
 
 # ----------------------------------------------------------------------------
 # Text to token shards
@@ -198,9 +187,9 @@ shared=("${model[@]}" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --toke
 tell "measuring the speed of this machine"
 milliseconds=0 speeds=()
 for i in "${!variants[@]}"; do
-    IFS='|' read -r name _ options <<<"${variants[i]}"
+    IFS='|' read -r name options <<<"${variants[i]}"
     read -ra options <<<"$options"
-    quietly "$out/speed.log" "$out/train_gpt_$name" "${shared[@]}" "${options[@]}" \
+    quietly "$out/speed.log" "$out/train_gpt" "${shared[@]}" "${options[@]}" \
         --steps 1000 --val-every 0 --log-every 1 --max-seconds 4 --output "$out/speed_$name"
     # Without the first two steps, where there are more.
     speed=$(json_lines 'select(.event == null) | .step_ms | finite' <"$out/speed_$name/timings.jsonl" |
@@ -233,14 +222,14 @@ tell "each variant is trained for $steps steps of $step_tokens tokens: all the s
 
 # Where the machine becomes slower than measured, a variant gets more time: four times what it needs here, and half a minute.
 for i in "${!variants[@]}"; do
-    IFS='|' read -r name flags options <<<"${variants[i]}"
+    IFS='|' read -r name options <<<"${variants[i]}"
     read -ra options <<<"$options"
     expected=$(awk -v ms="${speeds[i]}" -v steps=$((steps + validations)) 'BEGIN { printf "%.0f", ms * steps / 1000 }')
     limit=$((4 * expected + 30))
-    tell "training $name: $flags ${options[*]}; about $expected s, at most $limit s"
+    tell "training $name: ${options[*]}; about $expected s, at most $limit s"
     : >"$out/$name.log"
     begun=$SECONDS status=0
-    start "$out/train_gpt_$name" "${shared[@]}" "${options[@]}" --steps "$steps" --warmup $((steps / 20)) \
+    start "$out/train_gpt" "${shared[@]}" "${options[@]}" --steps "$steps" --warmup $((steps / 20)) \
         --val-every "$every" --val-batches 1000000 --log-every "$log_every" --max-seconds "$limit" --output "$out/$name" \
         >"$out/$name.log" 2>"$out/$name.errors"
     tail -s 0.2 -n +1 -f --pid="$child" "$out/$name.log" 2>/dev/null | show_progress &
@@ -295,7 +284,7 @@ if [ -z "$prompt" ]; then
 fi
 options=()
 if [ -n "$prompt" ]; then options=(--prompt "$prompt"); fi
-run "$out/train_gpt_$best" --generate --init-from "$out/$best" --tokenizer "$out/tokenizer.json" --sample-length "$T" \
+run "$out/train_gpt" --generate --init-from "$out/$best" --tokenizer "$out/tokenizer.json" --sample-length "$T" \
     --temperature 0.6 --top-k 40 --seed 1 "${options[@]}" >"$out/sample.txt" 2>"$out/sample.errors" ||
     fail "the sample failed: $(tail -n 1 "$out/sample.errors")"
 

@@ -21,12 +21,12 @@ same number of ranks must agree to the last bit. Without mpirun the test prints 
 #define RUN "-i train.bin -j val.bin -d 768 -l 1e-2 -u 3 -v 6 -m 2 --log-every 1 -n 4 --keep 0"
 enum { STEPS = 12, RANKS = 4 };
 
-static char build[PATH_MAX]; // where programs are
-static char dense[PATH_MAX]; // the trainer of most tests
+static char build[PATH_MAX];   // where programs are
+static char trainer[PATH_MAX]; // the CPU's trainer
 
 static void find_trainer(char path[PATH_MAX], const char* name) {
     char wanted[PATH_MAX];
-    print_to(wanted, sizeof(wanted), "%s/variants/train_gpt_%s", build, name);
+    print_to(wanted, sizeof(wanted), "%s/train_gpt_%s", build, name);
     if (!realpath(wanted, path)) print_error("%s: %s (make test builds it)\n", wanted, strerror(errno));
     assert_int_equal(access(path, X_OK), 0);
 }
@@ -38,8 +38,8 @@ static const char* mpirun(int ranks) {
 }
 
 // Trains by so many ranks; 0: without mpirun.
-static const Result* train(const char* trainer, int ranks, const char* output, const char* more) {
-    const Result* result = run("%s %s " MODEL " " RUN " -x %d -o %s %s", ranks ? mpirun(ranks) : "", trainer,
+static const Result* train(const char* program, int ranks, const char* output, const char* more) {
+    const Result* result = run("%s %s " MODEL " " RUN " -x %d -o %s %s", ranks ? mpirun(ranks) : "", program,
                                STEPS, output, more);
     if (result->exit_code != 0) print_error("%s, %d ranks: %s\n", output, ranks, result->err);
     assert_int_equal(result->exit_code, 0);
@@ -88,18 +88,18 @@ static void must_be_equal(const char* a, const char* b, int ranks) {
 
 static void test_any_number_of_ranks_trains_the_same(void** state) {
     (void)state;
-    train(dense, 1, "one", "-b 3");
+    train(trainer, 1, "one", "-b 3");
     must_be_equal("one", "single", 1);
     for (int ranks = 2; ranks <= RANKS; ranks++) {
         char output[32], again[32], sharded[32];
         print_to(output, sizeof(output), "ranks_%d", ranks);
         print_to(again, sizeof(again), "ranks_%d_again", ranks);
         print_to(sharded, sizeof(sharded), "ranks_%d_sharded", ranks);
-        train(dense, ranks, output, "-b 1");
+        train(trainer, ranks, output, "-b 1");
         must_follow_in_all(output, "single", 1e-5);
-        train(dense, ranks, again, "-b 1");
+        train(trainer, ranks, again, "-b 1");
         must_be_equal(again, output, ranks);
-        train(dense, ranks, sharded, "-b 1 --zero 1");
+        train(trainer, ranks, sharded, "-b 1 --zero 1");
         must_be_equal(sharded, output, ranks);
     }
 }
@@ -107,42 +107,37 @@ static void test_any_number_of_ranks_trains_the_same(void** state) {
 // A default total batch is one micro-batch of every rank.
 static void test_the_default_batch_is_of_all_ranks(void** state) {
     (void)state;
-    const Result* result = run("%s %s " MODEL " -i train.bin -b 2 -x 1 --dry-run", mpirun(3), dense);
+    const Result* result = run("%s %s " MODEL " -i train.bin -b 2 -x 1 --dry-run", mpirun(3), trainer);
     must_end_well(result);
     assert_non_null(strstr(result->out, "1 of 384 tokens: 3 x (2, 64)"));
     assert_non_null(strstr(result->out, "ranks    3, 3 of them on this host"));
     assert_null(strstr(strstr(result->out, "ranks    3") + 1, "ranks    3")); // one rank speaks
 }
 
-typedef struct {
-    const char *trainer, *more;
-} Variant;
-
-static const Variant variants[] = {
-    {"cpu_flashmoba_kdgqa_kconv3_fp32", "--moba-block 16 --moba-topk 2 --kd-source lagged"},
-    {"cpu_flashmoba_kdgqa_kconv3_fp32", "--moba-block 16 --moba-topk 2 --kd-source forward"},
-    {"cpu_dense_dgqa_kconv5_fp32", "--kd-window 3 --dgqa-kind diff"},
-    {"cpu_flashmoba_pgqa_kconv5_fp32", "--moba-block 16 --moba-topk 2"},
+#define FLASHMOBA "--attention flashmoba --moba-block 16 --moba-topk 2 "
+static const char* const variants[] = {
+    FLASHMOBA "--query-heads kdgqa --kconv 3 --kd-source lagged",
+    FLASHMOBA "--query-heads kdgqa --kconv 3 --kd-source forward",
+    "--query-heads dgqa --kconv 5 --kd-window 3 --dgqa-kind diff",
+    FLASHMOBA "--query-heads pgqa --kconv 5",
 };
 
 // Maps of query heads come from the keys of all ranks, and noise from a sequence's place in the step.
 static void test_variants_train_the_same(void** state) {
     (void)state;
     for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++) {
-        const Variant* v = &variants[i];
-        char path[PATH_MAX], more[256], yardstick[32], output[32], sharded[32];
-        find_trainer(path, v->trainer);
+        char more[256], yardstick[32], output[32], sharded[32];
         print_to(yardstick, sizeof(yardstick), "variant_%zu", i);
         print_to(output, sizeof(output), "variant_%zu_ranks", i);
         print_to(sharded, sizeof(sharded), "variant_%zu_sharded", i);
         // With the batch's own keys as the source, a map is of the micro-batches of all ranks together.
-        print_to(more, sizeof(more), "--channels 128 --heads 4 --kv-heads 2 %s -b 6", v->more);
-        train(path, 0, yardstick, more);
+        print_to(more, sizeof(more), "--channels 128 --heads 4 --kv-heads 2 %s -b 6", variants[i]);
+        train(trainer, 0, yardstick, more);
         more[strlen(more) - 1] = '3';
-        train(path, 2, output, more);
+        train(trainer, 2, output, more);
         must_follow_in_all(output, yardstick, 1e-5);
         print_to(more + strlen(more), sizeof(more) - strlen(more), " --zero 1");
-        train(path, 2, sharded, more);
+        train(trainer, 2, sharded, more);
         must_be_equal(sharded, output, 2);
     }
 }
@@ -155,7 +150,7 @@ static void test_the_cuda_program_by_two(void** state) {
     static const double bounds[] = {1e-5, 1e-3};
     for (int i = 0; i < 2; i++) {
         char name[64], single[32], two[32], sharded[32];
-        print_to(name, sizeof(name), "simt_dense_gqa_kconv0_%s", precisions[i]);
+        print_to(name, sizeof(name), "simt_%s", precisions[i]);
         print_to(single, sizeof(single), "simt_%s", precisions[i]);
         print_to(two, sizeof(two), "simt_%s_two", precisions[i]);
         print_to(sharded, sizeof(sharded), "simt_%s_sharded", precisions[i]);
@@ -181,20 +176,20 @@ static void fork_run(const char* output, const char* of, int step) {
 static void test_a_run_goes_on_by_other_ranks(void** state) {
     (void)state;
     fork_run("by_2", "ranks_4_sharded", 4);
-    train(dense, 2, "by_2", "-b 2 --resume");
+    train(trainer, 2, "by_2", "-b 2 --resume");
     fork_run("by_3", "by_2", 8);
-    train(dense, 3, "by_3", "-b 4 --resume --zero 1");
+    train(trainer, 3, "by_3", "-b 4 --resume --zero 1");
     must_follow_in_all("by_3", "single", 1e-5);
     fork_run("by_1", "by_2", 8);
-    train(dense, 0, "by_1", "-b 12 --resume");
+    train(trainer, 0, "by_1", "-b 12 --resume");
     must_follow_in_all("by_1", "single", 1e-5);
     // By as many as before it is the run itself, whichever way they hold the state.
     fork_run("by_4", "ranks_4_sharded", 4);
-    train(dense, 4, "by_4", "-b 1 --resume");
+    train(trainer, 4, "by_4", "-b 1 --resume");
     must_be_equal("by_4", "ranks_4", 4);
     // Masters too: in bf16 they are more than what the parameters are read from.
     char path[PATH_MAX];
-    find_trainer(path, "simt_dense_gqa_kconv0_bf16");
+    find_trainer(path, "simt_bf16");
     fork_run("simt_by_2", "simt_bf16_two", 8);
     train(path, 2, "simt_by_2", "-d 128 -b 1 --resume --zero 1");
     must_be_equal("simt_by_2", "simt_bf16_two", 2);
@@ -218,7 +213,7 @@ static void test_shards_take_less_memory(void** state) {
     for (int zero = 0; zero < 2; zero++) {
         const Result* result =
             run("%s %s --layers 4 --channels 512 --vocab 97 -t 32 -i train.bin -b 1 -x 3 --zero %d",
-                mpirun(4), dense, zero);
+                mpirun(4), trainer, zero);
         must_end_well(result);
         planned[zero] =
             printed(result->out, "planned peak") - printed(result->out, "program, libraries, data");
@@ -271,7 +266,7 @@ static int kill_one(int number) {
     const double wait = random_uniform(7, 2, (uint64_t)number) * (new_lines ? 0.15 : 0.6);
     const int until = count_lines("killed/metrics.jsonl") + new_lines;
     print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -n 1 -x %d -o killed -b 1 --zero 1 --resume",
-             mpirun(KILLED_RANKS), dense, STEPS);
+             mpirun(KILLED_RANKS), trainer, STEPS);
     const pid_t job = start(line, "stdout.txt", "stderr.txt");
     pid_t victim = 0;
     int status;
@@ -302,12 +297,12 @@ static void test_a_killed_rank_ends_the_job(void** state) {
     (void)state;
     const int kills = getenv("TEST_LONG") ? 45 : 5;
     int runs = 0;
-    if (!exists("ranks_3")) train(dense, 3, "ranks_3", "-b 1");
+    if (!exists("ranks_3")) train(trainer, 3, "ranks_3", "-b 1");
     for (int killed = 0; killed < kills; runs++) {
         assert_true(runs < 10 * kills);
         killed += kill_one(runs);
         if (exists("killed/step_00000012") || runs % 10 == 9 || killed == kills) {
-            train(dense, 3, "killed", "-b 1 --zero 1 --resume");
+            train(trainer, 3, "killed", "-b 1 --zero 1 --resume");
             must_be_equal("killed", "ranks_3", 3);
             shell("rm -rf killed");
         }
@@ -319,7 +314,8 @@ static void test_a_killed_rank_ends_the_job(void** state) {
 static void test_a_signal_stops_all(void** state) {
     (void)state;
     char line[4096], out[65536];
-    print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1", mpirun(2), dense);
+    print_to(line, sizeof(line), "%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1", mpirun(2),
+             trainer);
     const pid_t job = start(line, "stdout.txt", "stderr.txt");
     int status;
     await_lines(job, "stopped/metrics.jsonl", 6);
@@ -331,7 +327,7 @@ static void test_a_signal_stops_all(void** state) {
     assert_non_null(strstr(out, "stopped after step"));
     assert_true(exists("stopped/latest"));
     must_end_well(run("%s %s " MODEL " " RUN " -x 100000 -n 0 -o stopped -b 1 --resume --max-seconds 0.2",
-                      mpirun(3), dense));
+                      mpirun(3), trainer));
 }
 
 // Nearly all of the time goes into validations, so that a signal comes in one of them: all ranks break it off, whether mpirun
@@ -340,9 +336,9 @@ static void test_a_signal_stops_a_validation_of_all(void** state) {
     (void)state;
     const char* slow = MODEL " " RUN " -j train.bin -m 100000 -v 1 -s 5 -x 20 -b 1";
     char line[4096];
-    must_end_well(run("%s %s %s -o unbroken", mpirun(3), dense, slow));
+    must_end_well(run("%s %s %s -o unbroken", mpirun(3), trainer, slow));
     for (int i = 0; i < 3; i++) {
-        print_to(line, sizeof(line), "%s %s %s -o broken --resume", mpirun(3), dense, slow);
+        print_to(line, sizeof(line), "%s %s %s -o broken --resume", mpirun(3), trainer, slow);
         const pid_t job = start(line, "stdout.txt", "stderr.txt");
         await_lines(job, "broken/metrics.jsonl", 4 + 2 * i); // the start, then validations and steps in turn
         sleep_ms(20);
@@ -350,7 +346,7 @@ static void test_a_signal_stops_a_validation_of_all(void** state) {
         assert_int_equal(end_of(job), 128 + SIGUSR1);
         assert_true(exists("broken/latest"));
     }
-    must_end_well(run("%s %s %s -o broken --resume", mpirun(3), dense, slow));
+    must_end_well(run("%s %s %s -o broken --resume", mpirun(3), trainer, slow));
     must_equal("broken/metrics.jsonl", "unbroken/metrics.jsonl");
     must_equal("broken/step_00000020/model.safetensors", "unbroken/step_00000020/model.safetensors");
 }
@@ -372,47 +368,53 @@ static void test_bad_calls_are_told_once(void** state) {
     char host[64], speaker[96]; // the host's name alone is in what mpirun says, too
     assert_int_equal(gethostname(host, sizeof(host)), 0);
     print_to(speaker, sizeof(speaker), "rank 0 on %s: --batch 0", host);
-    job_must_fail(run("%s %s -b 0", mpirun(3), dense), 2, speaker);
-    job_must_fail(run("%s %s " MODEL " -i train.bin -b 2 -d 128", mpirun(2), dense), 2,
+    job_must_fail(run("%s %s -b 0", mpirun(3), trainer), 2, speaker);
+    job_must_fail(run("%s %s " MODEL " -i train.bin -b 2 -d 128", mpirun(2), trainer), 2,
                   "--total-batch 128: must be a multiple of 2 processes x --batch 2 x --sequence-length 64 = "
                   "256 tokens");
-    job_must_fail(run("%s %s --generate --init-from single", mpirun(2), dense), 2,
+    job_must_fail(run("%s %s --generate --init-from single", mpirun(2), trainer), 2,
                   "--generate: runs in one process, not in 2");
-    job_must_fail(run("%s %s " MODEL " -i train.bin -b 1 -x 1 --zero 2", mpirun(2), dense), 2, "--zero 2");
-    assert_int_equal(run("%s %s " MODEL " -i train.bin -b 1 -x 1 -o single", mpirun(2), dense)->exit_code, 2);
+    job_must_fail(run("%s %s " MODEL " -i train.bin -b 1 -x 1 --zero 2", mpirun(2), trainer), 2, "--zero 2");
+    assert_int_equal(run("%s %s " MODEL " -i train.bin -b 1 -x 1 -o single", mpirun(2), trainer)->exit_code,
+                     2);
 }
 
 static void test_ranks_that_differ_are_found(void** state) {
     (void)state;
     char other[PATH_MAX], more[512];
-    find_trainer(other, "cpu_dense_dgqa_kconv5_fp32");
+    find_trainer(other, "cpu_flashmoba_kdgqa_kconv3_fp32");
     const char* line = MODEL " -i train.bin -b 1 -d 384 -x 1 -o never";
-    job_must_fail(run("%s %s %s : -np 1 %s %s --seed 5", mpirun(2), dense, line, dense, line), 1,
+    job_must_fail(run("%s %s %s : -np 1 %s %s --seed 5", mpirun(2), trainer, line, trainer, line), 1,
                   "the number of arguments is");
-    job_must_fail(run("%s %s %s -u 0 : -np 1 %s %s -u 1", mpirun(2), dense, line, dense, line), 1,
+    job_must_fail(run("%s %s %s -u 0 : -np 1 %s %s -u 1", mpirun(2), trainer, line, trainer, line), 1,
                   ", after -u, is 1, but on rank 0 it is 0");
-    job_must_fail(run("%s %s %s : -np 1 %s %s", mpirun(2), dense, line, other, line), 1, "rank 2 on");
+    job_must_fail(run("%s %s %s : -np 1 %s %s", mpirun(2), trainer, line, other, line), 1, "rank 2 on");
     shell("mkdir -p here there; cp train.bin here");
-    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
-                  1, "train.bin: no file matches");
+    job_must_fail(
+        run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), trainer, line, trainer, line), 1,
+        "train.bin: no file matches");
     shell("cp short.bin there/train.bin");
-    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
-                  1, "the training data is train.bin of 5000 tokens");
+    job_must_fail(
+        run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), trainer, line, trainer, line), 1,
+        "the training data is train.bin of 5000 tokens");
     // As long, but with another token; and other weights, or moments, under the same name.
     shell("cp train.bin there; printf '\\1\\1' | dd of=there/train.bin bs=1 seek=1100 conv=notrunc 2>dd.txt");
-    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, line, dense, line),
-                  1, "the training data is train.bin of 20000 tokens");
+    job_must_fail(
+        run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), trainer, line, trainer, line), 1,
+        "the training data is train.bin of 20000 tokens");
     shell(
         "cp train.bin there; cp -r single/step_00000004 here/start; cp -r single/step_00000008 there/start");
     print_to(more, sizeof(more), "%s --init-from start", line);
-    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, more, dense, more),
-                  1, "the hash of the weights is");
+    job_must_fail(
+        run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), trainer, more, trainer, more), 1,
+        "the hash of the weights is");
     shell(
         "mkdir here/run there/run; cp -r single/step_00000004 here/run; cp -r single/step_00000004 there/run;"
         "cp single/step_00000008/optimizer* there/run/step_00000004");
     print_to(more, sizeof(more), MODEL " -i train.bin -b 1 -d 768 -x 12 -o run --resume");
-    job_must_fail(run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), dense, more, dense, more),
-                  1, "the hash of the optimizer's state is");
+    job_must_fail(
+        run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), trainer, more, trainer, more), 1,
+        "the hash of the optimizer's state is");
     assert_false(exists("never") || exists("here/never") || exists("there/never"));
 }
 
@@ -420,7 +422,7 @@ static void test_ranks_that_differ_are_found(void** state) {
 static void test_a_start_that_hangs_is_given_up(void** state) {
     (void)state;
     const double since = now();
-    job_must_fail(run("env MOBA_START_SECONDS=2 %s %s -b 1 : -np 1 sleep 1000", mpirun(1), dense), 1,
+    job_must_fail(run("env MOBA_START_SECONDS=2 %s %s -b 1 : -np 1 sleep 1000", mpirun(1), trainer), 1,
                   ": the start is not done after 2 s: another rank is not there");
     assert_true(now() - since < PATIENCE);
 }
@@ -429,7 +431,7 @@ static void test_a_start_that_hangs_is_given_up(void** state) {
 static void test_the_nearest_launcher_counts(void** state) {
     (void)state;
     const Result* result =
-        run("env SLURM_STEP_NUM_TASKS=4 %s %s " MODEL " -i train.bin -b 1 --dry-run", mpirun(2), dense);
+        run("env SLURM_STEP_NUM_TASKS=4 %s %s " MODEL " -i train.bin -b 1 --dry-run", mpirun(2), trainer);
     must_end_well(result);
     assert_non_null(strstr(result->out, "ranks    2"));
 }
@@ -438,7 +440,7 @@ static void test_the_nearest_launcher_counts(void** state) {
 static void test_few_files_are_no_bound(void** state) {
     (void)state;
     must_end_well(
-        run("%s sh -c 'ulimit -Sn 12; exec %s " MODEL " -i train.bin -b 1 --dry-run'", mpirun(2), dense));
+        run("%s sh -c 'ulimit -Sn 12; exec %s " MODEL " -i train.bin -b 1 --dry-run'", mpirun(2), trainer));
 }
 
 // A rank that cannot write its part ends the job, and leaves alone what the others have written: a new run may be about to.
@@ -446,12 +448,12 @@ static void test_a_rank_removes_its_own_part_alone(void** state) {
     (void)state;
     const char* line = MODEL " " RUN " -x 4 -b 1 -o limited";
     job_must_fail(run("%s --mca btl self,tcp %s %s : -np 1 sh -c 'ulimit -f 100; exec %s %s'", mpirun(1),
-                      dense, line, dense, line),
+                      trainer, line, trainer, line),
                   1, "optimizer-00001-of-00002.safetensors: cannot write: File too large");
     assert_true(exists("limited/step_00000004.tmp"));
     assert_false(exists("limited/step_00000004.tmp/optimizer-00001-of-00002.safetensors"));
     assert_false(exists("limited/latest"));
-    train(dense, 2, "limited", "-b 1 --resume");
+    train(trainer, 2, "limited", "-b 1 --resume");
     must_be_equal("limited", "ranks_2", 2);
 }
 
@@ -476,7 +478,7 @@ static void test_a_build_for_one_process_says_so(void** state) {
 // With MPI, but started by something that MPI does not know.
 static void test_a_launcher_without_mpi_is_refused(void** state) {
     (void)state;
-    must_fail_with(run("env SLURM_STEP_NUM_TASKS=2 %s -b 1", dense), 1, "but MPI knows of 1");
+    must_fail_with(run("env SLURM_STEP_NUM_TASKS=2 %s -b 1", trainer), 1, "but MPI knows of 1");
 }
 
 // ----------------------------------------------------------------------------
@@ -493,8 +495,8 @@ static int set_up(void** state) {
     write_shard("train.bin", good_shard(20000));
     write_shard("short.bin", good_shard(5000));
     write_shard("val.bin", good_shard(3000));
-    find_trainer(dense, "cpu_dense_gqa_kconv0_fp32");
-    train(dense, 0, "single", "-b 3");
+    find_trainer(trainer, "cpu_fp32");
+    train(trainer, 0, "single", "-b 3");
     return 0;
 }
 

@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 top=$PWD
 build=$(realpath "${BUILD:-build}")
-program=$build/variants/train_gpt_cpu_dense_gqa_kconv0_fp32
+program=$build/train_gpt_cpu_fp32
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} # what a program holds when it is ended is no leak
 

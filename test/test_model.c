@@ -237,6 +237,8 @@ static const Case cases[] = {
      ATTENTION_FLASHMOBA, 4, 2},
     {"blocks, heads by the keys' history", 2, 16, 4, 4, 6, 11, 17, 16, "SG", 5, 0, 1, 1, 0, GQA_DYNAMIC,
      ATTENTION_MOBA, 4, 4},
+    {"dense first and last layer, blocks between, three taps", 4, 16, 4, 2, 6, 10, 23, 21, "DGGD", 1, 1, 1, 1,
+     3, GQA_KEY, ATTENTION_FLASHMOBA, 4, 2},
     {"blocks and noise, T a multiple of S", 2, 12, 4, 2, 8, 9, 13, 12, "G", 1, 0, 0, 1, 5, GQA_PERTURBED,
      ATTENTION_FLASHMOBA, 4, 2},
 };
@@ -588,17 +590,21 @@ static size_t in_block(size_t count, size_t element) {
 static size_t saved_bytes(const Case* c, Recompute recompute) {
     const size_t rows = (size_t)BATCH * c->T, x = sizeof(floatX), acc = sizeof(float_acc);
     const size_t H = c->heads, G = c->kv_heads, D = c->head_dim, C = c->channels, F = c->ffn;
-    size_t global = 0, bytes = 0;
-    for (int l = 0; l < c->layers; l++) global += c->pattern[l % (int)strlen(c->pattern)] == 'G';
-    const size_t others = c->layers - 1, other_global = global - 1;
+    size_t global = 0, choosing = 0, bytes = 0;
+    for (int l = 0; l < c->layers; l++) {
+        const char kind = c->pattern[l % (int)strlen(c->pattern)];
+        global += kind != 'S';
+        choosing += kind == 'G';
+    }
+    const size_t others = c->layers - 1;
     if (recompute >= RECOMPUTE_MLP) bytes += others * (in_block(rows * 2 * F, x) + in_block(rows * F, x));
     if (recompute < RECOMPUTE_LAYER) return bytes;
     bytes += others * (3 * in_block(rows * C, x) + 2 * in_block(rows, acc));
     bytes += others * in_block(rows * (H + 2 * G) * D, x);
-    if (c->kconv) bytes += other_global * in_block(rows * G * D, x);
+    if (c->kconv) bytes += (global - 1) * in_block(rows * G * D, x);
     if (c->attention != ATTENTION_DENSE)
         bytes +=
-            other_global * in_block(moba_centroids_count(BATCH, c->T, (int)G, (int)D, c->moba_block), acc);
+            (choosing - 1) * in_block(moba_centroids_count(BATCH, c->T, (int)G, (int)D, c->moba_block), acc);
     return bytes;
 }
 

@@ -8,13 +8,13 @@ Each program runs as a separate process in a temporary directory, on tiny token 
 Files that must be equal are compared byte by byte.
 */
 #define _GNU_SOURCE
-#include "runtime/model.h"   // ATTN_NAME, GQA_NAME, KCONV
 #include "runtime/options.h" // option_table
 #include "test/programs.h"   // run, must_end_well, must_equal, write_shard
 #include <sys/mount.h>
 #include <termios.h>
 
-static char trainer[PATH_MAX]; // the programs
+static char trainer[PATH_MAX + 256]; // the trainer, and options for all its runs
+static char with_kinds[PATH_MAX];    // the trainer of make ATTN=flashmoba GQA=kdgqa KCONV=3
 static char tokenizer[PATH_MAX];
 
 // ----------------------------------------------------------------------------
@@ -661,37 +661,29 @@ static void test_generation_is_that_of_the_logits(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// The other variants: each resumes bitwise, generates what its logits say, and refuses the checkpoints of the others
+// The other variants: each resumes bitwise and generates what its logits say
 
 typedef struct {
-    const char *attention, *gqa;
-    int kconv;
-    const char* options;
+    const char *kinds, *options;
+    int layers;
+    int choosing;  // layers that choose blocks
     int has_heads; // its checkpoints hold an allocation of heads
     int moves;     // and this one changes: the ratios of the averaged norms here all round to a uniform one
 } Variant;
 
 static const Variant variants[] = {
-    {ATTN_NAME, "kdgqa", 3, "--pattern SG --window 8", 1, 1},
-    {ATTN_NAME, "kdgqa", 3, "--kd-source forward --kd-min-heads 0", 1, 1},
-    {ATTN_NAME, "kdgqa", 3, "--kd-source weights", 1, 1},
-    {ATTN_NAME, "kdgqa", 3, "--kd-source shuffled", 1, 1},
-    {ATTN_NAME, "dgqa", 5, "--kd-window 3", 1, 0},
-    {ATTN_NAME, "dgqa", 5, "--kd-window 3 --dgqa-kind diff --kd-source forward", 1, 1},
-    {ATTN_NAME, "pgqa", 3, "--pattern GS --window 8 --position S=rope,G=none", 0, 0},
-    {"flashmoba", "kdgqa", 3, "--moba-block 16 --moba-topk 2 -t 64", 1, 1},
+#define KDGQA "--query-heads kdgqa --kconv 3"
+    {KDGQA, "--pattern SG --window 8", 2, 0, 1, 1},
+    {KDGQA, "--kd-source forward --kd-min-heads 0", 2, 0, 1, 1},
+    {KDGQA, "--kd-source weights", 2, 0, 1, 1},
+    {KDGQA, "--kd-source shuffled", 2, 0, 1, 1},
+    {"--query-heads dgqa --kconv 5", "--kd-window 3", 2, 0, 1, 0},
+    {"--query-heads dgqa --kconv 5", "--kd-window 3 --dgqa-kind diff --kd-source forward", 2, 0, 1, 1},
+    {"--query-heads pgqa --kconv 3", "--pattern GS --window 8 --position S=rope,G=none", 2, 0, 0, 0},
+    {"--attention flashmoba " KDGQA, "--moba-block 16 --moba-topk 2 -t 64", 2, 2, 1, 1},
+    {"--attention flashmoba --kconv 3", "--layers 4 --pattern DGGD --moba-block 16 --moba-topk 2 -t 64", 4, 2,
+     0, 0},
 };
-
-// The directory of the programs. The user's trainer may be a link into a directory below it.
-static char build_directory[PATH_MAX];
-
-static void choose_trainer(const Variant* v) {
-    char path[PATH_MAX];
-    print_to(path, sizeof(path), "%s/variants/train_gpt_cpu_%s_%s_kconv%d_fp32", build_directory,
-             v->attention, v->gqa, v->kconv);
-    if (!realpath(path, trainer)) print_error("%s: %s (make test builds it)\n", path, strerror(errno));
-    assert_int_equal(access(trainer, X_OK), 0);
-}
 
 // The router's telemetry in the metrics of a run, so many lines of it.
 static void must_tell_what_was_chosen(const char* run, int lines) {
@@ -715,9 +707,9 @@ static void test_variants(void** state) {
     print_to(kept, sizeof(kept), "%s", trainer);
     for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++) {
         const Variant* v = &variants[i];
-        choose_trainer(v);
+        print_to(trainer, sizeof(trainer), "%s %s", kept, v->kinds);
         shell("rm -rf one two");
-        // --heads and --kv-heads last, so that they win over the ones of all tests.
+        // Options come last, so that they win over the ones of all tests.
         print_to(more, sizeof(more), "%s --heads 8 --kv-heads 4 -n 7", v->options);
         must_end_well(train("one", more));
         double losses[64];
@@ -740,7 +732,8 @@ static void test_variants(void** state) {
         must_be_same_run("one", "two", STEPS);
         double moved[512];
         const int lines = read_metric(moved, 512, "one", "moved");
-        assert_int_equal(lines, v->has_heads ? 2 * (1 + STEPS / 6) : 0); // two layers at each validation
+        assert_int_equal(lines,
+                         v->has_heads ? v->layers * (1 + STEPS / 6) : 0); // of each layer at each validation
         if (v->has_heads) {
             print_to(left, sizeof(left), "one/step_%08d/heads.json", STEPS);
             print_to(right, sizeof(right), "two/step_%08d/heads.json", STEPS);
@@ -748,15 +741,72 @@ static void test_variants(void** state) {
             assert_int_equal(moved[0], 0);
             assert_int_equal(moved[lines - 1] + moved[lines - 2] > 0, v->moves);
         }
-        const int chooses = strcmp(v->attention, "dense") != 0;
-        must_tell_what_was_chosen("one", chooses ? 2 * (1 + STEPS / 6) : 0);
+        must_tell_what_was_chosen("one", v->choosing * (1 + STEPS / 6));
         must_generate_what_the_logits_say("one");
-        must_fail_with(run("%s --generate --init-from whole", trainer), 1,
-                       chooses ? "ATTN " ATTN_NAME ", this run asks for" : "GQA gqa, this run asks for");
-        must_fail_with(run("%s --generate --init-from one", kept), 1,
-                       chooses ? "this run asks for " ATTN_NAME : "this run asks for gqa");
+        print_to(trainer, sizeof(trainer), "%s", kept);
+        must_generate_what_the_logits_say(
+            "one"); // the checkpoint has the kinds, so the options may be left out
     }
+}
+
+// config.json says the kinds of a checkpoint. A run that resumes it may leave out their options, and must not contradict them.
+static void test_kinds_come_from_the_checkpoint(void** state) {
+    (void)state;
+    const char* kinds =
+        "--attention moba --query-heads dgqa --kconv 5 --moba-block 16 --moba-topk 2 --kd-window 4 -t 64";
+    char more[512];
+    must_end_well(train("kinds_whole", kinds));
+    shell(
+        "mkdir kinds; cp -r kinds_whole/step_%08d kinds_whole/metrics.jsonl kinds_whole/timings.jsonl kinds",
+        STEPS - 10);
+    must_end_well(train("kinds", "--resume -t 64 --kd-window 4"));
+    must_be_same_run("kinds", "kinds_whole", STEPS);
+    static const struct {
+        const char *option, *says;
+    } wrong[] = {
+        {"--attention flashmoba", "its model has --attention moba, this run asks for flashmoba"},
+        {"--query-heads gqa", "its model has --query-heads dgqa, this run asks for gqa"},
+        {"--kconv 3", "its model has --kconv 5, this run asks for 3"},
+        {"--pattern D", "its model has --pattern G, this run asks for D"},
+    };
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        print_to(more, sizeof(more), "--resume -t 64 %s", wrong[i].option);
+        must_fail_with(train("kinds", more), 1, wrong[i].says);
+        must_fail_with(run("%s --generate --init-from kinds %s", trainer, wrong[i].option), 1, wrong[i].says);
+    }
+    must_fail_with(
+        train("kinds", "--resume -t 64 --kd-source lagged --pgqa-noise 2"), 2,
+        "--pgqa-noise: has an effect with --query-heads pgqa only, and this model has --query-heads dgqa");
+    // New training may begin with these weights and another kind.
+    must_end_well(train("other_kind", "--init-from kinds -t 64 --attention dense --query-heads gqa -x 4"));
+    must_end_well(run("grep -q '\"attn\":.*\"dense\"' other_kind/step_00000004/config.json"));
+}
+
+// A build with kinds of its own (make ATTN=flashmoba GQA=kdgqa KCONV=3): these are its defaults, and it has no other attention but
+// dense.
+static void test_a_build_with_kinds(void** state) {
+    (void)state;
+    char kept[PATH_MAX], whole[PATH_MAX], line[512];
+    const char* blocks = "--moba-block 16 --moba-topk 2 -t 64";
+    print_to(kept, sizeof(kept), "%s", trainer);
+    print_to(line, sizeof(line), "--attention flashmoba --query-heads kdgqa --kconv 3 %s", blocks);
+    must_end_well(train("by_options", line));
+    print_to(trainer, sizeof(trainer), "%s", with_kinds);
+    must_end_well(train("by_build", blocks));
+    must_be_same_run("by_options", "by_build", STEPS);
+    print_to(line, sizeof(line), "--attention moba %s", blocks);
+    must_fail_with(train("never", line), 2,
+                   "--attention moba: not in this build, which has dense and flashmoba; make builds a "
+                   "trainer with every kind");
+    // It goes on with a dense checkpoint as what it is.
+    shell("mkdir dense_cut; cp -r whole/step_%08d whole/metrics.jsonl whole/timings.jsonl dense_cut",
+          STEPS - 10);
+    must_end_well(train("dense_cut", "--resume"));
+    must_be_same_run("dense_cut", "whole", STEPS);
+    must_generate_what_the_logits_say("whole");
+    print_to(whole, sizeof(whole), "%s", run(generate, trainer, "1", 7)->out);
     print_to(trainer, sizeof(trainer), "%s", kept);
+    assert_string_equal(run(generate, trainer, "1", 7)->out, whole);
 }
 
 // ----------------------------------------------------------------------------
@@ -900,9 +950,18 @@ static const BadInput bad_inputs[] = {
     {"-o ''", 2, {"--output", "empty", ""}},
     {"--pattern ''", 2, {"--pattern", "empty", ""}},
     {"-- word", 2, {"word", "not an option", ""}},
-    {"--kd-source lagged", 2, {"--kd-source", "GQA=kdgqa or dgqa", "GQA=gqa"}},
-    {"--kd-window 5", 2, {"--kd-window", "GQA=dgqa", "GQA=gqa"}},
-    {"--pgqa-noise 1", 2, {"--pgqa-noise", "GQA=pgqa", "GQA=gqa"}},
+    {"--attention sparse", 2, {"--attention sparse", "dense or moba or flashmoba", ""}},
+    {"--query-heads mha", 2, {"--query-heads mha", "gqa or kdgqa or dgqa or pgqa", ""}},
+    {"--kconv 4", 2, {"--kconv 4", "0, 3 or 5", ""}},
+    {"--kconv 7", 2, {"--kconv 7", "from 0 to 5", ""}},
+    {"--schedule step", 2, {"--schedule step", "cosine or linear or constant or wsd", ""}},
+    {"--moba-topk 3", 2, {"--moba-topk", "--attention moba or flashmoba", "--attention dense"}},
+    {"--attention moba --moba-workspace 9",
+     2,
+     {"--moba-workspace", "--attention flashmoba only", "--attention moba"}},
+    {"--kd-source lagged", 2, {"--kd-source", "--query-heads kdgqa or dgqa", "--query-heads gqa"}},
+    {"--query-heads kdgqa --kd-window 5", 2, {"--kd-window", "--query-heads dgqa", "--query-heads kdgqa"}},
+    {"--pgqa-noise 1", 2, {"--pgqa-noise", "--query-heads pgqa", "--query-heads gqa"}},
     {"--prompt hello", 2, {"--prompt", "--tokenizer", ""}},
     {"--generate", 2, {"--generate", "--init-from", ""}},
     {"--resume --overwrite", 2, {"--resume", "--overwrite", ""}},
@@ -1201,8 +1260,12 @@ static int set_up(void** state) {
     (void)state;
     const char* build = getenv("BUILD") ? getenv("BUILD") : "build";
     char path[PATH_MAX];
-    if (!realpath(build, build_directory)) return -1;
-    print_to(path, sizeof(path), "%s/train_gpt_cpu_%s_%s_kconv%d_fp32", build, ATTN_NAME, GQA_NAME, KCONV);
+    print_to(path, sizeof(path), "%s/train_gpt_cpu_flashmoba_kdgqa_kconv3_fp32", build);
+    if (!realpath(path, with_kinds)) {
+        print_error("%s: %s (make test builds it)\n", path, strerror(errno));
+        return -1;
+    }
+    print_to(path, sizeof(path), "%s/train_gpt_cpu_fp32", build);
     if (!realpath(path, trainer)) {
         print_error("%s: %s (run this from the top of the tree, after make)\n", path, strerror(errno));
         return -1;
@@ -1242,6 +1305,8 @@ int main(void) {
         cmocka_unit_test(test_a_full_file_system_leaves_no_partial_checkpoint),
         cmocka_unit_test(test_generation_is_that_of_the_logits),
         cmocka_unit_test(test_variants),
+        cmocka_unit_test(test_kinds_come_from_the_checkpoint),
+        cmocka_unit_test(test_a_build_with_kinds),
         cmocka_unit_test(test_plot),
         cmocka_unit_test(test_a_run_is_not_overwritten_by_accident),
         cmocka_unit_test(test_peak_memory_is_as_planned),

@@ -375,17 +375,6 @@ static void schedules_at_the_edges(void** state) {
     assert_int_equal(schedule_decay_start(&whole), 1);
 }
 
-static void name_a_schedule(void* name) { (void)schedule_kind_from_name((const char*)name); }
-
-static void schedule_names(void** state) {
-    (void)state;
-    for (int kind = SCHEDULE_COSINE; kind <= SCHEDULE_WSD; kind++)
-        assert_int_equal(schedule_kind_from_name(schedule_name((ScheduleKind)kind)), kind);
-    struct Captured c = capture(name_a_schedule, (void*)"cosin");
-    assert_string_equal(c.text, "moba.c: --schedule cosin: must be one of cosine, linear, constant, wsd\n");
-    assert_int_equal(c.exit_code, 2);
-}
-
 // ----------------------------------------------------------------------------
 // Sampling
 
@@ -1408,7 +1397,6 @@ int main(void) {
         in_own_folder(a_file_system_without_locks_is_warned_of),
         cmocka_unit_test(schedules_by_hand),
         cmocka_unit_test(schedules_at_the_edges),
-        cmocka_unit_test(schedule_names),
         cmocka_unit_test(sampling_against_brute_force),
         cmocka_unit_test(sampling_frequencies),
         cmocka_unit_test(sampling_edges),

@@ -69,16 +69,16 @@ chosen() { # gpu or none, text, flags...
     grep -qF -- "$text" "$scratch/chosen"
 }
 devices() {
-    chosen none "train_gpt_cpu_dense_gqa_kconv0_fp32 (no nvcc here)" NVCC= &&
-        chosen gpu "train_gpt_cpu_dense_gqa_kconv0_fp32 (no nvcc here)" NVCC= &&
-        chosen none "train_gpt_cpu_dense_gqa_kconv0_fp32 (there is an nvcc, but no GPU answers nvidia-smi)" NVCC=nvcc &&
-        chosen gpu "train_gpt_cuda_dense_gqa_kconv0_bf16 (nvcc and a GPU are here)" NVCC=nvcc &&
+    chosen none "train_gpt_cpu_fp32 (no nvcc here)" NVCC= &&
+        chosen gpu "train_gpt_cpu_fp32 (no nvcc here)" NVCC= &&
+        chosen none "train_gpt_cpu_fp32 (there is an nvcc, but no GPU answers nvidia-smi)" NVCC=nvcc &&
+        chosen gpu "train_gpt_cuda_bf16 (nvcc and a GPU are here)" NVCC=nvcc &&
         chosen gpu "-arch=native" NVCC=nvcc V=1 &&
         chosen none "arch=compute_90,code=compute_90" NVCC=nvcc V=1 DEVICE=cuda &&
         chosen gpu "train_gpt_cuda_moba_gqa_kconv0_bf16 (nvcc and a GPU are here)" NVCC=nvcc ATTN=moba &&
-        chosen gpu "train_gpt_cpu_dense_gqa_kconv0_fp64 (a GPU is here, but PRECISION=fp64" NVCC=nvcc PRECISION=fp64 &&
-        chosen gpu "train_gpt_cuda_dense_gqa_kconv0_fp32 (nvcc" NVCC=nvcc PRECISION=fp32 &&
-        chosen none "train_gpt_simt_dense_gqa_kconv0_bf16" DEVICE=simt &&
+        chosen gpu "train_gpt_cpu_fp64 (a GPU is here, but PRECISION=fp64" NVCC=nvcc PRECISION=fp64 &&
+        chosen gpu "train_gpt_cuda_fp32 (nvcc" NVCC=nvcc PRECISION=fp32 &&
+        chosen none "train_gpt_simt_bf16" DEVICE=simt &&
         chosen none "PRECISION=fp64: must be one of: bf16 fp32, with DEVICE=simt" DEVICE=simt PRECISION=fp64 &&
         chosen none "PRECISION=bf16: must be one of: fp32 fp64, with DEVICE=cpu" DEVICE=cpu PRECISION=bf16 &&
         chosen none "DEVICE=cuda: no nvcc here" DEVICE=cuda NVCC= &&
@@ -137,9 +137,9 @@ check quickstart_keeps_earlier_results second_time
 
 # One variant is stopped by its limit, which a stand-in for its trainer makes short: a star, a line and a note in the plot.
 stopped_variant() {
-    local real=$scratch/tree/build/train_gpt_cpu_moba_gqa_kconv0_fp32 out=$scratch/tree/quickstart/03 status=0
+    local real=$scratch/tree/build/train_gpt_cpu_fp32 out=$scratch/tree/quickstart/03 status=0
     mv "$real" "$real.real"
-    printf '#!/bin/bash\nif [[ "$*" == *--warmup* ]]; then set -- "$@" --max-seconds 0.000001; fi\nexec %q "$@"\n' "$real.real" >"$real"
+    printf '#!/bin/bash\nif [[ "$*" == *"--attention moba"*--warmup* ]]; then set -- "$@" --max-seconds 0.000001; fi\nexec %q "$@"\n' "$real.real" >"$real"
     chmod +x "$real"
     quickstart --text "small text.txt" --minutes 0.2 || status=$?
     mv "$real.real" "$real"
@@ -284,7 +284,7 @@ has_comma() { [ "$(LOCPATH=$locale LC_ALL=$1 /usr/bin/printf %.1f 0,5 2>/dev/nul
 tiny=(--layers 1 --channels 32 --heads 2 --kv-heads 1 -t 64 -b 2 --val-batches 2)
 tiny_run() { # directory, options
     local data=$scratch/tree/quickstart/01
-    "$scratch/tree/build/train_gpt_cpu_dense_gqa_kconv0_fp32" -i "$data/text_train_*.bin" -j "$data/text_val_*.bin" \
+    "$scratch/tree/build/train_gpt_cpu_fp32" -i "$data/text_train_*.bin" -j "$data/text_val_*.bin" \
         --tokenizer "$data/tokenizer.json" "${tiny[@]}" --steps 20 --val-every 5 --output "$1" "${@:2}" >"$scratch/run.log"
 }
 

@@ -19,6 +19,7 @@ bits, and must stay within 2 %.
 // Both kinds of layers, query heads that share, a micro-batch that is half of a step.
 #define MODEL                                                                                                \
     "--layers 2 --channels 64 --heads 2 --kv-heads 1 --ffn 128 --vocab 97 -t 64 --pattern GS --window 24"
+#define FLASHMOBA "--attention flashmoba"
 #define RUN "-i train.bin -j val.bin -b 2 -d 256 -l 1e-2 -u 3 -v 12 -m 1 --log-every 1 -n 4 --keep 0"
 // The followers go on from FIRST, where the CPU's run has been with its optimizer; BACK is where the CPU goes on from theirs.
 enum { FIRST = 4, BACK = 20, STEPS = 24 };
@@ -37,14 +38,13 @@ static Build builds[2] = {{"fp32", 1e-4, ""}, {"bf16", 2e-2, ""}};
 typedef struct {
     const char *attention, *gqa;
     int kconv;
+    const char* pattern; // NULL: that of all tests
 } Variant;
 
-// The trainer of a variant: compiled for the GPU, or linked for tests. 0: it is there.
-static int find_program(char path[PATH_MAX], const char* on_device, const Variant* v, const char* precision) {
+// The trainer for a device. 0: it is there.
+static int find_program(char path[PATH_MAX], const char* on_device, const char* precision) {
     char name[2 * PATH_MAX];
-    print_to(name, sizeof(name), "%s/%strain_gpt_%s_%s_%s_kconv%d_%s", build,
-             strcmp(on_device, "cuda") ? "variants/" : "", on_device, v->attention, v->gqa, v->kconv,
-             precision);
+    print_to(name, sizeof(name), "%s/train_gpt_%s_%s", build, on_device, precision);
     if (realpath(name, path) && access(path, X_OK) == 0) return 0;
     print_error("%s: %s (run this from the top of the tree, after make test)\n", name, strerror(errno));
     return -1;
@@ -229,46 +229,44 @@ static void test_other_head_dimensions_are_refused(void** state) {
 
 // In fp32 and bf16. With TEST_LONG every other combination follows, in fp32.
 static const Variant some_variants[] = {
-    {"flashmoba", "kdgqa", 3},
-    {"flashmoba", "pgqa", 5},
-    {"dense", "dgqa", 5},
-    {"moba", "gqa", 3},
+    {"flashmoba", "kdgqa", 3, NULL},
+    {"flashmoba", "pgqa", 5, NULL},
+    {"dense", "dgqa", 5, NULL},
+    {"moba", "gqa", 3, NULL},
+    {"flashmoba", "gqa", 3, "--layers 4 --pattern DGGD"},
 };
 enum { SOME_VARIANTS = sizeof(some_variants) / sizeof(some_variants[0]) };
 
 static int is_one_of_some(const Variant* v) {
     for (int i = 0; i < SOME_VARIANTS; i++) {
         const Variant* other = &some_variants[i];
-        if (!strcmp(v->attention, other->attention) && !strcmp(v->gqa, other->gqa) &&
+        if (!other->pattern && !strcmp(v->attention, other->attention) && !strcmp(v->gqa, other->gqa) &&
             v->kconv == other->kconv)
             return 1;
     }
     return 0;
 }
 
-static void find_variant(char path[PATH_MAX], const char* where, const Variant* v, const char* precision) {
-    if (find_program(path, where, v, precision) != 0) fail();
-}
-
 // Maps that change, blocks that are chosen, taps that have left zero: all of it from the CPU's checkpoint of step FIRST. With a
 // learning rate of 1e-2 these models do not follow themselves: one of 1e-2 (1 + 1e-6) changes some choice between blocks of nearly
 // equal scores after ten steps, and the CPU's loss by up to 5e-3 after twenty.
 static void must_follow_the_cpu(const Variant* v, int precisions) {
-    char model[512], more[1024], path[PATH_MAX], yardstick[64], output[80], again[96];
+    char model[512], more[1024], yardstick[64], output[80], again[96];
+    const char* pattern = v->pattern ? v->pattern : "";
     const int chooses = strcmp(v->attention, "dense") != 0;
-    print_to(model, sizeof(model), "--channels 128 --heads 4 --kv-heads 2 -l 1e-3%s%s%s",
-             chooses ? " --moba-block 16 --moba-topk 2" : "",
-             !strcmp(v->gqa, "dgqa") ? " --kd-window 3 --dgqa-kind diff" : "",
-             !strcmp(v->gqa, "kdgqa") ? " --kd-source forward" : "");
+    print_to(
+        model, sizeof(model),
+        "--attention %s --query-heads %s --kconv %d --channels 128 --heads 4 --kv-heads 2 -l 1e-3 %s%s%s%s",
+        v->attention, v->gqa, v->kconv, pattern, chooses ? " --moba-block 16 --moba-topk 2" : "",
+        !strcmp(v->gqa, "dgqa") ? " --kd-window 3 --dgqa-kind diff" : "",
+        !strcmp(v->gqa, "kdgqa") ? " --kd-source forward" : "");
     print_to(yardstick, sizeof(yardstick), "%s_%s_%d", v->attention, v->gqa, v->kconv);
-    find_variant(path, "cpu", v, "fp32");
-    train(path, yardstick, model);
+    train(cpu, yardstick, model);
     for (int i = 0; i < precisions; i++) {
         print_to(output, sizeof(output), "%s_%s", yardstick, builds[i].precision);
-        find_variant(path, device, v, builds[i].precision);
         fork_run(output, yardstick, FIRST);
         print_to(model + strlen(model), sizeof(model) - strlen(model), " --resume");
-        train(path, output, model);
+        train(builds[i].trainer, output, model);
         // Rounded to 8 bits, scores and norms that are nearly alike choose other blocks and other maps: no longer the same run,
         // step by step, but the same curve.
         if (i == 0) must_follow(output, yardstick, "loss", STEPS - FIRST, builds[i].bound);
@@ -277,7 +275,7 @@ static void must_follow_the_cpu(const Variant* v, int precisions) {
         print_to(again, sizeof(again), "%s_again", output);
         print_to(more, sizeof(more), "%s --recompute layer --cuda-graph", model);
         fork_run(again, yardstick, FIRST);
-        train(path, again, more);
+        train(builds[i].trainer, again, more);
         must_be_same_run(output, again, STEPS);
         shell("rm -rf %s %s", output, again);
     }
@@ -295,7 +293,7 @@ static void test_all_other_variants_follow_the_cpu(void** state) {
     static const char* const gqas[] = {"gqa", "kdgqa", "dgqa", "pgqa"};
     static const int taps[] = {0, 3, 5};
     for (int i = 0; i < 36; i++) {
-        const Variant v = {attentions[i % 3], gqas[i / 3 % 4], taps[i / 12]};
+        const Variant v = {attentions[i % 3], gqas[i / 3 % 4], taps[i / 12], NULL};
         if (!is_one_of_some(&v)) must_follow_the_cpu(&v, 1);
     }
 }
@@ -322,19 +320,17 @@ static int read_heads(int heads[16], const char* output, int step) {
 static void test_heads_of_every_source(void** state) {
     (void)state;
     static const char* const sources[] = {"lagged", "forward", "weights", "random", "shuffled"};
-    const Variant v = {"flashmoba", "kdgqa", 3};
     enum { SOME_STEPS = 6, KEPT = 3 };
-    char program[2][PATH_MAX], line[512];
-    find_variant(program[0], "cpu", &v, "fp32");
-    find_variant(program[1], device, &v, "fp32");
+    char line[512];
     for (size_t i = 0; i < sizeof(sources) / sizeof(sources[0]); i++) {
-        print_to(line, sizeof(line),
-                 "--layers 2 --channels 128 --heads 4 --kv-heads 4 --ffn 64 --vocab 97 -t 32 -b 2 -d 128 "
-                 "-l 1e-2 -u 1 -i train.bin -x %d -n %d --keep 0 --moba-block 16 --moba-topk 2 "
-                 "--kd-min-heads 0 --kd-source %s",
-                 SOME_STEPS, KEPT, sources[i]);
-        must_end_well(run("%s %s -o heads_cpu", program[0], line));
-        must_end_well(run("%s %s -o heads_device", program[1], line));
+        print_to(
+            line, sizeof(line),
+            "--layers 2 --channels 128 --heads 4 --kv-heads 4 --ffn 64 --vocab 97 -t 32 -b 2 -d 128 "
+            "-l 1e-2 -u 1 -i train.bin -x %d -n %d --keep 0 " FLASHMOBA
+            " --query-heads kdgqa --kconv 3 --moba-block 16 --moba-topk 2 --kd-min-heads 0 --kd-source %s",
+            SOME_STEPS, KEPT, sources[i]);
+        must_end_well(run("%s %s -o heads_cpu", cpu, line));
+        must_end_well(run("%s %s -o heads_device", builds[0].trainer, line));
         int want[16], got[16], moved = 0;
         for (int step = KEPT; step <= SOME_STEPS; step += KEPT) {
             assert_int_equal(read_heads(want, "heads_cpu", step), 8);
@@ -345,7 +341,7 @@ static void test_heads_of_every_source(void** state) {
         if (!moved) print_error("%s: no query head has moved\n", sources[i]);
         assert_true(moved > 0);
         fork_run("heads_again", "heads_device", KEPT);
-        must_end_well(run("%s %s -o heads_again --resume --cuda-graph", program[1], line));
+        must_end_well(run("%s %s -o heads_again --resume --cuda-graph", builds[0].trainer, line));
         must_be_same_run("heads_device", "heads_again", SOME_STEPS);
         must_equal("heads_device/step_00000006/heads.json", "heads_again/step_00000006/heads.json");
         shell("rm -rf heads_cpu heads_device heads_again");
@@ -355,18 +351,18 @@ static void test_heads_of_every_source(void** state) {
 // What kernels have not been made for is an error of usage.
 static void test_other_blocks_are_refused(void** state) {
     (void)state;
-    char path[PATH_MAX];
-    find_variant(path, device, &some_variants[0], "bf16");
-    must_fail_with(run("%s " MODEL " -i train.bin -x 1 --moba-block 24", path), 2,
+    const char* path = builds[1].trainer;
+    must_fail_with(run("%s " MODEL " " FLASHMOBA " -i train.bin -x 1 --moba-block 24", path), 2,
                    "--moba-block 24 --moba-topk 8: on device");
-    must_fail_with(run("%s " MODEL " -i train.bin -x 1 --moba-topk 65", path), 2,
+    must_fail_with(run("%s " MODEL " " FLASHMOBA " -i train.bin -x 1 --moba-topk 65", path), 2,
                    "--moba-topk 65: on device");
 }
 
 // MB planned for workspaces of 4096 tokens with such a --moba-workspace.
 static double planned_workspace(const char* trainer, int bound) {
     const Result* result = run(
-        "%s --layers 1 --channels 64 --heads 2 --vocab 97 -i train.bin -b 1 -d 4096 -t 4096 --moba-block 16 "
+        "%s " FLASHMOBA
+        " --layers 1 --channels 64 --heads 2 --vocab 97 -i train.bin -b 1 -d 4096 -t 4096 --moba-block 16 "
         "--moba-topk 8 --dry-run --moba-workspace %d",
         trainer, bound);
     must_end_well(result);
@@ -378,9 +374,7 @@ static double planned_workspace(const char* trainer, int bound) {
 // Lists and partial rows of all heads, of one head, or of some of its queries.
 static void test_the_workspace_of_moba_is_bounded(void** state) {
     (void)state;
-    char path[PATH_MAX];
-    const Variant variant = {"flashmoba", "kdgqa", 3};
-    find_variant(path, device, &variant, "bf16");
+    const char* path = builds[1].trainer;
     const double all = planned_workspace(path, 1024), some = planned_workspace(path, 4),
                  least = planned_workspace(path, 1);
     print_message("%.1f, %.1f and %.1f MB\n", all, some, least);
@@ -389,7 +383,7 @@ static void test_the_workspace_of_moba_is_bounded(void** state) {
     must_fail_with(run("%s -i train.bin --moba-workspace 0", path), 2,
                    "--moba-workspace 0: must be from 1 to");
     must_fail_with(run("%s -i train.bin --moba-workspace 64", cpu), 2,
-                   "--moba-workspace: of builds with ATTN=moba");
+                   "--moba-workspace: has an effect with --attention flashmoba only");
 }
 
 // ----------------------------------------------------------------------------
@@ -398,10 +392,9 @@ static int set_up(void** state) {
     (void)state;
     if (getenv("DEVICE")) device = getenv("DEVICE");
     if (!realpath(getenv("BUILD") ? getenv("BUILD") : "build", build)) return -1;
-    const Variant plain = {"dense", "gqa", 0};
-    if (find_program(cpu, "cpu", &plain, "fp32")) return -1;
+    if (find_program(cpu, "cpu", "fp32")) return -1;
     for (int i = 0; i < 2; i++)
-        if (find_program(builds[i].trainer, device, &plain, builds[i].precision)) return -1;
+        if (find_program(builds[i].trainer, device, builds[i].precision)) return -1;
     if (enter_directory() != 0) return -1;
     write_shard("train.bin", good_shard(20000));
     write_shard("val.bin", good_shard(400));

@@ -13,7 +13,7 @@ shift || true
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # only where this is root
-trainer=$build/train_gpt_cpu_dense_gqa_kconv0_fp32
+trainer=$build/train_gpt_cpu_fp32
 make --no-print-directory BUILD="$build" "$trainer" "$build/tokenizer"
 
 git ls-files '*.[ch]' '*.cuh' '*.cu' >"$out/files.txt"

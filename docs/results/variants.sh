@@ -76,7 +76,7 @@ from=()
 for T in 32 64 128 256 512 1024; do
     settings=(--steps 300 --learning-rate 2e-3 -u 20)
     if [ "$T" = 32 ]; then settings=(--steps 1500 --learning-rate 4e-3 -u 50); fi
-    run build/train_gpt_cpu_dense_gqa_kconv0_fp32 -i "$pattern/needle_${T}_train_*.bin" -j "$pattern/needle_${T}_val_*.bin" \
+    run build/train_gpt_cpu_fp32 -i "$pattern/needle_${T}_train_*.bin" -j "$pattern/needle_${T}_val_*.bin" \
         --tokenizer "$out/words.json" --layers 2 --channels 64 --heads 4 --kv-heads 4 -t "$T" -b $((1024 / T)) -d 1024 --seed 3 \
         --weight-decay 0 -v 200 --val-batches 8 "${settings[@]}" "${from[@]}" -o "$out/base_$T" --resume
     from=(--init-from "$out/base_$T")
@@ -108,6 +108,6 @@ for cell in "$out"/swapped/*/seed_* "$out"/needle/*/seed_*; do
     flags=$(tr ' ' '\n' <"$cell.settings" | sed -n '1,5s/^[A-Z]*=//p' | paste -s -d ' ')
     read -r device attn gqa kconv precision <<<"$flags"
     printf '%s ' "${cell#"$out"/}"
-    "build/train_gpt_${device}_${attn}_${gqa}_kconv${kconv}_$precision" --eval-retrieval "$out/far" --init-from "$cell" -b 4 |
+    "build/train_gpt_${device}_$precision" --attention "$attn" --query-heads "$gqa" --kconv "$kconv" --eval-retrieval "$out/far" --init-from "$cell" -b 4 |
         sed -n 's/^ *1024 //p'
 done | tee "$out/accuracy.txt"
