@@ -77,7 +77,7 @@ __device__ __forceinline__ void hide_scores(float (&scores)[M][N][4], int query,
 // ----------------------------------------------------------------------------
 // Forward
 
-template <int D> struct attention_forward_shape {
+template <int D> struct AttentionForwardShape {
 #if defined(PRECISION_BF16)
     enum { M = 2, KEYS = D <= 64 ? 64 : 48, SLOTS = 4, BLOCKS = 2 };
 #else
@@ -109,13 +109,13 @@ __device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX
 // share a ring of SLOTS slots: tile 2j is the j-th tile of the keys, tile 2j + 1 that of the values.
 // While one tile is in use, SLOTS - 1 tiles are in flight.
 template <int D>
-__global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention_forward_shape<D>::BLOCKS)
+__global__ void __launch_bounds__(AttentionForwardShape<D>::THREADS, AttentionForwardShape<D>::BLOCKS)
     attention_forward_kernel(floatX* out,        // (B, T, H, D)
                              float* lse,         // (B, H, T)
                              const floatX* qkv,  // (B, T, H + 2G, D)
                              const int* kv_of_q, // (H)
                              int T, int start, int H, int G, int window, float scale_log2, NoisedRows noise) {
-    typedef attention_forward_shape<D> shape;
+    typedef AttentionForwardShape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES, SLOTS = shape::SLOTS;
     SHARED_MEMORY(floatX, shared);
     floatX* q_tile = shared;
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
 
     const int lane = lane_of_warp(), warp_row = warp_of_block() * 16 * M;
     const int warp_query = first_query + warp_row;
-    tile_rows<M, D, shape::IN_REGISTERS> q;
-    running_softmax<M> softmax;
+    TileRows<M, D, shape::IN_REGISTERS> q;
+    RunningSoftmax<M> softmax;
     float sum[M][D / 8][4], scores[M][KEYS / 8][4];
     softmax.begin();
     clear(sum);
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
 // ----------------------------------------------------------------------------
 // Backward
 
-template <int D> struct attention_backward_keys_shape {
+template <int D> struct AttentionBackwardKeysShape {
 #if defined(PRECISION_BF16)
     enum { M = D <= 64 ? 2 : 1, WARPS = D <= 64 ? 4 : 8, QUERIES = 32, BLOCKS = D <= 64 ? 2 : 1 };
 #else
@@ -205,7 +205,7 @@ template <int D> struct attention_backward_keys_shape {
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
-template <int D> struct attention_backward_queries_shape {
+template <int D> struct AttentionBackwardQueriesShape {
 #if defined(PRECISION_BF16)
     enum { M = 2, KEYS = D <= 64 ? 64 : 32, COLUMNS = 32, IN_REGISTERS = D <= 64, BLOCKS = 2 };
 #else
@@ -272,15 +272,15 @@ static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_
 // probabilities and gradients of scores are the left operands of the next products. Tiles of queries, with
 // their gradients and statistics, are loaded one tile ahead. A KV head that no query head reads gets zeros.
 template <int D>
-__global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
-                                  attention_backward_keys_shape<D>::BLOCKS)
+__global__ void __launch_bounds__(AttentionBackwardKeysShape<D>::THREADS,
+                                  AttentionBackwardKeysShape<D>::BLOCKS)
     attention_backward_keys_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
                                    const floatX* dout,       // (B, T, H, D)
                                    const floatX* qkv,        // (B, T, H + 2G, D)
                                    const float2* statistics, // (B, H, padded)
                                    const int* kv_of_q,       // (H)
                                    int T, int padded, int H, int G, int window, float scale) {
-    typedef attention_backward_keys_shape<D> shape;
+    typedef AttentionBackwardKeysShape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES;
     constexpr int TILE = QUERIES * D;
     SHARED_MEMORY(floatX, shared);
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
 
     const int warp_row = warp_of_block() * 16 * M, warp_key = first_key + warp_row;
     const float scale_log2 = scale * LOG2_E;
-    tile_rows<M, D, false> k, v;
+    TileRows<M, D, false> k, v;
     float dk[M][D / 8][4], dv[M][D / 8][4];
     clear(dk);
     clear(dv);
@@ -375,15 +375,15 @@ __global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
 // One thread block computes dq of QUERIES queries of one head, from all the keys that they see. A warp
 // computes 16M queries. Tiles of keys and values are loaded one tile ahead.
 template <int D>
-__global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
-                                  attention_backward_queries_shape<D>::BLOCKS)
+__global__ void __launch_bounds__(AttentionBackwardQueriesShape<D>::THREADS,
+                                  AttentionBackwardQueriesShape<D>::BLOCKS)
     attention_backward_queries_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
                                       const floatX* dout,       // (B, T, H, D)
                                       const floatX* qkv,        // (B, T, H + 2G, D)
                                       const float2* statistics, // (B, H, padded)
                                       const int* kv_of_q,       // (H)
                                       int T, int padded, int H, int G, int window, float scale) {
-    typedef attention_backward_queries_shape<D> shape;
+    typedef AttentionBackwardQueriesShape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES, COLUMNS = shape::COLUMNS;
     constexpr int TILE = KEYS * D;
     SHARED_MEMORY(floatX, shared);
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
 
     const int warp_row = warp_of_block() * 16 * M, warp_query = first_query + warp_row;
     const float scale_log2 = scale * LOG2_E;
-    tile_rows<M, D, shape::IN_REGISTERS> q, gradient;
+    TileRows<M, D, shape::IN_REGISTERS> q, gradient;
     float dq[M][D / 8][4];
     clear(dq);
     cp_async_wait<0>();
@@ -474,7 +474,7 @@ template <int D>
 static inline void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, const int* kv_of_q,
                                             int B, int T, int start, int H, int G, int window,
                                             const AttentionNoise* noise, stream_t stream) {
-    typedef attention_forward_shape<D> shape;
+    typedef AttentionForwardShape<D> shape;
     launch(attention_forward_kernel<D>, attention_grid(T - start, shape::QUERIES, H, B), shape::THREADS,
            shape::SHARED_BYTES, stream, out, lse, qkv, kv_of_q, T, start, H, G, window,
            attention_scale(D) * LOG2_E, noised_rows(noise, T, H));
@@ -485,8 +485,8 @@ static inline void attention_backward_launch(floatX* dqkv, const floatX* dout, c
                                              const float* lse, const floatX* qkv, const int* kv_of_q,
                                              float2* statistics, int B, int T, int H, int G, int window,
                                              stream_t stream) {
-    typedef attention_backward_keys_shape<D> keys;
-    typedef attention_backward_queries_shape<D> queries;
+    typedef AttentionBackwardKeysShape<D> keys;
+    typedef AttentionBackwardQueriesShape<D> queries;
     const int padded = attention_padded(T);
     const float scale = attention_scale(D);
     launch(attention_statistics_kernel<D>, attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), H, B),

@@ -6,7 +6,7 @@ tells the address of each row, so a tile may hold neighbouring tokens or a gathe
 
     rows = neighbours(memory, stride, first, T);              // or another type with from(), has() and at()
     load_tile<64, D, THREADS>(tile, rows);                    // all threads; then commit, wait and barrier
-    tile_rows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows as the left operand
+    TileRows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows as the left operand
     multiply_transposed(scores, queries, k_tile, 0);                      // scores = q k^T
     multiply_add(out, scores, v_tile, 0);                                 // out += scores v
 
@@ -53,13 +53,13 @@ template <int D> __device__ __forceinline__ int tile_offset(unsigned row, unsign
 }
 
 // Row source of neighbouring tokens: row i of the tile is row first + i of memory, which has `end` rows.
-template <typename Element> struct neighbour_rows {
+template <typename Element> struct NeighbourRows {
     Element* memory;
     int stride, first, end;
 
     // The same source, starting at `row`.
-    __device__ __forceinline__ neighbour_rows from(int row) const {
-        neighbour_rows rest = *this;
+    __device__ __forceinline__ NeighbourRows from(int row) const {
+        NeighbourRows rest = *this;
         rest.first += row;
         return rest;
     }
@@ -71,9 +71,9 @@ template <typename Element> struct neighbour_rows {
 };
 
 template <typename Element>
-__device__ __forceinline__ neighbour_rows<Element> neighbours(Element* memory, int stride, int first,
-                                                              int end) {
-    neighbour_rows<Element> rows;
+__device__ __forceinline__ NeighbourRows<Element> neighbours(Element* memory, int stride, int first,
+                                                             int end) {
+    NeighbourRows<Element> rows;
     rows.memory = memory, rows.stride = stride, rows.first = first, rows.end = end;
     return rows;
 }
@@ -155,7 +155,7 @@ __device__ __forceinline__ void load_right(unsigned (&b)[4], const floatX* tile,
 
 // 16 M rows of a tile as the left operand of products. They are loaded once into registers (IN_REGISTERS), or
 // again for every product.
-template <int M, int D, bool IN_REGISTERS> struct tile_rows {
+template <int M, int D, bool IN_REGISTERS> struct TileRows {
     unsigned at[M][D / 16][4];
 
     __device__ __forceinline__ void take(const floatX* tile, int first_row) {
@@ -170,7 +170,7 @@ template <int M, int D, bool IN_REGISTERS> struct tile_rows {
     }
 };
 
-template <int M, int D> struct tile_rows<M, D, false> {
+template <int M, int D> struct TileRows<M, D, false> {
     const floatX* tile;
     int first_row;
 
@@ -183,7 +183,7 @@ template <int M, int D> struct tile_rows<M, D, false> {
 // product (16M, 8N) = left (16M, D) times the transpose of 8N rows of a tile, from first_row on.
 template <int M, int N, int D, bool IN_REGISTERS>
 __device__ __forceinline__ void multiply_transposed(float (&product)[M][N][4],
-                                                    const tile_rows<M, D, IN_REGISTERS>& left,
+                                                    const TileRows<M, D, IN_REGISTERS>& left,
                                                     const floatX* tile, int first_row) {
     clear(product);
 #pragma unroll
@@ -257,7 +257,7 @@ static __device__ __forceinline__ void store_pair(floatX* at, float low, float h
 #else // fp32
 
 // fp32: the products read the rows from the tile; IN_REGISTERS has no effect.
-template <int M, int D, bool IN_REGISTERS> struct tile_rows {
+template <int M, int D, bool IN_REGISTERS> struct TileRows {
     const floatX* tile;
     int first_row;
 
@@ -266,7 +266,7 @@ template <int M, int D, bool IN_REGISTERS> struct tile_rows {
 
 template <int M, int N, int D, bool IN_REGISTERS>
 __device__ __forceinline__ void multiply_transposed(float (&product)[M][N][4],
-                                                    const tile_rows<M, D, IN_REGISTERS>& left,
+                                                    const TileRows<M, D, IN_REGISTERS>& left,
                                                     const floatX* tile, int first_row) {
     const unsigned lane = lane_of_warp(), row = left.first_row + lane / 4, column = first_row + lane % 4 * 2;
     clear(product);
@@ -345,7 +345,7 @@ static __device__ __forceinline__ float row_total(float sum) {
 // A running softmax over the columns of 16M rows. It uses powers of two: exp(x) = exp2(x log2(e)), and exp2
 // is one instruction. Every lane has the scaled maximum of its whole rows, but only the sums over its own
 // columns.
-template <int M> struct running_softmax {
+template <int M> struct RunningSoftmax {
     float maximum[M][2], sum[M][2];
 
     __device__ __forceinline__ void begin(void) {

@@ -236,7 +236,7 @@ def mutants_of_file(name):
                 conditions[-1][1] = False
             elif directive.startswith("#endif"):
                 conditions.pop()
-            named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=(?:attention|moba)_\w+_kernel))\b(\w+)\(", code)
+            named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=(?:attention|flashmoba|moba)_\w+_kernel))\b(\w+)\(", code)
             if named and not code.startswith("     ") and named.group(1) not in ("__launch_bounds__", "launch"):
                 function = named.group(1)
                 host = "__device__" not in code and "__global__" not in code and not function.endswith("_kernel")
