@@ -24,6 +24,7 @@ the clocks and the predicted speed.
 #define GQA_CUH
 
 #include <math.h>
+#include <type_traits>
 // stream_t
 #include "kernels/device.cuh"
 // AttentionNoise, noise_row
@@ -37,6 +38,16 @@ the clocks and the predicted speed.
 static inline int attention_supports_head_dim(int D) { return D == 32 || D == 64 || D == 128; }
 
 static inline void attention_refuse(int D) { fail("head dimension %d: on this device 32, 64 or 128", D); }
+
+// Calls operation(head_dim), where head_dim is D as a constant of the compiler.
+//
+//     for_head_dim(D, [&](auto head_dim) { attention_forward_launch<head_dim>(out, lse, ...); });
+template <typename Operation> static inline void for_head_dim(int D, Operation operation) {
+    if (D == 32) operation(std::integral_constant<int, 32>());
+    else if (D == 64) operation(std::integral_constant<int, 64>());
+    else if (D == 128) operation(std::integral_constant<int, 128>());
+    else attention_refuse(D);
+}
 
 static inline float attention_scale(int D) { return (float)(1 / sqrt((double)D)); }
 
@@ -83,7 +94,7 @@ template <int D> struct AttentionForwardShape {
 #else
     enum { M = 1, KEYS = 32, SLOTS = 2, BLOCKS = 1 };
 #endif
-    enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = WARP * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (QUERIES + SLOTS * KEYS) * D * sizeof(floatX) };
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
@@ -96,8 +107,8 @@ __device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX
                                                   size_t first, int stride, const NoisedRows& noise) {
     constexpr int CHUNKS = D / CHUNK;
 #pragma unroll 1
-    for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
-        const unsigned chunk = i * 32 + lane_of_warp(), row = first_row + chunk / CHUNKS,
+    for (int i = 0; i < 16 * M * CHUNKS / WARP; i++) {
+        const unsigned chunk = i * WARP + lane_of_warp(), row = first_row + chunk / CHUNKS,
                        column = chunk % CHUNKS * CHUNK;
         const Values<CHUNK> own = load<CHUNK>(tile + tile_offset<D>(row, column));
         const Values<CHUNK> noised = noise_row<D>(own, first + (size_t)row * stride, column, noise);
@@ -200,7 +211,7 @@ template <int D> struct AttentionBackwardKeysShape {
 #else
     enum { M = 1, WARPS = 4, QUERIES = D <= 64 ? 32 : 16, BLOCKS = 1 };
 #endif
-    enum { THREADS = 32 * WARPS, KEYS = 16 * M * WARPS };
+    enum { THREADS = WARP * WARPS, KEYS = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * KEYS + 4 * QUERIES) * D * sizeof(floatX) + 2 * QUERIES * sizeof(float2) };
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
@@ -211,7 +222,7 @@ template <int D> struct AttentionBackwardQueriesShape {
 #else
     enum { M = 1, KEYS = D <= 64 ? 32 : 16, COLUMNS = 16, IN_REGISTERS = 0, BLOCKS = 1 };
 #endif
-    enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { WARPS = 4, THREADS = WARP * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * QUERIES + 4 * KEYS) * D * sizeof(floatX) + QUERIES * sizeof(float2) };
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
@@ -220,9 +231,7 @@ template <int D> struct AttentionBackwardQueriesShape {
 // number of rows is padded to a multiple of ATTENTION_ROWS, so that all tiles are whole. Rows beyond T are 0,
 // as are their queries and gradients, so they add nothing to dk and dv.
 enum { ATTENTION_ROWS = 128 };
-static inline int attention_padded(int T) {
-    return (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS * ATTENTION_ROWS;
-}
+static inline int attention_padded(int T) { return ceil_div(T, ATTENTION_ROWS) * ATTENTION_ROWS; }
 
 // delta = sum over d of dout * out. The gradient of the softmax subtracts it from the gradient of each
 // probability of the row. LANES neighbouring lanes share a row.
@@ -260,7 +269,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
 // same number, so that values derived from it take no registers of every thread.
 static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_q, int H) {
     int heads = 0;
-    for (int h = 0; h < H; h += 32) {
+    for (int h = 0; h < H; h += WARP) {
         const int kv = h + (int)lane_of_warp() < H ? kv_of_q[h + lane_of_warp()] : g;
         heads += __popc(__ballot_sync(ALL_LANES, kv < g));
     }
@@ -467,7 +476,7 @@ __global__ void __launch_bounds__(AttentionBackwardQueriesShape<D>::THREADS,
 // The operations
 
 static inline dim3 attention_grid(int rows, int rows_of_block, int heads, int B) {
-    return dim3((rows + rows_of_block - 1) / rows_of_block, heads, B);
+    return dim3(ceil_div(rows, rows_of_block), heads, B);
 }
 
 template <int D>
@@ -522,19 +531,9 @@ static inline void attention_forward(floatX* out,    // (B, T, H, D)
                                      int window, const AttentionNoise* noise, stream_t stream) {
     (void)workspace;
     window = attention_window(window, T);
-    switch (D) {
-    case 32:
-        attention_forward_launch<32>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
-        break;
-    case 64:
-        attention_forward_launch<64>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
-        break;
-    case 128:
-        attention_forward_launch<128>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
-        break;
-    default:
-        attention_refuse(D);
-    }
+    for_head_dim(D, [&](auto head_dim) {
+        attention_forward_launch<head_dim>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
+    });
 }
 
 // Writes every element of dqkv. The workspace has attention_backward_workspace() bytes and needs no initial
@@ -549,19 +548,10 @@ static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                       stream_t stream) {
     float2* rows = (float2*)workspace;
     window = attention_window(window, T);
-    switch (D) {
-    case 32:
-        attention_backward_launch<32>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
-        break;
-    case 64:
-        attention_backward_launch<64>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
-        break;
-    case 128:
-        attention_backward_launch<128>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
-        break;
-    default:
-        attention_refuse(D);
-    }
+    for_head_dim(D, [&](auto head_dim) {
+        attention_backward_launch<head_dim>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window,
+                                            stream);
+    });
 }
 
 #endif

@@ -67,17 +67,6 @@ static inline size_t moba_centroids_count(int B, int T, int G, int D, int S) {
     return (size_t)B * (T / S) * G * D;
 }
 
-// Starts asynchronous copies of `count` rows into a tile. All threads of the block take part. Rows that do
-// not exist become 0.
-template <int D, typename Rows>
-__device__ __forceinline__ void load_rows(floatX* tile, const Rows& rows, int count) {
-    constexpr int CHUNKS = D / CHUNK;
-    const int thread = compute_here(threadIdx.x), step = blockDim.x / CHUNKS;
-    const int column = thread % CHUNKS * CHUNK;
-    for (int row = thread / CHUNKS; row < count; row += step)
-        cp_async16(tile + tile_offset<D>(row, column), rows.at(row) + column, rows.has(row));
-}
-
 // ----------------------------------------------------------------------------
 // Router
 
@@ -191,7 +180,7 @@ template <int EACH> struct BestOfRow {
 };
 
 template <int D> struct FlashmobaRouteShape {
-    enum { WARPS = 8, THREADS = 32 * WARPS, QUERIES = 16 * WARPS, COLUMNS = 32, TILE = COLUMNS * D };
+    enum { WARPS = 8, THREADS = WARP * WARPS, QUERIES = 16 * WARPS, COLUMNS = 32, TILE = COLUMNS * D };
     enum { SHARED_BYTES = (QUERIES * D + 2 * FLASHMOBA_TERMS * TILE) * sizeof(floatX) };
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
@@ -219,7 +208,7 @@ __global__ void __launch_bounds__(FlashmobaRouteShape<D>::THREADS, EACH <= 4 ? 2
     auto load = [&](int tile) {
         if (tile < tiles)
             for (int term = 0; term < FLASHMOBA_TERMS; term++)
-                load_rows<D>(ring + (tile % 2 * FLASHMOBA_TERMS + term) * TILE,
+                load_tile<D>(ring + (tile % 2 * FLASHMOBA_TERMS + term) * TILE,
                              neighbours(of_head + (size_t)term * B * blocks * G * D, G * D,
                                         (tiles - 1 - tile) * COLUMNS, blocks),
                              COLUMNS);
@@ -227,7 +216,7 @@ __global__ void __launch_bounds__(FlashmobaRouteShape<D>::THREADS, EACH <= 4 ? 2
     };
 
     if (tiles > 0)
-        load_rows<D>(q_tile, neighbours(qkv + (size_t)b * T * stride + h * D, stride, first_query, T),
+        load_tile<D>(q_tile, neighbours(qkv + (size_t)b * T * stride + h * D, stride, first_query, T),
                      QUERIES);
     load(0);
     const int lane = lane_of_warp(), warp_row = warp_of_block() * 16;
@@ -367,7 +356,7 @@ static __global__ void flashmoba_scan_tiles_kernel(FlashmobaLists x) {
 // Work items of a list. At least one, because the gradients of a block that no query selected are written,
 // too.
 static __device__ __forceinline__ int flashmoba_items(int entries) {
-    return max(1, (entries + FLASHMOBA_ITEM - 1) / FLASHMOBA_ITEM);
+    return max(1, ceil_div(entries, FLASHMOBA_ITEM));
 }
 
 // Prefix sums of entries and work items over the key blocks of one head. Each thread adds up its neighbouring
@@ -375,7 +364,7 @@ static __device__ __forceinline__ int flashmoba_items(int entries) {
 enum { FLASHMOBA_SCAN_THREADS = 256 };
 static __global__ void flashmoba_scan_blocks_kernel(FlashmobaLists x) {
     __shared__ int2 sums[FLASHMOBA_SCAN_THREADS + 1]; // entries, items
-    const int head = blockIdx.x, each = (x.blocks + FLASHMOBA_SCAN_THREADS - 1) / FLASHMOBA_SCAN_THREADS;
+    const int head = blockIdx.x, each = ceil_div(x.blocks, FLASHMOBA_SCAN_THREADS);
     const int first = min(x.blocks, (int)threadIdx.x * each), end = min(x.blocks, first + each);
     const int* totals = x.totals + (size_t)head * x.blocks;
     int2 sum = make_int2(0, 0);
@@ -423,9 +412,9 @@ static __global__ void flashmoba_fill_kernel(FlashmobaLists x) {
         return choice == 0 ? (first + query) >> S_log2 : selected[query * (x.K - 1) + choice - 1];
     };
     int next = block_of(lane);
-    for (int done = 0; done < queries << places_log2; done += 32) {
+    for (int done = 0; done < queries << places_log2; done += WARP) {
         const int place = done + lane, block = next;
-        next = block_of(place + 32); // this load is in flight while the current entry is written
+        next = block_of(place + WARP); // this load is in flight while the current entry is written
         const unsigned same = __match_any_sync(ALL_LANES, block), before = same & ((1u << lane) - 1);
         const int counted = block >= 0 ? counts[block] : 0;
         if (block >= 0)
@@ -508,7 +497,7 @@ __device__ __forceinline__ GatheredRows<Element> gathered(Element* memory, int s
 // before its first copy: the compiler must assume that a copy writes to any memory, so it moves no read ahead
 // of a copy.
 template <int ROWS, int D, int THREADS, typename Element>
-__device__ __forceinline__ void load_gathered(floatX* tile, const GatheredRows<Element>& rows) {
+__device__ __forceinline__ void load_tile(floatX* tile, const GatheredRows<Element>& rows) {
     constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS, EACH = ROWS / STEP;
     static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a thread copies a column of every STEP-th row");
     const int thread = compute_here(threadIdx.x), first = thread / CHUNKS, column = thread % CHUNKS * CHUNK;
@@ -563,7 +552,7 @@ template <int D> struct FlashmobaForwardShape {
 #else
     enum { M = 1 };
 #endif
-    enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { WARPS = 4, THREADS = WARP * WARPS, QUERIES = 16 * M * WARPS };
     static constexpr size_t shared_bytes(int keys) {
         return sizeof(floatX) * D * (2 * keys + 2 * QUERIES) +
                sizeof(int) * FLASHMOBA_TILES_OF_ENTRIES * QUERIES;
@@ -597,7 +586,7 @@ __global__ void __launch_bounds__(FlashmobaForwardShape<D>::THREADS, 2)
     };
     auto load = [&](int first) { // loads a tile of queries, and the entries of the tile after it
         if (first < item.count) {
-            load_gathered<QUERIES, D, shape::THREADS>(
+            load_tile<QUERIES, D, shape::THREADS>(
                 ring + first / QUERIES % 2 * QUERIES * D,
                 gathered(sequence + h * D, stride, entries_of(first), item.count - first));
             load_entries<QUERIES>(entries_of(first + QUERIES), item, first + QUERIES);
@@ -606,8 +595,8 @@ __global__ void __launch_bounds__(FlashmobaForwardShape<D>::THREADS, 2)
     };
     load_entries<QUERIES>(entries_of(0), item, 0);
     cp_async_commit();
-    load_rows<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
-    load_rows<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
+    load_tile<D>(k_tile, neighbours(k, stride, item.first_key, x.T), x.keys);
+    load_tile<D>(v_tile, neighbours(k + x.G * D, stride, item.first_key, x.T), x.keys);
     cp_async_wait<0>();
     __syncthreads(); // the first entries have arrived; keys and values arrive with the first queries
     load(0);
@@ -880,8 +869,8 @@ __global__ void __launch_bounds__(2 * FLASHMOBA_KEYS / M, M)
     const size_t sequence = flashmoba_sequence(x, head), h = flashmoba_head(x, head),
                  first_row = sequence * x.T;
     const size_t of_keys = first_row * stride + (x.H + x.kv_of_q[h]) * D;
-    load_rows<D>(k_tile, neighbours(x.qkv + of_keys, stride, item.first_key, x.T), x.keys);
-    load_rows<D>(v_tile, neighbours(x.qkv + of_keys + x.G * D, stride, item.first_key, x.T), x.keys);
+    load_tile<D>(k_tile, neighbours(x.qkv + of_keys, stride, item.first_key, x.T), x.keys);
+    load_tile<D>(v_tile, neighbours(x.qkv + of_keys + x.G * D, stride, item.first_key, x.T), x.keys);
     if (threadIdx.x == 0) {
         work->item = item, work->of_keys = of_keys;
         work->queries = x.qkv + first_row * stride + h * D;
@@ -895,7 +884,7 @@ __global__ void __launch_bounds__(2 * FLASHMOBA_KEYS / M, M)
         QueryTile* rows = rows_of(first);
         const int* entries = (const int*)rows->entries;
         if (end > 0) {
-            load_rows<D>(q_ring + first / QUERIES % 2 * TILE, gathered(work->queries, stride, entries, end),
+            load_tile<D>(q_ring + first / QUERIES % 2 * TILE, gathered(work->queries, stride, entries, end),
                          QUERIES);
             if (row < QUERIES)
                 cp_async8((float2*)rows->statistics + row, work->statistics + flashmoba_token(entries[row]),
@@ -907,13 +896,13 @@ __global__ void __launch_bounds__(2 * FLASHMOBA_KEYS / M, M)
     auto load_dout = [&](int first) {
         const int end = work->item.count - first;
         if (end > 0)
-            load_rows<D>(dout_tile, gathered(work->dout, x.H * D, (const int*)rows_of(first)->entries, end),
+            load_tile<D>(dout_tile, gathered(work->dout, x.H * D, (const int*)rows_of(first)->entries, end),
                          QUERIES);
         cp_async_commit();
     };
     load_queries(0);
     load_dout(0);
-    const int warp_row = warp_of_block() * 16 * M, warps = blockDim.x / 32;
+    const int warp_row = warp_of_block() * 16 * M, warps = blockDim.x / WARP;
     const float scale_log2 = scale * LOG2_E;
     TileRows<M, D, false> k, v;
     float dk[M][D / 8][4], dv[M][D / 8][4];
@@ -1212,7 +1201,7 @@ static inline void flashmoba_build_lists(const FlashmobaGroup* group, stream_t s
     launch(flashmoba_count_kernel, dim3((unsigned)((choices + 255) / 256), heads), 256, 0, stream, *x);
     launch(flashmoba_scan_tiles_kernel, dim3((unsigned)ceil_div(x->blocks, 128), heads), 128, 0, stream, *x);
     launch(flashmoba_scan_blocks_kernel, heads, FLASHMOBA_SCAN_THREADS, 0, stream, *x);
-    launch(flashmoba_fill_kernel, dim3((unsigned)x->tiles, heads), 32, 0, stream, *x);
+    launch(flashmoba_fill_kernel, dim3((unsigned)x->tiles, heads), WARP, 0, stream, *x);
 }
 
 static inline dim3 flashmoba_item_grid(const FlashmobaGroup* group) {
@@ -1350,15 +1339,10 @@ static inline void flashmoba_forward(floatX* out,    // (B, T, H, D)
     const MobaShape shape = {B, T, start, H, G, D, S, K};
     char* memory = (char*)workspace;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
-    if (D == 32)
-        flashmoba_forward_launch<32>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
-                                     stream);
-    if (D == 64)
-        flashmoba_forward_launch<64>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
-                                     stream);
-    if (D == 128)
-        flashmoba_forward_launch<128>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
-                                      stream);
+    for_head_dim(D, [&](auto head_dim) {
+        flashmoba_forward_launch<head_dim>(out, lse, selected, centroids, qkv, kv_of_q, memory, &shape, noise,
+                                           stream);
+    });
 }
 
 // Writes every element of dqkv. A KV head that no query head reads gets exact zeros.
@@ -1374,12 +1358,10 @@ static inline void flashmoba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
     const MobaShape shape = {B, T, 0, H, G, D, S, K};
     char* memory = (char*)workspace;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
-    if (D == 32)
-        flashmoba_backward_launch<32>(dqkv, dout, out, lse, selected, qkv, kv_of_q, memory, &shape, stream);
-    if (D == 64)
-        flashmoba_backward_launch<64>(dqkv, dout, out, lse, selected, qkv, kv_of_q, memory, &shape, stream);
-    if (D == 128)
-        flashmoba_backward_launch<128>(dqkv, dout, out, lse, selected, qkv, kv_of_q, memory, &shape, stream);
+    for_head_dim(D, [&](auto head_dim) {
+        flashmoba_backward_launch<head_dim>(dqkv, dout, out, lse, selected, qkv, kv_of_q, memory, &shape,
+                                            stream);
+    });
 }
 
 #endif

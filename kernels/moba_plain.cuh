@@ -34,7 +34,7 @@ enum { MOBA_KEYS = 64 };
 #else
 enum { MOBA_KEYS = 32 };
 #endif
-enum { MOBA_WARPS = 4, MOBA_THREADS = 32 * MOBA_WARPS, MOBA_QUERIES = 16 * MOBA_WARPS };
+enum { MOBA_WARPS = 4, MOBA_THREADS = WARP * MOBA_WARPS, MOBA_QUERIES = 16 * MOBA_WARPS };
 enum { MOBA_COLUMNS = 16 }; // keys of one product
 // Thread blocks that share the pairs of one key block.
 enum { MOBA_SHARES = 8 };
@@ -95,7 +95,7 @@ __global__ void moba_scores_kernel(float* scores,          // (B, H, T, blocks)
 
 // The highest rank of all lanes of a warp.
 static __device__ __forceinline__ MobaRank moba_highest(MobaRank rank) {
-    for (int other = 16; other > 0; other /= 2) {
+    for (int other = WARP / 2; other > 0; other /= 2) {
         const MobaRank theirs = __shfl_xor_sync(ALL_LANES, rank, other);
         rank = theirs > rank ? theirs : rank;
     }
@@ -115,7 +115,7 @@ static __global__ void moba_select_kernel(int* selected, // (B, H, T, K-1)
     MobaRank lowest = ~0ull;
     for (int taken = 0; taken < most; taken++) {
         MobaRank best = 0;
-        for (int block = lane; block < eligible; block += 32) {
+        for (int block = lane; block < eligible; block += WARP) {
             const MobaRank candidate = rank(block);
             if (candidate < lowest && candidate > best) best = candidate;
         }
@@ -124,14 +124,14 @@ static __global__ void moba_select_kernel(int* selected, // (B, H, T, K-1)
         lowest = best;
     }
     int written = 0;
-    for (int newest = eligible - 1; newest >= 0; newest -= 32) {
+    for (int newest = eligible - 1; newest >= 0; newest -= WARP) {
         const int block = newest - lane;
         const bool is_selected = block >= 0 && rank(block) >= lowest;
         const unsigned lanes = __ballot_sync(ALL_LANES, is_selected);
         if (is_selected) selected[row * most + written + __popc(lanes & ((1u << lane) - 1))] = block;
         written += __popc(lanes);
     }
-    for (int choice = written + lane; choice < most; choice += 32) selected[row * most + choice] = -1;
+    for (int choice = written + lane; choice < most; choice += WARP) selected[row * most + choice] = -1;
 }
 
 // ----------------------------------------------------------------------------
@@ -165,7 +165,7 @@ static __global__ void moba_fill_kernel(MobaPairs x) {
     const int block = blockIdx.x, lane = lane_of_warp();
     const unsigned char* choices = x.choices + (head * x.blocks + block) * x.T;
     int pair = x.begins[head * (x.blocks + 1) + block];
-    for (int first = 0; first < x.T; first += 32) {
+    for (int first = 0; first < x.T; first += WARP) {
         const int t = first + lane, choice = t < x.T ? choices[t] : 0;
         const unsigned lanes = __ballot_sync(ALL_LANES, choice > 0);
         const int own = pair + __popc(lanes & ((1u << lane) - 1));
@@ -246,11 +246,11 @@ __global__ void __launch_bounds__(MOBA_THREADS)
         softmax.begin();
         clear(sum);
         __syncthreads(); // no thread uses the previous queries any more
-        load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), MOBA_QUERIES);
+        load_tile<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), MOBA_QUERIES);
         for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
             __syncthreads(); // no thread uses the previous keys and values any more
-            load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
-            load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
+            load_tile<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
+            load_tile<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
@@ -358,8 +358,8 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS)
     float dk[1][D / 8][4], dv[1][D / 8][4];
     clear(dk);
     clear(dv);
-    load_rows<D>(k_tile, neighbours(x.qkv + of_group, stride, first_key, x.T), x.keys);
-    load_rows<D>(v_tile, neighbours(x.qkv + of_group + x.G * D, stride, first_key, x.T), x.keys);
+    load_tile<D>(k_tile, neighbours(x.qkv + of_group, stride, first_key, x.T), x.keys);
+    load_tile<D>(v_tile, neighbours(x.qkv + of_group + x.G * D, stride, first_key, x.T), x.keys);
     cp_async_commit();
     k.take(k_tile, warp_row), v.take(v_tile, warp_row);
     for (int turn = 2 * first_head; turn < 2 * end_head; turn++) {
@@ -372,8 +372,8 @@ __global__ void __launch_bounds__(2 * MOBA_KEYS)
             own ? dout + ((size_t)b * x.T * x.H + h) * D : x.gradients + head * x.most * D;
         for (int query = rows.first; query < rows.end; query += QUERIES) {
             __syncthreads(); // no thread uses the previous tile any more
-            load_rows<D>(q_tile, neighbours(queries, own ? stride : D, query, rows.end), QUERIES);
-            load_rows<D>(dout_tile, neighbours(gradients, own ? x.H * D : D, query, rows.end), QUERIES);
+            load_tile<D>(q_tile, neighbours(queries, own ? stride : D, query, rows.end), QUERIES);
+            load_tile<D>(dout_tile, neighbours(gradients, own ? x.H * D : D, query, rows.end), QUERIES);
             for (int row = threadIdx.x; row < QUERIES; row += blockDim.x) {
                 of_rows[row] = make_float2(INFINITY, 0); // a row that does not exist has no probability
                 if (query + row < rows.end)
@@ -448,12 +448,12 @@ __global__ void __launch_bounds__(MOBA_THREADS)
         q.take(q_tile, warp_row), gradient.take(dout_tile, warp_row);
         clear(sum);
         __syncthreads(); // no thread uses the previous queries any more
-        load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), MOBA_QUERIES);
-        load_rows<D>(dout_tile, neighbours(gradients, OWN ? x.H * D : D, query, rows.end), MOBA_QUERIES);
+        load_tile<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), MOBA_QUERIES);
+        load_tile<D>(dout_tile, neighbours(gradients, OWN ? x.H * D : D, query, rows.end), MOBA_QUERIES);
         for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
             __syncthreads(); // no thread uses the previous keys and values any more
-            load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
-            load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
+            load_tile<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
+            load_tile<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
@@ -556,8 +556,7 @@ static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, 
 
 // Grid of the copies and merges: one thread for every 16 bytes of `rows` rows.
 template <int D> static inline dim3 moba_copy_grid(size_t rows, int heads) {
-    const size_t rows_of_block = MOBA_COPY_THREADS / (D / CHUNK);
-    return dim3((unsigned)((rows + rows_of_block - 1) / rows_of_block), (unsigned)heads);
+    return dim3((unsigned)ceil_div(rows, MOBA_COPY_THREADS / (D / CHUNK)), (unsigned)heads);
 }
 
 // Whether any query can have a pair.
@@ -570,8 +569,8 @@ template <int D> static inline void moba_pair_up(const MobaPairs* x, stream_t st
     device_zero(x->choices, (size_t)heads * x->blocks * x->T, stream);
     device_zero(x->begins, sizeof(int) * heads * (x->blocks + 1), stream);
     launch(moba_mark_kernel, dim3(flat_grid(choices, 1).x, (unsigned)heads), FLAT_BLOCK, 0, stream, *x);
-    launch(moba_scan_kernel, ceil_div(heads, 32), 32, 0, stream, *x);
-    launch(moba_fill_kernel, dim3((unsigned)x->blocks, (unsigned)heads), 32, 0, stream, *x);
+    launch(moba_scan_kernel, ceil_div(heads, WARP), WARP, 0, stream, *x);
+    launch(moba_fill_kernel, dim3((unsigned)x->blocks, (unsigned)heads), WARP, 0, stream, *x);
     launch(moba_gather_kernel<D>, moba_copy_grid<D>(x->most, heads), MOBA_COPY_THREADS, 0, stream, x->queries,
            x->qkv, x->H + 2 * x->G, *x);
 }
@@ -653,9 +652,9 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
     moba_lay_out(&w, (char*)workspace, &shape, 0);
     w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
-    if (D == 32) moba_forward_launch<32>(out, lse, selected, centroids, &w, noise, stream);
-    if (D == 64) moba_forward_launch<64>(out, lse, selected, centroids, &w, noise, stream);
-    if (D == 128) moba_forward_launch<128>(out, lse, selected, centroids, &w, noise, stream);
+    for_head_dim(D, [&](auto head_dim) {
+        moba_forward_launch<head_dim>(out, lse, selected, centroids, &w, noise, stream);
+    });
 }
 
 // Writes every element of dqkv. A KV head that no query head reads gets exact zeros.
@@ -673,9 +672,7 @@ static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
     moba_lay_out(&w, (char*)workspace, &shape, 1);
     w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
-    if (D == 32) moba_backward_launch<32>(dqkv, dout, out, lse, &w, stream);
-    if (D == 64) moba_backward_launch<64>(dqkv, dout, out, lse, &w, stream);
-    if (D == 128) moba_backward_launch<128>(dqkv, dout, out, lse, &w, stream);
+    for_head_dim(D, [&](auto head_dim) { moba_backward_launch<head_dim>(dqkv, dout, out, lse, &w, stream); });
 }
 
 #endif

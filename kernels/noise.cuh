@@ -46,7 +46,7 @@ __device__ inline float noise_normal(uint64_t seed, uint64_t draws, uint64_t ele
 
 // The sum over the LANES neighbouring lanes that hold a row.
 template <int LANES> __device__ inline float neighbours_sum(float value) {
-    for (int other = LANES / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+    for (int other = LANES / 2; other > 0; other /= 2) value += __shfl_xor_sync(ALL_LANES, value, other);
     return value;
 }
 

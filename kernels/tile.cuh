@@ -22,17 +22,12 @@ router's two bf16 terms of a centroid (moba.cuh).
 #ifndef KERNELS_TILE_CUH
 #define KERNELS_TILE_CUH
 
-// __global__ and all else of CUDA, SHARED_MEMORY
-#include "kernels/launch.cuh"
 // ldmatrix, mma, cp.async
 #include "kernels/ptx.cuh"
+// WARP, ALL_LANES, lane_of_warp, warp_of_block
+#include "kernels/threads.cuh"
 // floatX
 #include "runtime/precision.h"
-
-#define ALL_LANES 0xffffffffu
-
-static __device__ __forceinline__ unsigned lane_of_warp(void) { return threadIdx.x % 32; }
-static __device__ __forceinline__ int warp_of_block(void) { return threadIdx.x / 32; }
 
 // ----------------------------------------------------------------------------
 // Shared memory
@@ -78,7 +73,8 @@ __device__ __forceinline__ NeighbourRows<Element> neighbours(Element* memory, in
     return rows;
 }
 
-// Starts asynchronous copies of ROWS rows into a tile, by THREADS threads. Rows that do not exist become 0.
+// load_tile() starts asynchronous copies of rows into a tile. Rows that do not exist become 0. This one copies
+// ROWS rows, by THREADS threads.
 template <int ROWS, int D, int THREADS, typename Rows>
 __device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows) {
     constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS; // rows at a time
@@ -90,6 +86,16 @@ __device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows) {
 #pragma unroll
     for (unsigned row = 0; row < ROWS; row += STEP)
         cp_async16(tile + tile_offset<D>(first + row, column), own.at(row) + column, own.has(row));
+}
+
+// For a number of rows that is known at run time, by all threads of the block.
+template <int D, typename Rows>
+__device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows, int count) {
+    constexpr int CHUNKS = D / CHUNK;
+    const int thread = compute_here(threadIdx.x), step = blockDim.x / CHUNKS;
+    const int column = thread % CHUNKS * CHUNK;
+    for (int row = thread / CHUNKS; row < count; row += step)
+        cp_async16(tile + tile_offset<D>(row, column), rows.at(row) + column, rows.has(row));
 }
 
 // ----------------------------------------------------------------------------
@@ -411,8 +417,8 @@ __device__ __forceinline__ void store_columns(const Rows& rows, floatX* tile, in
                            sum[m][c][2 * half], sum[m][c][2 * half + 1]);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
-        const unsigned chunk = i * 32 + lane, row = first_row + chunk / CHUNKS,
+    for (int i = 0; i < 16 * M * CHUNKS / WARP; i++) {
+        const unsigned chunk = i * WARP + lane, row = first_row + chunk / CHUNKS,
                        column = first_column + chunk % CHUNKS * CHUNK;
         if (rows.has(row)) {
             *(uint4*)(rows.at(row) + column) = *(const uint4*)(tile + tile_offset<D>(row, column));

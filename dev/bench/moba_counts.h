@@ -410,9 +410,7 @@ static inline void count_work_of(Work works[NUM_STAGES], const MobaShape* s, con
 // map is the uniform map.
 static inline void count_work(Work works[NUM_STAGES], const MobaShape* s, const int* kv_of_q,
                               const int* selected, int drawn) {
-    if (s->D == 32) count_work_of<32>(works, s, kv_of_q, selected, drawn);
-    if (s->D == 64) count_work_of<64>(works, s, kv_of_q, selected, drawn);
-    if (s->D == 128) count_work_of<128>(works, s, kv_of_q, selected, drawn);
+    for_head_dim(s->D, [&](auto head_dim) { count_work_of<head_dim>(works, s, kv_of_q, selected, drawn); });
 }
 
 // ----------------------------------------------------------------------------

@@ -43,6 +43,7 @@ FILES = {
     "gqa.cuh": [("test_gqa", [None])],
     "moba.cuh": [("test_moba_kernels", [None])],
     "kernels/tile.cuh": [("test_gqa", [None]), ("test_moba_kernels", [None])],
+    "kernels/threads.cuh": [("test_kernels", ["rmsnorm_*", None]), ("test_gqa", [None])],
     "kernels/vector.cuh": [("test_kernels", ["rmsnorm_*", None])],
     "kernels/embedding.cuh": [("test_kernels", ["embedding_*"])],
     "kernels/rmsnorm.cuh": [("test_kernels", ["*rmsnorm_*"])],
