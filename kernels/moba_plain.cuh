@@ -25,8 +25,8 @@ Bytes: docs/results/kernels.md.
 #ifndef KERNELS_MOBA_PLAIN_CUH
 #define KERNELS_MOBA_PLAIN_CUH
 
-// MobaRank, load_rows, moba_supports, moba_take
-#include "moba.cuh"
+// MobaShape, MobaRank, moba_supports, moba_take
+#include "kernels/moba_shape.cuh"
 
 // Most keys that are in shared memory at one time.
 #if defined(PRECISION_BF16)

@@ -9,7 +9,7 @@ z comes from the same random bits as on the CPU. It is computed from them in fp3
 
 Cost: 2 bytes of bf16 for each element, and the arithmetic of each random number (ten rounds of Philox, a
 logarithm, a cosine), which takes longer. Dense attention has enough registers for it (gqa.cuh). The merge of
-moba.cuh takes ten more, so it has a variant without noise.
+flashmoba takes ten more, so it has a variant without noise.
 */
 #ifndef KERNELS_NOISE_CUH
 #define KERNELS_NOISE_CUH

@@ -17,7 +17,7 @@ one without leaving the registers (Dao, FlashAttention-2, arXiv 2307.08691, sect
 
 The bf16 build multiplies on the tensor cores and accumulates in fp32. The fp32 build has the same functions
 with plain multiplications, for checking. The kernels that use them differ only in tile sizes, and in the
-router's two bf16 terms of a centroid (moba.cuh).
+router's two bf16 terms of a centroid (kernels/flashmoba/router.cuh).
 */
 #ifndef KERNELS_TILE_CUH
 #define KERNELS_TILE_CUH
@@ -73,8 +73,8 @@ __device__ __forceinline__ NeighbourRows<Element> neighbours(Element* memory, in
     return rows;
 }
 
-// load_tile() starts asynchronous copies of rows into a tile. Rows that do not exist become 0. This one copies
-// ROWS rows, by THREADS threads.
+// load_tile() starts asynchronous copies of rows into a tile. Rows that do not exist become 0. This one
+// copies ROWS rows, by THREADS threads.
 template <int ROWS, int D, int THREADS, typename Rows>
 __device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows) {
     constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS; // rows at a time

@@ -424,7 +424,7 @@ static void test_lists(void** state) {
         const FlashmobaGroup group = flashmoba_first_group(memory, &s, &size, selected, NULL, NULL, 0);
         const FlashmobaLists* x = &group.lists;
         assert_int_equal(group.heads, heads);
-        flashmoba_build_lists(&group, 0);
+        flashmoba_build_lists(x, 0);
         int* begins = download_ints(x->begins, (size_t)heads * (x->blocks + 1));
         int* entries = download_ints(x->entries, (size_t)heads * x->queries * s.K);
         for (int head = 0; head < heads; head++) {

@@ -7,7 +7,7 @@ and the least work of any kernels. It needs no GPU and no emulator, so it can co
     count_work(works, &shape, NULL, selected, 1);
     Floors floors = count_floors(&shape, selected, 1);
 
-Each formula below follows one kernel of moba.cuh, with the tile sizes of the compiled kernel and the groups
+Each formula below follows one kernel of flashmoba, with the tile sizes of the compiled kernel and the groups
 of heads of flashmoba_first_group() and flashmoba_next_group(). test/test_moba_counts.cu compares the results with the
 emulator's counters (dev/simt/counters.h), exactly. The emulator counts the bytes of rows, and of list entries
 and statistics that cp.async copies. It does not count other single words (indices, lse, sums that go from
@@ -417,8 +417,8 @@ static inline void count_work(Work works[NUM_STAGES], const MobaShape* s, const 
 // Floors
 
 // Least bytes of one call. Each selected block of a query needs the query read, and a partial (a row and its
-// lse) written. Each work item of FLASHMOBA_ITEM queries needs its keys and values once. With e bytes a number, n
-// blocks, and the centroids read once for every 128 queries, a query head needs:
+// lse) written. Each work item of FLASHMOBA_ITEM queries needs its keys and values once. With e bytes a number,
+// n blocks, and the centroids read once for every 128 queries, a query head needs:
 //     router      eTD + (T/128)(n/2) eD + 2T(K-1)
 //     forward     T(K-1)(2eD + 4) + items * 2eSD
 //     merge       T(K-1)(eD + 4) + 4eTD          with the queries, keys and values of the own block, and the output
