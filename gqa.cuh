@@ -24,6 +24,7 @@ the clocks and the predicted speed.
 #define GQA_CUH
 
 #include <math.h>
+#include <type_traits>
 // stream_t
 #include "kernels/device.cuh"
 // AttentionNoise, noise_row
@@ -37,6 +38,16 @@ the clocks and the predicted speed.
 static inline int attention_supports_head_dim(int D) { return D == 32 || D == 64 || D == 128; }
 
 static inline void attention_refuse(int D) { fail("head dimension %d: on this device 32, 64 or 128", D); }
+
+// Calls operation(head_dim), where head_dim is D as a constant of the compiler.
+//
+//     for_head_dim(D, [&](auto head_dim) { attention_forward_launch<head_dim>(out, lse, ...); });
+template <typename Operation> static inline void for_head_dim(int D, Operation operation) {
+    if (D == 32) operation(std::integral_constant<int, 32>());
+    else if (D == 64) operation(std::integral_constant<int, 64>());
+    else if (D == 128) operation(std::integral_constant<int, 128>());
+    else attention_refuse(D);
+}
 
 static inline float attention_scale(int D) { return (float)(1 / sqrt((double)D)); }
 
@@ -77,13 +88,13 @@ __device__ __forceinline__ void hide_scores(float (&scores)[M][N][4], int query,
 // ----------------------------------------------------------------------------
 // Forward
 
-template <int D> struct attention_forward_shape {
+template <int D> struct AttentionForwardShape {
 #if defined(PRECISION_BF16)
     enum { M = 2, KEYS = D <= 64 ? 64 : 48, SLOTS = 4, BLOCKS = 2 };
 #else
     enum { M = 1, KEYS = 32, SLOTS = 2, BLOCKS = 1 };
 #endif
-    enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { IN_REGISTERS = D <= 64, WARPS = 4, THREADS = WARP * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (QUERIES + SLOTS * KEYS) * D * sizeof(floatX) };
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
@@ -96,8 +107,8 @@ __device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX
                                                   size_t first, int stride, const NoisedRows& noise) {
     constexpr int CHUNKS = D / CHUNK;
 #pragma unroll 1
-    for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
-        const unsigned chunk = i * 32 + lane_of_warp(), row = first_row + chunk / CHUNKS,
+    for (int i = 0; i < 16 * M * CHUNKS / WARP; i++) {
+        const unsigned chunk = i * WARP + lane_of_warp(), row = first_row + chunk / CHUNKS,
                        column = chunk % CHUNKS * CHUNK;
         const Values<CHUNK> own = load<CHUNK>(tile + tile_offset<D>(row, column));
         const Values<CHUNK> noised = noise_row<D>(own, first + (size_t)row * stride, column, noise);
@@ -109,13 +120,13 @@ __device__ __forceinline__ void store_noised_rows(const Rows& rows, const floatX
 // share a ring of SLOTS slots: tile 2j is the j-th tile of the keys, tile 2j + 1 that of the values.
 // While one tile is in use, SLOTS - 1 tiles are in flight.
 template <int D>
-__global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention_forward_shape<D>::BLOCKS)
+__global__ void __launch_bounds__(AttentionForwardShape<D>::THREADS, AttentionForwardShape<D>::BLOCKS)
     attention_forward_kernel(floatX* out,        // (B, T, H, D)
                              float* lse,         // (B, H, T)
                              const floatX* qkv,  // (B, T, H + 2G, D)
                              const int* kv_of_q, // (H)
                              int T, int start, int H, int G, int window, float scale_log2, NoisedRows noise) {
-    typedef attention_forward_shape<D> shape;
+    typedef AttentionForwardShape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES, SLOTS = shape::SLOTS;
     SHARED_MEMORY(floatX, shared);
     floatX* q_tile = shared;
@@ -142,8 +153,8 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
 
     const int lane = lane_of_warp(), warp_row = warp_of_block() * 16 * M;
     const int warp_query = first_query + warp_row;
-    tile_rows<M, D, shape::IN_REGISTERS> q;
-    running_softmax<M> softmax;
+    TileRows<M, D, shape::IN_REGISTERS> q;
+    RunningSoftmax<M> softmax;
     float sum[M][D / 8][4], scores[M][KEYS / 8][4];
     softmax.begin();
     clear(sum);
@@ -194,24 +205,24 @@ __global__ void __launch_bounds__(attention_forward_shape<D>::THREADS, attention
 // ----------------------------------------------------------------------------
 // Backward
 
-template <int D> struct attention_backward_keys_shape {
+template <int D> struct AttentionBackwardKeysShape {
 #if defined(PRECISION_BF16)
     enum { M = D <= 64 ? 2 : 1, WARPS = D <= 64 ? 4 : 8, QUERIES = 32, BLOCKS = D <= 64 ? 2 : 1 };
 #else
     enum { M = 1, WARPS = 4, QUERIES = D <= 64 ? 32 : 16, BLOCKS = 1 };
 #endif
-    enum { THREADS = 32 * WARPS, KEYS = 16 * M * WARPS };
+    enum { THREADS = WARP * WARPS, KEYS = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * KEYS + 4 * QUERIES) * D * sizeof(floatX) + 2 * QUERIES * sizeof(float2) };
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
 
-template <int D> struct attention_backward_queries_shape {
+template <int D> struct AttentionBackwardQueriesShape {
 #if defined(PRECISION_BF16)
     enum { M = 2, KEYS = D <= 64 ? 64 : 32, COLUMNS = 32, IN_REGISTERS = D <= 64, BLOCKS = 2 };
 #else
     enum { M = 1, KEYS = D <= 64 ? 32 : 16, COLUMNS = 16, IN_REGISTERS = 0, BLOCKS = 1 };
 #endif
-    enum { WARPS = 4, THREADS = 32 * WARPS, QUERIES = 16 * M * WARPS };
+    enum { WARPS = 4, THREADS = WARP * WARPS, QUERIES = 16 * M * WARPS };
     enum { SHARED_BYTES = (2 * QUERIES + 4 * KEYS) * D * sizeof(floatX) + QUERIES * sizeof(float2) };
     static_assert(SHARED_BYTES <= MOST_SHARED_BYTES, "more than sm_86 has");
 };
@@ -220,9 +231,7 @@ template <int D> struct attention_backward_queries_shape {
 // number of rows is padded to a multiple of ATTENTION_ROWS, so that all tiles are whole. Rows beyond T are 0,
 // as are their queries and gradients, so they add nothing to dk and dv.
 enum { ATTENTION_ROWS = 128 };
-static inline int attention_padded(int T) {
-    return (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS * ATTENTION_ROWS;
-}
+static inline int attention_padded(int T) { return ceil_div(T, ATTENTION_ROWS) * ATTENTION_ROWS; }
 
 // delta = sum over d of dout * out. The gradient of the softmax subtracts it from the gradient of each
 // probability of the row. LANES neighbouring lanes share a row.
@@ -260,7 +269,7 @@ __global__ void __launch_bounds__(STATISTICS_THREADS)
 // same number, so that values derived from it take no registers of every thread.
 static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_q, int H) {
     int heads = 0;
-    for (int h = 0; h < H; h += 32) {
+    for (int h = 0; h < H; h += WARP) {
         const int kv = h + (int)lane_of_warp() < H ? kv_of_q[h + lane_of_warp()] : g;
         heads += __popc(__ballot_sync(ALL_LANES, kv < g));
     }
@@ -272,15 +281,15 @@ static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_
 // probabilities and gradients of scores are the left operands of the next products. Tiles of queries, with
 // their gradients and statistics, are loaded one tile ahead. A KV head that no query head reads gets zeros.
 template <int D>
-__global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
-                                  attention_backward_keys_shape<D>::BLOCKS)
+__global__ void __launch_bounds__(AttentionBackwardKeysShape<D>::THREADS,
+                                  AttentionBackwardKeysShape<D>::BLOCKS)
     attention_backward_keys_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
                                    const floatX* dout,       // (B, T, H, D)
                                    const floatX* qkv,        // (B, T, H + 2G, D)
                                    const float2* statistics, // (B, H, padded)
                                    const int* kv_of_q,       // (H)
                                    int T, int padded, int H, int G, int window, float scale) {
-    typedef attention_backward_keys_shape<D> shape;
+    typedef AttentionBackwardKeysShape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES;
     constexpr int TILE = QUERIES * D;
     SHARED_MEMORY(floatX, shared);
@@ -308,7 +317,7 @@ __global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
 
     const int warp_row = warp_of_block() * 16 * M, warp_key = first_key + warp_row;
     const float scale_log2 = scale * LOG2_E;
-    tile_rows<M, D, false> k, v;
+    TileRows<M, D, false> k, v;
     float dk[M][D / 8][4], dv[M][D / 8][4];
     clear(dk);
     clear(dv);
@@ -375,15 +384,15 @@ __global__ void __launch_bounds__(attention_backward_keys_shape<D>::THREADS,
 // One thread block computes dq of QUERIES queries of one head, from all the keys that they see. A warp
 // computes 16M queries. Tiles of keys and values are loaded one tile ahead.
 template <int D>
-__global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
-                                  attention_backward_queries_shape<D>::BLOCKS)
+__global__ void __launch_bounds__(AttentionBackwardQueriesShape<D>::THREADS,
+                                  AttentionBackwardQueriesShape<D>::BLOCKS)
     attention_backward_queries_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
                                       const floatX* dout,       // (B, T, H, D)
                                       const floatX* qkv,        // (B, T, H + 2G, D)
                                       const float2* statistics, // (B, H, padded)
                                       const int* kv_of_q,       // (H)
                                       int T, int padded, int H, int G, int window, float scale) {
-    typedef attention_backward_queries_shape<D> shape;
+    typedef AttentionBackwardQueriesShape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, QUERIES = shape::QUERIES, COLUMNS = shape::COLUMNS;
     constexpr int TILE = KEYS * D;
     SHARED_MEMORY(floatX, shared);
@@ -415,7 +424,7 @@ __global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
 
     const int warp_row = warp_of_block() * 16 * M, warp_query = first_query + warp_row;
     const float scale_log2 = scale * LOG2_E;
-    tile_rows<M, D, shape::IN_REGISTERS> q, gradient;
+    TileRows<M, D, shape::IN_REGISTERS> q, gradient;
     float dq[M][D / 8][4];
     clear(dq);
     cp_async_wait<0>();
@@ -467,14 +476,14 @@ __global__ void __launch_bounds__(attention_backward_queries_shape<D>::THREADS,
 // The operations
 
 static inline dim3 attention_grid(int rows, int rows_of_block, int heads, int B) {
-    return dim3((rows + rows_of_block - 1) / rows_of_block, heads, B);
+    return dim3(ceil_div(rows, rows_of_block), heads, B);
 }
 
 template <int D>
 static inline void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, const int* kv_of_q,
                                             int B, int T, int start, int H, int G, int window,
                                             const AttentionNoise* noise, stream_t stream) {
-    typedef attention_forward_shape<D> shape;
+    typedef AttentionForwardShape<D> shape;
     launch(attention_forward_kernel<D>, attention_grid(T - start, shape::QUERIES, H, B), shape::THREADS,
            shape::SHARED_BYTES, stream, out, lse, qkv, kv_of_q, T, start, H, G, window,
            attention_scale(D) * LOG2_E, noised_rows(noise, T, H));
@@ -485,8 +494,8 @@ static inline void attention_backward_launch(floatX* dqkv, const floatX* dout, c
                                              const float* lse, const floatX* qkv, const int* kv_of_q,
                                              float2* statistics, int B, int T, int H, int G, int window,
                                              stream_t stream) {
-    typedef attention_backward_keys_shape<D> keys;
-    typedef attention_backward_queries_shape<D> queries;
+    typedef AttentionBackwardKeysShape<D> keys;
+    typedef AttentionBackwardQueriesShape<D> queries;
     const int padded = attention_padded(T);
     const float scale = attention_scale(D);
     launch(attention_statistics_kernel<D>, attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), H, B),
@@ -522,19 +531,9 @@ static inline void attention_forward(floatX* out,    // (B, T, H, D)
                                      int window, const AttentionNoise* noise, stream_t stream) {
     (void)workspace;
     window = attention_window(window, T);
-    switch (D) {
-    case 32:
-        attention_forward_launch<32>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
-        break;
-    case 64:
-        attention_forward_launch<64>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
-        break;
-    case 128:
-        attention_forward_launch<128>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
-        break;
-    default:
-        attention_refuse(D);
-    }
+    for_head_dim(D, [&](auto head_dim) {
+        attention_forward_launch<head_dim>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
+    });
 }
 
 // Writes every element of dqkv. The workspace has attention_backward_workspace() bytes and needs no initial
@@ -549,19 +548,10 @@ static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                       stream_t stream) {
     float2* rows = (float2*)workspace;
     window = attention_window(window, T);
-    switch (D) {
-    case 32:
-        attention_backward_launch<32>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
-        break;
-    case 64:
-        attention_backward_launch<64>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
-        break;
-    case 128:
-        attention_backward_launch<128>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window, stream);
-        break;
-    default:
-        attention_refuse(D);
-    }
+    for_head_dim(D, [&](auto head_dim) {
+        attention_backward_launch<head_dim>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window,
+                                            stream);
+    });
 }
 
 #endif

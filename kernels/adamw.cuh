@@ -24,9 +24,7 @@ enum { GLOBAL_NORM_CHUNK = 65536 }; // elements that a thread block adds up
 enum { GLOBAL_NORM_BLOCK = 512 };
 
 // Number of elements of `partials`, the scratch array of sum_of_squares.
-static inline size_t global_norm_partials(size_t count) {
-    return (count + GLOBAL_NORM_CHUNK - 1) / GLOBAL_NORM_CHUNK;
-}
+static inline size_t global_norm_partials(size_t count) { return ceil_div(count, GLOBAL_NORM_CHUNK); }
 
 template <int WIDTH> __global__ void squares_kernel(float* partials, const float* grads, size_t count) {
     const size_t first = (size_t)blockIdx.x * GLOBAL_NORM_CHUNK;

@@ -19,13 +19,12 @@ Cost: the launch and some thousand clocks of latency. A layer has a few hundred 
 #define KERNELS_HEADS_CUH
 
 #include "kernels/device.cuh"
+#include "kernels/threads.cuh"
 #include "runtime/allocation.h"
 
-enum { HEADS_BLOCK = 32 };
+enum { HEADS_BLOCK = WARP };
 
-static inline int heads_grid(const HeadAllocation* heads) {
-    return (heads->L + HEADS_BLOCK - 1) / HEADS_BLOCK;
-}
+static inline int heads_grid(const HeadAllocation* heads) { return ceil_div(heads->L, HEADS_BLOCK); }
 
 __global__ void heads_begin_step_kernel(HeadAllocation heads, int step) {
     const int l = (int)(blockIdx.x * HEADS_BLOCK + threadIdx.x);

@@ -25,19 +25,19 @@ Bytes: docs/results/kernels.md.
 #ifndef KERNELS_MOBA_PLAIN_CUH
 #define KERNELS_MOBA_PLAIN_CUH
 
-// moba_rank_t, load_rows, moba_supports, moba_take
-#include "moba.cuh"
+// MobaShape, MobaRank, moba_supports, moba_take
+#include "kernels/moba_shape.cuh"
 
 // Most keys that are in shared memory at one time.
 #if defined(PRECISION_BF16)
-enum { PLAIN_KEYS = 64 };
+enum { MOBA_KEYS = 64 };
 #else
-enum { PLAIN_KEYS = 32 };
+enum { MOBA_KEYS = 32 };
 #endif
-enum { PLAIN_WARPS = 4, PLAIN_THREADS = 32 * PLAIN_WARPS, PLAIN_QUERIES = 16 * PLAIN_WARPS };
-enum { PLAIN_COLUMNS = 16 }; // keys of one product
+enum { MOBA_WARPS = 4, MOBA_THREADS = WARP * MOBA_WARPS, MOBA_QUERIES = 16 * MOBA_WARPS };
+enum { MOBA_COLUMNS = 16 }; // keys of one product
 // Thread blocks that share the pairs of one key block.
-enum { PLAIN_SHARES = 8 };
+enum { MOBA_SHARES = 8 };
 
 // Sizes and arrays of one call. A pair is a query and a key block that it selected.
 typedef struct {
@@ -55,48 +55,48 @@ typedef struct {
     int* places;            // (B, H, T, K-1) index of the pair of a choice
     floatX* queries;        // (B, H, most, D) gathered queries
     floatX* gradients;      // (B, H, most, D) gathered gradients of the outputs (backward only)
-} plain_pairs_t;
+} MobaPairs;
 
 // ----------------------------------------------------------------------------
 // Scores and selection
 
-enum { PLAIN_TILE = 32, PLAIN_TILE_ROWS = 8 };
+enum { MOBA_TILE = 32, MOBA_TILE_ROWS = 8 };
 
 // A thread block computes the scores of a tile of queries with a tile of key blocks. Every score is one sum
 // in the order of d, so equal centroids give equal scores.
 template <int D>
-__global__ void plain_scores_kernel(float* scores,          // (B, H, T, blocks)
-                                    const float* centroids, // (B, blocks, G, D)
-                                    plain_pairs_t x) {
-    __shared__ float queries[PLAIN_TILE][PLAIN_TILE + 1], means[PLAIN_TILE][PLAIN_TILE + 1];
+__global__ void moba_scores_kernel(float* scores,          // (B, H, T, blocks)
+                                   const float* centroids, // (B, blocks, G, D)
+                                   MobaPairs x) {
+    __shared__ float queries[MOBA_TILE][MOBA_TILE + 1], means[MOBA_TILE][MOBA_TILE + 1];
     const int head = blockIdx.z, b = head / x.H, h = head % x.H, column = threadIdx.x;
-    const int first_block = blockIdx.x * PLAIN_TILE, first_query = x.start + blockIdx.y * PLAIN_TILE;
-    if (first_block >= (min(x.T, first_query + PLAIN_TILE) - 1) / x.S) return; // no query is past them
+    const int first_block = blockIdx.x * MOBA_TILE, first_query = x.start + blockIdx.y * MOBA_TILE;
+    if (first_block >= (min(x.T, first_query + MOBA_TILE) - 1) / x.S) return; // no query is past them
     const floatX* q = x.qkv + (size_t)b * x.T * (x.H + 2 * x.G) * D + h * D;
     const float* of_head = centroids + ((size_t)b * x.blocks * x.G + x.kv_of_q[h]) * D;
-    float sums[PLAIN_TILE / PLAIN_TILE_ROWS] = {};
-    for (int d = 0; d < D; d += PLAIN_TILE) {
+    float sums[MOBA_TILE / MOBA_TILE_ROWS] = {};
+    for (int d = 0; d < D; d += MOBA_TILE) {
         __syncthreads(); // no thread reads the previous tile any more
-        for (int row = threadIdx.y; row < PLAIN_TILE; row += PLAIN_TILE_ROWS) {
+        for (int row = threadIdx.y; row < MOBA_TILE; row += MOBA_TILE_ROWS) {
             const size_t t = min(first_query + row, x.T - 1), block = min(first_block + row, x.blocks - 1);
             queries[row][column] = to_float(q[t * (x.H + 2 * x.G) * D + d + column]);
             means[row][column] = of_head[block * x.G * D + d + column];
         }
         __syncthreads();
-        for (int i = 0; i < PLAIN_TILE; i++)
-            for (int row = threadIdx.y; row < PLAIN_TILE; row += PLAIN_TILE_ROWS)
-                sums[row / PLAIN_TILE_ROWS] += queries[row][i] * means[column][i];
+        for (int i = 0; i < MOBA_TILE; i++)
+            for (int row = threadIdx.y; row < MOBA_TILE; row += MOBA_TILE_ROWS)
+                sums[row / MOBA_TILE_ROWS] += queries[row][i] * means[column][i];
     }
-    for (int row = threadIdx.y; row < PLAIN_TILE; row += PLAIN_TILE_ROWS)
+    for (int row = threadIdx.y; row < MOBA_TILE; row += MOBA_TILE_ROWS)
         if (first_query + row < x.T && first_block + column < x.blocks)
             scores[((size_t)head * x.T + first_query + row) * x.blocks + first_block + column] =
-                sums[row / PLAIN_TILE_ROWS];
+                sums[row / MOBA_TILE_ROWS];
 }
 
 // The highest rank of all lanes of a warp.
-static __device__ __forceinline__ moba_rank_t plain_highest(moba_rank_t rank) {
-    for (int other = 16; other > 0; other /= 2) {
-        const moba_rank_t theirs = __shfl_xor_sync(ALL_LANES, rank, other);
+static __device__ __forceinline__ MobaRank moba_highest(MobaRank rank) {
+    for (int other = WARP / 2; other > 0; other /= 2) {
+        const MobaRank theirs = __shfl_xor_sync(ALL_LANES, rank, other);
         rank = theirs > rank ? theirs : rank;
     }
     return rank;
@@ -105,33 +105,33 @@ static __device__ __forceinline__ moba_rank_t plain_highest(moba_rank_t rank) {
 // Top-k selection, one warp for each query. The warp finds the highest rank, then the highest below it, and
 // so on K-1 times. All blocks that rank no lower than the last one are selected. They are written the newest
 // first, then -1.
-static __global__ void plain_select_kernel(int* selected, // (B, H, T, K-1)
-                                           const float* scores, plain_pairs_t x) {
-    const int t = x.start + blockIdx.x * PLAIN_WARPS + warp_of_block(), eligible = t / x.S;
+static __global__ void moba_select_kernel(int* selected, // (B, H, T, K-1)
+                                          const float* scores, MobaPairs x) {
+    const int t = x.start + blockIdx.x * MOBA_WARPS + warp_of_block(), eligible = t / x.S;
     if (t >= x.T) return;
     const size_t row = (size_t)blockIdx.y * x.T + t;
     const int lane = lane_of_warp(), most = x.K - 1;
     auto rank = [&](int block) { return moba_rank(scores[row * x.blocks + block], block, eligible); };
-    moba_rank_t lowest = ~0ull;
+    MobaRank lowest = ~0ull;
     for (int taken = 0; taken < most; taken++) {
-        moba_rank_t best = 0;
-        for (int block = lane; block < eligible; block += 32) {
-            const moba_rank_t candidate = rank(block);
+        MobaRank best = 0;
+        for (int block = lane; block < eligible; block += WARP) {
+            const MobaRank candidate = rank(block);
             if (candidate < lowest && candidate > best) best = candidate;
         }
-        best = plain_highest(best);
+        best = moba_highest(best);
         if (best == 0) break;
         lowest = best;
     }
     int written = 0;
-    for (int newest = eligible - 1; newest >= 0; newest -= 32) {
+    for (int newest = eligible - 1; newest >= 0; newest -= WARP) {
         const int block = newest - lane;
         const bool is_selected = block >= 0 && rank(block) >= lowest;
         const unsigned lanes = __ballot_sync(ALL_LANES, is_selected);
         if (is_selected) selected[row * most + written + __popc(lanes & ((1u << lane) - 1))] = block;
         written += __popc(lanes);
     }
-    for (int choice = written + lane; choice < most; choice += 32) selected[row * most + choice] = -1;
+    for (int choice = written + lane; choice < most; choice += WARP) selected[row * most + choice] = -1;
 }
 
 // ----------------------------------------------------------------------------
@@ -139,7 +139,7 @@ static __global__ void plain_select_kernel(int* selected, // (B, H, T, K-1)
 
 // Marks every selected block in the matrix `choices`, and counts the pairs of each block. One thread for each
 // choice.
-static __global__ void plain_mark_kernel(plain_pairs_t x) {
+static __global__ void moba_mark_kernel(MobaPairs x) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, head = blockIdx.y;
     const int t = x.start + (int)(i / (x.K - 1)), choice = (int)(i % (x.K - 1));
     if (t >= x.T) return;
@@ -151,7 +151,7 @@ static __global__ void plain_mark_kernel(plain_pairs_t x) {
 
 // Prefix sum: the number of pairs of each block becomes the index of its first pair. One thread for each
 // head.
-static __global__ void plain_scan_kernel(plain_pairs_t x) {
+static __global__ void moba_scan_kernel(MobaPairs x) {
     const int head = blockIdx.x * blockDim.x + threadIdx.x;
     if (head >= x.B * x.H) return;
     int* begins = x.begins + (size_t)head * (x.blocks + 1);
@@ -160,12 +160,12 @@ static __global__ void plain_scan_kernel(plain_pairs_t x) {
 
 // Scatter: writes the pairs of a block in the order of tokens. A warp goes through the block's row of the
 // matrix, 32 tokens at a time.
-static __global__ void plain_fill_kernel(plain_pairs_t x) {
+static __global__ void moba_fill_kernel(MobaPairs x) {
     const size_t head = blockIdx.y;
     const int block = blockIdx.x, lane = lane_of_warp();
     const unsigned char* choices = x.choices + (head * x.blocks + block) * x.T;
     int pair = x.begins[head * (x.blocks + 1) + block];
-    for (int first = 0; first < x.T; first += 32) {
+    for (int first = 0; first < x.T; first += WARP) {
         const int t = first + lane, choice = t < x.T ? choices[t] : 0;
         const unsigned lanes = __ballot_sync(ALL_LANES, choice > 0);
         const int own = pair + __popc(lanes & ((1u << lane) - 1));
@@ -177,13 +177,13 @@ static __global__ void plain_fill_kernel(plain_pairs_t x) {
 }
 
 // Copies the row of each pair's query to the place of the pair. A thread copies 16 bytes.
-enum { PLAIN_COPY_THREADS = 128 };
+enum { MOBA_COPY_THREADS = 128 };
 template <int D>
-__global__ void plain_gather_kernel(floatX* gathered,   // (B, H, most, D)
-                                    const floatX* rows, // (B, T, heads, D) reads the first H heads
-                                    int heads, plain_pairs_t x) {
+__global__ void moba_gather_kernel(floatX* gathered,   // (B, H, most, D)
+                                   const floatX* rows, // (B, T, heads, D) reads the first H heads
+                                   int heads, MobaPairs x) {
     constexpr int LANES = D / CHUNK;
-    const size_t pair = ((size_t)blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
+    const size_t pair = ((size_t)blockIdx.x * MOBA_COPY_THREADS + threadIdx.x) / LANES, head = blockIdx.y;
     const int column = threadIdx.x % LANES * CHUNK;
     if (pair >= (size_t)x.begins[head * (x.blocks + 1) + x.blocks]) return;
     const size_t token = head / x.H * x.T + x.tokens[head * x.most + pair];
@@ -197,17 +197,17 @@ __global__ void plain_gather_kernel(floatX* gathered,   // (B, H, most, D)
 
 typedef struct {
     int first, end; // rows
-} plain_rows_t;
+} MobaRows;
 
 // The block's own tokens, from x.start on.
-static __device__ __forceinline__ plain_rows_t plain_own(const plain_pairs_t& x, int block) {
-    const plain_rows_t rows = {max(x.start, block * x.S), min(x.T, (block + 1) * x.S)};
+static __device__ __forceinline__ MobaRows moba_own(const MobaPairs& x, int block) {
+    const MobaRows rows = {max(x.start, block * x.S), min(x.T, (block + 1) * x.S)};
     return rows;
 }
 
 // The pairs of a block. A last block with fewer than S keys has none.
-static __device__ __forceinline__ plain_rows_t plain_chosen(const plain_pairs_t& x, int head, int block) {
-    plain_rows_t rows = {0, 0};
+static __device__ __forceinline__ MobaRows moba_chosen(const MobaPairs& x, int head, int block) {
+    MobaRows rows = {0, 0};
     if (block < x.blocks && x.K > 1) {
         const int* begins = x.begins + (size_t)head * (x.blocks + 1) + block;
         rows.first = begins[0], rows.end = begins[1];
@@ -218,13 +218,13 @@ static __device__ __forceinline__ plain_rows_t plain_chosen(const plain_pairs_t&
 // The query tiles of one key block are divided among `shares` thread blocks. A warp computes 16 rows of a
 // tile.
 template <int D, bool OWN>
-__global__ void __launch_bounds__(PLAIN_THREADS)
-    plain_forward_kernel(floatX* out, // own tokens: (B, T, H, D), pairs: (B, H, most, D)
-                         float* lse,  // own tokens: (B, H, T), pairs: (B, H, most)
-                         plain_pairs_t x, int first_block, int shares, float scale_log2) {
+__global__ void __launch_bounds__(MOBA_THREADS)
+    moba_forward_kernel(floatX* out, // own tokens: (B, T, H, D), pairs: (B, H, most, D)
+                        float* lse,  // own tokens: (B, H, T), pairs: (B, H, most)
+                        MobaPairs x, int first_block, int shares, float scale_log2) {
     SHARED_MEMORY(floatX, shared);
     floatX* q_tile = shared;
-    floatX* k_tile = q_tile + PLAIN_QUERIES * D;
+    floatX* k_tile = q_tile + MOBA_QUERIES * D;
     floatX* v_tile = k_tile + x.keys * D;
 
     const int block = first_block + blockIdx.x / shares, share = blockIdx.x % shares, head = blockIdx.y;
@@ -234,27 +234,27 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
     const floatX* queries = OWN ? sequence + h * D : x.queries + head * x.most * D;
     floatX* of_head = OWN ? out + ((size_t)b * x.T * x.H + h) * D : out + head * x.most * D;
     float* lse_of_head = lse + head * (OWN ? x.T : x.most);
-    const plain_rows_t rows = OWN ? plain_own(x, block) : plain_chosen(x, head, block);
+    const MobaRows rows = OWN ? moba_own(x, block) : moba_chosen(x, head, block);
     const int warp_row = warp_of_block() * 16;
 
-    for (int query = rows.first + share * PLAIN_QUERIES; query < rows.end; query += shares * PLAIN_QUERIES) {
+    for (int query = rows.first + share * MOBA_QUERIES; query < rows.end; query += shares * MOBA_QUERIES) {
         const bool some = query + warp_row < rows.end;
-        tile_rows<1, D, false> q;
-        running_softmax<1> softmax;
-        float sum[1][D / 8][4], scores[1][PLAIN_COLUMNS / 8][4];
+        TileRows<1, D, false> q;
+        RunningSoftmax<1> softmax;
+        float sum[1][D / 8][4], scores[1][MOBA_COLUMNS / 8][4];
         q.take(q_tile, warp_row);
         softmax.begin();
         clear(sum);
         __syncthreads(); // no thread uses the previous queries any more
-        load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), PLAIN_QUERIES);
+        load_tile<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), MOBA_QUERIES);
         for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
             __syncthreads(); // no thread uses the previous keys and values any more
-            load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
-            load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
+            load_tile<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
+            load_tile<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
-            for (int column = 0; some && column < x.keys; column += PLAIN_COLUMNS) {
+            for (int column = 0; some && column < x.keys; column += MOBA_COLUMNS) {
                 multiply_transposed(scores, q, k_tile, column);
                 if (OWN) hide_scores(scores, query + warp_row, key + column, x.T);
                 softmax.update(scores, sum, scale_log2);
@@ -280,14 +280,14 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
 // Merges the pairs of a query into the output of its own block, in the order of its choices. A thread has 16
 // bytes of a row.
 template <int D>
-__global__ void plain_merge_kernel(floatX* out,           // (B, T, H, D) in and out
-                                   float* lse,            // (B, H, T)
-                                   const float* own_lse,  // (B, H, T)
-                                   const floatX* of_pair, // (B, H, most, D)
-                                   const float* pair_lse, // (B, H, most)
-                                   plain_pairs_t x) {
+__global__ void moba_merge_kernel(floatX* out,           // (B, T, H, D) in and out
+                                  float* lse,            // (B, H, T)
+                                  const float* own_lse,  // (B, H, T)
+                                  const floatX* of_pair, // (B, H, most, D)
+                                  const float* pair_lse, // (B, H, most)
+                                  MobaPairs x) {
     constexpr int LANES = D / CHUNK;
-    const int t = x.start + (blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES;
+    const int t = x.start + (blockIdx.x * MOBA_COPY_THREADS + threadIdx.x) / LANES;
     const int column = threadIdx.x % LANES * CHUNK;
     if (t >= x.T) return;
     const size_t head = blockIdx.y, row = head * x.T + t, first_pair = head * x.most;
@@ -315,11 +315,11 @@ __global__ void plain_merge_kernel(floatX* out,           // (B, T, H, D) in and
 // Writes rows start..T-1 of the output with pgqa's noise. A thread has 16 bytes of a row. The noise needs all
 // lanes of a warp, so threads beyond the last row repeat it and store nothing.
 template <int D>
-__global__ void plain_noise_kernel(const floatX* out, // (B, T, H, D)
-                                   plain_pairs_t x, NoisedRows noise) {
+__global__ void moba_noise_kernel(const floatX* out, // (B, T, H, D)
+                                  MobaPairs x, NoisedRows noise) {
     constexpr int LANES = D / CHUNK;
     const size_t of_sequence = (size_t)(x.T - x.start) * x.H, rows = x.B * of_sequence;
-    const size_t i = ((size_t)blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES;
+    const size_t i = ((size_t)blockIdx.x * MOBA_COPY_THREADS + threadIdx.x) / LANES;
     const size_t at = i < rows ? i : rows - 1;
     const size_t row = at / of_sequence * x.T * x.H + (size_t)x.start * x.H + at % of_sequence;
     const int column = threadIdx.x % LANES * CHUNK;
@@ -330,17 +330,17 @@ __global__ void plain_noise_kernel(const floatX* out, // (B, T, H, D)
 // ----------------------------------------------------------------------------
 // Backward
 
-enum { PLAIN_BACKWARD_QUERIES = 32 }; // queries of a tile of plain_backward_keys_kernel
+enum { MOBA_BACKWARD_QUERIES = 32 }; // queries of a tile of moba_backward_keys_kernel
 
 // One thread block computes dk and dv of x.keys keys of one KV head. For each query head of the KV head it
 // adds the block's own tokens, then its pairs. A warp owns 16 keys. The scores are transposed, as in gqa.cuh.
 template <int D>
-__global__ void __launch_bounds__(2 * PLAIN_KEYS)
-    plain_backward_keys_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
-                               const floatX* dout,       // (B, T, H, D)
-                               const float2* statistics, // (B, H, padded), as gqa.cuh has them
-                               plain_pairs_t x, int padded, float scale) {
-    constexpr int QUERIES = PLAIN_BACKWARD_QUERIES;
+__global__ void __launch_bounds__(2 * MOBA_KEYS)
+    moba_backward_keys_kernel(floatX* dqkv,             // (B, T, H + 2G, D)
+                              const floatX* dout,       // (B, T, H, D)
+                              const float2* statistics, // (B, H, padded), as gqa.cuh has them
+                              MobaPairs x, int padded, float scale) {
+    constexpr int QUERIES = MOBA_BACKWARD_QUERIES;
     SHARED_MEMORY(floatX, shared);
     floatX* k_tile = shared;
     floatX* v_tile = k_tile + x.keys * D;
@@ -354,26 +354,26 @@ __global__ void __launch_bounds__(2 * PLAIN_KEYS)
               end_head = count_heads_below(g + 1, x.kv_of_q, x.H);
     const size_t sequence = (size_t)b * x.T * stride, of_group = sequence + (x.H + g) * D;
     const float scale_log2 = scale * LOG2_E;
-    tile_rows<1, D, false> k, v;
+    TileRows<1, D, false> k, v;
     float dk[1][D / 8][4], dv[1][D / 8][4];
     clear(dk);
     clear(dv);
-    load_rows<D>(k_tile, neighbours(x.qkv + of_group, stride, first_key, x.T), x.keys);
-    load_rows<D>(v_tile, neighbours(x.qkv + of_group + x.G * D, stride, first_key, x.T), x.keys);
+    load_tile<D>(k_tile, neighbours(x.qkv + of_group, stride, first_key, x.T), x.keys);
+    load_tile<D>(v_tile, neighbours(x.qkv + of_group + x.G * D, stride, first_key, x.T), x.keys);
     cp_async_commit();
     k.take(k_tile, warp_row), v.take(v_tile, warp_row);
     for (int turn = 2 * first_head; turn < 2 * end_head; turn++) {
         const int h = turn / 2;
         const bool own = turn % 2 == 0;
         const size_t head = (size_t)b * x.H + h;
-        const plain_rows_t rows = own ? plain_own(x, block) : plain_chosen(x, (int)head, block);
+        const MobaRows rows = own ? moba_own(x, block) : moba_chosen(x, (int)head, block);
         const floatX* queries = own ? x.qkv + sequence + h * D : x.queries + head * x.most * D;
         const floatX* gradients =
             own ? dout + ((size_t)b * x.T * x.H + h) * D : x.gradients + head * x.most * D;
         for (int query = rows.first; query < rows.end; query += QUERIES) {
             __syncthreads(); // no thread uses the previous tile any more
-            load_rows<D>(q_tile, neighbours(queries, own ? stride : D, query, rows.end), QUERIES);
-            load_rows<D>(dout_tile, neighbours(gradients, own ? x.H * D : D, query, rows.end), QUERIES);
+            load_tile<D>(q_tile, neighbours(queries, own ? stride : D, query, rows.end), QUERIES);
+            load_tile<D>(dout_tile, neighbours(gradients, own ? x.H * D : D, query, rows.end), QUERIES);
             for (int row = threadIdx.x; row < QUERIES; row += blockDim.x) {
                 of_rows[row] = make_float2(INFINITY, 0); // a row that does not exist has no probability
                 if (query + row < rows.end)
@@ -412,17 +412,17 @@ __global__ void __launch_bounds__(2 * PLAIN_KEYS)
     store_rows(neighbours(dqkv + of_group + x.G * D, stride, first_key, x.T), v_tile, warp_row, dv);
 }
 
-// dq of the own block or of the pairs, divided among thread blocks as in plain_forward_kernel.
+// dq of the own block or of the pairs, divided among thread blocks as in moba_forward_kernel.
 template <int D, bool OWN>
-__global__ void __launch_bounds__(PLAIN_THREADS)
-    plain_backward_queries_kernel(floatX* dq,         // own tokens: (B, T, H + 2G, D), pairs: (B, H, most, D)
-                                  const floatX* dout, // (B, T, H, D)
-                                  const float2* statistics, // (B, H, padded)
-                                  plain_pairs_t x, int shares, int padded, float scale) {
+__global__ void __launch_bounds__(MOBA_THREADS)
+    moba_backward_queries_kernel(floatX* dq,         // own tokens: (B, T, H + 2G, D), pairs: (B, H, most, D)
+                                 const floatX* dout, // (B, T, H, D)
+                                 const float2* statistics, // (B, H, padded)
+                                 MobaPairs x, int shares, int padded, float scale) {
     SHARED_MEMORY(floatX, shared);
     floatX* q_tile = shared;
-    floatX* dout_tile = q_tile + PLAIN_QUERIES * D;
-    floatX* k_tile = dout_tile + PLAIN_QUERIES * D;
+    floatX* dout_tile = q_tile + MOBA_QUERIES * D;
+    floatX* k_tile = dout_tile + MOBA_QUERIES * D;
     floatX* v_tile = k_tile + x.keys * D;
 
     const int block = blockIdx.x / shares, share = blockIdx.x % shares, head = blockIdx.y;
@@ -432,14 +432,14 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
     const floatX* queries = OWN ? x.qkv + sequence + h * D : x.queries + head * x.most * D;
     const floatX* gradients = OWN ? dout + ((size_t)b * x.T * x.H + h) * D : x.gradients + head * x.most * D;
     floatX* of_head = OWN ? dq + sequence + h * D : dq + head * x.most * D;
-    const plain_rows_t rows = OWN ? plain_own(x, block) : plain_chosen(x, head, block);
+    const MobaRows rows = OWN ? moba_own(x, block) : moba_chosen(x, head, block);
     const int warp_row = warp_of_block() * 16;
     const float scale_log2 = scale * LOG2_E;
 
-    for (int query = rows.first + share * PLAIN_QUERIES; query < rows.end; query += shares * PLAIN_QUERIES) {
+    for (int query = rows.first + share * MOBA_QUERIES; query < rows.end; query += shares * MOBA_QUERIES) {
         const bool some = query + warp_row < rows.end;
-        tile_rows<1, D, false> q, gradient;
-        float sum[1][D / 8][4], scores[1][PLAIN_COLUMNS / 8][4], dscores[1][PLAIN_COLUMNS / 8][4];
+        TileRows<1, D, false> q, gradient;
+        float sum[1][D / 8][4], scores[1][MOBA_COLUMNS / 8][4], dscores[1][MOBA_COLUMNS / 8][4];
         float2 of_rows[2];
         for (int half = 0; half < 2; half++) {
             const int row = min(query + warp_row + lane / 4 + 8 * half, rows.end - 1);
@@ -448,21 +448,21 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
         q.take(q_tile, warp_row), gradient.take(dout_tile, warp_row);
         clear(sum);
         __syncthreads(); // no thread uses the previous queries any more
-        load_rows<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), PLAIN_QUERIES);
-        load_rows<D>(dout_tile, neighbours(gradients, OWN ? x.H * D : D, query, rows.end), PLAIN_QUERIES);
+        load_tile<D>(q_tile, neighbours(queries, OWN ? stride : D, query, rows.end), MOBA_QUERIES);
+        load_tile<D>(dout_tile, neighbours(gradients, OWN ? x.H * D : D, query, rows.end), MOBA_QUERIES);
         for (int key = block * x.S; key < (block + 1) * x.S; key += x.keys) {
             __syncthreads(); // no thread uses the previous keys and values any more
-            load_rows<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
-            load_rows<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
+            load_tile<D>(k_tile, neighbours(k, stride, key, x.T), x.keys);
+            load_tile<D>(v_tile, neighbours(k + x.G * D, stride, key, x.T), x.keys);
             cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
-            for (int column = 0; some && column < x.keys; column += PLAIN_COLUMNS) {
+            for (int column = 0; some && column < x.keys; column += MOBA_COLUMNS) {
                 multiply_transposed(scores, q, k_tile, column);
                 if (OWN) hide_scores(scores, query + warp_row, key + column, x.T);
                 multiply_transposed(dscores, gradient, v_tile, column);
 #pragma unroll
-                for (int n = 0; n < PLAIN_COLUMNS / 8; n++)
+                for (int n = 0; n < MOBA_COLUMNS / 8; n++)
 #pragma unroll
                     for (int i = 0; i < 4; i++)
                         dscores[0][n][i] =
@@ -481,11 +481,11 @@ __global__ void __launch_bounds__(PLAIN_THREADS)
 // Adds the dq of a query's pairs to that of its own block, in the order of its choices. A thread has 16 bytes
 // of a row.
 template <int D>
-__global__ void plain_merge_queries_kernel(floatX* dqkv,          // (B, T, H + 2G, D) in and out
-                                           const floatX* of_pair, // (B, H, most, D)
-                                           plain_pairs_t x) {
+__global__ void moba_merge_queries_kernel(floatX* dqkv,          // (B, T, H + 2G, D) in and out
+                                          const floatX* of_pair, // (B, H, most, D)
+                                          MobaPairs x) {
     constexpr int LANES = D / CHUNK;
-    const int t = (blockIdx.x * PLAIN_COPY_THREADS + threadIdx.x) / LANES;
+    const int t = (blockIdx.x * MOBA_COPY_THREADS + threadIdx.x) / LANES;
     const int column = threadIdx.x % LANES * CHUNK;
     if (t >= x.T) return;
     const size_t head = blockIdx.y, row = head * x.T + t;
@@ -503,7 +503,7 @@ __global__ void plain_merge_queries_kernel(floatX* dqkv,          // (B, T, H + 
 // Workspaces
 
 typedef struct {
-    plain_pairs_t pairs;
+    MobaPairs pairs;
     floatX* of_pairs; // (B, H, most, D) of the pairs: outputs (forward) or gradients of queries (backward)
     // forward
     float* scores;   // (B, H, T, blocks)
@@ -511,18 +511,17 @@ typedef struct {
     float* pair_lse; // (B, H, most)
     // backward
     float2* statistics; // (B, H, padded)
-} plain_workspace_t;
+} MobaWorkspace;
 
 // Lays out the workspace of a call and returns its bytes. If memory is NULL, it only counts the bytes.
-static inline size_t plain_lay_out(plain_workspace_t* w, char* memory, const moba_shape_t* s,
-                                   int is_backward) {
-    plain_pairs_t* x = &w->pairs;
+static inline size_t moba_lay_out(MobaWorkspace* w, char* memory, const MobaShape* s, int is_backward) {
+    MobaPairs* x = &w->pairs;
     const size_t heads = (size_t)s->B * s->H, T = (size_t)s->T;
     const size_t forward = !is_backward, backward = is_backward != 0; // factors 0 or 1
     size_t used = 0;
     x->B = s->B, x->T = s->T, x->start = s->start, x->H = s->H, x->G = s->G, x->S = s->S, x->K = s->K;
     x->blocks = s->T / s->S;
-    x->keys = s->S < PLAIN_KEYS ? s->S : (int)PLAIN_KEYS;
+    x->keys = s->S < MOBA_KEYS ? s->S : (int)MOBA_KEYS;
     x->most = T * (s->K - 1);
     const size_t pairs = heads * x->most, matrix = s->K > 1 ? heads * T * x->blocks : 0;
     x->choices = (unsigned char*)moba_take(memory, &used, matrix, 1);
@@ -541,104 +540,101 @@ static inline size_t plain_lay_out(plain_workspace_t* w, char* memory, const mob
 }
 
 static inline size_t moba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
-    plain_workspace_t workspace;
-    return plain_lay_out(&workspace, NULL, &shape, 0);
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
+    MobaWorkspace workspace;
+    return moba_lay_out(&workspace, NULL, &shape, 0);
 }
 
 static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
-    plain_workspace_t workspace;
-    return plain_lay_out(&workspace, NULL, &shape, 1);
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
+    MobaWorkspace workspace;
+    return moba_lay_out(&workspace, NULL, &shape, 1);
 }
 
 // ----------------------------------------------------------------------------
 // The operations
 
 // Grid of the copies and merges: one thread for every 16 bytes of `rows` rows.
-template <int D> static inline dim3 plain_copy_grid(size_t rows, int heads) {
-    const size_t rows_of_block = PLAIN_COPY_THREADS / (D / CHUNK);
-    return dim3((unsigned)((rows + rows_of_block - 1) / rows_of_block), (unsigned)heads);
+template <int D> static inline dim3 moba_copy_grid(size_t rows, int heads) {
+    return dim3((unsigned)ceil_div(rows, MOBA_COPY_THREADS / (D / CHUNK)), (unsigned)heads);
 }
 
 // Whether any query can have a pair.
-static inline int plain_has_pairs(const plain_pairs_t* x) { return x->K > 1 && x->blocks > 0; }
+static inline int moba_has_pairs(const MobaPairs* x) { return x->K > 1 && x->blocks > 0; }
 
 // Makes the pairs from the selection, and gathers their queries.
-template <int D> static inline void plain_pair_up(const plain_pairs_t* x, stream_t stream) {
+template <int D> static inline void moba_pair_up(const MobaPairs* x, stream_t stream) {
     const int heads = x->B * x->H;
     const size_t choices = (size_t)(x->T - x->start) * (x->K - 1);
     device_zero(x->choices, (size_t)heads * x->blocks * x->T, stream);
     device_zero(x->begins, sizeof(int) * heads * (x->blocks + 1), stream);
-    launch(plain_mark_kernel, dim3(flat_grid(choices, 1).x, (unsigned)heads), FLAT_BLOCK, 0, stream, *x);
-    launch(plain_scan_kernel, ceil_div(heads, 32), 32, 0, stream, *x);
-    launch(plain_fill_kernel, dim3((unsigned)x->blocks, (unsigned)heads), 32, 0, stream, *x);
-    launch(plain_gather_kernel<D>, plain_copy_grid<D>(x->most, heads), PLAIN_COPY_THREADS, 0, stream,
-           x->queries, x->qkv, x->H + 2 * x->G, *x);
+    launch(moba_mark_kernel, dim3(flat_grid(choices, 1).x, (unsigned)heads), FLAT_BLOCK, 0, stream, *x);
+    launch(moba_scan_kernel, ceil_div(heads, WARP), WARP, 0, stream, *x);
+    launch(moba_fill_kernel, dim3((unsigned)x->blocks, (unsigned)heads), WARP, 0, stream, *x);
+    launch(moba_gather_kernel<D>, moba_copy_grid<D>(x->most, heads), MOBA_COPY_THREADS, 0, stream, x->queries,
+           x->qkv, x->H + 2 * x->G, *x);
 }
 
 template <int D>
 static inline void moba_forward_launch(floatX* out, float* lse, int* selected, const float* centroids,
-                                       const plain_workspace_t* w, const AttentionNoise* noise,
-                                       stream_t stream) {
-    const plain_pairs_t* x = &w->pairs;
+                                       const MobaWorkspace* w, const AttentionNoise* noise, stream_t stream) {
+    const MobaPairs* x = &w->pairs;
     const int heads = x->B * x->H, rows = x->T - x->start, first_block = x->start / x->S;
-    const int own_shares = ceil_div(x->S, PLAIN_QUERIES);
-    const size_t shared = sizeof(floatX) * D * (PLAIN_QUERIES + 2 * x->keys);
+    const int own_shares = ceil_div(x->S, MOBA_QUERIES);
+    const size_t shared = sizeof(floatX) * D * (MOBA_QUERIES + 2 * x->keys);
     const float scale_log2 = attention_scale(D) * LOG2_E;
-    if (plain_has_pairs(x))
-        launch(plain_scores_kernel<D>,
-               dim3((unsigned)ceil_div(x->blocks, PLAIN_TILE), (unsigned)ceil_div(rows, PLAIN_TILE),
+    if (moba_has_pairs(x))
+        launch(moba_scores_kernel<D>,
+               dim3((unsigned)ceil_div(x->blocks, MOBA_TILE), (unsigned)ceil_div(rows, MOBA_TILE),
                     (unsigned)heads),
-               dim3(PLAIN_TILE, PLAIN_TILE_ROWS), 0, stream, w->scores, centroids, *x);
+               dim3(MOBA_TILE, MOBA_TILE_ROWS), 0, stream, w->scores, centroids, *x);
     if (x->K > 1)
-        launch(plain_select_kernel, dim3((unsigned)ceil_div(rows, PLAIN_WARPS), (unsigned)heads),
-               PLAIN_THREADS, 0, stream, selected, w->scores, *x);
-    launch(plain_forward_kernel<D, true>,
-           dim3((unsigned)((ceil_div(x->T, x->S) - first_block) * own_shares), (unsigned)heads),
-           PLAIN_THREADS, shared, stream, out, plain_has_pairs(x) ? w->own_lse : lse, *x, first_block,
-           own_shares, scale_log2);
-    if (plain_has_pairs(x)) {
-        plain_pair_up<D>(x, stream);
-        launch(plain_forward_kernel<D, false>, dim3((unsigned)(x->blocks * PLAIN_SHARES), (unsigned)heads),
-               PLAIN_THREADS, shared, stream, w->of_pairs, w->pair_lse, *x, 0, (int)PLAIN_SHARES, scale_log2);
-        launch(plain_merge_kernel<D>, plain_copy_grid<D>((size_t)rows, heads), PLAIN_COPY_THREADS, 0, stream,
+        launch(moba_select_kernel, dim3((unsigned)ceil_div(rows, MOBA_WARPS), (unsigned)heads), MOBA_THREADS,
+               0, stream, selected, w->scores, *x);
+    launch(moba_forward_kernel<D, true>,
+           dim3((unsigned)((ceil_div(x->T, x->S) - first_block) * own_shares), (unsigned)heads), MOBA_THREADS,
+           shared, stream, out, moba_has_pairs(x) ? w->own_lse : lse, *x, first_block, own_shares,
+           scale_log2);
+    if (moba_has_pairs(x)) {
+        moba_pair_up<D>(x, stream);
+        launch(moba_forward_kernel<D, false>, dim3((unsigned)(x->blocks * MOBA_SHARES), (unsigned)heads),
+               MOBA_THREADS, shared, stream, w->of_pairs, w->pair_lse, *x, 0, (int)MOBA_SHARES, scale_log2);
+        launch(moba_merge_kernel<D>, moba_copy_grid<D>((size_t)rows, heads), MOBA_COPY_THREADS, 0, stream,
                out, lse, w->own_lse, w->of_pairs, w->pair_lse, *x);
     }
     if (noise)
-        launch(plain_noise_kernel<D>, plain_copy_grid<D>((size_t)x->B * rows * x->H, 1), PLAIN_COPY_THREADS,
-               0, stream, out, *x, noised_rows(noise, x->T, x->H));
+        launch(moba_noise_kernel<D>, moba_copy_grid<D>((size_t)x->B * rows * x->H, 1), MOBA_COPY_THREADS, 0,
+               stream, out, *x, noised_rows(noise, x->T, x->H));
 }
 
 template <int D>
 static inline void moba_backward_launch(floatX* dqkv, const floatX* dout, const floatX* out, const float* lse,
-                                        const plain_workspace_t* w, stream_t stream) {
-    const plain_pairs_t* x = &w->pairs;
-    const int heads = x->B * x->H, padded = attention_padded(x->T),
-              own_shares = ceil_div(x->S, PLAIN_QUERIES);
-    const size_t row = sizeof(floatX) * D, keys_shared = row * 2 * (x->keys + PLAIN_BACKWARD_QUERIES),
-                 queries_shared = row * 2 * (x->keys + PLAIN_QUERIES);
+                                        const MobaWorkspace* w, stream_t stream) {
+    const MobaPairs* x = &w->pairs;
+    const int heads = x->B * x->H, padded = attention_padded(x->T), own_shares = ceil_div(x->S, MOBA_QUERIES);
+    const size_t row = sizeof(floatX) * D, keys_shared = row * 2 * (x->keys + MOBA_BACKWARD_QUERIES),
+                 queries_shared = row * 2 * (x->keys + MOBA_QUERIES);
     const float scale = attention_scale(D);
     launch(attention_statistics_kernel<D>,
            attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), x->H, x->B), STATISTICS_THREADS, 0,
            stream, w->statistics, dout, out, lse, x->T, padded, x->H);
-    if (plain_has_pairs(x)) {
-        plain_pair_up<D>(x, stream);
-        launch(plain_gather_kernel<D>, plain_copy_grid<D>(x->most, heads), PLAIN_COPY_THREADS, 0, stream,
+    if (moba_has_pairs(x)) {
+        moba_pair_up<D>(x, stream);
+        launch(moba_gather_kernel<D>, moba_copy_grid<D>(x->most, heads), MOBA_COPY_THREADS, 0, stream,
                x->gradients, dout, x->H, *x);
     }
-    launch(plain_backward_keys_kernel<D>, attention_grid(x->T, x->keys, x->G, x->B), 2 * x->keys,
-           keys_shared + sizeof(float2) * PLAIN_BACKWARD_QUERIES, stream, dqkv, dout, w->statistics, *x,
+    launch(moba_backward_keys_kernel<D>, attention_grid(x->T, x->keys, x->G, x->B), 2 * x->keys,
+           keys_shared + sizeof(float2) * MOBA_BACKWARD_QUERIES, stream, dqkv, dout, w->statistics, *x,
            padded, scale);
-    launch(plain_backward_queries_kernel<D, true>,
-           dim3((unsigned)(ceil_div(x->T, x->S) * own_shares), (unsigned)heads), PLAIN_THREADS,
-           queries_shared, stream, dqkv, dout, w->statistics, *x, own_shares, padded, scale);
-    if (!plain_has_pairs(x)) return;
-    launch(plain_backward_queries_kernel<D, false>,
-           dim3((unsigned)(x->blocks * PLAIN_SHARES), (unsigned)heads), PLAIN_THREADS, queries_shared, stream,
-           w->of_pairs, dout, w->statistics, *x, (int)PLAIN_SHARES, padded, scale);
-    launch(plain_merge_queries_kernel<D>, plain_copy_grid<D>((size_t)x->T, heads), PLAIN_COPY_THREADS, 0,
-           stream, dqkv, w->of_pairs, *x);
+    launch(moba_backward_queries_kernel<D, true>,
+           dim3((unsigned)(ceil_div(x->T, x->S) * own_shares), (unsigned)heads), MOBA_THREADS, queries_shared,
+           stream, dqkv, dout, w->statistics, *x, own_shares, padded, scale);
+    if (!moba_has_pairs(x)) return;
+    launch(moba_backward_queries_kernel<D, false>, dim3((unsigned)(x->blocks * MOBA_SHARES), (unsigned)heads),
+           MOBA_THREADS, queries_shared, stream, w->of_pairs, dout, w->statistics, *x, (int)MOBA_SHARES,
+           padded, scale);
+    launch(moba_merge_queries_kernel<D>, moba_copy_grid<D>((size_t)x->T, heads), MOBA_COPY_THREADS, 0, stream,
+           dqkv, w->of_pairs, *x);
 }
 
 // Same contract as flashmoba_forward (moba.cuh).
@@ -651,14 +647,14 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
                                 const AttentionNoise* noise, // NULL: no noise
                                 stream_t stream) {
-    const moba_shape_t shape = {B, T, start, H, G, D, S, K};
-    plain_workspace_t w;
+    const MobaShape shape = {B, T, start, H, G, D, S, K};
+    MobaWorkspace w;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
-    plain_lay_out(&w, (char*)workspace, &shape, 0);
+    moba_lay_out(&w, (char*)workspace, &shape, 0);
     w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
-    if (D == 32) moba_forward_launch<32>(out, lse, selected, centroids, &w, noise, stream);
-    if (D == 64) moba_forward_launch<64>(out, lse, selected, centroids, &w, noise, stream);
-    if (D == 128) moba_forward_launch<128>(out, lse, selected, centroids, &w, noise, stream);
+    for_head_dim(D, [&](auto head_dim) {
+        moba_forward_launch<head_dim>(out, lse, selected, centroids, &w, noise, stream);
+    });
 }
 
 // Writes every element of dqkv. A KV head that no query head reads gets exact zeros.
@@ -671,14 +667,12 @@ static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                  const int* kv_of_q,   // (H)
                                  void* workspace, int B, int T, int H, int G, int D, int S, int K,
                                  stream_t stream) {
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
-    plain_workspace_t w;
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
+    MobaWorkspace w;
     if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
-    plain_lay_out(&w, (char*)workspace, &shape, 1);
+    moba_lay_out(&w, (char*)workspace, &shape, 1);
     w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
-    if (D == 32) moba_backward_launch<32>(dqkv, dout, out, lse, &w, stream);
-    if (D == 64) moba_backward_launch<64>(dqkv, dout, out, lse, &w, stream);
-    if (D == 128) moba_backward_launch<128>(dqkv, dout, out, lse, &w, stream);
+    for_head_dim(D, [&](auto head_dim) { moba_backward_launch<head_dim>(dqkv, dout, out, lse, &w, stream); });
 }
 
 #endif

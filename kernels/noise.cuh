@@ -9,7 +9,7 @@ z comes from the same random bits as on the CPU. It is computed from them in fp3
 
 Cost: 2 bytes of bf16 for each element, and the arithmetic of each random number (ten rounds of Philox, a
 logarithm, a cosine), which takes longer. Dense attention has enough registers for it (gqa.cuh). The merge of
-moba.cuh takes ten more, so it has a variant without noise.
+flashmoba takes ten more, so it has a variant without noise.
 */
 #ifndef KERNELS_NOISE_CUH
 #define KERNELS_NOISE_CUH
@@ -46,7 +46,7 @@ __device__ inline float noise_normal(uint64_t seed, uint64_t draws, uint64_t ele
 
 // The sum over the LANES neighbouring lanes that hold a row.
 template <int LANES> __device__ inline float neighbours_sum(float value) {
-    for (int other = LANES / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+    for (int other = LANES / 2; other > 0; other /= 2) value += __shfl_xor_sync(ALL_LANES, value, other);
     return value;
 }
 

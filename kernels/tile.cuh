@@ -6,7 +6,7 @@ tells the address of each row, so a tile may hold neighbouring tokens or a gathe
 
     rows = neighbours(memory, stride, first, T);              // or another type with from(), has() and at()
     load_tile<64, D, THREADS>(tile, rows);                    // all threads; then commit, wait and barrier
-    tile_rows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows as the left operand
+    TileRows<2, D, true> queries;  queries.take(q_tile, first_row);      // 32 rows as the left operand
     multiply_transposed(scores, queries, k_tile, 0);                      // scores = q k^T
     multiply_add(out, scores, v_tile, 0);                                 // out += scores v
 
@@ -17,22 +17,17 @@ one without leaving the registers (Dao, FlashAttention-2, arXiv 2307.08691, sect
 
 The bf16 build multiplies on the tensor cores and accumulates in fp32. The fp32 build has the same functions
 with plain multiplications, for checking. The kernels that use them differ only in tile sizes, and in the
-router's two bf16 terms of a centroid (moba.cuh).
+router's two bf16 terms of a centroid (kernels/flashmoba/router.cuh).
 */
 #ifndef KERNELS_TILE_CUH
 #define KERNELS_TILE_CUH
 
-// __global__ and all else of CUDA, SHARED_MEMORY
-#include "kernels/launch.cuh"
 // ldmatrix, mma, cp.async
 #include "kernels/ptx.cuh"
+// WARP, ALL_LANES, lane_of_warp, warp_of_block
+#include "kernels/threads.cuh"
 // floatX
 #include "runtime/precision.h"
-
-#define ALL_LANES 0xffffffffu
-
-static __device__ __forceinline__ unsigned lane_of_warp(void) { return threadIdx.x % 32; }
-static __device__ __forceinline__ int warp_of_block(void) { return threadIdx.x / 32; }
 
 // ----------------------------------------------------------------------------
 // Shared memory
@@ -53,13 +48,13 @@ template <int D> __device__ __forceinline__ int tile_offset(unsigned row, unsign
 }
 
 // Row source of neighbouring tokens: row i of the tile is row first + i of memory, which has `end` rows.
-template <typename Element> struct neighbour_rows {
+template <typename Element> struct NeighbourRows {
     Element* memory;
     int stride, first, end;
 
     // The same source, starting at `row`.
-    __device__ __forceinline__ neighbour_rows from(int row) const {
-        neighbour_rows rest = *this;
+    __device__ __forceinline__ NeighbourRows from(int row) const {
+        NeighbourRows rest = *this;
         rest.first += row;
         return rest;
     }
@@ -71,14 +66,15 @@ template <typename Element> struct neighbour_rows {
 };
 
 template <typename Element>
-__device__ __forceinline__ neighbour_rows<Element> neighbours(Element* memory, int stride, int first,
-                                                              int end) {
-    neighbour_rows<Element> rows;
+__device__ __forceinline__ NeighbourRows<Element> neighbours(Element* memory, int stride, int first,
+                                                             int end) {
+    NeighbourRows<Element> rows;
     rows.memory = memory, rows.stride = stride, rows.first = first, rows.end = end;
     return rows;
 }
 
-// Starts asynchronous copies of ROWS rows into a tile, by THREADS threads. Rows that do not exist become 0.
+// load_tile() starts asynchronous copies of rows into a tile. Rows that do not exist become 0. This one
+// copies ROWS rows, by THREADS threads.
 template <int ROWS, int D, int THREADS, typename Rows>
 __device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows) {
     constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS; // rows at a time
@@ -90,6 +86,16 @@ __device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows) {
 #pragma unroll
     for (unsigned row = 0; row < ROWS; row += STEP)
         cp_async16(tile + tile_offset<D>(first + row, column), own.at(row) + column, own.has(row));
+}
+
+// For a number of rows that is known at run time, by all threads of the block.
+template <int D, typename Rows>
+__device__ __forceinline__ void load_tile(floatX* tile, const Rows& rows, int count) {
+    constexpr int CHUNKS = D / CHUNK;
+    const int thread = compute_here(threadIdx.x), step = blockDim.x / CHUNKS;
+    const int column = thread % CHUNKS * CHUNK;
+    for (int row = thread / CHUNKS; row < count; row += step)
+        cp_async16(tile + tile_offset<D>(row, column), rows.at(row) + column, rows.has(row));
 }
 
 // ----------------------------------------------------------------------------
@@ -155,7 +161,7 @@ __device__ __forceinline__ void load_right(unsigned (&b)[4], const floatX* tile,
 
 // 16 M rows of a tile as the left operand of products. They are loaded once into registers (IN_REGISTERS), or
 // again for every product.
-template <int M, int D, bool IN_REGISTERS> struct tile_rows {
+template <int M, int D, bool IN_REGISTERS> struct TileRows {
     unsigned at[M][D / 16][4];
 
     __device__ __forceinline__ void take(const floatX* tile, int first_row) {
@@ -170,7 +176,7 @@ template <int M, int D, bool IN_REGISTERS> struct tile_rows {
     }
 };
 
-template <int M, int D> struct tile_rows<M, D, false> {
+template <int M, int D> struct TileRows<M, D, false> {
     const floatX* tile;
     int first_row;
 
@@ -183,7 +189,7 @@ template <int M, int D> struct tile_rows<M, D, false> {
 // product (16M, 8N) = left (16M, D) times the transpose of 8N rows of a tile, from first_row on.
 template <int M, int N, int D, bool IN_REGISTERS>
 __device__ __forceinline__ void multiply_transposed(float (&product)[M][N][4],
-                                                    const tile_rows<M, D, IN_REGISTERS>& left,
+                                                    const TileRows<M, D, IN_REGISTERS>& left,
                                                     const floatX* tile, int first_row) {
     clear(product);
 #pragma unroll
@@ -257,7 +263,7 @@ static __device__ __forceinline__ void store_pair(floatX* at, float low, float h
 #else // fp32
 
 // fp32: the products read the rows from the tile; IN_REGISTERS has no effect.
-template <int M, int D, bool IN_REGISTERS> struct tile_rows {
+template <int M, int D, bool IN_REGISTERS> struct TileRows {
     const floatX* tile;
     int first_row;
 
@@ -266,7 +272,7 @@ template <int M, int D, bool IN_REGISTERS> struct tile_rows {
 
 template <int M, int N, int D, bool IN_REGISTERS>
 __device__ __forceinline__ void multiply_transposed(float (&product)[M][N][4],
-                                                    const tile_rows<M, D, IN_REGISTERS>& left,
+                                                    const TileRows<M, D, IN_REGISTERS>& left,
                                                     const floatX* tile, int first_row) {
     const unsigned lane = lane_of_warp(), row = left.first_row + lane / 4, column = first_row + lane % 4 * 2;
     clear(product);
@@ -345,7 +351,7 @@ static __device__ __forceinline__ float row_total(float sum) {
 // A running softmax over the columns of 16M rows. It uses powers of two: exp(x) = exp2(x log2(e)), and exp2
 // is one instruction. Every lane has the scaled maximum of its whole rows, but only the sums over its own
 // columns.
-template <int M> struct running_softmax {
+template <int M> struct RunningSoftmax {
     float maximum[M][2], sum[M][2];
 
     __device__ __forceinline__ void begin(void) {
@@ -411,8 +417,8 @@ __device__ __forceinline__ void store_columns(const Rows& rows, floatX* tile, in
                            sum[m][c][2 * half], sum[m][c][2 * half + 1]);
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16 * M * CHUNKS / 32; i++) {
-        const unsigned chunk = i * 32 + lane, row = first_row + chunk / CHUNKS,
+    for (int i = 0; i < 16 * M * CHUNKS / WARP; i++) {
+        const unsigned chunk = i * WARP + lane, row = first_row + chunk / CHUNKS,
                        column = first_column + chunk % CHUNKS * CHUNK;
         if (rows.has(row)) {
             *(uint4*)(rows.at(row) + column) = *(const uint4*)(tile + tile_offset<D>(row, column));

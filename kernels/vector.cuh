@@ -18,11 +18,11 @@ order. It has the same bits in every run and on every thread.
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
-#include "kernels/launch.cuh"
+// WARP, ALL_LANES, ceil_div, flat_grid
+#include "kernels/threads.cuh"
 #include "runtime/precision.h"
 
 enum { PACK = 16 / sizeof(floatX) };
-enum { WARP = 32 };
 
 // ----------------------------------------------------------------------------
 // Loads and stores
@@ -33,15 +33,6 @@ template <int WIDTH> struct Values { float at[WIDTH]; };
 // 0.
 template <typename... Pointers> static inline int whole_packs(int width, Pointers... rows) {
     return width % PACK == 0 && ((uintptr_t)rows | ...) % 16 == 0;
-}
-
-static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// The grid of a kernel that gives each thread `width` of `count` elements, by blocks of FLAT_BLOCK threads.
-enum { FLAT_BLOCK = 256 };
-static inline dim3 flat_grid(size_t count, int width) {
-    const size_t elements = (size_t)FLAT_BLOCK * (size_t)width;
-    return dim3((unsigned)((count + elements - 1) / elements));
 }
 
 __device__ inline float to_float(float x) { return x; }
@@ -125,13 +116,13 @@ static inline dim3 row_block(int width, int pack) {
 }
 
 __device__ inline float warp_sum(float value) {
-    for (int other = WARP / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, other);
+    for (int other = WARP / 2; other > 0; other /= 2) value += __shfl_xor_sync(ALL_LANES, value, other);
     return value;
 }
 
 __device__ inline float warp_max(float value) {
     for (int other = WARP / 2; other > 0; other /= 2)
-        value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, other));
+        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, other));
     return value;
 }
 

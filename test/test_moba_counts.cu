@@ -39,7 +39,7 @@ static void after_launch(LaunchObserver* self, const void* kernel, cudaStream_t)
 }
 
 typedef struct {
-    moba_shape_t shape;
+    MobaShape shape;
     int kv_of_q[4];
     int sink; // every query's first choice is block 0
 } Case;
@@ -47,7 +47,7 @@ typedef struct {
 static void* new_array(size_t bytes) { return device_malloc(bytes, "a test"); }
 
 static floatX* random_rows(const Case* c, size_t heads, uint64_t seed) {
-    const moba_shape_t* s = &c->shape;
+    const MobaShape* s = &c->shape;
     const size_t count = (size_t)s->B * s->T * heads * s->D, row = heads * s->D;
     floatX *host = new_floats(count), *device = (floatX*)new_array(count * sizeof(floatX));
     fill_normal(NULL, host, count, 1, seed);
@@ -63,7 +63,7 @@ static floatX* random_rows(const Case* c, size_t heads, uint64_t seed) {
 
 // Runs forward and backward; the selection of all heads.
 static int* run_counted(StageCounters* counters, const Case* c) {
-    const moba_shape_t* s = &c->shape;
+    const MobaShape* s = &c->shape;
     const size_t rows = (size_t)s->B * s->H * s->T;
     const size_t choices = moba_selected_count(s->B, s->T, s->H, s->K);
     floatX *qkv = random_rows(c, s->H + 2 * s->G, 1), *dout = random_rows(c, s->H, 2);
@@ -95,7 +95,7 @@ static int* run_counted(StageCounters* counters, const Case* c) {
     return chosen;
 }
 
-static int differs(const char* what, int stage, const moba_shape_t* s, uint64_t counted, double formula) {
+static int differs(const char* what, int stage, const MobaShape* s, uint64_t counted, double formula) {
     if ((double)counted == formula) return 0;
     print_error("%s, %s: %llu counted, %.3f by formula: B %d T %d H %d G %d D %d S %d K %d\n",
                 stage_names[stage], what, (unsigned long long)counted, formula, s->B, s->T, s->H, s->G, s->D,
@@ -150,7 +150,8 @@ static void groups_of_heads(void** state) {
     const size_t kept = moba_workspace_bound;
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
         for (int heads = 0; heads < 3; heads++) {
-            moba_workspace_bound = heads ? moba_bytes(&cases[i].shape, heads, cases[i].shape.T, 1) : 1;
+            moba_workspace_bound =
+                heads ? flashmoba_group_bytes(&cases[i].shape, heads, cases[i].shape.T, 1) : 1;
             check_case(&cases[i]);
         }
     moba_workspace_bound = kept;
@@ -161,8 +162,8 @@ static void pieces_with_two_items(void** state) {
     (void)state;
     const Case c = {{1, 2 * 1280, 0, 1, 1, 32, 16, 2}, {0}, 1};
     const size_t kept = moba_workspace_bound;
-    moba_workspace_bound = moba_bytes(&c.shape, 1, c.shape.T / 2, 1);
-    assert_int_equal(moba_turn(&c.shape, 1).queries, c.shape.T / 2);
+    moba_workspace_bound = flashmoba_group_bytes(&c.shape, 1, c.shape.T / 2, 1);
+    assert_int_equal(flashmoba_group_size(&c.shape, 1).queries, c.shape.T / 2);
     check_case(&c);
     moba_workspace_bound = kept;
 }
@@ -173,7 +174,7 @@ static void pieces_with_two_items(void** state) {
 // Every query has K choices, as soon as there are so many blocks, and different ones.
 static void drawn_selections(void** state) {
     (void)state;
-    const moba_shape_t s = {1, 2000, 0, 1, 1, 64, 32, 6};
+    const MobaShape s = {1, 2000, 0, 1, 1, 64, 32, 6};
     int lengths[63], chosen_once = 0, by_equal_chance = 0;
     for (int draw = 0; draw < NUM_DRAWS; draw++) {
         int* selected = drawn_selection(&s, (Draw)draw, 3);
@@ -196,7 +197,7 @@ static void drawn_selections(void** state) {
 }
 
 #if defined(PRECISION_BF16)
-static const moba_shape_t LONG = {1, 1 << 16, 0, 1, 1, 128, 128, 8};
+static const MobaShape LONG = {1, 1 << 16, 0, 1, 1, 128, 128, 8};
 
 static double routed_forward_of_floor(Draw draw) {
     int* selected = drawn_selection(&LONG, draw, 1);

@@ -279,11 +279,11 @@ static void test_hot_block(void** state) {
     const HeadMap* maps[] = {&ONE, &MQA, &TWO};
     const size_t kept = moba_workspace_bound;
     for (int i = 0; i < 3; i++) {
-        const int T = i < 2 ? MOBA_ITEM + 120 : 2 * MOBA_ITEM + 700;
+        const int T = i < 2 ? FLASHMOBA_ITEM + 120 : 2 * FLASHMOBA_ITEM + 700;
         Case c = new_case(maps[i], 1, T, 32, 32, 2);
-        const moba_shape_t shape = {1, T, 0, c.H, c.G, 32, 32, 2};
-        if (i == 2) moba_workspace_bound = moba_bytes(&shape, 1, MOBA_ITEM + 512, 1);
-        assert_int_equal(moba_turn(&shape, 1).queries, i < 2 ? T : MOBA_ITEM + 512);
+        const MobaShape shape = {1, T, 0, c.H, c.G, 32, 32, 2};
+        if (i == 2) moba_workspace_bound = flashmoba_group_bytes(&shape, 1, FLASHMOBA_ITEM + 512, 1);
+        assert_int_equal(flashmoba_group_size(&shape, 1).queries, i < 2 ? T : FLASHMOBA_ITEM + 512);
         favour(&c, 32, 64);
         check_all(&c);
         int* selected = download_selected(&c);
@@ -300,11 +300,11 @@ static void test_groups_of_heads(void** state) {
     const HeadMap* maps[] = {&MQA, &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY, &GQA, &ONE};
     const size_t kept = moba_workspace_bound;
     for (int i = 0; i < 7; i++) {
-        const moba_shape_t shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
+        const MobaShape shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
         const int heads = 1 + i % 3;
-        moba_workspace_bound = heads == 1 ? 1 : (size_t)heads * moba_bytes(&shape, 1, 70, 1);
-        const moba_turn_t turn = moba_turn(&shape, 1);
-        assert_true(turn.sequences == 1 && turn.heads == (heads < shape.H ? heads : shape.H));
+        moba_workspace_bound = heads == 1 ? 1 : (size_t)heads * flashmoba_group_bytes(&shape, 1, 70, 1);
+        const FlashmobaGroupSize size = flashmoba_group_size(&shape, 1);
+        assert_true(size.sequences == 1 && size.heads == (heads < shape.H ? heads : shape.H));
         check(maps[i], 2, 70, 32, 16, 3);
     }
     moba_workspace_bound = kept;
@@ -315,10 +315,10 @@ static void test_groups_of_sequences(void** state) {
     (void)state;
     const size_t kept = moba_workspace_bound;
     for (int sequences = 1; sequences <= 2; sequences++) {
-        const moba_shape_t shape = {3, 70, 0, GQA.H, GQA.G, 32, 16, 3};
-        moba_workspace_bound = (size_t)(sequences * GQA.H + 1) * moba_bytes(&shape, 1, 70, 1);
-        const moba_turn_t turn = moba_turn(&shape, 1);
-        assert_true(turn.sequences == sequences && turn.heads == GQA.H);
+        const MobaShape shape = {3, 70, 0, GQA.H, GQA.G, 32, 16, 3};
+        moba_workspace_bound = (size_t)(sequences * GQA.H + 1) * flashmoba_group_bytes(&shape, 1, 70, 1);
+        const FlashmobaGroupSize size = flashmoba_group_size(&shape, 1);
+        assert_true(size.sequences == sequences && size.heads == GQA.H);
         check(&GQA, 3, 70, 32, 16, 3);
     }
     moba_workspace_bound = kept;
@@ -337,8 +337,8 @@ static void test_pieces(void** state) {
         run_forward(&c, 0);
         double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
         moba_workspace_bound = 1;
-        const moba_shape_t shape = {c.B, c.T, 0, c.H, c.G, D, S, K};
-        assert_int_equal(moba_turn(&shape, 0).queries, MOBA_LIST_QUERIES);
+        const MobaShape shape = {c.B, c.T, 0, c.H, c.G, D, S, K};
+        assert_int_equal(flashmoba_group_size(&shape, 0).queries, FLASHMOBA_LIST_QUERIES);
         forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
         check_all(&c);
         moba_workspace_bound = kept;
@@ -357,20 +357,20 @@ static void test_workspace(void** state) {
     const int longest = sizeof(floatX) == 2 ? 1 << 19 : 1 << 17;
     for (int T = 1 << 13; T <= longest; T *= 2)
         for (int is_backward = 0; is_backward < 2; is_backward++) {
-            const moba_shape_t shape = {2, T, 0, 16, 16, 128, 128, 8};
-            const moba_turn_t turn = moba_turn(&shape, is_backward);
-            const size_t bytes = moba_turn_bytes(&shape, is_backward);
+            const MobaShape shape = {2, T, 0, 16, 16, 128, 128, 8};
+            const FlashmobaGroupSize size = flashmoba_group_size(&shape, is_backward);
+            const size_t bytes = flashmoba_workspace_bytes(&shape, is_backward);
             if (getenv("SHOW"))
                 print_message("T %d %s: %d x %d heads, %d queries, %.0f MB\n", T,
-                              is_backward ? "backward" : "forward", turn.sequences, turn.heads, turn.queries,
+                              is_backward ? "backward" : "forward", size.sequences, size.heads, size.queries,
                               (double)bytes / 1e6);
             assert_true(bytes <= moba_workspace_bound);
-            assert_true(turn.queries == T || turn.sequences * turn.heads == 1);
-            assert_true(T > 1 << 15 || turn.queries == T);
+            assert_true(size.queries == T || size.sequences * size.heads == 1);
+            assert_true(T > 1 << 15 || size.queries == T);
         }
-    const moba_shape_t small = {3, 200, 0, 4, 2, 64, 16, 3};
-    const moba_turn_t turn = moba_turn(&small, 1);
-    assert_true(turn.sequences == 3 && turn.heads == 4 && turn.queries == 200);
+    const MobaShape small = {3, 200, 0, 4, 2, 64, 16, 3};
+    const FlashmobaGroupSize size = flashmoba_group_size(&small, 1);
+    assert_true(size.sequences == 3 && size.heads == 4 && size.queries == 200);
 }
 
 // A workspace sized for a batch also serves fewer and shorter sequences.
@@ -379,16 +379,16 @@ static void test_workspace_of_shorter_sequences(void** state) {
     moba_workspace_bound = (size_t)1 << 20;
     int more_heads = 0;
     for (int is_backward = 0; is_backward < 2; is_backward++) {
-        const moba_shape_t planned = {3, 1100, 0, 4, 4, 64, 16, 3};
-        const size_t bytes = moba_turn_bytes(&planned, is_backward);
+        const MobaShape planned = {3, 1100, 0, 4, 4, 64, 16, 3};
+        const size_t bytes = flashmoba_workspace_bytes(&planned, is_backward);
         for (int B = 1; B <= planned.B; B++)
             for (int T = 1; T <= planned.T; T++) {
-                moba_shape_t shape = planned;
+                MobaShape shape = planned;
                 shape.B = B, shape.T = T;
-                const moba_turn_t turn = moba_turn(&shape, is_backward);
-                more_heads += turn.heads > moba_turn(&planned, is_backward).heads;
-                assert_true(moba_bytes(&shape, turn.sequences * turn.heads, turn.queries, is_backward) <=
-                            bytes);
+                const FlashmobaGroupSize size = flashmoba_group_size(&shape, is_backward);
+                more_heads += size.heads > flashmoba_group_size(&planned, is_backward).heads;
+                assert_true(flashmoba_group_bytes(&shape, size.sequences * size.heads, size.queries,
+                                                  is_backward) <= bytes);
             }
     }
     assert_true(more_heads > 0);
@@ -410,7 +410,7 @@ static void test_lists(void** state) {
     static const int shapes[][4] = {{2400, 0, 16, 8},  {700, 0, 16, 1},   {700, 300, 32, 2},
                                     {520, 511, 16, 5}, {1100, 0, 16, 33}, {1300, 257, 16, 64}};
     for (int i = 0; i < 6; i++) {
-        const moba_shape_t s = {2, shapes[i][0], shapes[i][1], 2, 1, 32, shapes[i][2], shapes[i][3]};
+        const MobaShape s = {2, shapes[i][0], shapes[i][1], 2, 1, 32, shapes[i][2], shapes[i][3]};
         const int choices = s.K - 1, heads = s.B * s.H;
         const size_t selected_count = moba_selected_count(s.B, s.T, s.H, s.K);
         int* chosen = (int*)calloc_or_fail(selected_count + 1, sizeof(int), "a test");
@@ -419,12 +419,12 @@ static void test_lists(void** state) {
         for (int row = 0; row < heads * s.T; row++)
             draw_choices(chosen + (size_t)row * choices, choices, row % s.T / s.S, &random);
         copy_to_device(selected, chosen, selected_count * sizeof(int), 0);
-        const moba_turn_t turn = moba_turn(&s, 0);
-        char* memory = (char*)forgotten(moba_turn_bytes(&s, 0));
-        const moba_group_t group = moba_first_group(memory, &s, &turn, selected, NULL, NULL, 0);
-        const moba_lists_t* x = &group.lists;
+        const FlashmobaGroupSize size = flashmoba_group_size(&s, 0);
+        char* memory = (char*)forgotten(flashmoba_workspace_bytes(&s, 0));
+        const FlashmobaGroup group = flashmoba_first_group(memory, &s, &size, selected, NULL, NULL, 0);
+        const FlashmobaLists* x = &group.lists;
         assert_int_equal(group.heads, heads);
-        moba_build_lists(&group, 0);
+        flashmoba_build_lists(x, 0);
         int* begins = download_ints(x->begins, (size_t)heads * (x->blocks + 1));
         int* entries = download_ints(x->entries, (size_t)heads * x->queries * s.K);
         for (int head = 0; head < heads; head++) {
@@ -512,7 +512,7 @@ static void test_refused(void** state) {
 enum { ROWS = 7, ROW_STRIDE = 8, FIRST_ROW = 3, ROWS_READ = 10 };
 
 static __global__ void addresses_kernel(int* addresses, floatX* memory) {
-    const neighbour_rows<floatX> rows = neighbours(memory, ROW_STRIDE, 1, ROWS).from(FIRST_ROW - 1);
+    const NeighbourRows<floatX> rows = neighbours(memory, ROW_STRIDE, 1, ROWS).from(FIRST_ROW - 1);
     for (int row = 0; row < ROWS_READ; row++) addresses[row] = (int)(rows.at(row) - memory);
 }
 

@@ -19,7 +19,7 @@ pass reads, and the centroids, which it does not. It is also given as a share of
 static const int default_tokens[] = {4096, 8192, 16384};
 
 typedef struct {
-    moba_shape_t shape; // T = 0: the default lengths
+    MobaShape shape; // T = 0: the default lengths
     int rounds, plain;
     const char* json_path;
 } options_t;
@@ -39,7 +39,7 @@ static const struct argp_option option_table[] = {
 
 static error_t parse_option(int key, char* argument, struct argp_state* state) {
     options_t* options = (options_t*)state->input;
-    moba_shape_t* shape = &options->shape;
+    MobaShape* shape = &options->shape;
     switch (key) {
     case 'j':
         options->json_path = argument;
@@ -100,22 +100,22 @@ typedef struct {
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static size_t dense_workspace(const moba_shape_t* s) {
+static size_t dense_workspace(const MobaShape* s) {
     return larger(attention_forward_workspace(s->B, s->T, s->H, s->G, s->D),
                   attention_backward_workspace(s->B, s->T, s->H, s->G, s->D));
 }
 
-static size_t flashmoba_workspace(const moba_shape_t* s) {
+static size_t flashmoba_workspace(const MobaShape* s) {
     return larger(flashmoba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
                   flashmoba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
 }
 
-static size_t plain_workspace(const moba_shape_t* s) {
+static size_t plain_workspace(const MobaShape* s) {
     return larger(moba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
                   moba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
 }
 
-static buffers_t new_buffers(const moba_shape_t* s, int with_plain) {
+static buffers_t new_buffers(const MobaShape* s, int with_plain) {
     const size_t qkv = (size_t)s->T * (s->H + 2 * s->G) * s->D, out = (size_t)s->T * s->H * s->D;
     buffers_t x;
     x.qkv = new_random(qkv), x.dqkv = new_random(qkv), x.out = new_random(out), x.dout = new_random(out);
@@ -134,7 +134,7 @@ static void free_buffers(buffers_t* x) {
     device_free(x->centroids), device_free(x->selected), device_free(x->workspace), free(x->kv_of_q);
 }
 
-static double time_dense(buffers_t* x, const moba_shape_t* s) {
+static double time_dense(buffers_t* x, const MobaShape* s) {
     const double start = omp_get_wtime();
     attention_forward(x->out, x->lse, x->qkv, x->kv_of_q, x->workspace, 1, s->T, 0, s->H, s->G, s->D, 0, NULL,
                       0);
@@ -143,7 +143,7 @@ static double time_dense(buffers_t* x, const moba_shape_t* s) {
     return omp_get_wtime() - start;
 }
 
-static double time_plain(buffers_t* x, const moba_shape_t* s) {
+static double time_plain(buffers_t* x, const MobaShape* s) {
     const double start = omp_get_wtime();
     moba_centroids(x->centroids, x->qkv, s);
     moba_forward(x->out, x->lse, x->selected, x->centroids, x->qkv, x->kv_of_q, x->workspace, 1, s->T, 0,
@@ -155,10 +155,10 @@ static double time_plain(buffers_t* x, const moba_shape_t* s) {
 
 // Runs flashmoba_forward and flashmoba_backward stage by stage. Adds to the times of the stages; returns
 // their sum.
-static double time_flashmoba(double* stages, buffers_t* x, const moba_shape_t* s) {
+static double time_flashmoba(double* stages, buffers_t* x, const MobaShape* s) {
     char* memory = (char*)x->workspace;
     float_acc* delta = (float_acc*)x->workspace;
-    const moba_tensors_t tensors = {x->dqkv, x->dout, x->lse, delta, x->selected, x->qkv, x->kv_of_q};
+    const FlashmobaTensors tensors = {x->dqkv, x->dout, x->lse, delta, x->selected, x->qkv, x->kv_of_q};
     double at[NUM_STAGES + 1];
     at[0] = omp_get_wtime();
     moba_centroids(x->centroids, x->qkv, s);
@@ -169,9 +169,9 @@ static double time_flashmoba(double* stages, buffers_t* x, const moba_shape_t* s
     if (s->K > 1) flashmoba_routed_forward(x->out, x->lse, x->selected, x->qkv, x->kv_of_q, memory, s);
     at[3] = omp_get_wtime();
     attention_delta(delta, x->dout, x->out, 1, s->T, s->H, s->D);
-    flashmoba_local_backward(&tensors, memory + moba_delta_bytes(s), s);
+    flashmoba_local_backward(&tensors, memory + flashmoba_delta_bytes(s), s);
     at[4] = omp_get_wtime();
-    if (s->K > 1) flashmoba_routed_backward(&tensors, memory + moba_delta_bytes(s), s);
+    if (s->K > 1) flashmoba_routed_backward(&tensors, memory + flashmoba_delta_bytes(s), s);
     at[5] = omp_get_wtime();
     for (int i = 0; i < NUM_STAGES; i++) stages[i] += at[i + 1] - at[i];
     return at[NUM_STAGES] - at[0];
@@ -194,7 +194,7 @@ static double measure_peak(void) {
 }
 
 // Operations of the seven products over the pairs of query and visible key, and of the router's scores.
-static double useful_operations(const moba_shape_t* s) {
+static double useful_operations(const MobaShape* s) {
     double pairs = 0, scores = 0;
     for (int t = 0; t < s->T; t++) {
         const int past = t / s->S;
@@ -204,7 +204,7 @@ static double useful_operations(const moba_shape_t* s) {
     return 2.0 * s->D * s->H * (7 * pairs + scores);
 }
 
-static result_t measure(const moba_shape_t* s, int rounds, int with_plain) {
+static result_t measure(const MobaShape* s, int rounds, int with_plain) {
     buffers_t x = new_buffers(s, with_plain);
     result_t result;
     memset(&result, 0, sizeof(result));
@@ -269,7 +269,7 @@ int main(int argc, char** argv) {
         option_table, parse_option, NULL, "Times block-sparse attention on this machine.", NULL, NULL, NULL};
     argp_err_exit_status = 2;
     argp_parse(&parser, argc, argv, 0, NULL, &options);
-    moba_shape_t shape = options.shape;
+    MobaShape shape = options.shape;
     if (shape.G > shape.H) fail_usage("--kv-heads %d: must not exceed --query-heads %d", shape.G, shape.H);
 
     FILE* json = options.json_path ? open_or_fail(options.json_path, "w") : NULL;

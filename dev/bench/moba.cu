@@ -25,10 +25,10 @@ stages in separate calls, so their sum differs a little from the time of a call.
 typedef enum { INPUT_RANDOM, INPUT_SINK, INPUT_OLDEST, NUM_INPUTS } Input;
 static const char* const input_names[NUM_INPUTS] = {"random", "sink", "oldest"};
 
-enum { FLASHMOBA, DENSE, PLAIN, NUM_ALGORITHMS };
+enum { FLASHMOBA, DENSE, MOBA, NUM_ALGORITHMS };
 
 typedef struct {
-    moba_shape_t shape; // T = 0: the tables
+    MobaShape shape; // T = 0: the tables
     Input input;
     Draw draw;
     int rounds, count;
@@ -69,7 +69,7 @@ static int parse_name(const char* text, const char* option, const char* const* n
 
 static error_t settings_parse(int key, char* text, struct argp_state* state) {
     Settings* settings = (Settings*)state->input;
-    moba_shape_t* shape = &settings->shape;
+    MobaShape* shape = &settings->shape;
     switch (key) {
     case 'j':
         settings->json = text;
@@ -108,7 +108,7 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
         settings->most[DENSE] = parse_number(text, "dense", 0);
         return 0;
     case 'p':
-        settings->most[PLAIN] = parse_number(text, "plain", 0);
+        settings->most[MOBA] = parse_number(text, "plain", 0);
         return 0;
     case 'c':
         settings->count = 1;
@@ -121,7 +121,7 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
     }
 }
 
-static void check_shape(const moba_shape_t* s) {
+static void check_shape(const MobaShape* s) {
     if (s->G > s->H) fail_usage("--kv-heads %d: must not exceed --query-heads %d", s->G, s->H);
     if (!attention_supports_head_dim(s->D)) fail_usage("--head-dimension %d: must be 32, 64 or 128", s->D);
     if (s->S < 16 || s->S > 512 || (s->S & (s->S - 1)) != 0)
@@ -137,7 +137,7 @@ typedef struct {
 } Buffers;
 
 typedef struct {
-    moba_shape_t shape;
+    MobaShape shape;
     Input input;
     Buffers sets[MOST_INPUT_SETS];
     int count;
@@ -148,7 +148,7 @@ typedef struct {
 
 static void flashmoba_forward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
-    const moba_shape_t* s = &x->shape;
+    const MobaShape* s = &x->shape;
     const Buffers* of = &x->sets[set];
     keys_forward(of->qkv, NULL, x->centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
     flashmoba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B,
@@ -157,13 +157,13 @@ static void flashmoba_forward_pass(void* context, int set) {
 
 static void flashmoba_backward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
-    const moba_shape_t* s = &x->shape;
+    const MobaShape* s = &x->shape;
     const Buffers* of = &x->sets[set];
     flashmoba_backward(of->dqkv, of->dout, of->out, x->lse, x->selected, of->qkv, x->kv_of_q, x->workspace,
                        s->B, s->T, s->H, s->G, s->D, s->S, s->K, 0);
 }
 
-static size_t flashmoba_workspace(const moba_shape_t* s) {
+static size_t flashmoba_workspace(const MobaShape* s) {
     const size_t forward = flashmoba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
                  backward = flashmoba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K);
     return forward > backward ? forward : backward;
@@ -171,7 +171,7 @@ static size_t flashmoba_workspace(const moba_shape_t* s) {
 
 static void dense_forward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
-    const moba_shape_t* s = &x->shape;
+    const MobaShape* s = &x->shape;
     const Buffers* of = &x->sets[set];
     attention_forward(of->out, x->lse, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0, s->H, s->G, s->D, 0,
                       NULL, 0);
@@ -179,36 +179,36 @@ static void dense_forward_pass(void* context, int set) {
 
 static void dense_backward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
-    const moba_shape_t* s = &x->shape;
+    const MobaShape* s = &x->shape;
     const Buffers* of = &x->sets[set];
     attention_backward(of->dqkv, of->dout, of->out, x->lse, of->qkv, x->kv_of_q, x->workspace, s->B, s->T,
                        s->H, s->G, s->D, 0, 0);
 }
 
-static size_t dense_workspace(const moba_shape_t* s) {
+static size_t dense_workspace(const MobaShape* s) {
     const size_t forward = attention_forward_workspace(s->B, s->T, s->H, s->G, s->D),
                  backward = attention_backward_workspace(s->B, s->T, s->H, s->G, s->D);
     return forward > backward ? forward : backward;
 }
 
-static void plain_forward_pass(void* context, int set) {
+static void moba_forward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
-    const moba_shape_t* s = &x->shape;
+    const MobaShape* s = &x->shape;
     const Buffers* of = &x->sets[set];
     keys_forward(of->qkv, NULL, x->centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
     moba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0,
                  s->H, s->G, s->D, s->S, s->K, NULL, 0);
 }
 
-static void plain_backward_pass(void* context, int set) {
+static void moba_backward_pass(void* context, int set) {
     const Inputs* x = (const Inputs*)context;
-    const moba_shape_t* s = &x->shape;
+    const MobaShape* s = &x->shape;
     const Buffers* of = &x->sets[set];
     moba_backward(of->dqkv, of->dout, of->out, x->lse, x->selected, of->qkv, x->kv_of_q, x->workspace, s->B,
                   s->T, s->H, s->G, s->D, s->S, s->K, 0);
 }
 
-static size_t plain_workspace(const moba_shape_t* s) {
+static size_t moba_workspace(const MobaShape* s) {
     const size_t forward = moba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
                  backward = moba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K);
     return forward > backward ? forward : backward;
@@ -217,12 +217,12 @@ static size_t plain_workspace(const moba_shape_t* s) {
 typedef struct {
     const char* name;
     Pass forward, backward;
-    size_t (*workspace)(const moba_shape_t* shape);
+    size_t (*workspace)(const MobaShape* shape);
 } Algorithm;
 static const Algorithm algorithms[NUM_ALGORITHMS] = {
     {"flashmoba", flashmoba_forward_pass, flashmoba_backward_pass, flashmoba_workspace},
     {"dense", dense_forward_pass, dense_backward_pass, dense_workspace},
-    {"moba", plain_forward_pass, plain_backward_pass, plain_workspace},
+    {"moba", moba_forward_pass, moba_backward_pass, moba_workspace},
 };
 
 // ----------------------------------------------------------------------------
@@ -240,10 +240,10 @@ static __global__ void aim_kernel(floatX* qkv, // (B, T, H + 2G, D)
     qkv[(token * (H + 2 * G) + head) * D] = (floatX)(is_aimed ? 4.0f : 0.0f);
 }
 
-static size_t qkv_count(const moba_shape_t* s) { return (size_t)s->B * s->T * (s->H + 2 * s->G) * s->D; }
-static size_t out_count(const moba_shape_t* s) { return (size_t)s->B * s->T * s->H * s->D; }
+static size_t qkv_count(const MobaShape* s) { return (size_t)s->B * s->T * (s->H + 2 * s->G) * s->D; }
+static size_t out_count(const MobaShape* s) { return (size_t)s->B * s->T * s->H * s->D; }
 
-static size_t kept_bytes(const moba_shape_t* s) {
+static size_t kept_bytes(const MobaShape* s) {
     return (size_t)s->B * s->H * s->T * sizeof(float) +
            moba_selected_count(s->B, s->T, s->H, s->K) * sizeof(int) +
            moba_centroids_count(s->B, s->T, s->G, s->D, s->S) * sizeof(float);
@@ -251,13 +251,13 @@ static size_t kept_bytes(const moba_shape_t* s) {
 
 // Bytes of one call of an algorithm: its inputs and outputs, the arrays kept between forward and backward,
 // its workspace.
-static size_t call_bytes(const moba_shape_t* s, const Algorithm* algorithm) {
+static size_t call_bytes(const MobaShape* s, const Algorithm* algorithm) {
     const size_t kept =
         algorithm == &algorithms[DENSE] ? (size_t)s->B * s->H * s->T * sizeof(float) : kept_bytes(s);
     return 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX) + kept + algorithm->workspace(s);
 }
 
-static Inputs new_inputs(const moba_shape_t* s, Input input) {
+static Inputs new_inputs(const MobaShape* s, Input input) {
     const size_t tokens = (size_t)s->B * s->T, of_heads = tokens * (s->H + s->G);
     Inputs inputs = {};
     inputs.shape = *s, inputs.input = input;
@@ -291,7 +291,7 @@ static void free_inputs(Inputs* inputs) {
 
 // Reduces the sequences, then the heads, until inputs and flashmoba's workspace fit in the free memory.
 // Returns 0 if even one head does not fit.
-static int fit_shape(moba_shape_t* s) {
+static int fit_shape(MobaShape* s) {
     for (;;) {
         const size_t set = 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX);
         const size_t bytes = (size_t)input_sets(set / 2) * set + kept_bytes(s) + flashmoba_workspace(s);
@@ -357,7 +357,7 @@ typedef struct {
 } Timing;
 
 typedef struct {
-    moba_shape_t shape; // the shape that was run
+    MobaShape shape; // the shape that was run
     Input input;
     Timing timings[NUM_ALGORITHMS]; // 0 seconds: not run
     double stages[NUM_STAGES];      // seconds
@@ -375,7 +375,7 @@ static int* download_selection(const Inputs* x) {
 
 // Ends the program if a query did not select the blocks that the input was made for, although it could.
 static void check_choices(const Inputs* x, const int* selected) {
-    const moba_shape_t* s = &x->shape;
+    const MobaShape* s = &x->shape;
     const int aimed = x->input == INPUT_SINK ? 1 : x->input == INPUT_OLDEST ? s->K - 1 : 0;
     for (int t = aimed * s->S; aimed && s->K > 1 && t < s->T; t++)
         for (int block = 0; block < aimed; block++) {
@@ -394,7 +394,7 @@ static void measure_stages(Result* result, Inputs* inputs) {
     free(selected);
 }
 
-static Result measure(const moba_shape_t* s, Input input, const Settings* settings) {
+static Result measure(const MobaShape* s, Input input, const Settings* settings) {
     Inputs inputs = new_inputs(s, input);
     Result result = {};
     result.shape = *s, result.input = input;
@@ -459,28 +459,28 @@ static void print_dense(const PassSeconds* dense, const PassSeconds* flashmoba) 
                (dense->forward + dense->backward) / (flashmoba->forward + flashmoba->backward));
 }
 
-static void print_plain(const PassSeconds* plain, const PassSeconds* flashmoba) {
+static void print_moba(const PassSeconds* plain, const PassSeconds* flashmoba) {
     const double both = plain->forward + plain->backward;
     if (both == 0) printf(" %20s", "not run");
     else printf(" %9.3f %10.2f", 1e3 * both, both / (flashmoba->forward + flashmoba->backward));
 }
 
 static void print_result(const Result* r, const Ceilings* ceilings) {
-    const moba_shape_t* s = &r->shape;
+    const MobaShape* s = &r->shape;
     const PassSeconds* flashmoba = &r->timings[FLASHMOBA].seconds;
     printf("%4d %6d %3d %3d %3d %3d %2d %-6s %9.3f %9.3f %9.1f %8.1f", s->B, s->T, s->H, s->G, s->D, s->S,
            s->K, input_names[r->input], 1e3 * flashmoba->forward, 1e3 * flashmoba->backward,
            1e-12 * sum_of_useful(r->works, 0, STATISTICS) / flashmoba->forward,
            1e-12 * sum_of_useful(r->works, STATISTICS, NUM_STAGES) / flashmoba->backward);
     print_dense(&r->timings[DENSE].seconds, flashmoba);
-    print_plain(&r->timings[PLAIN].seconds, flashmoba);
+    print_moba(&r->timings[MOBA].seconds, flashmoba);
     for (int i = 0; i < NUM_ALGORITHMS; i++) printf(" %9.1f", 1e-6 * r->timings[i].bytes);
     printf("\n");
     print_stages(r, ceilings);
     fflush(stdout);
 }
 
-static void write_shape(FILE* json, const moba_shape_t* s) {
+static void write_shape(FILE* json, const MobaShape* s) {
     fprintf(json, "\"B\": %d, \"T\": %d, \"H\": %d, \"G\": %d, \"D\": %d, \"S\": %d, \"K\": %d", s->B, s->T,
             s->H, s->G, s->D, s->S, s->K);
 }
@@ -511,11 +511,11 @@ static void write_result(FILE* json, const Result* r, int is_first) {
 #if defined(DEVICE_SIMT) // small sizes, which only show that the tables work
 static const int lengths[] = {256, 512};
 enum { SWEEP_TOKENS = 256, HARD_TOKENS = 512 };
-static const moba_shape_t usual_shape = {1, 0, 0, 2, 2, 32, 32, 4};
+static const MobaShape usual_shape = {1, 0, 0, 2, 2, 32, 32, 4};
 #else
 static const int lengths[] = {8192, 16384, 32768, 65536, 131072, 262144, 524288};
 enum { SWEEP_TOKENS = 32768, HARD_TOKENS = 65536 };
-static const moba_shape_t usual_shape = {2, 0, 0, 16, 16, 128, 128, 8};
+static const MobaShape usual_shape = {2, 0, 0, 16, 16, 128, 128, 8};
 #endif
 enum { NUM_LENGTHS = sizeof(lengths) / sizeof(lengths[0]) };
 
@@ -526,8 +526,8 @@ typedef struct {
     int results;
 } Report;
 
-static void report_shape(Report* report, moba_shape_t shape, Input input) {
-    const moba_shape_t wanted = shape;
+static void report_shape(Report* report, MobaShape shape, Input input) {
+    const MobaShape wanted = shape;
     if (!fit_shape(&shape)) {
         printf("%4d %6d %3d: not run: %.1f MB for one head, more than are free\n", wanted.B, wanted.T,
                wanted.H, 1e-6 * (double)call_bytes(&shape, &algorithms[FLASHMOBA]));
@@ -543,7 +543,7 @@ static void report_shape(Report* report, moba_shape_t shape, Input input) {
 }
 
 static void report_tables(Report* report) {
-    moba_shape_t shape = usual_shape;
+    MobaShape shape = usual_shape;
     print_header("Length");
     for (int i = 0; i < NUM_LENGTHS; i++) {
         shape.T = lengths[i];
@@ -628,7 +628,7 @@ static Work sum_of_work(const Work* works, int first, int end, double* seconds) 
     return sum;
 }
 
-static void report_count(const moba_shape_t* s, Draw draw, FILE* json) {
+static void report_count(const MobaShape* s, Draw draw, FILE* json) {
     Work works[NUM_STAGES];
     int* selected = drawn_selection(s, draw, 1);
     count_work(works, s, NULL, selected, 1);
@@ -667,7 +667,7 @@ static void report_count(const moba_shape_t* s, Draw draw, FILE* json) {
 static void report_counts(const Settings* settings) {
     static const int long_lengths[] = {8192, 16384, 32768, 65536, 131072, 262144, 524288};
     FILE* json = settings->json ? open_or_fail(settings->json, "w") : NULL;
-    moba_shape_t shape = settings->shape;
+    MobaShape shape = settings->shape;
     printf("by formula; least: the longer of products at %.0f TFLOP/s and bytes at %.2f TB/s\n",
            1e-12 * ASSUMED_PRODUCTS, 1e-12 * ASSUMED_BYTES);
     if (json)

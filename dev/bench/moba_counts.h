@@ -7,8 +7,8 @@ and the least work of any kernels. It needs no GPU and no emulator, so it can co
     count_work(works, &shape, NULL, selected, 1);
     Floors floors = count_floors(&shape, selected, 1);
 
-Each formula below follows one kernel of moba.cuh, with the tile sizes of the compiled kernel and the groups
-of heads of moba_first_group() and moba_next_group(). test/test_moba_counts.cu compares the results with the
+Each formula below follows one kernel of flashmoba, with the tile sizes of the compiled kernel and the groups
+of heads of flashmoba_first_group() and flashmoba_next_group(). test/test_moba_counts.cu compares the results with the
 emulator's counters (dev/simt/counters.h), exactly. The emulator counts the bytes of rows, and of list entries
 and statistics that cp.async copies. It does not count other single words (indices, lse, sums that go from
 registers to memory); the formulas count each such word once for every kernel that uses it.
@@ -43,18 +43,18 @@ static inline int stage_of_kernel(const char* name) {
         const char* part;
         int stage;
     } kernels[] = {{"keys_forward_kernel", CENTROIDS},
-                   {"moba_split_kernel", CENTROIDS},
-                   {"moba_route_kernel", ROUTER},
-                   {"moba_count_kernel", LISTS},
-                   {"moba_scan_tiles_kernel", LISTS},
-                   {"moba_scan_blocks_kernel", LISTS},
-                   {"moba_fill_kernel", LISTS},
-                   {"moba_forward_kernel", FORWARD},
-                   {"moba_merge_kernel", MERGE},
+                   {"flashmoba_split_kernel", CENTROIDS},
+                   {"flashmoba_route_kernel", ROUTER},
+                   {"flashmoba_count_kernel", LISTS},
+                   {"flashmoba_scan_tiles_kernel", LISTS},
+                   {"flashmoba_scan_blocks_kernel", LISTS},
+                   {"flashmoba_fill_kernel", LISTS},
+                   {"flashmoba_forward_kernel", FORWARD},
+                   {"flashmoba_merge_kernel", MERGE},
                    {"attention_statistics_kernel", STATISTICS},
-                   {"moba_backward_kernel", BACKWARD},
-                   {"moba_merge_keys_kernel", MERGE_KEYS},
-                   {"moba_merge_queries_kernel", MERGE_QUERIES}};
+                   {"flashmoba_backward_kernel", BACKWARD},
+                   {"flashmoba_merge_keys_kernel", MERGE_KEYS},
+                   {"flashmoba_merge_queries_kernel", MERGE_QUERIES}};
     for (size_t i = 0; i < sizeof(kernels) / sizeof(kernels[0]); i++)
         if (strstr(name, kernels[i].part)) return kernels[i].stage;
     return NUM_STAGES;
@@ -90,7 +90,7 @@ static inline void draw_choices(int* chosen, int choices, int past, Draw draw, u
 }
 
 // Draws the selection of one head, (T, K-1); the blocks of a query are in no particular order.
-static inline int* drawn_selection(const moba_shape_t* s, Draw draw, uint64_t seed) {
+static inline int* drawn_selection(const MobaShape* s, Draw draw, uint64_t seed) {
     const int choices = s->K - 1;
     int* selected = (int*)malloc_or_fail(sizeof(int) * ((size_t)s->T * choices + 1), "a selection");
     uint64_t state = seed * 0x9E3779B97F4A7C15ull + 1;
@@ -132,10 +132,8 @@ static inline double products(double rows, double columns, double depth) {
 }
 
 static inline int least(int a, int b) { return a < b ? a : b; }
-static inline double row_bytes(const moba_shape_t* s) { return (double)s->D * sizeof(floatX); }
-static inline double sum_bytes(const moba_shape_t* s) {
-    return (double)s->D * sizeof(float);
-} // one row of sums
+static inline double row_bytes(const MobaShape* s) { return (double)s->D * sizeof(floatX); }
+static inline double sum_bytes(const MobaShape* s) { return (double)s->D * sizeof(float); } // one row of sums
 
 // The number of existing keys among `keys` keys from first_key on.
 static inline int keys_there(int first_key, int keys, int T) {
@@ -143,7 +141,7 @@ static inline int keys_there(int first_key, int keys, int T) {
 }
 
 // For one head: the pairs of query and visible key, and the pairs of query and scored block.
-static inline void count_pairs(double* pairs, double* scores, const moba_shape_t* s) {
+static inline void count_pairs(double* pairs, double* scores, const MobaShape* s) {
     *pairs = 0, *scores = 0;
     for (int t = 0; t < s->T; t++) {
         const int past = t / s->S;
@@ -153,25 +151,25 @@ static inline void count_pairs(double* pairs, double* scores, const moba_shape_t
 }
 
 // keys_forward_kernel, when it only makes centroids, reads every key of a complete block once.
-// moba_split_kernel turns each number of a centroid into MOBA_TERMS of floatX.
-static inline Work centroids_work(const moba_shape_t* s) {
+// flashmoba_split_kernel turns each number of a centroid into FLASHMOBA_TERMS of floatX.
+static inline Work centroids_work(const MobaShape* s) {
     const int blocks = s->T / s->S;
     const double centroids = (double)s->B * s->G * blocks;
-    const int has_terms = MOBA_TERMS > 1 && s->K > 1;
+    const int has_terms = FLASHMOBA_TERMS > 1 && s->K > 1;
     Work w = {};
     if (centroids == 0) return w;
     w.launches = 1 + has_terms;
     w.loaded = centroids * s->S * row_bytes(s);
     w.words_read = has_terms * centroids * sum_bytes(s);
-    w.words_written = centroids * (sum_bytes(s) + has_terms * MOBA_TERMS * row_bytes(s));
+    w.words_written = centroids * (sum_bytes(s) + has_terms * FLASHMOBA_TERMS * row_bytes(s));
     return w;
 }
 
-// moba_route_kernel: a thread block reads its queries once, and all terms of the centroids of the blocks
+// flashmoba_route_kernel: a thread block reads its queries once, and all terms of the centroids of the blocks
 // before its last query, rounded up to tiles of COLUMNS but not beyond the last complete block. If there are
 // no such blocks, it reads nothing.
-template <int D> static inline Work router_work(const moba_shape_t* s) {
-    typedef moba_route_shape<D> shape;
+template <int D> static inline Work router_work(const MobaShape* s) {
+    typedef FlashmobaRouteShape<D> shape;
     const double heads = (double)s->B * s->H;
     Work w = {};
     if (s->K == 1) return w;
@@ -180,8 +178,8 @@ template <int D> static inline Work router_work(const moba_shape_t* s) {
         const int queries = least(s->T - first, shape::QUERIES), end_block = (first + queries - 1) / s->S;
         const int columns = ceil_div(end_block, shape::COLUMNS) * shape::COLUMNS;
         if (columns == 0) continue;
-        w.copied += heads * (queries + MOBA_TERMS * least(columns, s->T / s->S)) * row_bytes(s);
-        w.products += heads * MOBA_TERMS * products(shape::QUERIES, columns, D);
+        w.copied += heads * (queries + FLASHMOBA_TERMS * least(columns, s->T / s->S)) * row_bytes(s);
+        w.products += heads * FLASHMOBA_TERMS * products(shape::QUERIES, columns, D);
     }
     w.words_written = heads * s->T * (s->K - 1) * sizeof(int);
     return w;
@@ -189,8 +187,8 @@ template <int D> static inline Work router_work(const moba_shape_t* s) {
 
 // A query head of a group of heads: its lists, and the heads with which it shares its KV head.
 typedef struct {
-    const moba_shape_t* shape;
-    const moba_lists_t* lists;       // the group's
+    const MobaShape* shape;
+    const FlashmobaLists* lists;     // the group's
     const int* lengths;              // (blocks) entries of its lists
     double entries;                  // of all its lists
     int is_first, is_last;           // in the group
@@ -202,14 +200,14 @@ static inline int is_whole_head(const GroupHead* head) {
     return head->lists->start == 0 && head->lists->end == head->lists->T;
 }
 
-// Work items of a list; moba_items() for the host.
-static inline int count_items(int entries) { return entries > 0 ? ceil_div(entries, MOBA_ITEM) : 1; }
+// Work items of a list; flashmoba_items() for the host.
+static inline int count_items(int entries) { return entries > 0 ? ceil_div(entries, FLASHMOBA_ITEM) : 1; }
 
-// moba_count_kernel has one atomic for every entry. moba_scan_tiles_kernel makes the prefix sums of the
-// counts, and moba_scan_blocks_kernel those of the totals. moba_fill_kernel reads the selection again; for
+// flashmoba_count_kernel has one atomic for every entry. flashmoba_scan_tiles_kernel makes the prefix sums of the
+// counts, and flashmoba_scan_blocks_kernel those of the totals. flashmoba_fill_kernel reads the selection again; for
 // every entry it reads a count and the beginning of a list, and writes the entry.
 static inline void add_lists(Work* w, const GroupHead* head) {
-    const moba_lists_t* x = head->lists;
+    const FlashmobaLists* x = head->lists;
     const double counts = (double)x->tiles * x->blocks * sizeof(int), entries = head->entries * sizeof(int);
     const double selection = (double)(x->end - x->start) * (x->K - 1) * sizeof(int);
     w->launches += 4 * head->is_first;
@@ -218,17 +216,17 @@ static inline void add_lists(Work* w, const GroupHead* head) {
     w->words_written += 2 * counts + counts + 2 * entries; // cleared and counted; scanned; filled
 }
 
-// moba_forward_kernel: every part of a work item reads its keys and values once. For every entry it reads one
+// flashmoba_forward_kernel: every part of a work item reads its keys and values once. For every entry it reads one
 // row and writes one row; without entries it reads and writes nothing. A warp multiplies 16M rows by all
 // keys, twice.
 template <int D> static inline void add_forward(Work* w, const GroupHead* head) {
-    enum { ROWS = 16 * moba_forward_shape<D>::M };
-    const moba_lists_t* x = head->lists;
+    enum { ROWS = 16 * FlashmobaForwardShape<D>::M };
+    const FlashmobaLists* x = head->lists;
     const double row = row_bytes(head->shape);
     w->launches += head->is_first;
     for (int block = 0; block < x->blocks; block++)
         for (int item = 0; item < count_items(head->lengths[block]); item++) {
-            const int entries = least(head->lengths[block] - item * MOBA_ITEM, MOBA_ITEM);
+            const int entries = least(head->lengths[block] - item * FLASHMOBA_ITEM, FLASHMOBA_ITEM);
             const int loaded = entries > 0 ? 2 * keys_there(block * x->S, x->S, x->T) : 0;
             w->copied += (loaded + (double)x->parts * entries) * row + x->parts * entries * sizeof(int);
             w->stored += x->parts * entries * row;
@@ -238,10 +236,10 @@ template <int D> static inline void add_forward(Work* w, const GroupHead* head) 
         }
 }
 
-// moba_merge_kernel reads the partials of all blocks of a query, their lse and the selection, and writes a
+// flashmoba_merge_kernel reads the partials of all blocks of a query, their lse and the selection, and writes a
 // row and its lse.
 static inline void add_merge(Work* w, const GroupHead* head) {
-    const moba_lists_t* x = head->lists;
+    const FlashmobaLists* x = head->lists;
     const double queries = x->end - x->start, row = row_bytes(head->shape);
     w->launches += head->is_first;
     w->loaded += head->entries * x->parts * row;
@@ -252,7 +250,7 @@ static inline void add_merge(Work* w, const GroupHead* head) {
 
 // attention_statistics_kernel reads a row of gradients, a row of outputs and its lse, and writes lse and
 // delta.
-static inline Work statistics_work(const moba_shape_t* s) {
+static inline Work statistics_work(const MobaShape* s) {
     const double heads = (double)s->B * s->H;
     Work w = {};
     w.launches = 1;
@@ -261,8 +259,8 @@ static inline Work statistics_work(const moba_shape_t* s) {
     return w;
 }
 
-// Whether one work item computes the whole gradients of a block (moba_is_whole), and whether the first item
-// continues with sums of the group before (moba_goes_on).
+// Whether one work item computes the whole gradients of a block (flashmoba_is_whole), and whether the first item
+// continues with sums of the group before (flashmoba_goes_on).
 static inline int is_whole_block(const GroupHead* head, int block) {
     return is_whole_head(head) && !head->shares_before && !head->shares_after &&
            count_items(head->lengths[block]) == 1;
@@ -271,17 +269,17 @@ static inline int goes_on(const GroupHead* head) {
     return head->is_first && (head->lists->start > 0 || head->shares_before);
 }
 
-// moba_backward_kernel: like the forward kernel, but with two rows read for every entry, whole tiles of
+// flashmoba_backward_kernel: like the forward kernel, but with two rows read for every entry, whole tiles of
 // QUERIES and five products. For keys and values it writes gradients, or sums if other work items add to
 // them.
 template <int D> static inline void add_backward(Work* w, const GroupHead* head) {
-    enum { QUERIES = moba_backward_shape<D>::QUERIES };
-    const moba_lists_t* x = head->lists;
+    enum { QUERIES = FlashmobaBackwardShape<D>::QUERIES };
+    const FlashmobaLists* x = head->lists;
     const double row = row_bytes(head->shape), sum = sum_bytes(head->shape);
     w->launches += head->is_first;
     for (int block = 0; block < x->blocks; block++)
         for (int item = 0; item < count_items(head->lengths[block]); item++) {
-            const int entries = least(head->lengths[block] - item * MOBA_ITEM, MOBA_ITEM);
+            const int entries = least(head->lengths[block] - item * FLASHMOBA_ITEM, FLASHMOBA_ITEM);
             const int keys = keys_there(block * x->S, x->S, x->T), continues = item == 0 && goes_on(head);
             if (continues && entries == 0) continue;
             w->copied +=
@@ -295,11 +293,11 @@ template <int D> static inline void add_backward(Work* w, const GroupHead* head)
         }
 }
 
-// moba_merge_keys_kernel reads the sums of all work items of a block, if there is more than one or if the KV
+// flashmoba_merge_keys_kernel reads the sums of all work items of a block, if there is more than one or if the KV
 // head has other query heads. It writes gradients, or sums for the next group. It writes zeros for KV heads
 // that no head reads.
 static inline void add_merge_keys(Work* w, const GroupHead* head) {
-    const moba_lists_t* x = head->lists;
+    const FlashmobaLists* x = head->lists;
     const int next_goes_on = x->end < x->T || (head->is_last && head->shares_after);
     const double row = row_bytes(head->shape), sum = sum_bytes(head->shape);
     w->launches += head->is_first;
@@ -315,10 +313,10 @@ static inline void add_merge_keys(Work* w, const GroupHead* head) {
     }
 }
 
-// moba_merge_queries_kernel reads the partial gradients of all blocks of a query and the selection, and
+// flashmoba_merge_queries_kernel reads the partial gradients of all blocks of a query and the selection, and
 // writes a row.
 static inline void add_merge_queries(Work* w, const GroupHead* head) {
-    const moba_lists_t* x = head->lists;
+    const FlashmobaLists* x = head->lists;
     const double queries = x->end - x->start, row = row_bytes(head->shape);
     w->launches += head->is_first;
     w->loaded += head->entries * x->parts * row;
@@ -332,8 +330,7 @@ static inline void add_merge_queries(Work* w, const GroupHead* head) {
 // Counts the queries in each key block's list, for one head and its queries start..end-1. `lengths` has one
 // entry for each key block; `selected` is (T, K-1).
 // Every query is in the list of its own block and in the lists of the blocks that it selected.
-static inline void count_lengths(int* lengths, const moba_shape_t* s, const int* selected, int start,
-                                 int end) {
+static inline void count_lengths(int* lengths, const MobaShape* s, const int* selected, int start, int end) {
     for (int block = 0; block * s->S < s->T; block++) lengths[block] = 0;
     for (int t = start; t < end; t++) {
         lengths[t / s->S]++;
@@ -342,11 +339,11 @@ static inline void count_lengths(int* lengths, const moba_shape_t* s, const int*
     }
 }
 
-static inline int kv_of_head(const moba_shape_t* s, const int* kv_of_q, int h) {
+static inline int kv_of_head(const MobaShape* s, const int* kv_of_q, int h) {
     return kv_of_q ? kv_of_q[h] : (int)((long)h * s->G / s->H);
 }
 
-static inline GroupHead group_head(const moba_shape_t* s, const int* kv_of_q, const moba_lists_t* x, int i) {
+static inline GroupHead group_head(const MobaShape* s, const int* kv_of_q, const FlashmobaLists* x, int i) {
     const int h = x->first_head + i % x->heads, g = kv_of_head(s, kv_of_q, h);
     const int before = h > 0 ? kv_of_head(s, kv_of_q, h - 1) : -1,
               after = h + 1 < s->H ? kv_of_head(s, kv_of_q, h + 1) : s->G;
@@ -360,15 +357,15 @@ static inline GroupHead group_head(const moba_shape_t* s, const int* kv_of_q, co
 
 // Calls function() with every head of every group of heads, of the forward or of the backward pass.
 template <typename Function>
-static inline void for_heads(const moba_shape_t* s, const int* kv_of_q, const int* selected, int drawn,
+static inline void for_heads(const MobaShape* s, const int* kv_of_q, const int* selected, int drawn,
                              int is_backward, Function function) {
-    const moba_turn_t turn = moba_turn(s, is_backward);
+    const FlashmobaGroupSize size = flashmoba_group_size(s, is_backward);
     int* lengths = (int*)malloc_or_fail(sizeof(int) * (size_t)ceil_div(s->T, s->S), "the lengths of lists");
     int counted[3] = {-1, -1, -1}; // the head, start and end that `lengths` belongs to
-    for (moba_group_t group = moba_first_group(NULL, s, &turn, NULL, NULL, NULL, is_backward);
-         group.heads > 0; moba_next_group(&group, s, &turn))
+    for (FlashmobaGroup group = flashmoba_first_group(NULL, s, &size, NULL, NULL, NULL, is_backward);
+         group.heads > 0; flashmoba_next_group(&group, s, &size))
         for (int i = 0; i < group.heads; i++) {
-            const moba_lists_t* x = &group.lists;
+            const FlashmobaLists* x = &group.lists;
             GroupHead head = group_head(s, kv_of_q, x, i);
             const int of[3] = {((x->first_sequence + i / x->heads) * s->H + x->first_head + i % x->heads) %
                                    drawn,
@@ -384,7 +381,7 @@ static inline void for_heads(const moba_shape_t* s, const int* kv_of_q, const in
 }
 
 template <int D>
-static inline void count_work_of(Work works[NUM_STAGES], const moba_shape_t* s, const int* kv_of_q,
+static inline void count_work_of(Work works[NUM_STAGES], const MobaShape* s, const int* kv_of_q,
                                  const int* selected, int drawn) {
     double pairs, scores;
     count_pairs(&pairs, &scores, s);
@@ -411,19 +408,17 @@ static inline void count_work_of(Work works[NUM_STAGES], const moba_shape_t* s, 
 // Counts the work of flashmoba_forward and flashmoba_backward; the lists of both passes count together. The
 // selections (drawn, T, K-1) are those of the first heads of (B, H), and the other heads repeat them. A NULL
 // map is the uniform map.
-static inline void count_work(Work works[NUM_STAGES], const moba_shape_t* s, const int* kv_of_q,
+static inline void count_work(Work works[NUM_STAGES], const MobaShape* s, const int* kv_of_q,
                               const int* selected, int drawn) {
-    if (s->D == 32) count_work_of<32>(works, s, kv_of_q, selected, drawn);
-    if (s->D == 64) count_work_of<64>(works, s, kv_of_q, selected, drawn);
-    if (s->D == 128) count_work_of<128>(works, s, kv_of_q, selected, drawn);
+    for_head_dim(s->D, [&](auto head_dim) { count_work_of<head_dim>(works, s, kv_of_q, selected, drawn); });
 }
 
 // ----------------------------------------------------------------------------
 // Floors
 
 // Least bytes of one call. Each selected block of a query needs the query read, and a partial (a row and its
-// lse) written. Each work item of MOBA_ITEM queries needs its keys and values once. With e bytes a number, n
-// blocks, and the centroids read once for every 128 queries, a query head needs:
+// lse) written. Each work item of FLASHMOBA_ITEM queries needs its keys and values once. With e bytes a number,
+// n blocks, and the centroids read once for every 128 queries, a query head needs:
 //     router      eTD + (T/128)(n/2) eD + 2T(K-1)
 //     forward     T(K-1)(2eD + 4) + items * 2eSD
 //     merge       T(K-1)(eD + 4) + 4eTD          with the queries, keys and values of the own block, and the output
@@ -432,7 +427,7 @@ typedef struct {
     double router, forward, merge, backward;
 } Floors;
 
-static inline Floors count_floors(const moba_shape_t* s, const int* selected, int drawn) {
+static inline Floors count_floors(const MobaShape* s, const int* selected, int drawn) {
     const int blocks = ceil_div(s->T, s->S);
     const double T = s->T, routed = T * (s->K - 1), row = row_bytes(s), heads = (double)s->B * s->H;
     int* lengths = (int*)malloc_or_fail(sizeof(int) * (size_t)blocks, "the lengths of lists");
@@ -440,8 +435,8 @@ static inline Floors count_floors(const moba_shape_t* s, const int* selected, in
     for (int i = 0; i < drawn; i++) {
         count_lengths(lengths, s, selected + (size_t)i * s->T * (s->K - 1), 0, s->T);
         for (int block = 0; block < blocks; block++)
-            items +=
-                (double)ceil_div(lengths[block] - keys_there(block * s->S, s->S, s->T), MOBA_ITEM) / drawn;
+            items += (double)ceil_div(lengths[block] - keys_there(block * s->S, s->S, s->T), FLASHMOBA_ITEM) /
+                     drawn;
     }
     free(lengths);
     Floors floors;

@@ -272,10 +272,10 @@ typedef struct {
     size_t kv;        // (B, H, T, D), once for the keys and once for the values
     size_t tiles;     // of one thread: probs and dscores, then key and value transposed
     size_t all_tiles; // of all threads
-} attention_workspace_t;
+} AttentionWorkspace;
 
-static inline attention_workspace_t attention_workspace_layout(int B, int T, int H, int D) {
-    attention_workspace_t sizes;
+static inline AttentionWorkspace attention_workspace_layout(int B, int T, int H, int D) {
+    AttentionWorkspace sizes;
     sizes.delta = ((size_t)B * H * T + 15) / 16 * 16;
     sizes.kv = (size_t)B * H * T * D;
     sizes.tiles = 2 * (size_t)ATTENTION_KEYS * (ATTENTION_QUERIES + D);
@@ -286,7 +286,7 @@ static inline attention_workspace_t attention_workspace_layout(int B, int T, int
 // Bytes of the workspace of attention_backward, for as many threads as omp_get_max_threads() says now or fewer.
 static inline size_t attention_backward_workspace(int B, int T, int H, int G, int D) {
     (void)G;
-    const attention_workspace_t sizes = attention_workspace_layout(B, T, H, D);
+    const AttentionWorkspace sizes = attention_workspace_layout(B, T, H, D);
     return (sizes.delta + sizes.all_tiles + 2 * sizes.kv) * sizeof(floatX);
 }
 
@@ -302,11 +302,11 @@ typedef struct {
     const float_acc* lse;   // (T)
     const float_acc* delta; // (T)
     int T, D, out_stride, qkv_stride, window;
-} attention_head_t;
+} AttentionHead;
 
 // Adds the gradients of one tile of keys (from first_key on) and the queries first_query..end_query-1, each
 // through the other. first_query is a multiple of ATTENTION_QUERIES.
-static inline void attention_keys_backward(const attention_head_t* head, floatX* tiles, int first_key,
+static inline void attention_keys_backward(const AttentionHead* head, floatX* tiles, int first_key,
                                            int first_query, int end_query, int with_dq, int with_dkv) {
     floatX* probs = tiles;
     floatX* dscores = probs + ATTENTION_QUERIES * ATTENTION_KEYS;
@@ -335,8 +335,8 @@ static inline void attention_keys_backward(const attention_head_t* head, floatX*
 
 // Writes the rows dq_begin..dq_end-1 of dq, and dkv_begin..dkv_end-1 of dk and dv. The ranges start at
 // multiples of ATTENTION_TASK. Either both are the whole sequence, or one of them is empty.
-static inline void attention_head_backward(const attention_head_t* head, floatX* tiles, int dq_begin,
-                                           int dq_end, int dkv_begin, int dkv_end) {
+static inline void attention_head_backward(const AttentionHead* head, floatX* tiles, int dq_begin, int dq_end,
+                                           int dkv_begin, int dkv_end) {
     const int with_dq = dq_begin < dq_end, with_dkv = dkv_begin < dkv_end, D = head->D;
     for (int t = dq_begin; t < dq_end; t++)
         memset(head->dq + (size_t)t * head->qkv_stride, 0, sizeof(floatX) * D);
@@ -398,7 +398,7 @@ static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                       void* workspace, int B, int T, int H, int G, int D, int window,
                                       stream_t stream) {
     (void)stream;
-    const attention_workspace_t sizes = attention_workspace_layout(B, T, H, D);
+    const AttentionWorkspace sizes = attention_workspace_layout(B, T, H, D);
     floatX* delta = (floatX*)workspace;
     floatX* tiles = delta + sizes.delta;
     floatX* dk = tiles + sizes.all_tiles;
@@ -421,20 +421,20 @@ static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
             const size_t q = (size_t)b * T * qkv_stride + (size_t)h * D;
             const size_t k = (size_t)b * T * qkv_stride + (size_t)(H + kv_of_q[h]) * D;
             const size_t o = (size_t)b * T * H * D + (size_t)h * D;
-            const attention_head_t head = {dqkv + q,
-                                           dk + (size_t)bh * T * D,
-                                           dv + (size_t)bh * T * D,
-                                           dout + o,
-                                           qkv + q,
-                                           qkv + k,
-                                           qkv + k + (size_t)G * D,
-                                           lse + (size_t)bh * T,
-                                           delta + (size_t)bh * T,
-                                           T,
-                                           D,
-                                           H * D,
-                                           qkv_stride,
-                                           window};
+            const AttentionHead head = {dqkv + q,
+                                        dk + (size_t)bh * T * D,
+                                        dv + (size_t)bh * T * D,
+                                        dout + o,
+                                        qkv + q,
+                                        qkv + k,
+                                        qkv + k + (size_t)G * D,
+                                        lse + (size_t)bh * T,
+                                        delta + (size_t)bh * T,
+                                        T,
+                                        D,
+                                        H * D,
+                                        qkv_stride,
+                                        window};
             floatX* my_tiles = tiles + sizes.tiles * omp_get_thread_num();
             const int begin = task % max_int(1, query_tasks) * ATTENTION_TASK;
             const int end = min_int(T, begin + ATTENTION_TASK);

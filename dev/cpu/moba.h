@@ -31,27 +31,28 @@ The results have the same bits for any number of threads.
 #include "dev/cpu/gqa.h"
 
 // The router: queries of one task, and centroids that it scores at once (a multiple of 16).
-enum { MOBA_ROUTE_QUERIES = 128, MOBA_CENTROIDS = 128 };
+enum { FLASHMOBA_ROUTE_QUERIES = 128, MOBA_CENTROIDS = 128 };
 // Tiles of gathered queries by keys of one block: the number of rows is limited so that the tile stays in the
 // cache.
-enum { MOBA_KEYS = 256, MOBA_ROWS = 240, MOBA_SCORES = 72 * MOBA_KEYS };
+enum { FLASHMOBA_KEYS = 256, FLASHMOBA_ROWS = 240, FLASHMOBA_SCORES = 72 * FLASHMOBA_KEYS };
 // Rows of the smallest and of the largest tile in the forward pass, which must be causal to the last bit
-// (docs/math.md section 6; see moba_forward_rows).
-enum { MOBA_FIRST_ROWS = 12, MOBA_FORWARD_ROWS = 48 };
+// (docs/math.md section 6; see flashmoba_forward_rows).
+enum { FLASHMOBA_FIRST_ROWS = 12, FLASHMOBA_FORWARD_ROWS = 48 };
 // Average length of a key block's list in one chunk. Longer lists fill the tiles better; shorter lists give
 // more chunks, and the queries of a smaller chunk stay in the cache.
-enum { MOBA_LIST = 256 };
+enum { FLASHMOBA_LIST = 256 };
 
 // Sizes of one call; the rows computed are start..T-1.
 typedef struct {
     int B, T, start, H, G, D, S, K;
-} moba_shape_t;
+} MobaShape;
+typedef MobaShape moba_shape_t; // the name in test/reference.c
 
 // Only GPUs bound the workspace; here its size depends on the number of threads.
 static inline void moba_set_workspace_bound(size_t bytes) { (void)bytes; }
 
 // The number of complete key blocks. A query can select those that end before its own block.
-static inline int moba_blocks(const moba_shape_t* s) { return s->T / s->S; }
+static inline int moba_blocks(const MobaShape* s) { return s->T / s->S; }
 
 // Whether MoBA supports these sizes.
 static inline int moba_supports(int T, int D, int S, int K) { return T > 0 && D > 0 && S > 0 && K > 0; }
@@ -78,7 +79,7 @@ static inline void moba_group(int* first, int* heads, const int* kv_of_q, int H,
 // change.
 static inline void moba_centroids(float_acc* centroids, // (B, T/S, G, D)
                                   const floatX* qkv,    // (B, T, H + 2G, D)
-                                  const moba_shape_t* s) {
+                                  const MobaShape* s) {
     const int row = s->G * s->D, stride = (s->H + 2 * s->G) * s->D, blocks = moba_blocks(s);
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < s->B; b++) {
@@ -232,7 +233,7 @@ static inline size_t moba_forward_workspace(int B, int T, int H, int G, int D, i
 // Computes the rows start..T-1 of query head h of sequence b.
 static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected, const float_acc* centroids,
                                      const floatX* qkv, float_acc* scratch, int b, int h, int g,
-                                     const moba_shape_t* s) {
+                                     const MobaShape* s) {
     const int D = s->D, S = s->S, choices = s->K - 1, stride = (s->H + 2 * s->G) * D;
     const int blocks = moba_blocks(s), columns = (blocks + 15) / 16 * 16;
     const floatX* q = qkv + (size_t)b * s->T * stride + (size_t)h * D;
@@ -274,7 +275,7 @@ static inline void moba_forward(floatX* out,    // (B, T, H, D)
                                 void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
                                 const AttentionNoise* noise, stream_t stream) {
     (void)stream;
-    const moba_shape_t shape = {B, T, start, H, G, D, S, K};
+    const MobaShape shape = {B, T, start, H, G, D, S, K};
     const size_t scratch = moba_forward_scratch(T, D, S, K);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int b = 0; b < B; b++)
@@ -363,39 +364,39 @@ static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
 typedef struct {
     int b, g, first_head, heads;
     int first_token, tokens;
-} moba_chunk_t;
+} FlashmobaChunk;
 
 // A query of a chunk: its offset in qkv, in out, and in (B, H, T).
 typedef struct {
     size_t q, out, row;
-} moba_query_t;
+} FlashmobaQuery;
 
-static inline moba_query_t moba_query(const moba_chunk_t* chunk, int r, const moba_shape_t* s) {
+static inline FlashmobaQuery flashmoba_query(const FlashmobaChunk* chunk, int r, const MobaShape* s) {
     const int h = chunk->first_head + r % chunk->heads, t = chunk->first_token + r / chunk->heads;
     const size_t token = (size_t)chunk->b * s->T + t;
-    const moba_query_t query = {(token * (s->H + 2 * s->G) + h) * s->D, (token * s->H + h) * s->D,
-                                ((size_t)chunk->b * s->H + h) * s->T + t};
+    const FlashmobaQuery query = {(token * (s->H + 2 * s->G) + h) * s->D, (token * s->H + h) * s->D,
+                                  ((size_t)chunk->b * s->H + h) * s->T + t};
     return query;
 }
 
-// The number of rows of a chunk for which a key block's list has MOBA_LIST entries on average.
-static inline int moba_chunk_rows(const moba_shape_t* s) {
+// The number of rows of a chunk for which a key block's list has FLASHMOBA_LIST entries on average.
+static inline int flashmoba_chunk_rows(const MobaShape* s) {
     const int blocks = max_int(1, moba_blocks(s)), choices = max_int(1, min_int(s->K - 1, blocks));
-    return (int)(((size_t)MOBA_LIST * blocks + choices - 1) / choices);
+    return (int)(((size_t)FLASHMOBA_LIST * blocks + choices - 1) / choices);
 }
 
-static inline int moba_chunk_tokens(const moba_shape_t* s, int heads) {
-    return min_int(s->T, (moba_chunk_rows(s) + heads - 1) / heads);
+static inline int flashmoba_chunk_tokens(const MobaShape* s, int heads) {
+    return min_int(s->T, (flashmoba_chunk_rows(s) + heads - 1) / heads);
 }
 
 // Makes chunk i of KV head g. Returns 0 if there is no such chunk: g has no query heads, or earlier chunks
 // have all its queries.
-static inline int moba_chunk(moba_chunk_t* chunk, const int* kv_of_q, int b, int g, int i,
-                             const moba_shape_t* s) {
+static inline int flashmoba_chunk(FlashmobaChunk* chunk, const int* kv_of_q, int b, int g, int i,
+                                  const MobaShape* s) {
     chunk->b = b, chunk->g = g;
     moba_group(&chunk->first_head, &chunk->heads, kv_of_q, s->H, g);
     if (chunk->heads == 0) return 0;
-    const int tokens = moba_chunk_tokens(s, chunk->heads);
+    const int tokens = flashmoba_chunk_tokens(s, chunk->heads);
     if ((size_t)i * tokens >= (size_t)(s->T - s->start)) return 0;
     chunk->first_token = s->start + i * tokens;
     chunk->tokens = min_int(tokens, s->T - chunk->first_token);
@@ -403,8 +404,8 @@ static inline int moba_chunk(moba_chunk_t* chunk, const int* kv_of_q, int b, int
 }
 
 // No KV head has more chunks than this.
-static inline int moba_max_chunks(const moba_shape_t* s) {
-    const int tokens = moba_chunk_tokens(s, s->H);
+static inline int flashmoba_max_chunks(const MobaShape* s) {
+    const int tokens = flashmoba_chunk_tokens(s, s->H);
     return (s->T - s->start + tokens - 1) / tokens;
 }
 
@@ -416,23 +417,23 @@ typedef struct {
     float_acc* row_max; // (rows of a chunk)
     float_acc* row_sum; // (rows of a chunk)
     // A tile
-    floatX* q;         // (MOBA_ROWS, D) gathered queries
-    floatX* dout;      // (MOBA_ROWS, D) gathered output gradients
-    floatX* result;    // (MOBA_ROWS, D) rows to scatter
+    floatX* q;         // (FLASHMOBA_ROWS, D) gathered queries
+    floatX* dout;      // (FLASHMOBA_ROWS, D) gathered output gradients
+    floatX* result;    // (FLASHMOBA_ROWS, D) rows to scatter
     floatX* scores;    // (tile rows, keys), then probabilities
     floatX* dscores;   // (tile rows, keys)
-    floatX* k_t;       // (D, MOBA_KEYS)
-    floatX* v_t;       // (D, MOBA_KEYS)
-    floatX* dk;        // (MOBA_KEYS, D), or of a whole block in the local pass
-    floatX* dv;        // (MOBA_KEYS, D), likewise
+    floatX* k_t;       // (D, FLASHMOBA_KEYS)
+    floatX* v_t;       // (D, FLASHMOBA_KEYS)
+    floatX* dk;        // (FLASHMOBA_KEYS, D), or of a whole block in the local pass
+    floatX* dv;        // (FLASHMOBA_KEYS, D), likewise
     floatX* attention; // scratch of the tiles of gqa.h
     // The router; it keeps each query's best blocks so far sorted, the worst last
     float_acc* centroids_t;  // (D, MOBA_CENTROIDS)
-    float_acc* block_scores; // (MOBA_ROUTE_QUERIES, MOBA_CENTROIDS)
-    float_acc* best_scores;  // (MOBA_ROUTE_QUERIES, choices)
-    int* best_blocks;        // (MOBA_ROUTE_QUERIES, choices)
+    float_acc* block_scores; // (FLASHMOBA_ROUTE_QUERIES, MOBA_CENTROIDS)
+    float_acc* best_scores;  // (FLASHMOBA_ROUTE_QUERIES, choices)
+    int* best_blocks;        // (FLASHMOBA_ROUTE_QUERIES, choices)
     size_t bytes;            // of all arrays above
-} moba_scratch_t;
+} FlashmobaScratch;
 
 static inline void* moba_take(char* memory, size_t* used, size_t count, size_t size) {
     void* taken = memory ? memory + *used : NULL;
@@ -441,56 +442,57 @@ static inline void* moba_take(char* memory, size_t* used, size_t count, size_t s
 }
 
 // Lays out one thread's share of the workspace. Without memory it only counts the bytes.
-static inline moba_scratch_t moba_scratch(char* memory, const moba_shape_t* s, int is_backward) {
+static inline FlashmobaScratch flashmoba_scratch(char* memory, const MobaShape* s, int is_backward) {
     const size_t blocks = (size_t)moba_blocks(s), choices = (size_t)s->K - 1, D = (size_t)s->D;
-    const size_t rows = (size_t)moba_chunk_rows(s) + s->H; // a chunk is rounded up to whole tokens
-    const size_t keys = (size_t)max_int(MOBA_KEYS, min_int(s->S, s->T)), x = sizeof(floatX);
+    const size_t rows = (size_t)flashmoba_chunk_rows(s) + s->H; // a chunk is rounded up to whole tokens
+    const size_t keys = (size_t)max_int(FLASHMOBA_KEYS, min_int(s->S, s->T)), x = sizeof(floatX);
     const size_t backward = is_backward ? 1 : 0, forward = 1 - backward;
-    moba_scratch_t scratch;
+    FlashmobaScratch scratch;
     size_t used = 0;
     scratch.begin = (int*)moba_take(memory, &used, blocks + 2, sizeof(int));
     scratch.rows = (int*)moba_take(memory, &used, rows * min_int(s->K - 1, (int)blocks), sizeof(int));
     scratch.row_max = (float_acc*)moba_take(memory, &used, forward * rows, sizeof(float_acc));
     scratch.row_sum = (float_acc*)moba_take(memory, &used, forward * rows, sizeof(float_acc));
-    scratch.q = (floatX*)moba_take(memory, &used, MOBA_ROWS * D, x);
-    scratch.dout = (floatX*)moba_take(memory, &used, backward * MOBA_ROWS * D, x);
-    scratch.result = (floatX*)moba_take(memory, &used, MOBA_ROWS * D, x);
-    scratch.scores = (floatX*)moba_take(memory, &used, MOBA_SCORES, x);
-    scratch.dscores = (floatX*)moba_take(memory, &used, backward * MOBA_SCORES, x);
-    scratch.k_t = (floatX*)moba_take(memory, &used, MOBA_KEYS * D, x);
-    scratch.v_t = (floatX*)moba_take(memory, &used, backward * MOBA_KEYS * D, x);
+    scratch.q = (floatX*)moba_take(memory, &used, FLASHMOBA_ROWS * D, x);
+    scratch.dout = (floatX*)moba_take(memory, &used, backward * FLASHMOBA_ROWS * D, x);
+    scratch.result = (floatX*)moba_take(memory, &used, FLASHMOBA_ROWS * D, x);
+    scratch.scores = (floatX*)moba_take(memory, &used, FLASHMOBA_SCORES, x);
+    scratch.dscores = (floatX*)moba_take(memory, &used, backward * FLASHMOBA_SCORES, x);
+    scratch.k_t = (floatX*)moba_take(memory, &used, FLASHMOBA_KEYS * D, x);
+    scratch.v_t = (floatX*)moba_take(memory, &used, backward * FLASHMOBA_KEYS * D, x);
     scratch.dk = (floatX*)moba_take(memory, &used, backward * keys * D, x);
     scratch.dv = (floatX*)moba_take(memory, &used, backward * keys * D, x);
     scratch.attention = (floatX*)moba_take(memory, &used, (1 + backward) * attention_forward_tiles(s->D), x);
     scratch.centroids_t =
         (float_acc*)moba_take(memory, &used, forward * D * MOBA_CENTROIDS, sizeof(float_acc));
-    scratch.block_scores = (float_acc*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * MOBA_CENTROIDS,
-                                                 sizeof(float_acc));
+    scratch.block_scores = (float_acc*)moba_take(
+        memory, &used, forward * FLASHMOBA_ROUTE_QUERIES * MOBA_CENTROIDS, sizeof(float_acc));
     scratch.best_scores =
-        (float_acc*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * choices, sizeof(float_acc));
-    scratch.best_blocks = (int*)moba_take(memory, &used, forward * MOBA_ROUTE_QUERIES * choices, sizeof(int));
+        (float_acc*)moba_take(memory, &used, forward * FLASHMOBA_ROUTE_QUERIES * choices, sizeof(float_acc));
+    scratch.best_blocks =
+        (int*)moba_take(memory, &used, forward * FLASHMOBA_ROUTE_QUERIES * choices, sizeof(int));
     scratch.bytes = used;
     return scratch;
 }
 
 // The scratch of the calling thread.
-static inline moba_scratch_t moba_my_scratch(char* memory, const moba_shape_t* s, int is_backward) {
-    const size_t bytes = moba_scratch(NULL, s, is_backward).bytes;
-    return moba_scratch(memory + bytes * omp_get_thread_num(), s, is_backward);
+static inline FlashmobaScratch flashmoba_my_scratch(char* memory, const MobaShape* s, int is_backward) {
+    const size_t bytes = flashmoba_scratch(NULL, s, is_backward).bytes;
+    return flashmoba_scratch(memory + bytes * omp_get_thread_num(), s, is_backward);
 }
 
 // Builds the lists of the blocks first_block..end_block-1: counts the entries, makes the prefix sum, then
 // fills.
-static inline void moba_build_lists(int* begin,          // (T/S + 2)
-                                    int* rows,           // (rows of a chunk * choices)
-                                    const int* selected, // (B, H, T, K-1)
-                                    const moba_chunk_t* chunk, int first_block, int end_block,
-                                    const moba_shape_t* s) {
+static inline void flashmoba_build_lists(int* begin,          // (T/S + 2)
+                                         int* rows,           // (rows of a chunk * choices)
+                                         const int* selected, // (B, H, T, K-1)
+                                         const FlashmobaChunk* chunk, int first_block, int end_block,
+                                         const MobaShape* s) {
     const int choices = s->K - 1, num_rows = chunk->heads * chunk->tokens;
     memset(begin, 0, sizeof(int) * (moba_blocks(s) + 2));
     for (int pass = 0; pass < 2; pass++) {
         for (int r = 0; r < num_rows; r++) {
-            const int* chosen = selected + moba_query(chunk, r, s).row * choices;
+            const int* chosen = selected + flashmoba_query(chunk, r, s).row * choices;
             for (int c = 0; c < choices && chosen[c] >= first_block; c++) {
                 if (chosen[c] >= end_block) continue;
                 if (pass == 0) begin[chosen[c] + 2]++;
@@ -502,15 +504,15 @@ static inline void moba_build_lists(int* begin,          // (T/S + 2)
 }
 
 // Rows of a backward tile with this number of keys.
-static inline int moba_tile_rows(int keys) { return min_int(MOBA_ROWS, MOBA_SCORES / keys); }
+static inline int flashmoba_tile_rows(int keys) { return min_int(FLASHMOBA_ROWS, FLASHMOBA_SCORES / keys); }
 
 // Rows of the forward tile that begins at entry `position` of a list: as many as all tiles before it, within
 // limits. How the library rounds a row's product depends on the number of rows and on the row's place among
 // them. Here both depend only on the row's position in the list, which earlier tokens determine. They do not
 // depend on the length of the list, which later tokens determine.
-static inline int moba_forward_rows(int position, int keys) {
-    const int most = min_int(MOBA_FORWARD_ROWS, MOBA_SCORES / keys);
-    return min_int(most, max_int(MOBA_FIRST_ROWS, position));
+static inline int flashmoba_forward_rows(int position, int keys) {
+    const int most = min_int(FLASHMOBA_FORWARD_ROWS, FLASHMOBA_SCORES / keys);
+    return min_int(most, max_int(FLASHMOBA_FIRST_ROWS, position));
 }
 
 // ----------------------------------------------------------------------------
@@ -518,10 +520,10 @@ static inline int moba_forward_rows(int position, int keys) {
 
 // Adds the scores of consecutive blocks, the newest first, to a query's best blocks so far; returns how many
 // it has.
-static inline int moba_take_best(float_acc* best,         // (choices) sorted, the worst last
-                                 int* blocks,             // (choices)
-                                 const float_acc* scores, // (num)
-                                 int count, int choices, int first_block, int num) {
+static inline int flashmoba_take_best(float_acc* best,         // (choices) sorted, the worst last
+                                      int* blocks,             // (choices)
+                                      const float_acc* scores, // (num)
+                                      int count, int choices, int first_block, int num) {
     for (int end = num; end > 0; end -= 16) {
         const int begin = max_int(0, end - 16);
         float_acc largest = -INFINITY;
@@ -544,20 +546,20 @@ static inline int moba_take_best(float_acc* best,         // (choices) sorted, t
 }
 
 // The selection for neighbouring queries of one query head.
-static inline void moba_route_rows(int* selected,              // (rows, choices)
-                                   const floatX* q,            // (rows, D), stride q_stride
-                                   const float_acc* centroids, // (T/S, D), stride G * D
-                                   const moba_scratch_t* scratch, int first_query, int rows, int q_stride,
-                                   const moba_shape_t* s) {
+static inline void flashmoba_route_rows(int* selected,              // (rows, choices)
+                                        const floatX* q,            // (rows, D), stride q_stride
+                                        const float_acc* centroids, // (T/S, D), stride G * D
+                                        const FlashmobaScratch* scratch, int first_query, int rows,
+                                        int q_stride, const MobaShape* s) {
     const int choices = s->K - 1;
-    int count[MOBA_ROUTE_QUERIES] = {0};
+    int count[FLASHMOBA_ROUTE_QUERIES] = {0};
     for (int end = (first_query + rows - 1) / s->S; end > 0; end -= MOBA_CENTROIDS) {
         const int first = max_int(0, end - MOBA_CENTROIDS);
         moba_scores(scratch->block_scores, scratch->centroids_t, q, centroids + (size_t)first * s->G * s->D,
                     rows, end - first, s->D, MOBA_CENTROIDS, q_stride, s->G * s->D);
         for (int r = 0; r < rows; r++) {
             const int eligible = min_int(end, (first_query + r) / s->S) - first;
-            count[r] = moba_take_best(
+            count[r] = flashmoba_take_best(
                 scratch->best_scores + (size_t)r * choices, scratch->best_blocks + (size_t)r * choices,
                 scratch->block_scores + (size_t)r * MOBA_CENTROIDS, count[r], choices, first, eligible);
         }
@@ -571,17 +573,17 @@ static inline void flashmoba_route(int* selected,              // (B, H, T, K-1)
                                    const float_acc* centroids, // (B, T/S, G, D)
                                    const floatX* qkv,          // (B, T, H + 2G, D)
                                    const int* kv_of_q,         // (H)
-                                   char* workspace, const moba_shape_t* s) {
+                                   char* workspace, const MobaShape* s) {
     const int stride = (s->H + 2 * s->G) * s->D, blocks = moba_blocks(s);
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
-    for (int first = s->start; first < s->T; first += MOBA_ROUTE_QUERIES) {
+    for (int first = s->start; first < s->T; first += FLASHMOBA_ROUTE_QUERIES) {
         for (int b = 0; b < s->B; b++) {
             for (int h = 0; h < s->H; h++) {
-                const moba_scratch_t scratch = moba_my_scratch(workspace, s, 0);
-                moba_route_rows(selected + (((size_t)b * s->H + h) * s->T + first) * (s->K - 1),
-                                qkv + ((size_t)b * s->T + first) * stride + (size_t)h * s->D,
-                                centroids + ((size_t)b * blocks * s->G + kv_of_q[h]) * s->D, &scratch, first,
-                                min_int(MOBA_ROUTE_QUERIES, s->T - first), stride, s);
+                const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 0);
+                flashmoba_route_rows(selected + (((size_t)b * s->H + h) * s->T + first) * (s->K - 1),
+                                     qkv + ((size_t)b * s->T + first) * stride + (size_t)h * s->D,
+                                     centroids + ((size_t)b * blocks * s->G + kv_of_q[h]) * s->D, &scratch,
+                                     first, min_int(FLASHMOBA_ROUTE_QUERIES, s->T - first), stride, s);
             }
         }
     }
@@ -592,7 +594,7 @@ static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
                                            float_acc* lse,     // (B, H, T)
                                            const floatX* qkv,  // (B, T, H + 2G, D)
                                            const int* kv_of_q, // (H)
-                                           char* workspace, const moba_shape_t* s) {
+                                           char* workspace, const MobaShape* s) {
     const int D = s->D, S = s->S, stride = (s->H + 2 * s->G) * D;
     const int pieces = (min_int(S, s->T) + ATTENTION_TASK - 1) / ATTENTION_TASK; // of a block
 #pragma omp parallel for collapse(4) schedule(dynamic) num_threads(omp_get_max_threads())
@@ -604,7 +606,7 @@ static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
                     const int first = max_int(s->start, begin);
                     const int end = min_int(min_int(s->T, first_key + S), begin + ATTENTION_TASK);
                     if (first >= end) continue;
-                    const moba_scratch_t scratch = moba_my_scratch(workspace, s, 0);
+                    const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 0);
                     const floatX* sequence = qkv + (size_t)b * s->T * stride;
                     const floatX* k = sequence + (size_t)first_key * stride + (size_t)(s->H + kv_of_q[h]) * D;
                     attention_rows_forward(out + (((size_t)b * s->T + first) * s->H + h) * D,
@@ -620,20 +622,21 @@ static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
 
 // One step of the online softmax: some keys of one block, for `rows` queries that selected it. The products
 // have tile_rows >= rows rows; the last ones are zero.
-static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnormalised
-                                     const floatX* qkv,   // (B, T, H + 2G, D)
-                                     const floatX* k,     // (keys, D), stride qkv_stride
-                                     const floatX* k_t,   // (D, MOBA_KEYS), or NULL
-                                     const floatX* v,     // (keys, D), stride qkv_stride
-                                     const int* rows_ids, // (rows)
-                                     const moba_scratch_t* scratch, const moba_chunk_t* chunk, int rows,
-                                     int tile_rows, int keys, const moba_shape_t* s) {
+static inline void flashmoba_tile_forward(floatX* out,         // (B, T, H, D) unnormalised
+                                          const floatX* qkv,   // (B, T, H + 2G, D)
+                                          const floatX* k,     // (keys, D), stride qkv_stride
+                                          const floatX* k_t,   // (D, FLASHMOBA_KEYS), or NULL
+                                          const floatX* v,     // (keys, D), stride qkv_stride
+                                          const int* rows_ids, // (rows)
+                                          const FlashmobaScratch* scratch, const FlashmobaChunk* chunk,
+                                          int rows, int tile_rows, int keys, const MobaShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
-    floatX corrections[MOBA_FORWARD_ROWS];
+    floatX corrections[FLASHMOBA_FORWARD_ROWS];
     for (int r = 0; r < rows; r++)
-        memcpy(scratch->q + (size_t)r * D, qkv + moba_query(chunk, rows_ids[r], s).q, sizeof(floatX) * D);
+        memcpy(scratch->q + (size_t)r * D, qkv + flashmoba_query(chunk, rows_ids[r], s).q,
+               sizeof(floatX) * D);
     memset(scratch->q + (size_t)rows * D, 0, sizeof(floatX) * (size_t)(tile_rows - rows) * D);
-    if (k_t) gemm(0, 0, tile_rows, keys, D, scratch->q, D, k_t, MOBA_KEYS, 0, scratch->scores, keys);
+    if (k_t) gemm(0, 0, tile_rows, keys, D, scratch->q, D, k_t, FLASHMOBA_KEYS, 0, scratch->scores, keys);
     if (!k_t) gemm(0, 1, tile_rows, keys, D, scratch->q, D, k, stride, 0, scratch->scores, keys);
     for (int r = 0; r < rows; r++)
         corrections[r] =
@@ -641,7 +644,7 @@ static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnorm
                                &scratch->row_sum[rows_ids[r]], 0, keys, keys, attention_scale(D));
     gemm(0, 0, tile_rows, D, keys, scratch->scores, keys, v, stride, 0, scratch->result, D);
     for (int r = 0; r < rows; r++) {
-        floatX* row = out + moba_query(chunk, rows_ids[r], s).out;
+        floatX* row = out + flashmoba_query(chunk, rows_ids[r], s).out;
         const floatX* more = scratch->result + (size_t)r * D;
 #pragma omp simd
         for (int d = 0; d < D; d++) row[d] = row[d] * corrections[r] + more[d];
@@ -649,15 +652,15 @@ static inline void moba_tile_forward(floatX* out,         // (B, T, H, D) unnorm
 }
 
 // Adds the selected blocks of a chunk's queries to their outputs, oldest block first.
-static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: the local pass's, normalised
-                                      float_acc* lse,    // (B, H, T) likewise
-                                      const floatX* qkv, // (B, T, H + 2G, D)
-                                      const moba_scratch_t* scratch, const moba_chunk_t* chunk,
-                                      const moba_shape_t* s) {
+static inline void flashmoba_chunk_forward(floatX* out,       // (B, T, H, D) in: the local pass's, normalised
+                                           float_acc* lse,    // (B, H, T) likewise
+                                           const floatX* qkv, // (B, T, H + 2G, D)
+                                           const FlashmobaScratch* scratch, const FlashmobaChunk* chunk,
+                                           const MobaShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D, num_rows = chunk->heads * chunk->tokens;
     const floatX* keys_of_head = qkv + (size_t)chunk->b * s->T * stride + (size_t)(s->H + chunk->g) * D;
     for (int r = 0; r < num_rows; r++) {
-        scratch->row_max[r] = lse[moba_query(chunk, r, s).row];
+        scratch->row_max[r] = lse[flashmoba_query(chunk, r, s).row];
         scratch->row_sum[r] = 1;
     }
     const int blocks = (chunk->first_token + chunk->tokens - 1) / s->S;
@@ -666,18 +669,18 @@ static inline void moba_chunk_forward(floatX* out,       // (B, T, H, D) in: the
     floatX* k_t = num_rows < ATTENTION_FEW_QUERIES ? NULL : scratch->k_t;
     for (int key = 0, keys; key < blocks * s->S; key += keys) {
         const int block = key / s->S, begin = scratch->begin[block], end = scratch->begin[block + 1];
-        keys = min_int(MOBA_KEYS, (block + 1) * s->S - key);
+        keys = min_int(FLASHMOBA_KEYS, (block + 1) * s->S - key);
         const floatX* k = keys_of_head + (size_t)key * stride;
         if (begin == end) continue;
-        if (k_t) transpose_tile(k_t, k, keys, D, MOBA_KEYS, stride);
+        if (k_t) transpose_tile(k_t, k, keys, D, FLASHMOBA_KEYS, stride);
         for (int i = begin, tile_rows; i < end; i += tile_rows) {
-            tile_rows = moba_forward_rows(i - begin, keys);
-            moba_tile_forward(out, qkv, k, k_t, k + (size_t)s->G * D, scratch->rows + i, scratch, chunk,
-                              min_int(tile_rows, end - i), tile_rows, keys, s);
+            tile_rows = flashmoba_forward_rows(i - begin, keys);
+            flashmoba_tile_forward(out, qkv, k, k_t, k + (size_t)s->G * D, scratch->rows + i, scratch, chunk,
+                                   min_int(tile_rows, end - i), tile_rows, keys, s);
         }
     }
     for (int r = 0; r < num_rows; r++) {
-        const moba_query_t query = moba_query(chunk, r, s);
+        const FlashmobaQuery query = flashmoba_query(chunk, r, s);
         scale_row(out + query.out, 1 / scratch->row_sum[r], D);
         lse[query.row] = scratch->row_max[r] + log(scratch->row_sum[r]);
     }
@@ -689,17 +692,17 @@ static inline void flashmoba_routed_forward(floatX* out,         // (B, T, H, D)
                                             const int* selected, // (B, H, T, K-1)
                                             const floatX* qkv,   // (B, T, H + 2G, D)
                                             const int* kv_of_q,  // (H)
-                                            char* workspace, const moba_shape_t* s) {
-    const int chunks = moba_max_chunks(s);
+                                            char* workspace, const MobaShape* s) {
+    const int chunks = flashmoba_max_chunks(s);
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int i = 0; i < chunks; i++) {
         for (int b = 0; b < s->B; b++) {
             for (int g = 0; g < s->G; g++) {
-                moba_chunk_t chunk;
-                if (!moba_chunk(&chunk, kv_of_q, b, g, i, s)) continue;
-                const moba_scratch_t scratch = moba_my_scratch(workspace, s, 0);
-                moba_build_lists(scratch.begin, scratch.rows, selected, &chunk, 0, moba_blocks(s), s);
-                moba_chunk_forward(out, lse, qkv, &scratch, &chunk, s);
+                FlashmobaChunk chunk;
+                if (!flashmoba_chunk(&chunk, kv_of_q, b, g, i, s)) continue;
+                const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 0);
+                flashmoba_build_lists(scratch.begin, scratch.rows, selected, &chunk, 0, moba_blocks(s), s);
+                flashmoba_chunk_forward(out, lse, qkv, &scratch, &chunk, s);
             }
         }
     }
@@ -707,8 +710,8 @@ static inline void flashmoba_routed_forward(floatX* out,         // (B, T, H, D)
 
 // Bytes of the workspace of flashmoba_forward, for as many threads as omp_get_max_threads() says now or fewer.
 static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
-    return omp_get_max_threads() * moba_scratch(NULL, &shape, 0).bytes;
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
+    return omp_get_max_threads() * flashmoba_scratch(NULL, &shape, 0).bytes;
 }
 
 // The same contract as moba_forward.
@@ -721,7 +724,7 @@ static inline void flashmoba_forward(floatX* out,                // (B, T, H, D)
                                      void* workspace, int B, int T, int start, int H, int G, int D, int S,
                                      int K, const AttentionNoise* noise, stream_t stream) {
     (void)stream;
-    const moba_shape_t shape = {B, T, start, H, G, D, S, K};
+    const MobaShape shape = {B, T, start, H, G, D, S, K};
     char* memory = (char*)workspace;
     flashmoba_local_forward(out, lse, qkv, kv_of_q, memory, &shape);
     if (K > 1) {
@@ -743,19 +746,19 @@ typedef struct {
     const int* selected;    // (B, H, T, K-1)
     const floatX* qkv;      // (B, T, H + 2G, D)
     const int* kv_of_q;     // (H)
-} moba_tensors_t;
+} FlashmobaTensors;
 
-static inline void moba_add_rows(floatX* to,         // (rows, D), stride to_stride
-                                 const floatX* from, // (rows, D)
-                                 int rows, int D, int to_stride) {
+static inline void flashmoba_add_rows(floatX* to,         // (rows, D), stride to_stride
+                                      const floatX* from, // (rows, D)
+                                      int rows, int D, int to_stride) {
     for (int r = 0; r < rows; r++)
         for (int d = 0; d < D; d++) to[(size_t)r * to_stride + d] += from[(size_t)r * D + d];
 }
 
 // The own block: the queries of one block, of all query heads of a KV head, with the keys of that block,
 // causally. It writes these rows of dqkv.
-static inline void moba_block_backward(const moba_tensors_t* x, const moba_scratch_t* scratch, int b, int g,
-                                       int block, const moba_shape_t* s) {
+static inline void flashmoba_block_backward(const FlashmobaTensors* x, const FlashmobaScratch* scratch, int b,
+                                            int g, int block, const MobaShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D, first = block * s->S;
     const int tokens = min_int(s->S, s->T - first);
     const size_t token = (size_t)b * s->T + first;
@@ -768,33 +771,33 @@ static inline void moba_block_backward(const moba_tensors_t* x, const moba_scrat
     }
     for (int h = first_head; h < first_head + heads; h++) {
         const size_t q = token * stride + (size_t)h * D, row = ((size_t)b * s->H + h) * s->T + first;
-        const attention_head_t head = {x->dqkv + q,
-                                       scratch->dk,
-                                       scratch->dv,
-                                       x->dout + (token * s->H + h) * D,
-                                       x->qkv + q,
-                                       x->qkv + k,
-                                       x->qkv + v,
-                                       x->lse + row,
-                                       x->delta + row,
-                                       tokens,
-                                       D,
-                                       s->H * D,
-                                       stride,
-                                       0};
+        const AttentionHead head = {x->dqkv + q,
+                                    scratch->dk,
+                                    scratch->dv,
+                                    x->dout + (token * s->H + h) * D,
+                                    x->qkv + q,
+                                    x->qkv + k,
+                                    x->qkv + v,
+                                    x->lse + row,
+                                    x->delta + row,
+                                    tokens,
+                                    D,
+                                    s->H * D,
+                                    stride,
+                                    0};
         attention_head_backward(&head, scratch->attention, 0, tokens, 0, tokens);
-        moba_add_rows(x->dqkv + k, scratch->dk, tokens, D, stride);
-        moba_add_rows(x->dqkv + v, scratch->dv, tokens, D, stride);
+        flashmoba_add_rows(x->dqkv + k, scratch->dk, tokens, D, stride);
+        flashmoba_add_rows(x->dqkv + v, scratch->dv, tokens, D, stride);
     }
 }
 
-static inline void flashmoba_local_backward(const moba_tensors_t* x, char* workspace, const moba_shape_t* s) {
+static inline void flashmoba_local_backward(const FlashmobaTensors* x, char* workspace, const MobaShape* s) {
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int block = 0; block <= (s->T - 1) / s->S; block++) {
         for (int b = 0; b < s->B; b++) {
             for (int g = 0; g < s->G; g++) {
-                const moba_scratch_t scratch = moba_my_scratch(workspace, s, 1);
-                moba_block_backward(x, &scratch, b, g, block, s);
+                const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 1);
+                flashmoba_block_backward(x, &scratch, b, g, block, s);
             }
         }
     }
@@ -802,22 +805,23 @@ static inline void flashmoba_local_backward(const moba_tensors_t* x, char* works
 
 // Some keys of one block and queries that selected it: adds to dq of these queries, and to the scratch's dk
 // and dv.
-static inline void moba_tile_backward(const moba_tensors_t* x,
-                                      const floatX* k,     // (keys, D), stride qkv_stride
-                                      const int* rows_ids, // (rows)
-                                      const moba_scratch_t* scratch, const moba_chunk_t* chunk, int rows,
-                                      int keys, int with_dq, int with_dkv, const moba_shape_t* s) {
+static inline void flashmoba_tile_backward(const FlashmobaTensors* x,
+                                           const floatX* k,     // (keys, D), stride qkv_stride
+                                           const int* rows_ids, // (rows)
+                                           const FlashmobaScratch* scratch, const FlashmobaChunk* chunk,
+                                           int rows, int keys, int with_dq, int with_dkv,
+                                           const MobaShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
     floatX *probs = scratch->scores, *dscores = scratch->dscores;
     for (int r = 0; r < rows; r++) {
-        const moba_query_t query = moba_query(chunk, rows_ids[r], s);
+        const FlashmobaQuery query = flashmoba_query(chunk, rows_ids[r], s);
         memcpy(scratch->q + (size_t)r * D, x->qkv + query.q, sizeof(floatX) * D);
         memcpy(scratch->dout + (size_t)r * D, x->dout + query.out, sizeof(floatX) * D);
     }
-    gemm(0, 0, rows, keys, D, scratch->q, D, scratch->k_t, MOBA_KEYS, 0, probs, keys);
-    gemm(0, 0, rows, keys, D, scratch->dout, D, scratch->v_t, MOBA_KEYS, 0, dscores, keys);
+    gemm(0, 0, rows, keys, D, scratch->q, D, scratch->k_t, FLASHMOBA_KEYS, 0, probs, keys);
+    gemm(0, 0, rows, keys, D, scratch->dout, D, scratch->v_t, FLASHMOBA_KEYS, 0, dscores, keys);
     for (int r = 0; r < rows; r++) {
-        const size_t row = moba_query(chunk, rows_ids[r], s).row;
+        const size_t row = flashmoba_query(chunk, rows_ids[r], s).row;
         softmax_row_backward(probs + (size_t)r * keys, dscores + (size_t)r * keys, x->lse[row], x->delta[row],
                              0, keys, keys, attention_scale(D));
     }
@@ -826,33 +830,33 @@ static inline void moba_tile_backward(const moba_tensors_t* x,
     if (!with_dq) return;
     gemm(0, 0, rows, D, keys, dscores, keys, k, stride, 0, scratch->result, D);
     for (int r = 0; r < rows; r++) {
-        floatX* dq = x->dqkv + moba_query(chunk, rows_ids[r], s).q;
+        floatX* dq = x->dqkv + flashmoba_query(chunk, rows_ids[r], s).q;
         const floatX* more = scratch->result + (size_t)r * D;
         for (int d = 0; d < D; d++) dq[d] += more[d];
     }
 }
 
 // Adds the gradients of the blocks first_block..end_block-1 and the queries of a chunk that selected them.
-static inline void moba_chunk_backward(const moba_tensors_t* x, const moba_scratch_t* scratch,
-                                       const moba_chunk_t* chunk, int first_block, int end_block, int with_dq,
-                                       int with_dkv, const moba_shape_t* s) {
+static inline void flashmoba_chunk_backward(const FlashmobaTensors* x, const FlashmobaScratch* scratch,
+                                            const FlashmobaChunk* chunk, int first_block, int end_block,
+                                            int with_dq, int with_dkv, const MobaShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
-    moba_build_lists(scratch->begin, scratch->rows, x->selected, chunk, first_block, end_block, s);
+    flashmoba_build_lists(scratch->begin, scratch->rows, x->selected, chunk, first_block, end_block, s);
     for (int key = first_block * s->S, keys; key < end_block * s->S; key += keys) {
         const int block = key / s->S, begin = scratch->begin[block], end = scratch->begin[block + 1];
-        keys = min_int(MOBA_KEYS, (block + 1) * s->S - key);
+        keys = min_int(FLASHMOBA_KEYS, (block + 1) * s->S - key);
         if (begin == end) continue;
         const size_t k = ((size_t)chunk->b * s->T + key) * stride + (size_t)(s->H + chunk->g) * D;
         const size_t v = k + (size_t)s->G * D;
-        transpose_tile(scratch->k_t, x->qkv + k, keys, D, MOBA_KEYS, stride);
-        transpose_tile(scratch->v_t, x->qkv + v, keys, D, MOBA_KEYS, stride);
+        transpose_tile(scratch->k_t, x->qkv + k, keys, D, FLASHMOBA_KEYS, stride);
+        transpose_tile(scratch->v_t, x->qkv + v, keys, D, FLASHMOBA_KEYS, stride);
         memset(scratch->dk, 0, sizeof(floatX) * keys * D);
         memset(scratch->dv, 0, sizeof(floatX) * keys * D);
-        for (int i = begin; i < end; i += moba_tile_rows(keys))
-            moba_tile_backward(x, x->qkv + k, scratch->rows + i, scratch, chunk,
-                               min_int(moba_tile_rows(keys), end - i), keys, with_dq, with_dkv, s);
-        if (with_dkv) moba_add_rows(x->dqkv + k, scratch->dk, keys, D, stride);
-        if (with_dkv) moba_add_rows(x->dqkv + v, scratch->dv, keys, D, stride);
+        for (int i = begin; i < end; i += flashmoba_tile_rows(keys))
+            flashmoba_tile_backward(x, x->qkv + k, scratch->rows + i, scratch, chunk,
+                                    min_int(flashmoba_tile_rows(keys), end - i), keys, with_dq, with_dkv, s);
+        if (with_dkv) flashmoba_add_rows(x->dqkv + k, scratch->dk, keys, D, stride);
+        if (with_dkv) flashmoba_add_rows(x->dqkv + v, scratch->dv, keys, D, stride);
     }
 }
 
@@ -860,37 +864,36 @@ static inline void moba_chunk_backward(const moba_tensors_t* x, const moba_scrat
 // is one KV head. Otherwise tasks are chunks for dq and ranges of blocks for dk and dv. This keeps any number
 // of threads busy, but needs 7 products instead of 5 (scores and dout v^T are computed twice). Both ways give
 // the same sums in the same order.
-static inline void flashmoba_routed_backward(const moba_tensors_t* x, char* workspace,
-                                             const moba_shape_t* s) {
+static inline void flashmoba_routed_backward(const FlashmobaTensors* x, char* workspace, const MobaShape* s) {
     const int threads = omp_get_max_threads(), heads = s->B * s->G, blocks = moba_blocks(s);
     const int whole_heads = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;
-    const int chunks = moba_max_chunks(s), ranges = min_int(blocks, 16);
+    const int chunks = flashmoba_max_chunks(s), ranges = min_int(blocks, 16);
     const int tasks = whole_heads ? 1 : chunks + ranges;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (int task = 0; task < tasks; task++) {
         for (int bg = 0; bg < heads; bg++) {
-            const moba_scratch_t scratch = moba_my_scratch(workspace, s, 1);
+            const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 1);
             const int with_dq = whole_heads || task >= ranges, with_dkv = whole_heads || task < ranges;
             const int first = with_dq ? 0 : (int)((size_t)blocks * task / ranges);
             const int end = with_dq ? blocks : (int)((size_t)blocks * (task + 1) / ranges);
             const int only_chunk = whole_heads || with_dkv ? -1 : task - ranges;
-            moba_chunk_t chunk;
+            FlashmobaChunk chunk;
             for (int i = max_int(0, only_chunk); i <= (only_chunk < 0 ? chunks : only_chunk); i++)
-                if (moba_chunk(&chunk, x->kv_of_q, bg / s->G, bg % s->G, i, s))
-                    moba_chunk_backward(x, &scratch, &chunk, first, end, with_dq, with_dkv, s);
+                if (flashmoba_chunk(&chunk, x->kv_of_q, bg / s->G, bg % s->G, i, s))
+                    flashmoba_chunk_backward(x, &scratch, &chunk, first, end, with_dq, with_dkv, s);
         }
     }
 }
 
 // Bytes of delta, rounded up to whole cache lines. In the workspace the scratch of each thread follows it.
-static inline size_t moba_delta_bytes(const moba_shape_t* s) {
+static inline size_t flashmoba_delta_bytes(const MobaShape* s) {
     return ((size_t)s->B * s->H * s->T * sizeof(float_acc) + 63) / 64 * 64;
 }
 
 // Bytes of the workspace of flashmoba_backward, for as many threads as omp_get_max_threads() says now or fewer.
 static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
-    return moba_delta_bytes(&shape) + omp_get_max_threads() * moba_scratch(NULL, &shape, 1).bytes;
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
+    return flashmoba_delta_bytes(&shape) + omp_get_max_threads() * flashmoba_scratch(NULL, &shape, 1).bytes;
 }
 
 // Every element of dqkv is written: exact zeros for a KV head without queries.
@@ -904,10 +907,10 @@ static inline void flashmoba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                       void* workspace, int B, int T, int H, int G, int D, int S, int K,
                                       stream_t stream) {
     (void)stream;
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
     float_acc* delta = (float_acc*)workspace;
-    char* memory = (char*)workspace + moba_delta_bytes(&shape);
-    const moba_tensors_t tensors = {dqkv, dout, lse, delta, selected, qkv, kv_of_q};
+    char* memory = (char*)workspace + flashmoba_delta_bytes(&shape);
+    const FlashmobaTensors tensors = {dqkv, dout, lse, delta, selected, qkv, kv_of_q};
     attention_delta(delta, dout, out, B, T, H, D);
     flashmoba_local_backward(&tensors, memory, &shape);
     if (K > 1) flashmoba_routed_backward(&tensors, memory, &shape);

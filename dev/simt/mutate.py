@@ -6,7 +6,7 @@
     dev/simt/mutate.py --file gqa.cuh --list    what there is to break, without running it
     dev/simt/mutate.py --sample 40 --seed 7     some of everything; the 95 % are then not asked for
 
-A mutant is one change of gqa.cuh, moba.cuh or kernels/*.cuh: a barrier or cp.async wait deleted, a wait that lets one more group be
+A mutant is one change of gqa.cuh, moba.cuh or kernels/: a barrier or cp.async wait deleted, a wait that lets one more group be
 under way, a bound one too far, an offset or stride shifted by one, a grid or workspace too small, / for %, min for max, a
 condition always or never true. All of them are compiled into one program: every change is an expression that asks
 MUTANT(n), and the environment's MUTANT=n chooses one. So a mutant costs a run of the tests of its file, not a build. The
@@ -42,7 +42,17 @@ PRECISIONS = ("bf16", "fp32")
 FILES = {
     "gqa.cuh": [("test_gqa", [None])],
     "moba.cuh": [("test_moba_kernels", [None])],
+    "kernels/moba_shape.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/router.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/lists.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/items.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/forward.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/sums.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/backward.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/merge.cuh": [("test_moba_kernels", [None])],
+    "kernels/flashmoba/groups.cuh": [("test_moba_kernels", [None])],
     "kernels/tile.cuh": [("test_gqa", [None]), ("test_moba_kernels", [None])],
+    "kernels/threads.cuh": [("test_kernels", ["rmsnorm_*", None]), ("test_gqa", [None])],
     "kernels/vector.cuh": [("test_kernels", ["rmsnorm_*", None])],
     "kernels/embedding.cuh": [("test_kernels", ["embedding_*"])],
     "kernels/rmsnorm.cuh": [("test_kernels", ["*rmsnorm_*"])],
@@ -236,7 +246,7 @@ def mutants_of_file(name):
                 conditions[-1][1] = False
             elif directive.startswith("#endif"):
                 conditions.pop()
-            named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=(?:attention|moba)_\w+_kernel))\b(\w+)\(", code)
+            named = re.search(r"(?:^|__device__.*?|static inline .*?|__global__ .*?|^    (?=(?:attention|flashmoba|moba)_\w+_kernel))\b(\w+)\(", code)
             if named and not code.startswith("     ") and named.group(1) not in ("__launch_bounds__", "launch"):
                 function = named.group(1)
                 host = "__device__" not in code and "__global__" not in code and not function.endswith("_kernel")
@@ -313,9 +323,7 @@ inline const int chosen_mutant = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0;
 
 
 def write_headers(directory, mutants):
-    os.makedirs(os.path.join(directory, "kernels"), exist_ok=True)
-    for name in os.listdir(os.path.join(ROOT, "kernels")):
-        shutil.copy(os.path.join(ROOT, "kernels", name), os.path.join(directory, "kernels"))
+    shutil.copytree(os.path.join(ROOT, "kernels"), os.path.join(directory, "kernels"), dirs_exist_ok=True)
     for name in ("gqa.cuh", "moba.cuh"):
         shutil.copy(os.path.join(ROOT, name), directory)
     with open(os.path.join(directory, "mutant.h"), "w", encoding="utf-8") as header:
