@@ -97,7 +97,7 @@ void reference_attention_backward(double* dqkv, const double* dout, const double
 
 void reference_flashmoba_forward(double* out, double* lse, const int* selected, const double* qkv,
                                  const int* kv_of_q, int B, int T, int H, int G, int D, int S, int K) {
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
     char* workspace = (char*)malloc_or_fail(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
     flashmoba_local_forward(out, lse, qkv, kv_of_q, workspace, &shape);
     if (K > 1) flashmoba_routed_forward(out, lse, selected, qkv, kv_of_q, workspace, &shape);
@@ -106,7 +106,7 @@ void reference_flashmoba_forward(double* out, double* lse, const int* selected, 
 
 void reference_flashmoba_select(int* selected, double* centroids, const double* qkv, const int* kv_of_q,
                                 int B, int T, int H, int G, int D, int S, int K) {
-    const moba_shape_t shape = {B, T, 0, H, G, D, S, K};
+    const MobaShape shape = {B, T, 0, H, G, D, S, K};
     char* workspace = (char*)malloc_or_fail(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
     moba_centroids(centroids, qkv, &shape);
     if (K > 1) flashmoba_route(selected, centroids, qkv, kv_of_q, workspace, &shape);

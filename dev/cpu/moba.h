@@ -46,7 +46,6 @@ enum { FLASHMOBA_LIST = 256 };
 typedef struct {
     int B, T, start, H, G, D, S, K;
 } MobaShape;
-typedef MobaShape moba_shape_t; // the name in test/reference.c
 
 // Only GPUs bound the workspace; here its size depends on the number of threads.
 static inline void moba_set_workspace_bound(size_t bytes) { (void)bytes; }
