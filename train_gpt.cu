@@ -2,7 +2,7 @@
 train_gpt: trains a decoder language model (RMSNorm, rotary positions, grouped attention, SwiGLU) from token
 shards.
 
-    build/train_gpt_cpu_dense_gqa_fp32 -i 'data/train_*.bin' -j 'data/val_*.bin' \
+    build/train_gpt -i 'data/train_*.bin' -j 'data/val_*.bin' \
         --tokenizer data/tokenizer.json -o runs/first
 
 Read it from the top: the model's memory, its forward pass, its loss, its backward pass, its update,
@@ -256,7 +256,7 @@ static void plan_layer(Model* model, int l) {
                  D = config->head_dim, F = config->ffn, x = sizeof(floatX), acc = sizeof(float_acc);
 #define ARRAY(name, bytes, label, again)                                                                     \
     reserve_in_layer(model, l, offsetof(LayerActivations, name), bytes, label, again)
-    if (layer_attention(config, l) != ATTENTION_DENSE) {
+    if (layer_chooses_blocks(config, l)) {
         const size_t chosen = moba_selected_count(B, T, (int)H, config->moba_topk),
                      means = moba_centroids_count(B, T, (int)G, (int)D, config->moba_block);
         ARRAY(selected, chosen * sizeof(int), "chosen blocks", never);
@@ -1816,7 +1816,7 @@ static void start_metrics(Metrics* metrics, const Run* run) {
     metrics_describe_number(&to, "vocab", config->vocab_size);
     metrics_describe_text(&to, "pattern", config->pattern);
     metrics_describe_number(&to, "window", config->window);
-    if (config->attention != ATTENTION_DENSE) {
+    if (attention_chooses_blocks(config->attention)) {
         metrics_describe_number(&to, "moba_block", config->moba_block);
         metrics_describe_number(&to, "moba_topk", config->moba_topk);
     }
@@ -1887,7 +1887,7 @@ static int log_selection(Metrics* metrics, Model* model, const Run* run, int ste
         loader_read(run->val, s, 1, tokens, tokens + T);
         gpt_forward(model, tokens, 1, T, 0, NULL);
         for (int l = 0; l < L; l++) {
-            if (layer_attention(config, l) == ATTENTION_DENSE) continue;
+            if (!layer_chooses_blocks(config, l)) continue;
             const LayerActivations* layer = &model->acts.layers[l];
             layer_qkv_again(model, l, 1, T);
             copy_to_host(qkv, layer->qkv, values * sizeof(floatX), model->stream);
@@ -1898,7 +1898,7 @@ static int log_selection(Metrics* metrics, Model* model, const Run* run, int ste
     }
     cJSON* layers = cJSON_CreateArray();
     for (int l = 0; l < L && !stopped; l++) {
-        if (layer_attention(config, l) == ATTENTION_DENSE) continue;
+        if (!layer_chooses_blocks(config, l)) continue;
         cJSON* json = selection_json(&stats[l]);
         json_add_whole(json, "layer", l);
         cJSON_AddItemToArray(layers, json);

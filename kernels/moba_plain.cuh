@@ -1,5 +1,5 @@
 /*
-ATTN=moba: mixture of block attention as it was first published (Lu et al., MoBA, arXiv 2502.13189,
+moba: mixture of block attention as it was first published (Lu et al., MoBA, arXiv 2502.13189,
 algorithm 1). It is here for comparison with flashmoba. The twin of moba_forward and moba_backward in
 dev/cpu/moba.h. It computes the same function as flashmoba_forward and flashmoba_backward (moba.cuh), with the
 same arguments and another algorithm (docs/math.md section 2).

@@ -225,7 +225,7 @@ static inline void checkpoint_changed_settings(char changes[CHANGES_BYTES], cons
 }
 
 // ----------------------------------------------------------------------------
-// heads.json: the allocation of query heads, and the statistics for the next maps (GQA=kdgqa and dgqa)
+// heads.json: the allocation of query heads, and the statistics for the next maps (kdgqa and dgqa)
 
 static inline void checkpoint_write_heads(const char* path, const HeadAllocation* heads) {
     cJSON* json = cJSON_CreateObject();
@@ -372,7 +372,7 @@ static inline void checkpoint_write_config(const char* path, const ModelConfig* 
     cJSON_AddNumberToObject(moba, "kconv", config->kconv);
     cJSON_AddStringToObject(moba, "pattern", config->pattern);
     cJSON_AddNumberToObject(moba, "window", config->window);
-    if (config->attention != ATTENTION_DENSE) {
+    if (attention_chooses_blocks(config->attention)) {
         cJSON_AddNumberToObject(moba, "block", config->moba_block);
         cJSON_AddNumberToObject(moba, "topk", config->moba_topk);
     }
@@ -581,7 +581,7 @@ static inline void checkpoint_check_same_model(const char* directory, const Mode
                  layer_has_rope(want, l) ? "rotary positions" : "none");
     }
     same_text(directory, "--attention", attention_names[saved.attention], attention_names[want->attention]);
-    if (want->attention != ATTENTION_DENSE) {
+    if (attention_chooses_blocks(want->attention)) {
         same_number(directory, "--moba-block", saved.moba_block, want->moba_block);
         same_number(directory, "--moba-topk", saved.moba_topk, want->moba_topk);
     }

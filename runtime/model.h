@@ -95,10 +95,16 @@ static inline int layer_has_rope(const ModelConfig* config, int layer) {
 static inline AttentionKind layer_attention(const ModelConfig* config, int layer) {
     return layer_kind(config, layer) == 'G' ? config->attention : ATTENTION_DENSE;
 }
-// 1 if some layer chooses blocks of keys.
+// 1 if each query of this attention chooses blocks of keys: --moba-block and --moba-topk are its settings.
+static inline int attention_chooses_blocks(AttentionKind kind) {
+    return kind == ATTENTION_MOBA || kind == ATTENTION_FLASHMOBA;
+}
+static inline int layer_chooses_blocks(const ModelConfig* config, int layer) {
+    return attention_chooses_blocks(layer_attention(config, layer));
+}
 static inline int model_chooses_blocks(const ModelConfig* config) {
     for (int l = 0; l < config->layers; l++)
-        if (layer_attention(config, l) != ATTENTION_DENSE) return 1;
+        if (layer_chooses_blocks(config, l)) return 1;
     return 0;
 }
 // Taps of a layer's key convolution; 0: it has none.
@@ -368,7 +374,7 @@ static inline void tensor_initialize(float_acc* values, const Tensor* tensor, ui
 static inline double keys_per_query(const ModelConfig* config, int layer, int T) {
     const double window = layer_window(config, layer), block = config->moba_block;
     if (window > 0 && window < T) return window - window * (window - 1) / (2.0 * T);
-    if (layer_attention(config, layer) == ATTENTION_DENSE) return (T + 1) / 2.0;
+    if (!layer_chooses_blocks(config, layer)) return (T + 1) / 2.0;
     double sum = 0;
     for (int t = 0; t < T; t++) {
         int past = t / config->moba_block, chosen = config->moba_topk - 1;

@@ -149,7 +149,7 @@ static inline void moba_write_selected(int* selected,     // (choices)
 }
 
 // ----------------------------------------------------------------------------
-// ATTN=moba: one query at a time
+// moba: one query at a time
 
 // Selects the best of a row of scores, then the next best, and so on; of equal scores the more recent block.
 // A selected score becomes NaN, which is never selected.
@@ -356,7 +356,7 @@ static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
 }
 
 // ----------------------------------------------------------------------------
-// ATTN=flashmoba: chunks, and the workspace of one thread
+// flashmoba: chunks, and the workspace of one thread
 
 // A chunk: all query heads of one KV head at consecutive tokens. One task of the routed passes computes one
 // chunk. Row r is head first_head + r % heads at token first_token + r / heads, so that rows ascend in time.
@@ -515,7 +515,7 @@ static inline int flashmoba_forward_rows(int position, int keys) {
 }
 
 // ----------------------------------------------------------------------------
-// ATTN=flashmoba, forward
+// flashmoba, forward
 
 // Adds the scores of consecutive blocks, the newest first, to a query's best blocks so far; returns how many
 // it has.
@@ -734,7 +734,7 @@ static inline void flashmoba_forward(floatX* out,                // (B, T, H, D)
 }
 
 // ----------------------------------------------------------------------------
-// ATTN=flashmoba, backward
+// flashmoba, backward
 
 // The whole tensors that the backward pass reads and writes.
 typedef struct {

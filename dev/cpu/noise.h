@@ -1,5 +1,5 @@
 /*
-The noise of perturbed grouped attention (GQA=pgqa, runtime/noise.h), for the finished rows of attention's
+The noise of perturbed grouped attention (pgqa, runtime/noise.h), for the finished rows of attention's
 output. attention_forward() and the MoBA functions call it.
 */
 #ifndef DEV_CPU_NOISE_H
