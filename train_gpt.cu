@@ -59,18 +59,17 @@ it for DEVICE=simt, which runs the CUDA kernels on an emulator (dev/simt).
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_start
 #include "runtime/memory.h"      // defines Arena
 #include "runtime/limits.h"      // defines limits_memory, limits_try_threads, limits_disk_free
-#include "runtime/gpus.h"        // defines gpu_peak_flops
 #include "runtime/schedule.h"    // defines learning_rate
 #include "runtime/options.h"     // defines Options, options_parse
-#include "runtime/sampling.h"    // defines sample_token
 #include "runtime/weights.h"     // defines Weights, weights_upload
+#include "runtime/run.h"         // defines Run, run_choose_model, run_open_data
+#include "runtime/plan.h"        // defines ModelPlan, plan_print
+#include "runtime/generate.h"    // defines LanguageModel, generate_sample
 #include "runtime/checkpoint.h"  // defines checkpoint_save, checkpoint_load_model
-#include "runtime/run_lock.h"    // defines run_lock
 #include "runtime/metrics.h"     // defines Metrics
 #include "runtime/selection.h"   // defines SelectionStats, selection_add
 #include "tokenizer/tokenizer.h" // defines tokenizer_load, tokenizer_encode, tokenizer_decode
 #include "dataloader.h"          // defines DataLoader, loader_next
-#include "runtime/retrieval.h"   // defines retrieval_open, retrieval_evaluate
 
 // ----------------------------------------------------------------------------
 // The model and its memory
@@ -207,19 +206,6 @@ static void gpt_plan_buckets(Model* model) {
 // exceeded only if 64 rows need more. On a GPU every part accumulates into the head's gradient, which reads
 // and writes all of that gradient in memory; so the parts are larger there.
 #define LOGIT_BYTES ((size_t)(DEVICE_HAS_OWN_MEMORY ? 1024 : 128) << 20)
-
-static AttentionShape layer_shape(const ModelConfig* config, int layer, int B, int T, int start) {
-    const AttentionShape shape = {B,
-                                  T,
-                                  start,
-                                  config->heads,
-                                  config->kv_heads,
-                                  config->head_dim,
-                                  layer_window(config, layer),
-                                  config->moba_block,
-                                  config->moba_topk};
-    return shape;
-}
 
 // Bytes of workspace that the attention of a layer needs; forward and backward use the same workspace.
 static size_t attention_workspace(const ModelConfig* config, int layer, int B, int T, int training) {
@@ -370,12 +356,6 @@ static void gpt_plan(Model* model, const ModelConfig* config, int B, int T, int 
     arena_reserve(arena, (void**)&acts->dswiglu, rows * F * sizeof(floatX), "activation gradients");
 }
 
-// Bytes of the device's memory.
-static inline size_t model_bytes(const Model* model) {
-    return model->parameters.bytes + model->gradients.bytes + model->optimizer.bytes +
-           model->activations.bytes;
-}
-
 // Copies the allocation of query heads to host memory; the caller frees the copy by allocation_free().
 static HeadAllocation gpt_read_heads(const Model* model) {
     HeadAllocation heads;
@@ -498,6 +478,14 @@ static inline int gpt_state_ranges(const Model* model, StateRange* ranges) {
         else ranges[count++] = range;
     }
     return count;
+}
+
+// The plan of the model's memory, for runtime/plan.h.
+static inline ModelPlan gpt_memory(const Model* model) {
+    const ModelPlan plan = {&model->layout.table, &model->parameters, &model->gradients, &model->optimizer,
+                            &model->activations,  model->B,           model->T,          model->sharded,
+                            model->recompute};
+    return plan;
 }
 
 static void gpt_free(Model* model) {
@@ -939,411 +927,24 @@ static void gpt_next_logits(Model* model, float* logits, const int* tokens, int 
 
 #ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
 
-// The number of tokens that the tokenizer has. Published models often have a few more rows in their
-// embedding. These rows take part in the softmax, as in training, but are never sampled.
-static int known_tokens(const ModelConfig* config, const Tokenizer* tokenizer) {
-    return tokenizer ? tokenizer_vocab_size(tokenizer) : config->vocab_size;
+// The model as runtime/generate.h uses it. Where layers do not keep their keys and values, every call runs all tokens again.
+static void generate_forward(void* context, const int* tokens, int B, int T, int start) {
+    Model* model = (Model*)context;
+    gpt_forward(model, tokens, B, T, model->recompute >= RECOMPUTE_LAYER ? 0 : start, NULL);
 }
 
-// The signal that asks the run to stop; 0: none. A signal to one rank counts
-// for all: all ranks call this together.
-static int stop_wanted(void) { return comm_max(signals_stop()); }
-
-// Prints the text of a token to stdout, or its number if there is no tokenizer.
-static void print_token(const Tokenizer* tokenizer, int token) {
-    size_t length = 0;
-    const char* bytes = tokenizer ? tokenizer_token_bytes(tokenizer, token, &length) : NULL;
-    if (bytes) (void)fwrite(bytes, 1, length, stdout);
-    else printf("%d ", token);
-    fflush(stdout);
+static void generate_read_logits(void* context, floatX* logits, size_t row) {
+    gpt_read_logits((Model*)context, logits, row);
 }
 
-// Continues the prompt by up to --sample-length tokens and prints both. It ends early at the model's sequence
-// length or at the end-of-text token. `name` and `number` key the random stream, so a sample does not depend
-// on earlier samples. Returns 0 if a signal interrupted it, else 1.
-static int gpt_sample(Model* model, Tokenizer* tokenizer, const Options* options, const char* name,
-                      uint64_t number) {
-    const int V = known_tokens(&model->config, tokenizer), most = model->T;
-    const int end_of_text = tokenizer ? tokenizer_special_id(tokenizer, "<|endoftext|>") : -1;
-    TokenBuffer prompt = {NULL, 0, 0};
-    int32_t first = end_of_text >= 0 ? end_of_text : 0;
-    token_buffer_append(&prompt, &first, 1);
-    if (options->prompt) tokenizer_encode(tokenizer, options->prompt, strlen(options->prompt), 1, &prompt);
-    if (prompt.count >= (size_t)most)
-        fail("--prompt: %zu tokens, the model's sequences have %d", prompt.count, most);
-
-    int* tokens = (int*)malloc_or_fail((size_t)most * sizeof(int), "a sample");
-    float* logits =
-        (float*)malloc_or_fail((size_t)model->config.vocab_size * sizeof(float), "a sample's logits");
-    floatX* scratch =
-        (floatX*)malloc_or_fail((size_t)model->config.padded_vocab * sizeof(floatX), "a sample's logits");
-    int* workspace = (int*)malloc_or_fail(sampling_workspace_bytes(V), "sampling");
-    int count = 0, done = 0, stopped = 0;
-    for (size_t i = 0; i < prompt.count; i++) {
-        tokens[count++] = prompt.ids[i];
-        if (i > 0) print_token(tokenizer, prompt.ids[i]);
-    }
-    uint64_t stream = random_stream(name) ^ number;
-    for (int i = 0; i < options->sample_length && count < most; i++) {
-        if ((stopped = stop_wanted() != 0)) break;
-        gpt_next_logits(model, logits, tokens, count, done, scratch);
-        done = count;
-        double uniform = random_uniform(options->seed, stream, (uint64_t)i);
-        int token = sample_token(logits, V, (float)options->temperature, options->top_k,
-                                 (float)options->top_p, uniform, workspace);
-        if (token < 0) fail("the model's logits are not numbers");
-        if (token == end_of_text) break;
-        tokens[count++] = token;
-        print_token(tokenizer, token);
-    }
-    printf("\n");
-    token_buffer_free(&prompt);
-    free(tokens);
-    free(logits);
-    free(scratch);
-    free(workspace);
-    return !stopped;
-}
-
-// Runs the model over --tokens and writes all logits, for a comparison with other programs.
-static void write_logits(Model* model, const Options* options) {
-    const int V = model->config.vocab_size, Vp = model->config.padded_vocab;
-    int* tokens = (int*)malloc_or_fail((size_t)model->T * sizeof(int), "tokens");
-    int T = 0;
-    for (const char* text = options->tokens; *text;) {
-        char* end;
-        long token = strtol(text, &end, 10);
-        if (end == text || (*end && *end != ','))
-            fail_usage("--tokens %s: want ids separated by commas", options->tokens);
-        if (token < 0 || token >= V) fail_usage("--tokens: %ld is outside the vocabulary of %d", token, V);
-        if (T == model->T) fail_usage("--tokens: more than the %d tokens of the model's sequences", model->T);
-        tokens[T++] = (int)token;
-        text = end + (*end == ',');
-    }
-    if (T == 0) fail_usage("--tokens: want at least one id");
-    gpt_forward(model, tokens, 1, T, 0, NULL);
-    floatX* logits = (floatX*)malloc_or_fail((size_t)T * Vp * sizeof(floatX), "logits");
-    for (int t = 0; t < T; t++) gpt_read_logits(model, logits + (size_t)t * Vp, (size_t)t);
-    logits_write(options->write_logits, logits, tokens, T, V, Vp);
-    free(tokens);
-    free(logits);
-}
-
-// ----------------------------------------------------------------------------
-// The retrieval task
-
-typedef struct {
-    Model* model;
-    int known; // tokens of the tokenizer
-} RetrievalContext;
-
-static void retrieval_forward(void* context, const int* tokens, int rows, int T) {
-    gpt_forward(((RetrievalContext*)context)->model, tokens, rows, T, 0, NULL);
-}
-
-// The most likely token after one position of the batch that
-// retrieval_forward() ran; of equals the lowest number.
-static int retrieval_likeliest(void* context, int row, int T, int position) {
-    Model* model = ((RetrievalContext*)context)->model;
-    const int V = ((RetrievalContext*)context)->known;
-    floatX* scratch = (floatX*)malloc_or_fail((size_t)model->config.padded_vocab * sizeof(floatX), "logits");
-    float_acc* logits = (float_acc*)malloc_or_fail((size_t)V * sizeof(float_acc), "logits");
-    gpt_read_logits(model, scratch, (size_t)row * T + position);
-    convert_values(logits, DTYPE_FLOAT_ACC, scratch, DTYPE_FLOATX, (size_t)V);
-    int best = 0;
-    for (int v = 1; v < V; v++)
-        if (logits[v] > logits[best]) best = v;
-    free(logits);
-    free(scratch);
-    return best;
-}
-
-// Runs the task and prints its accuracy by length and depth as a table and as a line of JSON. With --output
-// it also writes the JSON to retrieval.json there.
-static void eval_retrieval(Model* model, Retrieval* task, const Options* options, const char* checkpoint,
-                           const Tokenizer* tokenizer) {
-    RetrievalContext context = {model, known_tokens(&model->config, tokenizer)};
-    const RetrievalModel subject = {&context, retrieval_forward, retrieval_likeliest};
-    retrieval_evaluate(task, &subject, context.known, tokenizer ? tokenizer_hash(tokenizer) : 0, model->B);
-    retrieval_print(task, stdout);
-    cJSON* json = retrieval_json(task, checkpoint);
-    char* line = cJSON_PrintUnformatted(json);
-    if (!line) fail("out of memory: the result as JSON");
-    printf("%s\n", line);
-    cJSON_free(line);
-    if (options->output) {
-        char path[PATH_MAX];
-        make_directories_or_fail(options->output);
-        path_format(path, "%s/retrieval.json", options->output);
-        json_replace_file(path, json);
-    }
-    cJSON_Delete(json);
+static LanguageModel gpt_language_model(Model* model) {
+    const LanguageModel language = {model,    &model->config,   model->B,
+                                    model->T, generate_forward, generate_read_logits};
+    return language;
 }
 
 // ----------------------------------------------------------------------------
 // The parts of a run, and the checks that they fit together
-
-typedef struct {
-    Options options;
-    ModelConfig config;
-    char resume_from[PATH_MAX];    // the checkpoint to resume, or ""
-    char init_from[PATH_MAX];      // the checkpoint whose weights to start with, or ""
-    char tokenizer_path[PATH_MAX]; // "": no tokenizer
-    Tokenizer* tokenizer;          // NULL: no tokenizer
-    DataLoader* train;
-    DataLoader* val;         // NULL: no validation data
-    long sequences_per_step; // of all ranks
-    long sequences_per_rank; // in one step
-    int steps;
-    Schedule schedule;
-    size_t resident; // bytes of main memory in use before the model is allocated
-    TrainingState state;
-    char changes[CHANGES_BYTES]; // settings and data that differ from the resumed checkpoint's; "": none
-    // Pinned host memory for the transfers of a step. Every micro-batch has its own place, so the host can
-    // queue a whole step without waiting for a copy to finish.
-    int* tokens;       // (sequences_per_rank, T)
-    int* targets;      // (sequences_per_rank, T)
-    float_acc* losses; // (sequences_per_rank, T)
-    // With --cuda-graph
-    Graph graph;
-    int recorded_step; // the step that `graph` holds; -1: none
-} Run;
-
-static void check_graph(const Options* options) {
-    if (!options->cuda_graph) return;
-    if (!DEVICE_HAS_GRAPHS)
-        fail_usage("--cuda-graph: of builds with DEVICE=cuda or simt; this one is DEVICE=%s", DEVICE_NAME);
-    if (!comm_can_be_recorded())
-        fail_usage("--cuda-graph: not under mpirun with this build, whose gradients the host adds up");
-}
-
-// Whether this process trains, and so writes checkpoints and metrics to a run's directory.
-static int is_to_train(const Options* options) {
-    return !options->dry_run && !options->generate && !options->write_logits && !options->eval_retrieval;
-}
-
-static void find_checkpoints(Run* run) {
-    const Options* options = &run->options;
-    if (options->resume && !options->output) fail_usage("--resume: needs --output, the directory of the run");
-    if (options->resume && options->overwrite) fail_usage("--resume: goes against --overwrite");
-    if (options->output && !options->eval_retrieval) checkpoint_check_output(options->output);
-    if (options->output && is_to_train(options) && comm_rank() == 0 && is_directory(options->output)) {
-        run_lock(options->output);
-        if (options->resume) checkpoint_clean(options->output);
-    }
-    comm_barrier();
-    if (options->resume && checkpoint_latest(options->output, run->resume_from)) {
-        run->state = checkpoint_load_state(run->resume_from);
-        return;
-    }
-    run->resume_from[0] = 0;
-    if (options->init_from) checkpoint_resolve(options->init_from, run->init_from);
-}
-
-// Checks the options that a mode without training needs.
-static void check_mode(const Run* run) {
-    const Options* options = &run->options;
-    const char* mode = options->generate         ? "--generate"
-                       : options->write_logits   ? "--write-logits"
-                       : options->eval_retrieval ? "--eval-retrieval"
-                                                 : NULL;
-    if (!mode) return;
-    if (!run->init_from[0]) fail_usage("%s: needs --init-from, the model to run", mode);
-    if (comm_size() > 1) fail_usage("%s: runs in one process, not in %d", mode, comm_size());
-    if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
-}
-
-// Decides the model's sizes, which the user's options override: a checkpoint's or a descriptor's. Loads the
-// tokenizer, and checks that model, build, tokenizer and checkpoint fit together.
-static void choose_model(Run* run) {
-    Options* options = &run->options;
-    const char* directory = run->resume_from[0] ? run->resume_from : run->init_from;
-    // Training may start (--init-from) from a model with another kind of attention or sequence length; the
-    // weights' shapes are checked when they are read. Resume, --generate and --write-logits require the
-    // checkpoint's model to match exactly.
-    const int must_match = run->resume_from[0] || options->generate || options->write_logits;
-    ModelConfig base;
-    if (directory[0] && !options->model) {
-        base = checkpoint_read_config(directory);
-        // A build with kinds of its own starts new training with them, even from weights of another kind.
-        if (BUILD_CHOOSES_KINDS && !must_match) model_config_of_build(&base);
-    } else {
-        char descriptor[16] = "d12";
-        if (options->layers) snprintf(descriptor, sizeof(descriptor), "d%d", options->layers);
-        base = model_config_from_descriptor(options->model ? options->model : descriptor);
-    }
-    run->config = options_model(options, base);
-
-    if (options->tokenizer) path_format(run->tokenizer_path, "%s", options->tokenizer);
-    else if (directory[0]) path_format(run->tokenizer_path, "%s/tokenizer.json", directory);
-    if (options->tokenizer || path_exists(run->tokenizer_path))
-        run->tokenizer = tokenizer_load(run->tokenizer_path);
-    else run->tokenizer_path[0] = 0;
-    if (options->prompt && !run->tokenizer) fail_usage("--prompt: needs --tokenizer, to read it");
-
-    int* V = &run->config.vocab_size;
-    if (!*V && run->tokenizer) *V = tokenizer_vocab_size(run->tokenizer);
-    if (!*V && options->train_data) *V = loader_peek_vocabulary(options->train_data);
-    if (!*V)
-        fail_usage(
-            "--vocab: neither a tokenizer nor the shards tell the vocabulary; give --vocab or --tokenizer");
-    if (known_tokens(&run->config, run->tokenizer) > *V)
-        fail("%s: a vocabulary of %d tokens, the model's has %d", run->tokenizer_path,
-             (int)tokenizer_vocab_size(run->tokenizer), *V);
-    model_config_complete(&run->config);
-    model_config_check(&run->config);
-    options_check_kinds(options, &run->config);
-    if (!attention_supports_head_dim(run->config.head_dim))
-        fail_usage("--heads %d: heads of %d channels; on device %s they have 32, 64 or 128",
-                   run->config.heads, run->config.head_dim, DEVICE_NAME);
-    for (int l = 0; l < run->config.layers; l++) {
-        const AttentionShape shape = layer_shape(&run->config, l, 1, run->config.sequence_length, 0);
-        if (!attention_module(layer_attention(&run->config, l))->supports(&shape))
-            fail_usage("--moba-block %d --moba-topk %d: on device %s blocks have 16, 32, 64, 128, 256 or 512 "
-                       "keys, and a "
-                       "query attends to at most 64 of them",
-                       run->config.moba_block, run->config.moba_topk, DEVICE_NAME);
-    }
-    const int least = options->heads_by_keys.least, G = run->config.kv_heads, H = run->config.heads;
-    if (heads_are_key_driven(&run->config) && least * G > H)
-        fail_usage("--kd-min-heads %d: %d KV heads would need %d query heads, --heads is %d", least, G,
-                   least * G, H);
-    if (!directory[0]) return;
-    if (must_match) checkpoint_check_same_model(directory, &run->config);
-    char path[PATH_MAX];
-    path_format(path, "%s/tokenizer.json", directory);
-    if (!options->tokenizer || !path_exists(path)) return;
-    Tokenizer* theirs = tokenizer_load(path);
-    if (tokenizer_hash(theirs) != tokenizer_hash(run->tokenizer))
-        fail("%s: not the tokenizer that %s was trained with", run->tokenizer_path, directory);
-    tokenizer_free(theirs);
-}
-
-// Upper bound of the tokens of a micro-batch: no memory holds more, and no
-// product of sizes overflows with fewer.
-#define MOST_TOKENS (1L << 28)
-
-static void open_data(Run* run) {
-    Options* options = &run->options;
-    const int T = run->config.sequence_length, B = options->batch;
-    if ((long)B * T > MOST_TOKENS)
-        fail_usage(
-            "--batch %d: with --sequence-length %d a micro-batch of %ld tokens; at most %ld are computed "
-            "at once",
-            B, T, (long)B * T, MOST_TOKENS);
-    const long N = comm_size(), least = N * B * T;
-    // Without --total-batch, a resumed run keeps the checkpoint's, whatever the number of processes.
-    if (!options->total_batch) options->total_batch = run->state.total_batch;
-    if (!options->total_batch) options->total_batch = least;
-    if (options->total_batch % least != 0 && N == 1)
-        fail_usage("--total-batch %ld: must be a multiple of --batch %d x --sequence-length %d = %ld tokens",
-                   options->total_batch, B, T, least);
-    if (options->total_batch % least != 0)
-        fail_usage("--total-batch %ld: must be a multiple of %ld processes x --batch %d x --sequence-length "
-                   "%d = %ld tokens",
-                   options->total_batch, N, B, T, least);
-    run->sequences_per_step = options->total_batch / T;
-    run->sequences_per_rank = run->sequences_per_step / N;
-    uint32_t hash = run->tokenizer ? tokenizer_hash(run->tokenizer) : 0;
-    const int known = known_tokens(&run->config, run->tokenizer);
-    run->train = loader_open(options->train_data, T, known, hash, options->seed, 1);
-    if (options->val_data) {
-        if (!hash) hash = loader_tokenizer_hash(run->train);
-        run->val = loader_open(options->val_data, T, known, hash, options->seed, 0);
-    }
-    // One pass over the data, counted from the sequences seen: earlier steps
-    // may have had another total batch.
-    const uint64_t all = loader_sequences(run->train), seen = run->state.sequences_seen;
-    const uint64_t one_epoch =
-        (uint64_t)run->state.step + (all > seen ? all - seen : 0) / (uint64_t)run->sequences_per_step;
-    if (options->steps < 0 && one_epoch == 0)
-        fail_usage("--total-batch %ld: larger than the %llu tokens of one pass over the data; give --steps",
-                   options->total_batch, (unsigned long long)(loader_sequences(run->train) * (uint64_t)T));
-    if (options->steps < 0 && one_epoch > INT_MAX)
-        fail_usage("--steps: one pass over the data is too many; give --steps");
-    run->steps = options->steps < 0 ? (int)one_epoch : (int)options->steps;
-    if (options->warmup > run->steps)
-        fail_usage("--warmup %d: more than the %d steps of the run", options->warmup, run->steps);
-    run->schedule.kind = options->schedule;
-    run->schedule.max_lr = options->learning_rate;
-    run->schedule.warmup = options->warmup;
-    run->schedule.steps = run->steps;
-    run->schedule.final_fraction = options->final_lr_fraction;
-    run->schedule.decay_fraction = options->decay_fraction;
-}
-
-// Compares the data with the checkpoint's. Other data would have another order: some
-// sequences would come twice and others never.
-static void check_same_data(Run* run, const TrainingState* before) {
-    const TrainingState* now = &run->state;
-    const Options* options = &run->options;
-    if (!before->data_fingerprint) {
-        printf("%s/state.json does not tell its data: they may have changed since\n", run->resume_from);
-        return;
-    }
-    if (before->data_fingerprint != now->data_fingerprint) {
-        if (!options->allow_other_data)
-            fail("--train-data %s: other data (%d shards, %llu tokens) than %s has seen (%d shards, %llu "
-                 "tokens): "
-                 "all sequences would come in another order; --allow-other-data goes on with them",
-                 options->train_data, now->data_shards, (unsigned long long)now->data_tokens,
-                 run->resume_from, before->data_shards, (unsigned long long)before->data_tokens);
-        changes_add(run->changes, "other --train-data (%d shards of %llu tokens to %d of %llu)",
-                    before->data_shards, (unsigned long long)before->data_tokens, now->data_shards,
-                    (unsigned long long)now->data_tokens);
-    }
-    if (before->val_fingerprint != now->val_fingerprint)
-        changes_add(run->changes, !now->val_fingerprint ? "no --val-data" : "other --val-data");
-}
-
-// A resumed run must have the seed of its checkpoint and, without --allow-other-data, the training data.
-// Other settings may change; run->changes lists the changes.
-static void check_resume(Run* run, const TrainingState* before) {
-    const Options* options = &run->options;
-    if (before->seed != options->seed)
-        fail("--seed %llu: %s was begun with seed %llu", (unsigned long long)options->seed, run->resume_from,
-             (unsigned long long)before->seed);
-    if (before->step > run->steps)
-        fail_usage("--steps %d: %s has done %d already", run->steps, run->resume_from, before->step);
-    check_same_data(run, before);
-    checkpoint_changed_settings(run->changes, before, &run->state);
-}
-
-static void agree_on_shards(const char* what, const DataLoader* loader) {
-    comm_must_agree(what, "of %d shards", loader ? loader->shard_count : 0);
-    for (int i = 0; loader && i < loader->shard_count; i++) {
-        const TokenShard* shard = &loader->shards[i];
-        comm_must_agree(what, "%s of %u tokens, vocabulary %d, tokenizer %08x, hash of some tokens %016llx",
-                        shard->path, shard->tokens, shard->vocab_size, shard->tokenizer_hash,
-                        (unsigned long long)shard_fingerprint(shard));
-    }
-}
-
-// Fails if ranks have different builds, arguments or checkpoints, or see different data files.
-static void agree_on_run(const Run* run, int argc, char** argv) {
-    const ModelConfig* config = &run->config;
-    if (comm_size() == 1) return;
-    comm_must_agree("the build", "DEVICE=%s PRECISION=%s", DEVICE_NAME, PRECISION_NAME);
-    comm_must_agree("the number of arguments", "%d", argc - 1);
-    for (int i = 1; i < argc; i++) {
-        char name[64];
-        snprintf(name, sizeof(name), "argument %d, after %.32s,", i, i > 1 ? argv[i - 1] : "the program");
-        comm_must_agree(name, "%s", argv[i]);
-    }
-    comm_must_agree("the model",
-                    "%d layers, %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, "
-                    "pattern %s, attention %s, "
-                    "query heads %s, kconv %d",
-                    config->layers, config->channels, config->heads, config->head_dim, config->kv_heads,
-                    config->ffn, config->vocab_size, config->sequence_length, config->pattern,
-                    attention_names[config->attention], gqa_names[config->gqa], config->kconv);
-    comm_must_agree("the checkpoint to resume", "%s", run->resume_from[0] ? run->resume_from : "none");
-    comm_must_agree("the checkpoint to start from", "%s", run->init_from[0] ? run->init_from : "none");
-    comm_must_agree("the tokenizer's hash", "%08x", run->tokenizer ? tokenizer_hash(run->tokenizer) : 0);
-    agree_on_shards("the training data", run->train);
-    agree_on_shards("the validation data", run->val);
-    comm_barrier(); // a rank that does not agree fails before this, so no other rank goes on
-}
 
 // The hash of an array in device memory, which is copied to host memory a piece at a time.
 static uint64_t hash_of_device(const void* values, size_t bytes, stream_t stream) {
@@ -1412,145 +1013,16 @@ static void load_optimizer(Model* model, const char* directory) {
     if (model->sharded) free(ranges);
 }
 
-// Makes the run's directory ready. It refuses to change an existing run without --resume or --overwrite.
-static void prepare_output(Run* run) {
-    const Options* options = &run->options;
-    if (!options->output) return;
-    make_directories_or_fail(options->output);
-    run_lock(options->output);
-    char path[PATH_MAX];
-    path_format(path, "%s/metrics.jsonl", options->output);
-    char latest[PATH_MAX];
-    const int begun = checkpoint_latest(options->output, latest);
-    if ((begun || path_exists(path)) && !options->resume && !options->overwrite)
-        fail_usage("--output %s: holds a run; go on with --resume, delete it with --overwrite, or name "
-                   "another directory",
-                   options->output);
-    if (begun && options->resume && !run->resume_from[0])
-        fail("--output %s: another run has begun there since this one looked for a checkpoint; start again",
-             options->output);
-    checkpoint_clean(options->output);
-    if (options->overwrite) {
-        checkpoint_remove_all(options->output);
-        remove_path(path);
-    }
-    // The run keeps its own copy of the tokenizer. Every checkpoint gets a copy of that.
-    path_format(path, "%s/tokenizer.json", options->output);
-    if (run->tokenizer) {
-        tokenizer_save_json(run->tokenizer, path);
-        path_format(run->tokenizer_path, "%s", path);
-    }
-}
-
 // ----------------------------------------------------------------------------
-// Memory, disk space and threads that the run needs, checked before it starts
-
-// Bytes of main memory in addition to the model's four arenas: the process and its libraries as they are now,
-// batches, and buffers for writing a checkpoint.
-static size_t other_bytes(const Run* run, const Model* model) {
-    const size_t rows = (size_t)model->B * model->T,
-                 total = (size_t)run->sequences_per_rank * (size_t)run->config.sequence_length;
-    size_t bytes = run->resident + matmul_scratch_bytes() + loader_bytes(run->train, run->options.batch);
-    bytes += total * (2 * sizeof(int) + sizeof(float_acc)); // a step's tokens, targets and losses
-    bytes += rows * sizeof(float_acc);                      // losses of a validation batch
-    bytes += comm_bytes();
-    if (run->val) bytes += rows * 2 * sizeof(int); // a validation batch
-    if (run->init_from[0] && checkpoint_read_config(run->init_from).kv_heads > run->config.kv_heads)
-        bytes += checkpoint_pooled_bytes(run->init_from, &run->config);
-    if (run->options.output) { // the buffer for writing a checkpoint
-        const size_t weights = model->layout.table.elements * sizeof(float_acc);
-        bytes += weights < CHECKPOINT_CHUNK ? weights : CHECKPOINT_CHUNK;
-    }
-    return bytes;
-}
-
-// Bytes of one rank that must fit into the memory that holds the model. If that is main
-// memory, it must hold everything else as well.
-static size_t planned_bytes(const Run* run, const Model* model) {
-    return model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : other_bytes(run, model));
-}
-
-static void print_plan(const Run* run, const Model* model) {
-    const ModelConfig* config = &run->config;
-    const Options* options = &run->options;
-    printf("model    %d layers (%s), %d channels, %d heads of %d, %d kv heads, ffn %d, vocabulary %d, T %d, "
-           "%s head\n",
-           config->layers, config->pattern, config->channels, config->heads, config->head_dim,
-           config->kv_heads, config->ffn, config->vocab_size, config->sequence_length,
-           config->tied ? "tied" : "untied");
-    if (known_tokens(config, run->tokenizer) < config->vocab_size)
-        printf("         the tokenizer has %d tokens: the vocabulary's last %d are padding\n",
-               known_tokens(config, run->tokenizer),
-               config->vocab_size - known_tokens(config, run->tokenizer));
-    printf("         %.2f M parameters, %.2f MFLOP a token\n",
-           (double)table_parameter_count(&model->layout.table) / 1e6,
-           flops_per_token(config, config->sequence_length) / 1e6);
-    if (comm_size() > 1)
-        printf("ranks    %d, %d of them on this host; optimizer state %s\n", comm_size(), comm_local_size(),
-               model->sharded ? "sharded over them (--zero 1)" : "whole on each (--zero 0)");
-    printf("build    device %s, attention %s, heads %s, kconv %d, %s, %d threads\n", DEVICE_NAME,
-           attention_names[config->attention], gqa_names[config->gqa], config->kconv, PRECISION_NAME,
-           omp_get_max_threads());
-    const double peak = gpu_peak_flops(device_name(), PRECISION_NAME);
-    if (peak > 0) printf("         %s, at most %.0f TFLOP/s\n", device_name(), peak / 1e12);
-    else if (device_name()[0])
-        printf("         %s, whose peak in %s is unknown: no MFU\n", device_name(), PRECISION_NAME);
-    printf("data     %s: %llu tokens, %llu sequences", options->train_data,
-           (unsigned long long)loader_tokens(run->train), (unsigned long long)loader_sequences(run->train));
-    if (run->val) printf("; validation %llu tokens", (unsigned long long)loader_tokens(run->val));
-    printf("\nsteps    %d of %ld tokens: %ld x (%d, %d), %.2f passes over the data\n", run->steps,
-           options->total_batch, run->sequences_per_step / options->batch, options->batch,
-           config->sequence_length,
-           ((double)run->state.sequences_seen +
-            (double)(run->steps - run->state.step) * (double)run->sequences_per_step) /
-               (double)loader_sequences(run->train));
-    printf("memory   recompute %s\n", recompute_names[model->recompute]);
-    arena_print(&model->parameters);
-    arena_print(&model->gradients);
-    arena_print(&model->optimizer);
-    arena_print(&model->activations);
-    printf("  %-34s %10.1f MB%s\n", "program, libraries, data", (double)other_bytes(run, model) / 1e6,
-           DEVICE_HAS_OWN_MEMORY ? " of main memory, not in the peak" : "");
-    printf("  %-34s %10.1f MB\n", "planned peak", (double)planned_bytes(run, model) / 1e6);
-    fflush(stdout);
-}
-
-// A guess of the GPU memory that CUDA's libraries and the kernels' code take
-// at their first use, after the plan.
-#define GPU_LIBRARY_BYTES ((size_t)512 << 20)
-
-// The memory that this process can have: the device's, or main memory if the device has none of its own.
-static MemoryLimit available_memory(void) {
-    // OpenMP's threads start here at the latest, so that their stacks are in the memory that the process has.
-    // Only the loader's thread is still to come.
-#pragma omp parallel
-    (void)omp_get_thread_num();
-    MemoryLimit limit =
-        limits_memory("/proc/self/cgroup", "/sys/fs/cgroup", comm_local_size(), limits_stacks(1));
-    if (!DEVICE_HAS_OWN_MEMORY) return limit;
-    const size_t unused = device_memory_free();
-    limit.bytes = unused ? unused - (unused < GPU_LIBRARY_BYTES ? unused : GPU_LIBRARY_BYTES) : SIZE_MAX;
-    limit.name = "memory of the device";
-    return limit;
-}
-
-// For the modes without training: fails if the model does not fit. There is no micro-batch to make smaller.
-static void check_model_fits(const Model* model) {
-    const MemoryLimit limit = available_memory();
-    const size_t bytes = model_bytes(model) + (DEVICE_HAS_OWN_MEMORY ? 0 : memory_resident());
-    char wanted[32], available[32];
-    if (bytes > limit.bytes)
-        fail("the model takes %s and %s are free (%s)", limits_bytes_text(wanted, bytes),
-             limits_bytes_text(available, limit.bytes), limit.name);
-}
+// Memory that the run needs, checked before it starts
 
 // Fails, before anything is allocated, if the plan does not fit. The message names the
 // largest --batch that fits or, if none does, a higher --recompute level and the largest
 // --batch with it: a smaller batch costs less time.
-static void check_plan_fits(const Run* run, const Model* model) {
+static void check_plan_fits(const Run* run, const ModelPlan* plan) {
     const Options* options = &run->options;
-    const size_t planned = planned_bytes(run, model);
-    const MemoryLimit limit = available_memory();
+    const size_t planned = plan_bytes(run, plan);
+    const MemoryLimit limit = plan_available_memory();
     const size_t available = limit.bytes;
     if (planned <= available) return;
     char plan_text[32], free_text[32], text[32];
@@ -1563,7 +1035,8 @@ static void check_plan_fits(const Run* run, const Model* model) {
             Model smaller;
             gpt_plan(&smaller, &run->config, B, run->config.sequence_length, 1, (Recompute)level,
                      options->zero);
-            size_t bytes = planned_bytes(run, &smaller);
+            const ModelPlan smaller_plan = gpt_memory(&smaller);
+            const size_t bytes = plan_bytes(run, &smaller_plan);
             if (bytes <= available)
                 fail("the plan takes %s and %s are free (%s); --batch %d%s%s takes %s and trains the same "
                      "(gradients accumulate)",
@@ -1574,47 +1047,6 @@ static void check_plan_fits(const Run* run, const Model* model) {
     fail("the plan takes %s and %s are free (%s), and neither a smaller --batch nor --recompute fits: "
          "choose fewer --layers or --channels, or a shorter --sequence-length",
          plan_text, free_text, limit.name);
-}
-
-// Fails before training if one checkpoint does not fit on its file system, or one of its files exceeds the
-// limit of a file's size. Prints a line if not all checkpoints of the run fit.
-static void check_disk(const Run* run, const Model* model) {
-    const Options* options = &run->options;
-    const size_t weights = table_parameter_count(&model->layout.table) * sizeof(float_acc),
-                 state = 2 * model->layout.table.elements * sizeof(float_acc);
-    const size_t slice = state / (size_t)comm_size(), largest = weights > slice ? weights : slice;
-    if (!options->output || comm_rank() > 0) return;
-    // A finished run that is resumed writes no checkpoint.
-    if (run->resume_from[0] && run->state.step == run->steps && !run->state.unmeasured) return;
-    if (largest > limits_file_bytes())
-        fail("--output %s: a checkpoint has a file of %.3f MB, and files may have %.3f MB (ulimit -f)",
-             options->output, (double)largest / 1e6, (double)limits_file_bytes() / 1e6);
-    const size_t one = weights + state, unused = limits_disk_free(options->output);
-    if (one > unused && !options->overwrite) // --overwrite makes room first
-        fail("--output %s: a checkpoint takes %.3f MB, and %.3f MB are free on its file system",
-             options->output, (double)one / 1e6, (double)unused / 1e6);
-    const long every = options->checkpoint_every, left = run->steps - run->state.step;
-    long count = every > 0 ? (left + every - 1) / every : 1;
-    if (options->keep > 0 && count > options->keep) count = options->keep + 1L; // removal follows the write
-    if ((double)count * (double)one > (double)unused)
-        printf("--output %s: %ld checkpoints of %.3f MB, and %.3f MB are free on its file system; fewer by "
-               "--checkpoint-every or --keep\n",
-               options->output, count, (double)one / 1e6, (double)unused / 1e6);
-}
-
-// Fails if the run's threads cannot be started: the OpenMP library would end the process
-// without cleaning up. All ranks start their threads before any rank ends its own, since a
-// limit counts the ranks of a machine together.
-static void check_threads(void) {
-    const int needed = omp_get_max_threads(); // this thread is one of OpenMP's; the loader's thread adds one
-    const int possible = limits_try_threads(needed, comm_barrier);
-    if (possible == needed) return;
-    char remedy[64] = "";
-    if (possible > 0) snprintf(remedy, sizeof(remedy), "; OMP_NUM_THREADS=%d needs no more", possible);
-    fail("%d threads are needed and %d can be started: a limit of processes (ulimit -u, or pids.max of a "
-         "container) "
-         "or of memory%s",
-         needed, possible, remedy);
 }
 
 // ----------------------------------------------------------------------------
@@ -1777,77 +1209,6 @@ static void save_checkpoint(Model* model, Run* run, Metrics* metrics, int step) 
     metrics_event(metrics, "checkpoint", step, seconds_now() - started);
 }
 
-static void describe_heads(MetricsOptions* to, const AllocationSettings* heads) {
-    metrics_describe_text(to, "kd_source", statistic_source_names[heads->source]);
-    metrics_describe_number(to, "kd_min_heads", heads->least);
-    if (!heads->dynamic) return;
-    metrics_describe_text(to, "dgqa_kind", dgqa_kind_names[heads->kind]);
-    metrics_describe_number(to, "kd_window", heads->window);
-    metrics_describe_number(to, "kd_beta", heads->beta);
-}
-
-static void start_metrics(Metrics* metrics, const Run* run) {
-    const Options* options = &run->options;
-    const ModelConfig* config = &run->config;
-    static MetricsOptions to;
-    memset(&to, 0, sizeof(to));
-    to.directory = comm_rank() == 0 ? options->output : NULL;
-    to.quiet = comm_rank() > 0;
-    to.resume_step = run->state.step;
-    to.unmeasured = run->state.unmeasured;
-    to.total_steps = run->steps;
-    to.log_every = (int)options->log_every;
-    to.tokens_per_step = (uint64_t)options->total_batch;
-    to.tokens_before = run->state.sequences_seen * (uint64_t)config->sequence_length;
-    to.flops_per_step = flops_per_token(config, config->sequence_length) * (double)options->total_batch;
-    to.peak_flops = gpu_peak_flops(device_name(), PRECISION_NAME) * comm_size();
-    metrics_describe_text(&to, "attn", attention_names[config->attention]);
-    metrics_describe_text(&to, "gqa", gqa_names[config->gqa]);
-    metrics_describe_number(&to, "kconv", config->kconv);
-    if (heads_are_key_driven(config)) describe_heads(&to, &options->heads_by_keys);
-    if (config->gqa == GQA_PERTURBED) metrics_describe_number(&to, "pgqa_noise", options->pgqa_noise);
-    metrics_describe_text(&to, "precision", PRECISION_NAME);
-    metrics_describe_number(&to, "layers", config->layers);
-    metrics_describe_number(&to, "channels", config->channels);
-    metrics_describe_number(&to, "heads", config->heads);
-    metrics_describe_number(&to, "kv_heads", config->kv_heads);
-    metrics_describe_number(&to, "head_dim", config->head_dim);
-    metrics_describe_number(&to, "ffn", config->ffn);
-    metrics_describe_number(&to, "vocab", config->vocab_size);
-    metrics_describe_text(&to, "pattern", config->pattern);
-    metrics_describe_number(&to, "window", config->window);
-    if (attention_chooses_blocks(config->attention)) {
-        metrics_describe_number(&to, "moba_block", config->moba_block);
-        metrics_describe_number(&to, "moba_topk", config->moba_topk);
-    }
-    metrics_describe_number(&to, "sequence_length", config->sequence_length);
-    metrics_describe_number(&to, "batch", options->batch);
-    metrics_describe_number(&to, "total_batch", (double)options->total_batch);
-    metrics_describe_number(&to, "steps", run->steps);
-    metrics_describe_text(&to, "schedule", schedule_names[options->schedule]);
-    metrics_describe_number(&to, "learning_rate", options->learning_rate);
-    metrics_describe_number(&to, "warmup", options->warmup);
-    metrics_describe_number(&to, "final_lr_fraction", options->final_lr_fraction);
-    if (options->schedule == SCHEDULE_WSD)
-        metrics_describe_number(&to, "decay_fraction", options->decay_fraction);
-    metrics_describe_number(&to, "beta1", options->beta1);
-    metrics_describe_number(&to, "beta2", options->beta2);
-    metrics_describe_number(&to, "eps", options->eps);
-    metrics_describe_number(&to, "weight_decay", options->weight_decay);
-    metrics_describe_number(&to, "clip", options->clip);
-    metrics_describe_number(&to, "seed", (double)options->seed);
-    metrics_start(metrics, &to);
-}
-
-// Writes a line of metrics.jsonl with the member `key`: `value`, and frees `value`.
-static void log_member(Metrics* metrics, int step, const char* key, cJSON* value) {
-    char* text = cJSON_PrintUnformatted(value);
-    if (!text) fail("out of memory: the line of %s in metrics.jsonl", key);
-    metrics_member(metrics, step, key, text);
-    cJSON_free(text);
-    cJSON_Delete(value);
-}
-
 // Logs the allocation of query heads after `step` steps. For every layer: the statistic of the last step, the
 // number of query heads of each KV head, how many times a query head changed its KV head from one step to the
 // next, and how many KV heads no query head reads.
@@ -1913,32 +1274,6 @@ static int log_selection(Metrics* metrics, Model* model, const Run* run, int ste
     return !stopped;
 }
 
-// Whether a hint may name a checkpoint: a run of no steps, or without --output, has none.
-static int has_checkpoint(const Options* options) {
-    char latest[PATH_MAX];
-    return options->output && checkpoint_latest(options->output, latest);
-}
-
-// Prints a word for use in a shell, in quotes if it needs them.
-static void print_word(const char* word) {
-    const int plain = !word[strcspn(word, " \t\n\"'\\$`&|;<>()[]{}*?!#~=%")];
-    if (plain) printf("%s", word);
-    for (const char* c = plain ? "" : word; *c; c++) {
-        if (c == word) putchar('\'');
-        if (*c == '\'') printf("'\\''");
-        else putchar(*c);
-        if (!c[1]) putchar('\'');
-    }
-}
-
-static void hint_generation(const Run* run, const char* program) {
-    printf("---> HINT: ");
-    print_word(program);
-    printf(" --generate --init-from ");
-    print_word(run->options.output);
-    printf(run->tokenizer ? " --prompt 'some text' continues a text\n" : " samples from the model\n");
-}
-
 // Whether `step` is one of every `every` steps, or the last one; never if `every` is 0.
 static int is_due(long every, int step, int last) { return every > 0 && (step % every == 0 || last); }
 
@@ -1956,7 +1291,8 @@ static int measure_alone(Model* model, const Run* run, Metrics* metrics, int ste
         return 0;
     if (!sampling) return 1;
     metrics_message(metrics, "step %d  sample:", step);
-    return gpt_sample(model, run->tokenizer, options, "sample", (uint64_t)step);
+    const LanguageModel language = gpt_language_model(model);
+    return generate_sample(&language, run->tokenizer, options, "sample", (uint64_t)step);
 }
 
 // Runs the validation with its logs, and a sample, if they are due after `step` steps.
@@ -1985,37 +1321,12 @@ static int measure(Model* model, Run* run, Metrics* metrics, int step, int last)
     return stopped == RANK_0_IS_DONE;
 }
 
-// Fills in the settings that a checkpoint's state.json stores. The training loop updates the run's progress.
-static void describe_state(Run* run) {
-    const Options* options = &run->options;
-    TrainingState* state = &run->state;
-    state->seed = options->seed;
-    state->total_batch = options->total_batch;
-    state->sequence_length = run->config.sequence_length;
-    snprintf(state->schedule, sizeof(state->schedule), "%s", schedule_names[options->schedule]);
-    state->max_steps = run->steps;
-    state->warmup_steps = run->schedule.warmup;
-    state->learning_rate = options->learning_rate;
-    state->final_lr_fraction = options->final_lr_fraction;
-    state->decay_fraction = options->decay_fraction;
-    state->beta1 = options->beta1;
-    state->beta2 = options->beta2;
-    state->epsilon = options->eps;
-    state->weight_decay = options->weight_decay;
-    state->grad_clip = options->clip;
-    state->data_fingerprint = loader_fingerprint(run->train);
-    state->data_tokens = loader_tokens(run->train);
-    state->data_shards = run->train->shard_count;
-    state->val_fingerprint = run->val ? loader_fingerprint(run->val) : 0;
-    if (run->state.step == 0) state->train_loss = state->val_loss = NAN;
-}
-
 // Trains from the run's current step to its end, or until a signal or --max-seconds stops it.
 static void train(Model* model, Run* run) {
     const Options* options = &run->options;
     static Metrics metrics;
     signals_take();
-    start_metrics(&metrics, run);
+    run_start_metrics(&metrics, run);
     if (run->changes[0]) metrics_changes(&metrics, run->state.step, run->changes);
     allocate_staging(run);
     loader_start(run->train, run->state.sequences_seen + (uint64_t)(comm_rank() * options->batch),
@@ -2044,7 +1355,7 @@ static void train(Model* model, Run* run) {
             if (finished) break;
             printf("stopped after step %d of %d%s\n", step, run->steps,
                    stop_signal ? "" : ": --max-seconds is over");
-            if (has_checkpoint(options))
+            if (run_has_checkpoint(options))
                 printf("---> HINT: the same command with --resume goes on from here\n");
             if (stop_signal) {
                 free_staging(run); // frees the graph: NCCL's shutdown would wait for ever for it
@@ -2064,7 +1375,7 @@ static void train(Model* model, Run* run) {
             fail("step %d: the loss is %g and the gradient's norm %g: training has diverged; lower "
                  "--learning-rate %g or lengthen --warmup%s",
                  step + 1, isnan(loss) ? fabs(loss) : loss, fabs(norm), options->learning_rate,
-                 has_checkpoint(options) ? ", and go on from the last checkpoint by --resume" : "");
+                 run_has_checkpoint(options) ? ", and go on from the last checkpoint by --resume" : "");
         }
         metrics_step(&metrics, step + 1, loss, norm, rate, seconds_now() - begun, attention);
     }
@@ -2089,7 +1400,62 @@ static void open_standard_files(void) {
     if (file > STDERR_FILENO) close(file);
 }
 
-int main(int argc, char** argv) {
+// --generate, --write-logits and --eval-retrieval: loads the model of --init-from, runs it, and is done.
+static void use_model(Run* run) {
+    const Options* options = &run->options;
+    Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
+    static Model model;
+    gpt_plan(&model, &run->config, task ? options->batch : 1,
+             task ? task->longest : run->config.sequence_length, 0, RECOMPUTE_NONE, 0);
+    const ModelPlan plan = gpt_memory(&model);
+    plan_check_model(&plan);
+    gpt_allocate(&model);
+    load_model(&model, run, run->init_from);
+    const LanguageModel language = gpt_language_model(&model);
+    if (options->generate) (void)generate_sample(&language, run->tokenizer, options, "generate", 0);
+    else if (options->write_logits) generate_logits(&language, options);
+    else generate_answers(&language, task, options, run->init_from, run->tokenizer);
+    if (task) retrieval_close(task);
+    gpt_free(&model);
+    tokenizer_free(run->tokenizer);
+}
+
+// Plans the model's memory and shows the plan. Fails if the memory or the disk is too small for the run.
+static void plan_model(Model* model, Run* run) {
+    const Options* options = &run->options;
+    run->resident = memory_resident();
+    gpt_plan(model, &run->config, options->batch, run->config.sequence_length, 1, options->recompute,
+             options->zero);
+    const ModelPlan plan = gpt_memory(model);
+    plan_print(run, &plan);
+    check_plan_fits(run, &plan);
+    plan_check_disk(run, &plan);
+}
+
+// Allocates the model, and fills it from the checkpoint to resume, from the weights of --init-from, or with fresh weights.
+static void start_model(Model* model, Run* run) {
+    const Options* options = &run->options;
+    comm_barrier(); // all ranks of a host have compared the free memory before one of them allocates
+    gpt_allocate(model);
+    model->heads.settings = options->heads_by_keys;
+    model->heads.settings.seed = options->seed;
+    model->warned = comm_rank() > 0; // rank 0 warns for all
+    if (run->resume_from[0]) {
+        load_model(model, run, run->resume_from);
+        load_optimizer(model, run->resume_from);
+        printf("resuming %s: step %d of %d\n", run->resume_from, run->state.step, run->steps);
+    } else {
+        if (options->resume)
+            printf("--resume: no checkpoint in %s yet, starting at step 0\n", options->output);
+        if (run->init_from[0]) load_model(model, run, run->init_from);
+        else gpt_initialize(model, options->seed);
+    }
+    agree_on_weights(model, run);
+    comm_barrier(); // all ranks have read their checkpoint before --overwrite deletes it
+}
+
+// Settings of the process, made before anything else.
+static void prepare_process(char** argv) {
     program_name = "train_gpt";
     open_standard_files();
     yield_while_waiting(argv);
@@ -2102,64 +1468,35 @@ int main(int argc, char** argv) {
     // Beyond the limit of a file's size, write() then returns an error, and the
     // program cleans up and reports it.
     signal(SIGXFSZ, SIG_IGN);
-    static Run run;
-    run.options = options_parse(argc, argv);
-    if (run.options.moba_workspace) moba_set_workspace_bound(run.options.moba_workspace);
-    const Options* options = &run.options;
-    check_graph(options);
-    check_threads();
-    find_checkpoints(&run);
-    check_mode(&run);
-    choose_model(&run);
-    const int T = run.config.sequence_length;
-    static Model model;
+}
 
+int main(int argc, char** argv) {
+    static Run run;
+    static Model model;
+    prepare_process(argv);
+    run.options = options_parse(argc, argv);
+    const Options* options = &run.options;
+    if (options->moba_workspace) moba_set_workspace_bound(options->moba_workspace);
+    run_check_graph(options);
+    run_check_threads();
+    run_find_checkpoints(&run);
+    run_check_mode(&run);
+    run_choose_model(&run);
     matmul_start();
     if (options->generate || options->write_logits || options->eval_retrieval) {
-        Retrieval* task = options->eval_retrieval ? retrieval_open(options->eval_retrieval) : NULL;
-        gpt_plan(&model, &run.config, task ? options->batch : 1, task ? task->longest : T, 0, RECOMPUTE_NONE,
-                 0);
-        check_model_fits(&model);
-        gpt_allocate(&model);
-        load_model(&model, &run, run.init_from);
-        if (options->generate) (void)gpt_sample(&model, run.tokenizer, options, "generate", 0);
-        else if (options->write_logits) write_logits(&model, options);
-        else eval_retrieval(&model, task, options, run.init_from, run.tokenizer);
-        if (task) retrieval_close(task);
-        gpt_free(&model);
-        tokenizer_free(run.tokenizer);
+        use_model(&run);
         return 0;
     }
 
-    open_data(&run);
-    agree_on_run(&run, argc, argv);
+    run_open_data(&run);
+    run_agree(&run, argc, argv);
     const TrainingState before = run.state;
-    describe_state(&run);
-    if (run.resume_from[0]) check_resume(&run, &before);
-    run.resident = memory_resident();
-    gpt_plan(&model, &run.config, options->batch, T, 1, options->recompute, options->zero);
-    print_plan(&run, &model);
-    check_plan_fits(&run, &model);
-    check_disk(&run, &model);
+    run_describe_state(&run);
+    if (run.resume_from[0]) run_check_resume(&run, &before);
+    plan_model(&model, &run);
     if (options->dry_run) return 0;
-    comm_barrier(); // all ranks of a host have compared the free memory before one of them allocates
-    gpt_allocate(&model);
-    model.heads.settings = options->heads_by_keys;
-    model.heads.settings.seed = options->seed;
-    model.warned = comm_rank() > 0; // rank 0 warns for all
-    if (run.resume_from[0]) {
-        load_model(&model, &run, run.resume_from);
-        load_optimizer(&model, run.resume_from);
-        printf("resuming %s: step %d of %d\n", run.resume_from, run.state.step, run.steps);
-    } else {
-        if (options->resume)
-            printf("--resume: no checkpoint in %s yet, starting at step 0\n", options->output);
-        if (run.init_from[0]) load_model(&model, &run, run.init_from);
-        else gpt_initialize(&model, options->seed);
-    }
-    agree_on_weights(&model, &run);
-    comm_barrier(); // all ranks have read their checkpoint before --overwrite deletes it
-    if (comm_rank() == 0) prepare_output(&run);
+    start_model(&model, &run);
+    if (comm_rank() == 0) run_prepare_output(&run);
     comm_barrier();
 
     if (!options->output)
@@ -2167,7 +1504,7 @@ int main(int argc, char** argv) {
     train(&model, &run);
 
     printf("peak memory %.1f MB\n", (double)memory_peak() / 1e6);
-    if (has_checkpoint(options)) hint_generation(&run, argv[0]);
+    if (run_has_checkpoint(options)) run_hint_generation(&run, argv[0]);
     loader_close(run.train);
     loader_close(run.val);
     tokenizer_free(run.tokenizer);

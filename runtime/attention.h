@@ -49,6 +49,20 @@ typedef struct {
     void (*backward)(const AttentionTensors* tensors, const AttentionShape* shape, stream_t stream);
 } AttentionModule;
 
+// The shape of a layer's attention, for B sequences of which the tokens start..T-1 are computed.
+static inline AttentionShape layer_shape(const ModelConfig* config, int layer, int B, int T, int start) {
+    const AttentionShape shape = {B,
+                                  T,
+                                  start,
+                                  config->heads,
+                                  config->kv_heads,
+                                  config->head_dim,
+                                  layer_window(config, layer),
+                                  config->moba_block,
+                                  config->moba_topk};
+    return shape;
+}
+
 // ----------------------------------------------------------------------------
 // dense: gqa.cuh, dev/cpu/gqa.h
 

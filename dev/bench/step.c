@@ -172,8 +172,9 @@ int main(int argc, char** argv) {
            recompute_names[settings.recompute], omp_get_max_threads(), PRECISION_NAME);
     for (int i = 0; i < STAGES; i++)
         printf("  %-14s %8.3f s  %5.1f %%\n", names[i], seconds[i], 100 * seconds[i] / seconds[STEP]);
+    const ModelPlan plan = gpt_memory(&model);
     const double data_sheet = gpu_peak_flops(device_name(), PRECISION_NAME),
-                 memory = (double)model_bytes(&model);
+                 memory = (double)plan_model_bytes(&plan);
     printf("  %.0f tokens/s, %.2f TFLOP a step, %.1f GFLOP/s: %.1f %% of the matrix-product peak of %.1f "
            "GFLOP/s\n",
            B * T / seconds[STEP], flops / 1e12, rate / 1e9, 100 * rate / peak, peak / 1e9);
