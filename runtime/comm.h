@@ -33,6 +33,7 @@ start and end). Include the device's header (dev/cpu/device.h or its CUDA twin) 
 #include <sys/resource.h>
 #include <time.h>
 #include "runtime/checks.h"    // defines fail, failure_begin, failure_end
+#include "runtime/device.h"    // defines stream_t
 #include "runtime/precision.h" // defines float_acc
 #include "runtime/signals.h"   // defines signals_on_alarm
 #if defined(COMM_MPI)

@@ -14,6 +14,7 @@ Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 #define RUNTIME_WEIGHTS_H
 
 #include <assert.h>
+#include "runtime/device.h" // defines stream_t, copy_to_device
 #include "runtime/precision.h"
 #include "runtime/safetensors.h" // defines Dtype, convert_values
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Layout by clang-format, mistakes by clang-tidy, scripts by shellcheck. Used by make lint; scripts/install.sh --tests brings
-# the three.
+# Layout by clang-format, headers that compile on their own, mistakes by clang-tidy, scripts by shellcheck. Used by make lint;
+# scripts/install.sh --tests installs the three tools.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
@@ -15,6 +15,16 @@ mapfile -t scripts < <(git ls-files '*.sh' '*.sbatch' '.ci/run')
 
 clang-format --dry-run --Werror "${sources[@]}"
 echo "clang-format: ${#sources[@]} files"
+
+# Every header compiles on its own: the host's as C for the CPU, those of kernels and of the emulator as C++.
+mapfile -t device_headers < <(git ls-files '*.cuh' 'dev/simt/*.h' 'test/device_*.h' dev/bench/ceilings.h dev/bench/moba_counts.h)
+mapfile -t host_headers < <(git ls-files '*.h' | grep -vxF "$(printf '%s\n' "${device_headers[@]}")")
+printf '%s\0' "${host_headers[@]}" |
+    xargs -0 -P "$(nproc)" -I {} gcc -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU -fopenmp -I. -w -fsyntax-only -x c {}
+printf '%s\0' "${device_headers[@]}" |
+    xargs -0 -P "$(nproc)" -I {} g++ -std=gnu++17 -DPRECISION_BF16 -DDEVICE_SIMT -fopenmp -I. -w -fsyntax-only -x c++ {}
+echo "headers on their own: $((${#host_headers[@]} + ${#device_headers[@]}))"
+
 tidy() { # compiler flags..., and names on standard input
     xargs -0 -P "$(nproc)" -I {} clang-tidy --quiet {} -- "$@" -fopenmp -I. \
         2> >(grep -vE 'warnings? generated|^Suppressed|^Use -header-filter' >&2)
