@@ -100,7 +100,7 @@ $(BUILD)/cuda/test_layout.sm_$(1).cubin: test/test_layout.cu Makefile test/tests
 $(BUILD)/cuda/train_gpt_bf16.sm_$(1).cubin: train_gpt.cu Makefile test/tests.mk
 	@mkdir -p $$(@D)
 	@echo "  build $$@"
-	$$(Q)$$(call compile_object,-cubin -arch=sm_$(1) $$$(call precision,bf16) $$(CUDA_COMM))
+	$$(Q)$$(call compile_object,-cubin -arch=sm_$(1) $$(call precision,bf16) $$(CUDA_COMM))
 endef
 $(foreach arch,$(OLDER_ARCHS),$(eval $(call rules_of_older_arch,$(arch))))
 
