@@ -927,10 +927,14 @@ static void gpt_next_logits(Model* model, float* logits, const int* tokens, int 
 
 #ifndef TRAIN_GPT_NO_MAIN // a test includes this file for the model alone
 
-// The model as runtime/generate.h uses it. Where layers do not keep their keys and values, every call runs all tokens again.
-static void generate_forward(void* context, const int* tokens, int B, int T, int start) {
-    Model* model = (Model*)context;
-    gpt_forward(model, tokens, B, T, model->recompute >= RECOMPUTE_LAYER ? 0 : start, NULL);
+// The model as runtime/generate.h uses it
+static void generate_next_logits(void* context, float* logits, const int* tokens, int T, int start,
+                                 floatX* scratch) {
+    gpt_next_logits((Model*)context, logits, tokens, T, start, scratch);
+}
+
+static void generate_forward(void* context, const int* tokens, int B, int T) {
+    gpt_forward((Model*)context, tokens, B, T, 0, NULL);
 }
 
 static void generate_read_logits(void* context, floatX* logits, size_t row) {
@@ -938,8 +942,13 @@ static void generate_read_logits(void* context, floatX* logits, size_t row) {
 }
 
 static LanguageModel gpt_language_model(Model* model) {
-    const LanguageModel language = {model,    &model->config,   model->B,
-                                    model->T, generate_forward, generate_read_logits};
+    const LanguageModel language = {model,
+                                    &model->config,
+                                    model->B,
+                                    model->T,
+                                    generate_next_logits,
+                                    generate_forward,
+                                    generate_read_logits};
     return language;
 }
 

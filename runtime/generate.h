@@ -1,12 +1,12 @@
 /*
 What a trained model is used for without training: samples, logits, and the retrieval task.
 
-    LanguageModel model = {context, &config, B, T, forward, read_logits};
+    LanguageModel model = {context, &config, B, T, next_logits, forward, read_logits};
     generate_sample(&model, tokenizer, &options, "generate", 0);        // --generate, and samples while training
     generate_logits(&model, &options);                                  // --write-logits
     generate_answers(&model, task, &options, checkpoint, tokenizer);    // --eval-retrieval
 
-The program that has the model gives its two functions.
+The program that has the model gives its three functions.
 */
 #ifndef RUNTIME_GENERATE_H
 #define RUNTIME_GENERATE_H
@@ -19,9 +19,11 @@ typedef struct {
     void* context;
     const ModelConfig* config;
     int B, T; // the largest batch, and the longest sequence
-    // Runs tokens (B, T). The last call had the first `start` tokens of the same sequences, whose keys and values are kept.
-    void (*forward)(void* context, const int* tokens, int B, int T, int start);
-    // Copies the logits (Vp) after one token of that batch to host memory; row b T + t for token t of sequence b.
+    // Computes the logits (V) of the token that follows T tokens of one sequence. The last call had the first `start` of
+    // them. `scratch` holds Vp values.
+    void (*next_logits)(void* context, float* logits, const int* tokens, int T, int start, floatX* scratch);
+    void (*forward)(void* context, const int* tokens, int B, int T); // runs tokens (B, T)
+    // Copies the logits (Vp) after one token of that batch to host memory; row b T + t is token t of sequence b.
     void (*read_logits)(void* context, floatX* logits, size_t row);
 } LanguageModel;
 
@@ -65,9 +67,7 @@ static inline int generate_sample(const LanguageModel* model, Tokenizer* tokeniz
     uint64_t stream = random_stream(name) ^ number;
     for (int i = 0; i < options->sample_length && count < most; i++) {
         if ((stopped = stop_wanted() != 0)) break;
-        model->forward(model->context, tokens, 1, count, done);
-        model->read_logits(model->context, scratch, (size_t)count - 1);
-        convert_values(logits, DTYPE_F32, scratch, DTYPE_FLOATX, (size_t)model->config->vocab_size);
+        model->next_logits(model->context, logits, tokens, count, done, scratch);
         done = count;
         double uniform = random_uniform(options->seed, stream, (uint64_t)i);
         int token = sample_token(logits, V, (float)options->temperature, options->top_k,
@@ -102,7 +102,7 @@ static inline void generate_logits(const LanguageModel* model, const Options* op
         text = end + (*end == ',');
     }
     if (T == 0) fail_usage("--tokens: want at least one id");
-    model->forward(model->context, tokens, 1, T, 0);
+    model->forward(model->context, tokens, 1, T);
     floatX* logits = (floatX*)malloc_or_fail((size_t)T * Vp * sizeof(floatX), "logits");
     for (int t = 0; t < T; t++) model->read_logits(model->context, logits + (size_t)t * Vp, (size_t)t);
     logits_write(options->write_logits, logits, tokens, T, V, Vp);
@@ -120,7 +120,7 @@ typedef struct {
 
 static inline void retrieval_forward(void* context, const int* tokens, int rows, int T) {
     const LanguageModel* model = ((const RetrievalContext*)context)->model;
-    model->forward(model->context, tokens, rows, T, 0);
+    model->forward(model->context, tokens, rows, T);
 }
 
 // The most likely token after one position of the batch that
