@@ -7,7 +7,7 @@
 #       --seeds 3 --steps 2000 --output runs/kinds -- --layers 4 --channels 128 --heads 8 --kv-heads 2 -t 256 -b 8
 #
 #   --variants NAME...                the variants to run, from the table below (default: all)
-#   --variant 'name|flags|options'    adds a variant, or replaces the one of that name: flags of make, options of train_gpt.
+#   --variant 'name|flags|options'    adds or replaces a variant: its name, flags of make, options of train_gpt.
 #                                     May be repeated. Without --variants, the script runs only these variants.
 #   --seeds N --steps N               number of seeds (1337, 1338, ...; default 3) and steps of each run
 #   -- OPTION...                      options of train_gpt that all variants share

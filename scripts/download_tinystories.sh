@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Downloads TinyStories, two million short stories in simple English (Eldan and Li, 2023; CDLA-Sharing-1.0): 1.9 GB to train
-# on and 19 MB for validation. Stories are separated by <|endoftext|>.
+# Downloads TinyStories, two million short stories in simple English (Eldan and Li, 2023; CDLA-Sharing-1.0): 1.9 GB
+# for training and 19 MB for validation. <|endoftext|> separates the stories.
 #
 #   scripts/download_tinystories.sh [DIRECTORY]       default: data/tinystories
 #   scripts/download_tinystories.sh --small           only the validation file, which is enough for a first try

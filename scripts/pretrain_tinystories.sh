@@ -2,8 +2,10 @@
 # Pretrains a small model on TinyStories, from the download to a generated story. Each stage is one command, and the
 # script skips a stage that is already done. After an interruption, the same command resumes it.
 #
-#   scripts/pretrain_tinystories.sh                                            a 6-layer model (384 channels), one pass over the data
-#   scripts/pretrain_tinystories.sh --layers 4 --channels 128 --steps 2000     more options of train_gpt, which override those below
+#   scripts/pretrain_tinystories.sh
+#       a 6-layer model (384 channels), one pass over the data
+#   scripts/pretrain_tinystories.sh --layers 4 --channels 128 --steps 2000
+#       more options of train_gpt, which override those below
 #
 # DATA and RUN in the environment name other directories for the data and the run.
 set -euo pipefail

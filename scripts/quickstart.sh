@@ -3,9 +3,9 @@
 # packages, builds, makes a tokenizer and token shards from a text, and trains the variants below one after the other
 # for the same number of steps. Ends with a table, a plot and a sample.
 #
-#   scripts/quickstart.sh                     trains on the C headers of this machine (/usr/include); downloads only packages
+#   scripts/quickstart.sh                     trains on this machine's C headers (/usr/include); downloads only packages
 #   scripts/quickstart.sh --text FILE...      trains on your own text of at least 10 kB; uses its first 32 MB
-#   scripts/quickstart.sh --minutes 20        takes about 20 minutes in all (default 4.5); training gets the time after the setup
+#   scripts/quickstart.sh --minutes 20        takes about 20 minutes in all (default 4.5), with the setup
 #
 # All variants do the same number of steps, which the script chooses from the speed it measures here. If other
 # programs slow a variant down, it gets up to four times the expected time. The script stops a variant that needs

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Trains on one machine with several processes, one for each GPU, and resumes from the last checkpoint after a failure.
 #
-#   scripts/train_node.sh -- -i 'data/mine_train_*.bin' -b 32 -d 524288 -n 500 -o runs/mine         one process for each GPU
-#   scripts/train_node.sh --processes 2 -- -i 'data/mine_train_*.bin' -n 500 -o runs/mine           two processes, also on CPUs
+#   scripts/train_node.sh -- -i 'data/mine_train_*.bin' -b 32 -d 524288 -n 500 -o runs/mine
+#       one process for each GPU
+#   scripts/train_node.sh --processes 2 -- -i 'data/mine_train_*.bin' -n 500 -o runs/mine
+#       two processes, also on CPUs
 #
 # --processes N   (default: the number of GPUs that nvidia-smi lists, or 1)
 # --program FILE  (default: build/train_gpt)

@@ -167,8 +167,8 @@ unkind-programs: unkind-operations $(SIMT_TRAINERS) $(BUILD)/tokenizer $(BUILD)/
 
 unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) TOKENIZER=$(UNKIND_BUILD)/tokenizer,$(addprefix $(UNKIND_BUILD)/,$(3)))
 limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
-# make test-long runs every seed and every instruction set once, each with another number of threads; make test-numbers runs all
-# combinations.
+# make test-long runs every seed and every instruction set once, each with another number of threads.
+# make test-numbers runs all combinations.
 LONG_PROGRAM_TESTS := $(filter-out %/test_simt_trainer,$(PROGRAM_TESTS)) # the emulator's trainers call no gemm of dev/cpu
 NUMBER_TESTS = $(call unkind,1,1,$(LONG_PROGRAM_TESTS)) $(call limited,SSE41,2,$(LONG_PROGRAM_TESTS)) \
                $(call unkind,1,4,$(OPERATION_TESTS)) $(call unkind,2,1,$(OPERATION_TESTS)) $(call unkind,3,2,$(OPERATION_TESTS)) \
@@ -196,7 +196,7 @@ test-programs: $(BUILD)/tokenizer $(BUILD)/retrieval $(TESTED_TRAINERS) $(TESTED
 	@ln -sf train_gpt_cpu_fp32 $(BUILD)/train_gpt
 address-programs:
 	@$(MAKE) --no-print-directory BUILD=$(ADDRESS) CFLAGS="$(ADDRESS_FLAGS)" EMULATOR_SANITIZED= test-programs
-# The thread sanitizer knows every thread of the emulator but not OpenMP's barriers, so the reference runs with one thread.
+# The thread sanitizer knows the emulator's threads but not OpenMP's barriers, so the reference runs with one thread.
 THREAD_TESTS := $(addprefix $(THREAD)/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
 thread-programs:
 	@$(MAKE) --no-print-directory BUILD=$(THREAD) CFLAGS="$(THREAD_FLAGS)" $(THREAD_TESTS)
