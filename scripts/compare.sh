@@ -1,29 +1,32 @@
 #!/usr/bin/env bash
-# Compares variants of the model: builds the trainer, trains each variant with the same seeds over the same order of the data, and writes a
-# table and a plot. Interrupt it at any time: the same line goes on, and what is finished is not run again.
+# Compares variants of the model: builds the trainer, trains each variant with the same seeds and the
+# same order of data, and writes a table and a plot. After an interruption, the same command resumes
+# the comparison and repeats no finished run.
 #
 #   scripts/compare.sh --train-data 'data/mine_train_*.bin' --val-data 'data/mine_val_*.bin' --tokenizer data/tokenizer.json \
 #       --seeds 3 --steps 2000 --output runs/kinds -- --layers 4 --channels 128 --heads 8 --kv-heads 2 -t 256 -b 8
 #
-#   --variants NAME...                which of the variants below (default: all)
-#   --variant 'name|flags|options'    a variant of your own, or another one by that name: flags of make, options of train_gpt;
-#                                     may be repeated. Without --variants only these are run.
-#   --seeds N --steps N               seeds 1337, 1338, ... (default 3) and the steps of each run
+#   --variants NAME...                the variants to run, from the table below (default: all)
+#   --variant 'name|flags|options'    adds or replaces a variant: its name, flags of make, options of train_gpt.
+#                                     May be repeated. Without --variants, the script runs only these variants.
+#   --seeds N --steps N               number of seeds (1337, 1338, ...; default 3) and steps of each run
 #   -- OPTION...                      options of train_gpt that all variants share
 #
-# A cell is --output/NAME/seed_N: a train_gpt output directory, with a log and settings beside it. A cell begun with
-# other settings is refused. --output gets table.md, table.json, loss.png and loss.svg. The loss is the validation
-# loss after the last step; the spread is its standard deviation over seeds. tokens/s (training steps alone) and
-# attention's share of a step are means over the seeds; peak memory is the largest.
+# A cell is one run: one variant with one seed. --output/NAME/seed_N is its train_gpt output directory, with a log and
+# settings beside it. The script refuses a cell that began with other settings. It writes table.md, table.json,
+# loss.png and loss.svg into --output. In the table, the loss is the validation loss after the last step, and the
+# spread is its standard deviation over seeds. Tokens/s (training steps alone) and attention's share of a step are
+# means over the seeds. Peak memory is the largest.
 #
-# Variants are compared after equal numbers of tokens. A row that is not so is marked with the reason, in the table and in the
-# plot: a run that the variant's own --max-seconds has stopped, or options that change the tokens of a step.
+# The script compares variants after equal numbers of tokens. The table and the plot mark a variant with another
+# number, with the reason: its own --max-seconds stopped a run, or its options change the tokens of a step. The table
+# also marks a variant whose sequences have another length.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
 . "${self%/*}/shared.sh"
 
-# name, flags of make, options of train_gpt. Blocks are for sequences of some 256 tokens.
+# name, flags of make, options of train_gpt. The block sizes suit sequences of about 256 tokens.
 variants=(
     "dense|ATTN=dense|"
     "moba|ATTN=moba|--moba-block 32 --moba-topk 3"
@@ -35,7 +38,7 @@ first_seed=1337
 # ----------------------------------------------------------------------------
 # Options
 
-# The entry of the table that has this name.
+# Prints the table's entry of this name.
 variant_of() {
     local variant
     for variant in "${variants[@]}"; do
@@ -95,8 +98,8 @@ done
 needs jq gnuplot make
 path output
 
-# Options that this script sets, also where they are shortened, as in --out.
-refuse_own() { # where they stand, options
+# Refuses options that this script sets itself, and their abbreviations, such as --out.
+refuse_own() { # where the user wrote them, options
     local option own
     for option in "${@:2}"; do
         if [[ $option == -[xioyj]* ]]; then fail "$option: not $1, it is set for every cell" 2; fi
@@ -111,7 +114,8 @@ for option in "${common[@]}"; do
     if [[ ${option%%=*} == --max* ]]; then fail "$option: not after --, every cell does all its steps" 2; fi
 done
 
-# Only one's own, or the named ones; an own variant takes the place of one in the table.
+# With --variant alone, the script runs only the user's variants. A user's variant replaces
+# the table's variant of the same name.
 for variant in "${own[@]}"; do
     [[ $variant =~ ^[A-Za-z0-9_.-]+\|[^|]*\|[^|]*$ && $variant != [.-]* && $variant != *[[:cntrl:]]* ]] ||
         fail "--variant $variant: want 'name|flags of make|options of train_gpt', the name of letters, digits, _ . -" 2
@@ -133,16 +137,17 @@ fi
 twice=$(printf '%s\n' "${variants[@]%%|*}" | sort | uniq -d | head -n 1)
 [ -z "$twice" ] || fail "$twice: named twice" 2
 
-# Where the build goes. make does not know names with spaces, so it gets this one from the top of the tree on.
+# The build directory. make accepts no names with spaces, so the script gives make a path
+# relative to the top of the tree.
 build=${BUILD:-build}
 build=${build#"$top"/}
 [[ $build =~ ^[A-Za-z0-9_./+,@-]+$ ]] || fail "BUILD=$build: make takes no such name; want letters, digits and _ . / + , @ -" 2
 programs=$build
 if [[ $build != /* ]]; then programs=$top/$build; fi
 
-# Sets flags (of make), and the binary and options (kinds) that they mean, for a variant. Flags that are not given have their
-# defaults, whatever the environment says. A trainer has all kinds of attention, query heads and key convolution, so
-# it is built for each DEVICE and PRECISION only.
+# Sets flags (of make), and the binary and the options (kinds) that they select. Flags that the variant does not give
+# have their defaults; the environment does not change them. One trainer has all kinds of attention, query heads and
+# key convolution, so make builds one for each DEVICE and PRECISION.
 flags_of() {
     local flag DEVICE=cpu ATTN=dense GQA=gqa KCONV=0 PRECISION=fp32
     for flag in $1; do
@@ -162,8 +167,8 @@ for variant in "${variants[@]}"; do
     refuse_own "in --variant $name" "${options[@]}"
 done
 
-# The lock's holder has written who it is. Its training program holds the lock as well, so a comparison that was killed keeps
-# others out until that has ended.
+# The lock file names the process that holds the lock. Its training program inherits the lock: after a kill of the
+# comparison, no other one starts until that program has ended.
 holder() {
     local process since
     IFS=' ' read -r process since <"$output/lock" || true
@@ -182,9 +187,9 @@ take_signals
 make_scratch
 
 # ----------------------------------------------------------------------------
-# Build, and try the options of every variant before the first is trained
+# Build, and check the options of every variant before the first one trains
 
-# Sets name, flags, binary, kinds and command for a variant: all of its command but seed and output.
+# Sets name, flags, binary, kinds and command for a variant. The command lacks only seed and output.
 prepare() {
     local text options
     IFS='|' read -r name text options <<<"$1"
@@ -212,16 +217,16 @@ done
 exec {build_lock}>&-
 
 # ----------------------------------------------------------------------------
-# Train: seed by seed, so that what is there after an interruption can be compared
+# Train all variants with one seed before the next seed, so that an interrupted comparison has comparable runs
 
-# A cell is done with when it has a checkpoint and a validation of the last step; or, where the variant has a --max-seconds of
-# its own, when that has ended it.
+# A cell is finished when it has a checkpoint and a validation of the last step. If the variant has its own
+# --max-seconds, train_cell also accepts a run that this limit ended.
 finished() { # cell
     [ -s "$1/metrics.jsonl" ] && [ -s "$1/$(printf 'step_%08d' "$steps")/model.safetensors" ] &&
         [ -n "$(json_lines "select(.step == $steps) | .val_loss | finite" <"$1/metrics.jsonl")" ]
 }
 
-train_cell() { # seed; the variant is prepared
+train_cell() { # seed; call prepare for the variant first
     local cell=$output/$name/seed_$1 status=0
     make_directory "$output/$name"
     printf '%q ' "${flags[@]}" "${command[@]}" --seed "$1" >"$scratch/settings"
@@ -261,8 +266,8 @@ for variant in "${variants[@]}"; do
     done
 done >"$scratch/cells"
 
-# Rows in the order of the variants. A row is measured by the number of tokens that most complete runs have, and by the length
-# of the first row's sequences.
+# The rows have the order of the variants. A row is comparable if it has the number of tokens that most complete runs
+# have, and the sequence length of the first row.
 jq -s --argjson steps "$steps" --arg options "${common[*]}" '
     def mean: add / length;
     def rounded: if . == null then null else . * 1e6 | round / 1e6 end;
@@ -293,7 +298,7 @@ markdown() {
     local name parameters mean sd tokens rate attention memory note cell
     echo "| variant | parameters | validation loss, mean of $seeds | standard deviation | tokens | tokens/s | attention | peak memory |"
     echo "|---|---|---|---|---|---|---|---|"
-    # Every cell is a word, and one that is missing a dash.
+    # read skips empty fields, so a missing value becomes a dash.
     jq -r '.variants[] | [.name, .parameters_millions, .val_loss_mean, .val_loss_sd, (.tokens | add / length / 1e6),
         .tokens_per_second, (.attention_share | numbers * 100) // null, .peak_memory_mb, .note] | map(. // "-") | @tsv' <"$scratch/table.json" |
         while IFS=$'\t' read -r name parameters mean sd tokens rate attention memory note; do

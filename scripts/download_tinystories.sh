@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Downloads TinyStories, two million short stories in simple English (Eldan and Li, 2023; CDLA-Sharing-1.0): 1.9 GB to train
-# on and 19 MB for validation. Stories are separated by <|endoftext|>.
+# Downloads TinyStories, two million short stories in simple English (Eldan and Li, 2023; CDLA-Sharing-1.0): 1.9 GB
+# for training and 19 MB for validation. <|endoftext|> separates the stories.
 #
 #   scripts/download_tinystories.sh [DIRECTORY]       default: data/tinystories
-#   scripts/download_tinystories.sh --small           the validation file only: enough to try things out
+#   scripts/download_tinystories.sh --small           only the validation file, which is enough for a first try
 #
-# TINYSTORIES_URL names another place that holds the files. A download that was cut off goes on where it ended; a file gets
-# its name when it is whole.
+# TINYSTORIES_URL names another place that has the files. After an interruption, the same command continues the
+# download. A file gets its final name only when it is complete.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
@@ -34,7 +34,7 @@ make_directory "$directory"
 resumes="the same command goes on from what is there"
 take_signals
 
-# The file's size by its server, or nothing where it does not say.
+# Prints the size that the server reports, or nothing if the server reports none.
 remote_size() {
     curl -sSfIL --retry 3 "$1" | tr -d '\r' | awk 'tolower($1) == "content-length:" { size = $2 } END { print size }'
 }
@@ -58,7 +58,7 @@ for file in "${files[@]}"; do
     if [ "$have" -lt "$size" ]; then
         status=0
         run curl -fL --progress-bar --retry 3 -C - -o "$target.partial" "$url/$file" || status=$?
-        if [ $status -eq 33 ]; then # this server gives files from their beginning only
+        if [ $status -eq 33 ]; then # curl 33: the server cannot continue in the middle of a file
             rm "$target.partial"
             status=0
             run curl -fL --progress-bar --retry 3 -o "$target.partial" "$url/$file" || status=$?

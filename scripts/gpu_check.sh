@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in one command: the kernels' tests on the hardware, fragment layouts first; the trainer
-# against the CPU's; 200 steps in bf16 against the same in fp32; benchmarks, and PyTorch beside them where it is installed. Under 8
-# minutes on one H200. Ends in a table and a record in JSON. Used by make gpu-check.
+# Runs all checks that need a GPU. They are: the kernels' tests on the hardware, fragment layouts first; the trainer
+# against the CPU trainer; 200 steps in bf16 against the same steps in fp32; benchmarks, and the same in PyTorch if it
+# is installed. Takes less than 8 minutes on one H200. Prints a table and writes a JSON record. make gpu-check calls it.
 #
-#   scripts/gpu_check.sh                 exit code 0: all is well, 1: something failed, 2: there is no GPU here, or no nvcc
-#   scripts/gpu_check.sh --rehearse      the same on the emulator, with sizes of a toy: shows that this script works, no more
-# shellcheck disable=SC2317 # functions that check() calls
+#   scripts/gpu_check.sh                 exit code 0: every check passed, 1: a check failed, 2: no GPU or no nvcc here
+#   scripts/gpu_check.sh --rehearse      the same on the emulator with tiny sizes, which tests only this script
+# shellcheck disable=SC2317 # check() calls the functions
 set -uo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
@@ -39,7 +39,7 @@ rm -rf "$out"
 mkdir -p "$out"
 
 # ----------------------------------------------------------------------------
-# A check is a command: what it prints goes to a log, whose last line is its detail.
+# A check is a command. Its output goes to a log, and the log's last line is the check's detail in the table.
 
 started=$EPOCHREALTIME
 since() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }'; }
@@ -66,7 +66,7 @@ check() { # name, command...
 }
 
 # ----------------------------------------------------------------------------
-# Build, and the tests
+# Build and run the tests
 
 finish() {
     record=$out/gpu_check_$(tr -cs 'A-Za-z0-9\n' _ <<<"${gpu%%,*}")_$(date -u +%Y-%m-%d).json
@@ -97,7 +97,7 @@ for test in "${tests[@]}"; do check "${test##*/}" scripts/run_tests.sh "$test"; 
 check "trainer against the CPU's" env BUILD="$build" DEVICE=$device scripts/run_tests.sh "$build/test/test_simt_trainer"
 
 # ----------------------------------------------------------------------------
-# 200 steps in bf16, and the same in fp32
+# 200 steps in bf16, compared with the same steps in fp32
 
 prepare_text() {
     { git ls-files '*.[ch]' '*.cuh' '*.cu' '*.md'; find /usr/include -name '*.h' -type f 2>/dev/null | LC_ALL=C sort; } >"$out/files.txt"
@@ -109,7 +109,8 @@ train() {
     "$build/train_gpt_${device}_$1" -i "$out/text_train_*.bin" -j "$out/text_val_*.bin" --tokenizer "$out/tokenizer.json" \
         "${model[@]}" -x 200 -l 1e-3 -u 20 -v 100 -m 4 -o "$out/$1" --overwrite
 }
-# The mean difference of the two loss curves, and that of the last validation, each at most 1 %.
+# The mean difference of the two loss curves may be at most 1 %, and so may the difference of
+# the last validation losses.
 compare_curves() {
     paste -d' ' <(sed -n 's/.*"loss":\([0-9.e-]*\),.*/\1/p' "$out/bf16/metrics.jsonl") <(sed -n 's/.*"loss":\([0-9.e-]*\),.*/\1/p' "$out/fp32/metrics.jsonl") >"$out/losses.txt"
     local bf16 fp32
@@ -141,9 +142,10 @@ if check "text" prepare_text && check "200 steps in bf16" train bf16 && check "2
 fi
 
 # ----------------------------------------------------------------------------
-# Many processes: one by NCCL is bitwise the program without; all GPUs together follow it, the same with sharded state
+# Many processes. One process with NCCL gives bitwise the results of the program without NCCL. All GPUs together give
+# its losses within 0.1 %, and sharded state changes no bit of them.
 
-ranks() { # name, mpirun's or none, options...
+ranks() { # name, mpirun command or nothing, options...
     local name=$1 by=$2
     shift 2
     # shellcheck disable=SC2086 # words of a command
@@ -162,16 +164,16 @@ all_gpus_together() {
         awk -v gpus="$gpus" '{ off = $1 / $2 - 1; if (off < 0) off = -off; if (off > most) most = off }
             END { printf "20 steps by %d processes: losses within %.2g of one, --zero 1 bitwise --zero 0\n", gpus, most; exit !(NR == 20 && most < 1e-3) }'
 }
-gpus=2 # the largest power of two that there are; emulated ones are as many as one likes
+gpus=2 # on GPUs: the largest power of two that the machine has, at most 16
 if [ $device = cuda ]; then gpus=$(nvidia-smi -L | wc -l | awk '{ for (n = 1; 2 * n <= $1 && n < 16; n *= 2); print n }'); fi
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # only where this is root
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # mpirun needs them only if the user is root
 mpirun="mpirun --oversubscribe --bind-to none -np"
 if command -v mpirun >/dev/null && check "one process by mpirun" one_process_by_nccl && [ "$gpus" -gt 1 ]; then
     check "all GPUs together" all_gpus_together
 fi
 
 # ----------------------------------------------------------------------------
-# Benchmarks, and the same by PyTorch
+# Benchmarks, and the same shapes in PyTorch
 
 bench=$build/bench
 check "attention" "$bench/attention_${device}_bf16" "${attention[@]}" --json "$out/attention.json"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Installs what the build needs, by apt, and only what is missing. With sudo when not root; where that is not possible it
-# prints the line for someone who may.
+# Installs the packages that the build needs and that are missing, by apt. Uses sudo if the user is not root. If sudo
+# fails, the script prints the command for an administrator.
 #
-#   scripts/install.sh            to build and train
-#   scripts/install.sh --tests    also what the tests and the linters need
+#   scripts/install.sh            packages to build and train
+#   scripts/install.sh --tests    also the packages for the tests and the linters
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
 . "${self%/*}/shared.sh"
 
-# mpirun does not start without an ssh, even on one machine.
+# mpirun needs an ssh program to start, even on one machine.
 packages=(build-essential libdnnl-dev libpcre2-dev libcjson-dev libopenmpi-dev openmpi-bin openssh-client gnuplot-nox jq)
 if [ "${1:-}" = "--tests" ]; then packages+=(libcmocka-dev clang-format clang-tidy shellcheck python3 iproute2 procps); fi
 

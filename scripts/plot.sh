@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Draws training and validation loss of one or more runs, against tokens and against seconds.
+# Draws the training and validation loss of one or more runs over tokens and over seconds.
 #
 #   scripts/plot.sh runs/mha runs/gqa --output curves               writes curves.png and curves.svg
 #   scripts/plot.sh "4 KV heads=runs/a" "1 KV head=runs/b" -o curves --title "Tiny Stories"
 #   scripts/plot.sh --band mha=runs/a1 mha=runs/a2 gqa=runs/b1 gqa=runs/b2 -o curves
 #
-# A run is the directory that train_gpt wrote to (--output), named in the legend as the directory or by NAME=DIR. Its
-# metrics.jsonl gives the losses, its timings.jsonl the seconds; without the latter only the first panel is drawn. Training
-# loss is smoothed, and the figure says so: an exponential moving average of the logged losses whose memory is 5 % of the run
-# (--smooth PERCENT; 0 draws it as it is). The loss axis ends at the largest loss after the first twentieth of a run. Seconds
-# are those of the clock, validation and checkpoints included. Dash and marker tell the runs apart without colour.
+# A run is the output directory of train_gpt (--output). Its name in the legend is the directory's name, or NAME of
+# NAME=DIR. Losses come from metrics.jsonl and seconds from timings.jsonl. If a run has no timings.jsonl, the script
+# draws only the first panel. The training loss is smoothed by an exponential moving average of the logged losses, and
+# the figure says so. Its memory is 5 % of the run (--smooth PERCENT; 0 turns it off). The loss axis ends at the
+# largest loss after the first twentieth of a run. Seconds are wall-clock time and include validation and checkpoints.
+# Runs differ in dash and marker, so that the figure is readable without colour.
 #
-# --band draws the runs of one name, which differ in their seed, as one: the mean of their validation losses, and a band from
-# the least to the largest. It has the validations that all of them made, at the mean of their seconds.
+# --band draws the runs of one name, which differ in their seed, as one curve: the mean of their validation losses, with
+# a band from the least to the largest. The curve has the validations that all these runs made, at their mean seconds.
 #
-# The legend says which runs cannot be compared: those that have not done all their steps, with the steps done; and where
-# the others differ in their tokens, how many each of them has.
+# The legend marks runs that cannot be compared. If a run stopped early, the legend gives its steps. If the other runs
+# have different numbers of tokens, the legend gives the tokens of each.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
@@ -58,9 +59,10 @@ make_scratch
 if [[ $output == */* ]]; then make_directory "${output%/*}/"; fi
 
 # ----------------------------------------------------------------------------
-# Each run's lines to columns: tokens, seconds (or nan), loss, in N.train and N.val.
+# Writes the lines of each run as columns: tokens, seconds (or nan), loss, in N.train and N.val.
 
-# A line a value: its kind, its step, and the value; in order of the steps, and of one step in order of the files.
+# Prints one line for each value: kind, step, value. The lines are in order of steps, and
+# within one step in order of the files.
 # shellcheck disable=SC2016 # variables of jq
 values() { # directory
     {
@@ -75,8 +77,8 @@ values() { # directory
     } | sort -s -n -k 2,2
 }
 
-# Prints the upper end of the loss axis for the run, which is the largest loss after its first twentieth; its tokens, the steps
-# done, and the steps that it should do, or 0 where the run does not say.
+# Prints four numbers: the upper end of the loss axis (the largest loss after the run's first twentieth), the run's
+# tokens, the finished steps, and the planned steps, or 0 if the run does not give them.
 columns() { # directory, files
     values "$1" | awk -v name="$2" -v smooth="$smooth" '
         BEGIN { train = name ".train"; val = name ".val" }
@@ -105,7 +107,7 @@ columns() { # directory, files
         }'
 }
 
-# From here all files have short names: a name of the user never reaches awk or gnuplot.
+# From here on all files have short names, so that awk and gnuplot never read a name of the user.
 caller=$PWD
 absolute() { if [[ $1 == /* ]]; then printf %s "$1"; else printf '%s/%s' "$caller" "$1"; fi; }
 cd "$scratch"
@@ -134,7 +136,7 @@ for i in "${!runs[@]}"; do
 done
 
 # ----------------------------------------------------------------------------
-# With --band: the runs of a name become one, of columns tokens, mean seconds, mean, least and largest loss.
+# With --band, the runs of one name become one file of columns: tokens, mean seconds, mean, least and largest loss.
 
 group_runs() {
     local i j name labels=("${names[@]}") tokens_of=("${tokens[@]}") notes_of=("${notes[@]}") cut=()
@@ -171,7 +173,7 @@ group_runs() {
 counts=()
 if [ "$band" = 1 ]; then group_runs; fi
 
-# Curves that end at different numbers of tokens say so.
+# If curves end at different numbers of tokens, their names in the legend say so.
 all_equal=1 first=""
 for i in "${!names[@]}"; do
     if [ -n "${notes[i]}" ]; then continue; fi
@@ -186,19 +188,20 @@ done
 # ----------------------------------------------------------------------------
 # The figure
 
-# A text in gnuplot's single quotes, where only these have a meaning. Drawing and SVG want UTF-8 without control characters.
+# Puts a text into gnuplot's single quotes, where only the quote itself has a meaning. Drawing and
+# SVG need UTF-8 without control characters.
 quote() {
     local text=${1//[[:cntrl:]]/ }
     text=$(iconv -f UTF-8 -t UTF-8 <<<"$text" 2>/dev/null) || text=$(tr '\200-\377' '?' <<<"$text")
     printf "'%s'" "${text//\'/\'\'}"
 }
 
-# What differs from run to run: colour (of different brightness), dash, marker.
+# Runs differ in colour (each of another brightness), dash and marker.
 colours=('#000000' '#c1440e' '#2878b5' '#6b9e3e' '#8d5fa8' '#b8860b' '#7a7a7a' '#d48fb0')
 dashes=('solid' "'-'" "'.'" "'_.'" "'-..'" "'_-'" "'..-'" "'__..'")
 markers=(7 4 9 2 12 10 3 6)
 
-# plot commands of one panel: its column, and whether it carries the legend.
+# Prints the plot commands of one panel; $1 is the x column of its files.
 curves() {
     local parts=() i style
     if [ "$band" = 1 ]; then
@@ -263,8 +266,8 @@ if [ -n "$title" ]; then heading="$(quote "$title") . \"\\n\" . $heading"; fi
 width=$((panels * 560))
 draw "pngcairo size $((width * 2)),900 font 'sans,11' fontscale 1.8 lw 2 pointscale 1.8 dashlength 1.2" out.png >png.gp
 draw "svg size $width,450 dynamic font 'sans,11' lw 1 dashlength 1.2 background 'white'" out.svg >svg.gp
-# -d: whatever the user's own .gnuplot says.
-# gnuplot does not notice a full disk.
+# -d makes gnuplot ignore the user's .gnuplot. gnuplot reports no error on a full disk, so
+# the script checks the end of the file.
 for kind in png svg; do
     run gnuplot -d "$kind.gp" 2>log || fail "gnuplot failed: $(tail -n 1 log)"
     tail -c 20 "out.$kind" | grep -qaE 'IEND|</svg>' || fail "$scratch/out.$kind: is cut: there is no space for it"

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# From a fresh clone to trained language models, in under six minutes on two cores: installs what is missing, builds, makes a
-# tokenizer and token shards of a text, trains the variants below one after the other for the same number of steps, and ends
-# with a table, a plot and a sample.
+# Goes from a fresh clone to trained language models in less than six minutes on two cores. Installs the missing
+# packages, builds, makes a tokenizer and token shards from a text, and trains the variants below one after the other
+# for the same number of steps. Ends with a table, a plot and a sample.
 #
-#   scripts/quickstart.sh                     on the C headers of this machine (/usr/include): nothing is downloaded but packages
-#   scripts/quickstart.sh --text FILE...      on your own text, 10 kB or more; the first 32 MB of it
-#   scripts/quickstart.sh --minutes 20        takes about that long in all (default 4.5); what the setup leaves goes to training
+#   scripts/quickstart.sh                     trains on this machine's C headers (/usr/include); downloads only packages
+#   scripts/quickstart.sh --text FILE...      trains on your own text of at least 10 kB; uses its first 32 MB
+#   scripts/quickstart.sh --minutes 20        takes about 20 minutes in all (default 4.5), with the setup
 #
-# All variants do the same number of steps, chosen by the speed measured here. Where other work slows one of them it gets up to
-# four times as long; one that needs more is stopped, and marked in the table and in the plot, since it cannot be compared.
+# All variants do the same number of steps, which the script chooses from the speed it measures here. If other
+# programs slow a variant down, it gets up to four times the expected time. The script stops a variant that needs
+# more. The table and the plot mark it, because it cannot be compared.
 #
-# Everything it makes is in quickstart/01, the next time in quickstart/02, and so on.
+# All results are in quickstart/01; the next call writes quickstart/02, and so on.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
@@ -18,8 +19,8 @@ self=$(readlink -f -- "$0")
 caller=$PWD
 cd "$top"
 
-# The variants: name, options of train_gpt; BLOCK is an eighth of a sequence. scripts/compare.sh compares such variants over
-# several seeds.
+# The variants: name, options of train_gpt. BLOCK becomes an eighth of a sequence. scripts/compare.sh
+# compares such variants over several seeds.
 variants=(
     "dense|--attention dense --kv-heads 2"
     "moba|--attention moba --kv-heads 2 --moba-block BLOCK --moba-topk 3"
@@ -27,13 +28,14 @@ variants=(
     "kdgqa|--query-heads kdgqa --kv-heads 2"
 )
 
-# The model that they share, and how it is trained. Sizes and learning rate: docs/results/quickstart.md.
+# The model that all variants share, and its training. docs/results/quickstart.md gives
+# reasons for the sizes and the learning rate.
 model=(--layers 4 --channels 128 --heads 8)
 training=(--learning-rate 2e-3 --schedule cosine --final-lr-fraction 0.05 --weight-decay 0.1 --seed 1337)
 step_tokens=512
-text_bytes=32000000 # at most so much of the text is read
-passes=10           # at most so often is it read
-val_bytes=60000     # about so much of it is kept for validation, and at most a tenth
+text_bytes=32000000 # upper bound on the bytes of text that are read
+passes=10 # upper bound on the passes over the text
+val_bytes=60000 # approximate size of the validation text, which is at most a tenth of the text
 
 # ----------------------------------------------------------------------------
 # Options
@@ -66,7 +68,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-# Relative names are the caller's, and this script has gone to the top of the tree.
+# The names are relative to the caller's directory, but this script has changed to the top of the tree.
 for i in "${!texts[@]}"; do
     text=${texts[i]}
     if [[ $text != /* ]]; then text=$caller/$text; fi
@@ -83,13 +85,13 @@ if [ ${#texts[@]} -gt 0 ]; then
 fi
 
 # ----------------------------------------------------------------------------
-# What it says while it works
+# Progress messages
 
 started=$EPOCHREALTIME
 elapsed() { awk -v a="$started" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.0f", b - a }'; }
 tell() { say "$(printf '[%4s s] %s' "$(elapsed)" "$*")"; }
 
-# Runs a command whose output goes to a log file; shows the log's end where it fails.
+# Runs a command with its output in a log file. If the command fails, it shows the end of the log.
 quietly() {
     local log=$1
     shift
@@ -99,7 +101,7 @@ quietly() {
     fi
 }
 
-# Shows every validation that passes by on standard input, and a step every ten seconds.
+# Reads the trainer's log from standard input. Shows every validation, and one step in ten seconds.
 show_progress() {
     local line last=$SECONDS
     while IFS= read -r line; do
@@ -113,7 +115,7 @@ show_progress() {
     done
 }
 
-# A directory of its own for every time, also where two begin at once.
+# Each call makes its own directory, even if two calls start at the same time.
 make_directory quickstart
 number=1
 until mkdir "quickstart/$(printf %02d $number)" 2>/dev/null; do
@@ -140,10 +142,10 @@ exec {build_lock}>&-
 # Text to token shards
 
 if [ ${#texts[@]} -gt 0 ]; then
-    source=("${texts[@]}") # not a list in a file, where a name ends with its line
+    source=("${texts[@]}") # an argument list, because a file name may contain a newline
     prompt=""
 else
-    # Sorted, and text only: the same machine gives the same data.
+    # The list is sorted and has only text files, so that the same machine always gives the same data.
     LC_ALL=C find /usr/include -type f -name '*.h' -size +0 -print0 | LC_ALL=C sort -z |
         LC_ALL=C xargs -0 -r grep -lIa '' >"$out/files.txt" || true
     [ -s "$out/files.txt" ] || fail "/usr/include: holds no headers; give a text with --text FILE"
@@ -153,7 +155,7 @@ else
     prompt="#ifndef"
 fi
 
-# A small text has few words to learn: it gets a smaller vocabulary and shorter sequences.
+# A small text has few different words, so it gets a smaller vocabulary and shorter sequences.
 vocabulary=4096 T=256
 if [ "$bytes" -lt 3000000 ]; then vocabulary=1024; fi
 if [ "$bytes" -lt 300000 ]; then vocabulary=512 T=128; fi
@@ -191,7 +193,7 @@ for i in "${!variants[@]}"; do
     read -ra options <<<"$options"
     quietly "$out/speed.log" "$out/train_gpt" "${shared[@]}" "${options[@]}" \
         --steps 1000 --val-every 0 --log-every 1 --max-seconds 4 --output "$out/speed_$name"
-    # Without the first two steps, where there are more.
+    # The mean leaves out the first two steps, if there are more than two.
     speed=$(json_lines 'select(.event == null) | .step_ms | finite' <"$out/speed_$name/timings.jsonl" |
         awk '{ if (++n == 3) sum = count = 0; sum += $1; count++ } END { if (count) printf "%.1f", sum / count }')
     [ -n "$speed" ] || fail "$name: no step in 4 seconds"
@@ -201,11 +203,11 @@ for i in "${!variants[@]}"; do
     milliseconds=$(awk -v a="$milliseconds" -v b="$speed" 'BEGIN { print a + b }')
 done
 
-# The remaining time, less 10 s for table and sample. A validation costs a third of a training step per token
-# (forward only), and there are 5.
+# The budget is the remaining time, less 10 s for table and sample. A validation needs only the forward pass, so a
+# token costs a third of its training cost. Each run has 5 validations.
 budget=$(awk -v m="$minutes" -v e="$(elapsed)" 'BEGIN { left = 60 * m - e - 10; print (left < 5 ? 5 : left) }')
 most=$((passes * tokens / step_tokens + 1))
-validations=$((5 * val_tokens / 3 / step_tokens)) # in steps
+validations=$((5 * val_tokens / 3 / step_tokens)) # unit: training steps
 steps=$(awk -v left="$budget" -v ms="$milliseconds" -v most="$most" -v val="$validations" 'BEGIN {
     steps = int((left * 1000 / ms - val) / 10) * 10
     if (steps > most) steps = most
@@ -218,9 +220,10 @@ tell "each variant is trained for $steps steps of $step_tokens tokens: all the s
 )"
 
 # ----------------------------------------------------------------------------
-# Train, side by side
+# Train the variants one after the other
 
-# Where the machine becomes slower than measured, a variant gets more time: four times what it needs here, and half a minute.
+# If the machine becomes slower than measured, a variant may take longer: four times its
+# expected time, plus half a minute.
 for i in "${!variants[@]}"; do
     IFS='|' read -r name options <<<"${variants[i]}"
     read -ra options <<<"$options"
@@ -236,7 +239,7 @@ for i in "${!variants[@]}"; do
     progress=$!
     await || status=$?
     wait "$progress" || true
-    # Marks a variant that a signal or its time limit stopped, if it has a validation loss.
+    # A variant that a signal stopped stays in the table, with a mark, if it has a validation loss.
     validated=$(json_lines '.val_loss | finite' <"$out/$name/metrics.jsonl" 2>/dev/null) || true
     if [ $status -gt 128 ] && [ -n "$validated" ]; then
         tell "  $name was stopped by SIG$(kill -l $((status - 128)))"
@@ -252,7 +255,7 @@ done
 # ----------------------------------------------------------------------------
 # Table, plot, sample
 
-# Every row is words; one that has not done all steps has a star and a line below the table.
+# A variant that has not done all steps gets a star, and a line below the table.
 rows() {
     jq -r --argjson steps "$steps" --argjson bytes "$token_bytes" '[.name + if .step < $steps then " *" else "" end, .parameters_millions, .tokens / 1e6,
         .val_loss, .val_loss / (2 | log) / $bytes, if .busy_ms > 0 then 1000 * .tokens / .busy_ms else 0 end, .seconds, .peak_memory_mb,
@@ -276,10 +279,10 @@ labelled=()
 for variant in "${variants[@]}"; do labelled+=("${variant%%|*}=$out/${variant%%|*}"); done
 scripts/plot.sh --output "$out/loss" --title "quickstart: ${model[*]//--/}, T $T, vocabulary $vocabulary" -- "${labelled[@]}" >/dev/null
 
-# Of those that have done all steps, where there are any.
+# The best variant is chosen among those that did all steps, or among all variants if there are none.
 best=$(jq -r -s --argjson steps "$steps" '(map(select(.step == $steps)) | select(length > 0)) // . | min_by(.val_loss) | .name' <"$out/summaries.jsonl")
 if [ -z "$prompt" ]; then
-    # The first words of a line in the middle of the text.
+    # The prompt is the first words of a line from the middle of the text.
     prompt=$(tail -c +$((bytes / 2)) <"${texts[0]}" 2>/dev/null | sed -n '2,200{/[^ ].* .* /{p;q}}' | cut -d' ' -f1-3 || true)
 fi
 options=()

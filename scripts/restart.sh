@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Runs a training command until its run is finished. After a failure it runs again with --resume, from the last checkpoint; a
-# wrong command line (exit code 2) is not tried again, and a signal to this script ends it, once a checkpoint is written. The
-# other train_*.sh use it; it is of use with any launcher.
+# Runs a training command until its run is finished. After a failure, it runs the command again with --resume, from
+# the last checkpoint. It does not repeat a wrong command line (exit code 2). A signal to this script makes the run
+# write a checkpoint, and then ends both. The train_*.sh scripts call it, and it works with any launcher.
 #
 #   scripts/restart.sh build/train_gpt -i 'data/mine_train_*.bin' -n 500 -o runs/mine
 #   scripts/restart.sh --tries 5 --pause 30 mpirun -np 8 build/train_gpt ... -o runs/mine
 #
 # --tries N      gives up after N failures in a row without a new checkpoint (default 3)
 # --pause N      seconds between a failure and the next try (default 5)
-# --where        says the step that the command's run stands at, and runs nothing
+# --where        prints the step that the run would resume from, and runs nothing
 #
-# Exit code: 0 finished, 2 the command line was wrong, 128 + the signal where one ended it in order, else the command's own: a
-# checkpoint that could not be written when the signal came is a failure. A run that --max-seconds has stopped counts as finished.
+# Exit code: 0 finished; 2 wrong command line; 128 + the signal if a signal ended the run after its checkpoint;
+# otherwise the command's own exit code. It is a failure if the signal came but the run could not write its
+# checkpoint. A run that --max-seconds stopped counts as finished.
 set -uo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
@@ -44,8 +45,9 @@ for i in "${!arguments[@]}"; do
 done
 [ -n "$output" ] || fail_usage "the command has no --output: without checkpoints there is nothing to go on from"
 
-# The step that the run would go on from: of the checkpoint that `latest` names, which a user may have set back; where there is
-# no such file, of the newest one; or 0. A failure after it has changed is one with progress.
+# Prints the step that the run would resume from. This is the step of the checkpoint that `latest` names, which a
+# user may have set back. Without that file it is the newest checkpoint's step, or 0. If the step changes between
+# two failures, the run has made progress.
 last_step() {
     local path step last=0
     if [ -s "$output/latest" ]; then
@@ -67,10 +69,11 @@ if [ "$where" -eq 1 ]; then
     exit 0
 fi
 
-# mpirun refuses root, the only user of many containers, unless it is told twice.
+# mpirun refuses to run as root without both variables, and root is the only user of many containers.
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 
-# A machine that is gone without a word is missed after half a minute, not after eight: Open MPI's names up to 4, and from 5 on.
+# Open MPI then notices a lost machine after half a minute, not after eight minutes. Its settings have one name up to
+# version 4 and another from version 5 on.
 for setting in time=10 intvl=5 probes=4; do
     for name in OMPI_MCA_oob_tcp_keepalive_ PRTE_MCA_oob_tcp_keepalive_; do
         name+=${setting%=*}
@@ -78,12 +81,13 @@ for setting in time=10 intvl=5 probes=4; do
     done
 done
 
-# Whatever the output goes to, mpirun's processes see a terminal; in a file they would redraw their line of progress.
+# mpirun's processes always see a terminal, whatever the output is. TERM=dumb makes them print plain lines into a
+# file, not one line of progress that they redraw.
 if [ ! -t 1 ]; then export TERM=dumb; fi
 
 # The first signal becomes SIGUSR1: mpirun passes it to every process, and train_gpt writes a checkpoint. After
-# SIGTERM, mpirun would kill them within a second. A second signal ends the command at once. Signals within a
-# second of the first are ignored: timeout and a closing shell send theirs twice.
+# SIGTERM, mpirun would kill the processes within a second. A second signal ends the command at once. The script
+# ignores signals within a second of the first, because timeout and a closing shell send theirs twice.
 child="" signal=0 signalled=0
 # shellcheck disable=SC2317 # the traps call it
 pass_on() {
@@ -95,15 +99,16 @@ pass_on() {
 trap 'pass_on 2' INT
 trap 'pass_on 15' TERM
 trap 'pass_on 1' HUP
-# The command is a process group of its own, so that Ctrl-C reaches this script alone.
+# The command has its own process group, so that Ctrl-C reaches only this script.
 set -m
 
-# wait returns early when a signal comes in; the command is waited for until it has ended, and then its own status asked for.
+# wait returns early when a signal arrives. The loop waits until the command has really
+# ended, and the last wait gets its exit code.
 run() {
     "$@" </dev/null &
     child=$!
     while :; do
-        wait "$child" 2>/dev/null # where bash would say how it ended
+        wait "$child" 2>/dev/null # hides bash's message about the end of the command
         kill -0 "$child" 2>/dev/null || break
     done
     wait "$child" 2>/dev/null
@@ -111,7 +116,7 @@ run() {
     child=""
 }
 
-stopped=$((128 + $(kill -l USR1))) # how train_gpt ends a stop in order, its checkpoint written
+stopped=$((128 + $(kill -l USR1))) # train_gpt's exit code after a stop with a checkpoint
 failures=0 step=$(last_step) status=$stopped
 while [ "$signal" -eq 0 ]; do
     run "${arguments[@]}" --resume
@@ -127,9 +132,9 @@ while [ "$signal" -eq 0 ]; do
     fi
     echo "restart.sh: exit code $status; in $pause s on from step $step (failure $failures of $tries since that checkpoint)" >&2
     run sleep "$pause"
-    status=$stopped # a signal that comes now ends nothing else
+    status=$stopped # a signal during the pause ends no training
 done
-# The second signal, which is SIGTERM, leaves no time for more than what there is.
+# The second signal sends SIGTERM, which leaves no time for another checkpoint.
 if [ "$status" -eq "$stopped" ] || [ "$status" -eq 143 ]; then
     echo "restart.sh: ended by a signal; the last checkpoint is of step $(last_step)" >&2
     exit $((128 + signal))

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs cmocka programs, says how each ended, and ends with one line of totals. Used by make test. TEST_JOBS of them run at a time, 1
-# by default: most have one thread. An argument is a program, with arguments of its own after it and settings of the environment
-# before it: 'SIMT_ORDER=reverse build/test/test_simt'.
+# Runs cmocka programs, reports how each one ended, and prints one line of totals. make test calls it. TEST_JOBS
+# programs run at a time (default 1), because most of them have one thread. Each argument is a program with its
+# arguments, and environment variables before it: 'SIMT_ORDER=reverse build/test/test_simt'.
 set -ufo pipefail
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait leave the core to others
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads do not occupy a core
 
 records=$(mktemp -d) || exit 1
 trap 'rm -rf "$records"' EXIT
 
-# A program's record: what it printed; then a line with its exit code and seconds, by which it is known to have ended. In the
-# background of a script Ctrl-C is ignored, unless that is undone.
+# A program's record is its output and a line with its exit code and seconds. The rename of that line's file marks the
+# end of the program. A script's background processes ignore Ctrl-C unless env restores the default.
 run() { # words, record
     local started words
     read -ra words <<<"$1"
@@ -20,7 +20,7 @@ run() { # words, record
 }
 
 passed=0 failed=0 broken=()
-# A program's name, then its settings: of a sanitizer's it is told by BUILD.
+# The name of a program, then its environment variables. BUILD shows which sanitizer the program has.
 name_of() { # words
     local word settings="" program=""
     for word in $1; do
@@ -38,7 +38,8 @@ report() { # words, record
     read -r status seconds <"$2.ended"
     passed_here=$(grep -c '^\[       OK \]' "$2.output")
     failed_here=$(grep -oE '^\[  FAILED  \] [a-z][^ ]*$' "$2.output" | sort -u | wc -l)
-    # A program that dies, or that ran nothing and does not say why, has failed even where no test says so.
+    # A program has failed if it dies, even if no test reports a failure. It has also failed
+    # if it ran no test and gave no reason.
     if [ "$status" -ne 0 ] || { [ "$passed_here" -eq 0 ] && ! grep -q 'SKIPPED:' "$2.output"; }; then
         [ "$failed_here" -gt 0 ] || failed_here=1
         broken+=("$name")

@@ -1,25 +1,27 @@
 # shellcheck shell=bash
-# Functions that all scripts share: environment, messages, names, signals, complete files, and reading a run's
-# JSON. A script begins with
+# Functions that all scripts share: environment, messages, names, signals, complete files, and
+# reading a run's JSON. A script begins with
 #
 #     self=$(readlink -f -- "$0")
 #     . "${self%/*}/shared.sh"
 #
-# and has then $script, its name, and $top, the top of the tree.
+# Afterwards $script is the script's name, and $top is the top of the tree.
 script=${self:?}
 script=${script##*/}
 top=$(readlink -f -- "${BASH_SOURCE[0]}")
 top=${top%/scripts/shared.sh}
 top=${top:-/}
 
-# A number has a point and a letter is a byte in every locale. CDPATH makes cd go elsewhere and print; the others change bash or grep.
+# In every locale, numbers have a decimal point and each byte is a letter. CDPATH makes cd go elsewhere and print;
+# the other variables change bash or grep.
 export LC_ALL=C
 unset CDPATH GLOBIGNORE GREP_OPTIONS POSIXLY_CORRECT BASH_ENV ENV
 
 # ----------------------------------------------------------------------------
 # Messages
 
-# Ends the script with one line, whatever characters a name in it has, also where the errors of a command go to a file.
+# Ends the script with one line, whatever characters a name in it has. The line goes to the user even if a
+# command's standard error goes to a file.
 exec {user}>&2
 fail() { # message, exit code
     printf '%s: %s\n' "$script" "${1//[[:cntrl:]]/?}" >&"$user"
@@ -29,7 +31,7 @@ fail() { # message, exit code
 say() { printf '%s\n' "$*" 2>/dev/null || fail "standard output: cannot be written"; }
 show() { cat <"$1" 2>/dev/null || fail "standard output: cannot be written"; }
 
-# Prints the comment at the head of the script.
+# Prints the comment at the top of the script.
 usage() { awk 'NR > 1 && !sub(/^# ?/, "") && !/^#/ { exit } NR > 1 && !/^shellcheck / && !/^!/' <"$self"; }
 
 needs() { # programs
@@ -39,18 +41,18 @@ needs() { # programs
     done
 }
 
-# A file that a program opens would otherwise become the standard output.
+# If standard output is closed, the next file that a program opens becomes its standard output.
 { true 3>&1; } 2>/dev/null || fail "standard output: is closed"
 
 # ----------------------------------------------------------------------------
 # Names
 
-# A name that begins with a dash is no option to any command when it begins with ./ instead.
+# No command takes a name for an option if the name begins with ./ and not with a dash.
 path() { # variable
     if [[ ${!1} == -* ]]; then printf -v "$1" './%s' "${!1}"; fi
 }
 
-# For a pattern of files: the name with its own *, ?, [ and backslashes taken literally. Sets $literal.
+# Sets $literal to a pattern of files that matches the name itself: its own *, ?, [ and backslashes are escaped.
 literal_pattern() { # name
     local i
     literal=""
@@ -62,7 +64,7 @@ literal_pattern() { # name
     done
 }
 
-# Gives a file its final name in one step. Where that fails, an earlier file by the name stays as it is.
+# Gives a file its final name in one step. If this fails, an earlier file of that name does not change.
 publish() { # file, final name
     local reason
     partial=$2.$$.partial
@@ -92,14 +94,15 @@ make_scratch() {
     if [[ $scratch != /* ]]; then scratch=$PWD/$scratch; fi
 }
 
-# A command that start() has started is a session of its own: a signal of the terminal reaches this script alone, which passes
-# on SIGTERM, once. When the command has ended, so does the script, with 128 + the signal. $resumes says what the user can do.
+# start() gives a command its own session. A signal of the terminal then reaches only this script, which
+# sends SIGTERM to the command once. After the command has ended, the script exits with 128 + the signal.
+# $resumes tells the user what to do next.
 stop() { # signal
     interrupted=$1
     if [ -n "$child" ]; then signal_child TERM; else end_interrupted; fi
 }
 end_interrupted() { fail "ended by SIG$interrupted${resumes:+; $resumes}" $((128 + $(kill -l "$interrupted"))); }
-# Before the child is a session of its own it is still this shell's copy, in which a signal would be lost.
+# Until setsid has made the session, the child is a copy of this shell and loses the signal, so the loop repeats it.
 signal_child() { # signal
     until kill "-$1" -- "-$child" 2>/dev/null; do
         kill -0 "$child" 2>/dev/null || break
@@ -114,7 +117,7 @@ pause() {
 take_signals() {
     local signal
     for signal in INT TERM HUP; do
-        # shellcheck disable=SC2064 # the signal of this round
+        # shellcheck disable=SC2064 # $signal is expanded now, for this trap
         trap "stop $signal" "$signal"
     done
     trap pause TSTP
@@ -125,7 +128,8 @@ start() { # command...
     child=$!
 }
 
-# Waits for the command and returns its exit code. A signal ends bash's wait early, and bash keeps the exit code of a child.
+# Waits for the command and returns its exit code. A signal ends bash's wait early, but bash
+# keeps the exit code of the child.
 await() {
     local status=0
     while :; do
@@ -143,8 +147,9 @@ run() { # command...
     await
 }
 
-# One script at a time builds in a directory: two compilers would write one program. $build_lock is closed when it has.
-lock_build() { # build directory, as make takes it
+# Only one script at a time builds in a directory, because two compilers would write the same program. The
+# caller closes $build_lock after the build.
+lock_build() { # build directory, as make gets it
     local directory=$1
     if [[ $directory != /* ]]; then directory=$top/$directory; fi
     make_directory "$directory"
@@ -157,16 +162,17 @@ lock_build() { # build directory, as make takes it
 # ----------------------------------------------------------------------------
 # Runs
 
-# Values of a file of JSON lines on standard input, by a program of jq for one line. A line that a crash has cut, or filled with
-# zeros, is no JSON and is left out. `finite` selects numbers: jq reads 1e999 as the largest double, NaN as a number below all.
+# Reads JSON lines from standard input and applies a jq program to each line. It skips a line that is not JSON,
+# because a crash truncated it or filled it with zeros. `finite` selects numbers: jq reads 1e999 as the largest
+# double, and NaN as a number smaller than all others.
 finite="def finite: numbers | select((isnan | not) and fabs < 1e308);"
 json_lines() { # program
     jq -R -r "$finite fromjson? | objects | $1"
 }
 
-# A run as a JSON object, from what train_gpt wrote to its directory and to its log: steps planned and done, tokens, the last
-# validation and its step, milliseconds of the steps and of their attention, parameters in millions, peak memory in MB.
-# A step that stands there twice counts as its last line says.
+# Prints a run as a JSON object, from train_gpt's output directory and its log. The object has the planned and finished
+# steps, the tokens, and the last validation loss and its step. It also has the milliseconds of all steps and of their
+# attention, the parameters in millions, and the peak memory in MB. If a step occurs twice, the last line counts.
 summary() { # directory, log
     {
         json_lines tojson <"$1/metrics.jsonl"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds everything, and runs every test. A quarter of an hour on two cores, two thirds of it compiling.
+# Installs the missing packages, builds everything, and runs every test. This takes a quarter of an hour on two cores,
+# and two thirds of that time is compilation.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Trains on several machines that ssh reaches without a password, and goes on from the last checkpoint after a failure. The
-# tree, the data and the run's directory must have the same path on all of them: a shared file system.
+# Trains on several machines, and resumes from the last checkpoint after a failure. ssh must reach
+# each machine without a password. The tree, the data and the run's directory must have the same path
+# on all machines: use a shared file system.
 #
 #   cat hosts.txt
 #       node1 slots=8
 #       node2 slots=8
 #   scripts/train_hosts.sh --hosts hosts.txt --interface eth0 -- -i '/data/mine_train_*.bin' -b 32 -d 1048576 --zero 1 -n 500 -o /data/run
 #
-# --hosts FILE      one machine a line, and how many processes it gets; where slots= is missing, one
-# --interface NAME  the network that all of them share, for what is sent by TCP (default: what MPI and NCCL find)
+# --hosts FILE      one machine on each line, with its number of processes as slots=N (default 1)
+# --interface NAME  the network that all machines share, for TCP traffic (default: MPI and NCCL choose)
 # --program FILE    (default: build/train_gpt)
-# --tries N, --pause N   as in scripts/restart.sh, which does the restarting
+# --tries N, --pause N   as in scripts/restart.sh, which restarts the command
 #
-# Arguments after -- are options of train_gpt. --output is required; the script adds --resume. Run it on the first machine of the
-# list. Variables of the environment that begin with NCCL_, OMP_ or MOBA_ go to all machines.
+# Arguments after -- are options of train_gpt. --output is required; the script adds --resume. Run the script on the
+# first machine of the list. It passes environment variables that begin with NCCL_, OMP_ or MOBA_ to all machines.
 set -euo pipefail
 self=$(readlink -f -- "$0")
 # shellcheck source=scripts/shared.sh
@@ -45,7 +46,8 @@ done
 [ -x "$program" ] || fail_usage "--program $program: no such program; run make"
 command -v mpirun >/dev/null || fail_usage "no mpirun here: scripts/install.sh installs Open MPI, on every machine"
 
-# node1:8,node2:8: with a file, mpirun would take a machine without slots= for one with as many as it has cores.
+# The list has the form node1:8,node2:8. If mpirun read the file itself, it would give a machine
+# without slots= one process for each core.
 machines=$(awk '
     { sub(/#.*/, "") }
     NF {
@@ -56,19 +58,20 @@ machines=$(awk '
     }' <"$hosts")
 [ -n "$machines" ] || fail_usage "--hosts $hosts: names no machine"
 
-# MPI starts the processes and exchanges NCCL's identifiers; on CPUs it also sends the gradients.
+# MPI starts the processes and exchanges NCCL's identifiers. On CPUs it also sends the gradients.
 environment=()
 if [ -n "$interface" ]; then
     export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface PRTE_MCA_oob_tcp_if_include=$interface
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
 fi
-# An ssh that asks for a password would wait for ever, where nobody sees it ask. Another agent has options of its own.
+# Without BatchMode, ssh would wait forever for a password, and nobody would see the prompt. If the user chose another
+# launch agent, its options stay as they are.
 if [ -z "${OMPI_MCA_plm_rsh_agent:-}${PRTE_MCA_plm_ssh_agent:-}" ]; then
     options="-o BatchMode=yes -o ConnectTimeout=15"
     export OMPI_MCA_plm_rsh_args=${OMPI_MCA_plm_rsh_args:-$options} PRTE_MCA_plm_ssh_args=${PRTE_MCA_plm_ssh_args:-$options}
 fi
 for name in $(compgen -e | grep -E '^(NCCL|OMP|MOBA)_'); do environment+=(-x "$name"); done
 
-# Processes are not bound to single cores, since each has several threads.
+# Each process has several threads, so mpirun must not bind it to one core.
 exec "$top/scripts/restart.sh" "${restart[@]}" mpirun --host "$machines" --map-by slot --bind-to none "${environment[@]}" \
     "$(realpath "$program")" "$@"

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Trains on one machine with several processes, a GPU each, and goes on from the last checkpoint after a failure.
+# Trains on one machine with several processes, one for each GPU, and resumes from the last checkpoint after a failure.
 #
-#   scripts/train_node.sh -- -i 'data/mine_train_*.bin' -b 32 -d 524288 -n 500 -o runs/mine         one process for each GPU
-#   scripts/train_node.sh --processes 2 -- -i 'data/mine_train_*.bin' -n 500 -o runs/mine           the same with two, or on CPUs
+#   scripts/train_node.sh -- -i 'data/mine_train_*.bin' -b 32 -d 524288 -n 500 -o runs/mine
+#       one process for each GPU
+#   scripts/train_node.sh --processes 2 -- -i 'data/mine_train_*.bin' -n 500 -o runs/mine
+#       two processes, also on CPUs
 #
-# --processes N   (default: as many as nvidia-smi lists GPUs, else 1)
+# --processes N   (default: the number of GPUs that nvidia-smi lists, or 1)
 # --program FILE  (default: build/train_gpt)
-# --tries N, --pause N   as in scripts/restart.sh, which does the restarting
+# --tries N, --pause N   as in scripts/restart.sh, which restarts the command
 #
 # Arguments after -- are options of train_gpt. --output is required; the script adds --resume.
 set -euo pipefail
@@ -41,5 +43,6 @@ if [ -z "$processes" ]; then
     if [ "$processes" -eq 0 ]; then processes=1; fi
 fi
 
-# Processes are not bound to single cores, since each has several threads; more of them than cores may be asked for.
+# Each process has several threads, so mpirun must not bind it to one core. --oversubscribe
+# permits more processes than cores.
 exec "$top/scripts/restart.sh" "${restart[@]}" mpirun -np "$processes" --bind-to none --oversubscribe "$program" "$@"

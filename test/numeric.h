@@ -15,12 +15,13 @@ extern "C" { // cmocka.h has no extern "C" of its own
 #ifdef __cplusplus
 }
 #endif
-#undef fail // cmocka's macro; fail() here is runtime/checks.h's function
+#undef fail // cmocka's macro; here fail() is the function of runtime/checks.h
 #include "runtime/checks.h"
 #include "runtime/precision.h"
 #include "runtime/random.h"
 
-// docs/math.md section 7: analytic gradients of the fp64 build, and the fp32 build against double precision.
+// docs/math.md section 7 gives these bounds: for analytic gradients of the fp64 build, and for
+// the fp32 build against double precision.
 #ifdef PRECISION_FP64
 #define FORWARD_BOUND 1e-12
 #define GRADIENT_BOUND 1e-6
@@ -36,7 +37,7 @@ static inline floatX* new_floats(size_t count) {
     return (floatX*)calloc_or_fail(count, sizeof(floatX), "a test");
 }
 
-// Normal random numbers that floatX holds exactly, in both types.
+// Fills both arrays with the same normal random numbers, which floatX represents exactly.
 static inline void fill_normal(double* exact, floatX* values, size_t count, double scale, uint64_t seed) {
     for (size_t i = 0; i < count; i++) {
         float value = (float)(scale * random_normal(seed, random_stream("test"), i));

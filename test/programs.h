@@ -34,7 +34,7 @@ are compared byte by byte.
 #include <time.h>
 #include <unistd.h>
 
-// snprintf whose output must fit.
+// snprintf() for output that must fit.
 __attribute__((format(printf, 3, 4))) static inline void print_to(char* out, size_t size, const char* format,
                                                                   ...) {
     va_list arguments;
@@ -54,14 +54,14 @@ typedef struct {
     char err[8192];
 } Result;
 
-// Actions on the process while it runs; all zero: none.
+// Actions on the process while it runs. All zero: no action.
 typedef struct {
     long kill_after_ms; // SIGKILL this long after its start; 0: none
     int signal;         // sent once `until_file` has `until_lines` lines; 0: none
     const char* until_file;
     int until_lines;
-    long after_ms;     // and this long after that
-    rlim_t file_bytes; // largest file it may write; 0: no limit
+    long after_ms;     // delay between that line and the signal
+    rlim_t file_bytes; // maximum size of a file that it writes; 0: no limit
 } Treatment;
 
 static inline void read_text(char* text, size_t size, const char* path) {
@@ -103,7 +103,7 @@ static inline void heed_signals(void) {
     for (int i = 0; i < STOP_SIGNALS; i++) signal(stop_signals[i], SIG_DFL);
 }
 
-// 1: the process has ended; it can still be waited for.
+// Returns 1 if the process has ended. A later wait still gets its status.
 static inline int has_ended(pid_t child) {
     siginfo_t info;
     memset(&info, 0, sizeof(info));
@@ -164,8 +164,8 @@ static inline const Result* run_treated(const Treatment* treatment, const char* 
     return &result;
 }
 
-// A run into `output` that its signal must reach. On a busy machine a short run may end before this process
-// sends the signal; then this function runs it again, from its start.
+// Runs a line that writes into `output`. The signal must reach the run. On a busy machine, a short run may
+// end first; then this function repeats it from the start.
 static inline const Result* run_interrupted(const Treatment* treatment, const char* line,
                                             const char* output) {
     char command[16384], remove[PATH_MAX];
@@ -189,7 +189,7 @@ __attribute__((format(printf, 1, 2))) static inline const Result* run(const char
     return run_treated(&nothing, line);
 }
 
-// Starts a line of sh, which runs beside the test.
+// Starts a line of sh and does not wait for it.
 static inline pid_t start(const char* line, const char* out, const char* err) {
     char command[16384];
     print_to(command, sizeof(command), "exec %s >%s 2>%s", line, out, err);
@@ -203,7 +203,7 @@ static inline pid_t start(const char* line, const char* out, const char* err) {
     return child;
 }
 
-// Waits for a process of start(). Returns its exit code, or 128 + the signal if one ended it.
+// Waits for a process that start() returned. Returns its exit code, or 128 + the signal if one ended it.
 static inline int end_of(pid_t child) {
     int status;
     assert_int_equal(waitpid(child, &status, 0), child);
@@ -250,7 +250,7 @@ static inline void must_fail_with(const Result* result, int exit_code, const cha
     assert_ptr_equal(strchr(result->err, '\n'), result->err + strlen(result->err) - 1);
 }
 
-// Runs a line of sh, for preparing files.
+// Runs a line of sh that prepares files.
 __attribute__((format(printf, 1, 2))) static inline void shell(const char* format, ...) {
     char line[4096];
     va_list arguments;
@@ -275,7 +275,7 @@ static inline void must_equal(const char* a, const char* b) {
     assert_int_equal(result->exit_code, 0);
 }
 
-// Compares the parts of two runs that their flags determine.
+// Compares the parts of two runs that are deterministic.
 static inline void must_be_same_run(const char* a, const char* b, int steps) {
     static const char* const parts[] = {"model.safetensors", "optimizer-00000-of-00001.safetensors"};
     char left[256], right[256];
@@ -289,7 +289,7 @@ static inline void must_be_same_run(const char* a, const char* b, int steps) {
     must_equal(left, right);
 }
 
-// The values of "key" in metrics.jsonl, in order.
+// Reads the values of "key" in metrics.jsonl, in order.
 static inline int read_metric(double* values, int most, const char* output, const char* key) {
     char path[256], wanted[64];
     static char text[1 << 20];
@@ -308,12 +308,12 @@ static inline int read_metric(double* values, int most, const char* output, cons
 enum { VOCABULARY = 97 };
 
 typedef struct {
-    int magic, version, tokens, vocabulary, hash; // of the header
-    int held;                                     // tokens that the file really holds
+    int magic, version, tokens, vocabulary, hash; // the fields of the header
+    int held;                                     // tokens that the file really contains
     int bad_at, bad_token;                        // place and value of one wrong token; bad_at -1: none
 } Shard;
 
-// Writes a text that a model can learn: two tokens follow each token far more often than all others.
+// Writes a text that a model can learn: two tokens follow each token much more often than all others.
 static inline void write_shard(const char* path, Shard shard) {
     FILE* file = fopen(path, "wb");
     assert_non_null(file);
@@ -342,16 +342,16 @@ static inline Shard good_shard(int tokens) {
 // The test's directory
 
 static char top[PATH_MAX]; // the top of the source tree
-static char directory[64]; // made by enter_directory(); kept if KEEP is in the environment
+static char directory[64]; // enter_directory() makes it; KEEP in the environment keeps it
 
-// Goes from the top of the tree into a new directory of the test, and sets the environment of its programs.
-// Returns 0 on success.
+// Changes from the top of the tree into a new directory for the test, and sets the
+// environment of its programs. Returns 0 on success.
 static inline int enter_directory(void) {
     print_to(directory, sizeof(directory), "/tmp/test_of_programs_XXXXXX");
     if (!realpath(".", top) || !mkdtemp(directory) || chdir(directory) != 0) return -1;
-    // Threads that spin while they wait are slow on a machine with other work.
+    // Threads that spin while they wait are slow on a busy machine.
     setenv("OMP_WAIT_POLICY", "passive", 0);
-    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // memory that a failing program still holds is no leak
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // memory that a failing program still holds is not a leak
     setenv("LC_ALL", "C", 1);
     return 0;
 }

@@ -26,9 +26,9 @@ static const Oracle oracles[] = {
     {4, 8, {2, 2, 4, 4}, {0, 0, 4, 4}, {1, 1, 3, 3}, {1, 1, 3, 3}},
     {6, 12, {10, 11, 12, 13, 14, 15}, {0, 1, 2, 2, 3, 4}, {2, 2, 2, 2, 2, 2}, {1, 1, 2, 2, 3, 3}},
     {5, 10, {0, 1, 1, 1, 1}, {2, 2, 2, 2, 2}, {2, 2, 2, 2, 2}, {2, 2, 2, 2, 2}},
-    // What is missing goes to the first of the smallest.
+    // A missing query head goes to the first of the smallest groups.
     {3, 3, {2, 2, 11}, {0, 0, 3}, {1, 0, 2}, {1, 1, 1}},
-    // Uniform: one group, one query head for each, nothing to tell the groups apart.
+    // Uniform: one group, one query head for each group, or equal numbers in all groups.
     {1, 7, {3}, {7}, {7}, {7}},
     {4, 4, {1, 2, 3, 4}, {0, 1, 1, 2}, {0, 1, 1, 2}, {1, 1, 1, 1}},
     {3, 8, {2, 2, 2}, {3, 3, 2}, {3, 3, 2}, {3, 3, 2}},
@@ -72,11 +72,11 @@ static void test_map(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// What holds for every input
+// Properties for every input
 
 static double uniform(uint64_t stream, uint64_t i) { return random_uniform(11, stream, i); }
 
-// G, H and least of the i-th random problem, and its n: of many scales, with ties, zeros and outliers.
+// Draws G, H, least and n of the i-th random problem. n has many scales, ties, zeros and outliers.
 static void draw_problem(uint64_t i, int* G, int* H, int* least, double* n) {
     const int most = i % 50 == 0 ? MOST : i % 5 == 0 ? 64 : 16;
     *H = 1 + (int)(uniform(1, i) * most);
@@ -123,7 +123,7 @@ static void test_every_allocation_is_valid(void** state) {
     }
 }
 
-// 1 where some share lies so near to a half that a change in the last digits of n decides how it is rounded.
+// Returns 1 if a share is so close to a half that the last digits of n decide its rounding.
 static int is_near_a_tie(const double* weights, int G, int H) {
     double sum = 0;
     for (int g = 0; g < G; g++) sum += weights[g];
@@ -145,7 +145,7 @@ static void test_scales_and_shifts_change_nothing(void** state) {
         const double scale = exp(10 * random_normal(11, 7, i));
         double high = 0;
         for (int g = 0; g < G; g++) high = n[g] > high ? n[g] : high;
-        // A shift much larger than n would leave nothing of it.
+        // A shift much larger than n would round n away.
         const double shift = high * uniform(8, i);
         if (!is_near_a_tie(n, G, H)) {
             for (int g = 0; g < G; g++) other[g] = scale * n[g];
@@ -166,9 +166,9 @@ static void test_scales_and_shifts_change_nothing(void** state) {
     assert_true(compared > PROBLEMS);
 }
 
-// Where rounding and repair need not choose among equals, the groups' order does not matter: all shares different, and every
-// count that the repair takes from or gives to is the only one of its size. To be sure of the latter, only problems without
-// a repair are compared, which are those whose rounded shares sum to H and reach the minimum.
+// The order of the groups does not matter if rounding and repair never choose among equals. That needs
+// distinct shares, and a repair that changes only counts that occur once. The test ensures the second by
+// comparing only problems without a repair: their rounded shares sum to H and reach the minimum.
 static void test_permutation_equivariance(void** state) {
     (void)state;
     static double n[MOST], permuted[MOST];
@@ -181,7 +181,7 @@ static void test_permutation_equivariance(void** state) {
         for (int g = 0; g < G; g++) sum += n[g];
         for (int g = 0; g < G; g++) {
             int rounded =
-                sum > 0 ? (int)nearbyintf((float)(n[g] / sum * H)) : -1; // no sum: uniform, no shares
+                sum > 0 ? (int)nearbyintf((float)(n[g] / sum * H)) : -1; // sum 0: uniform, without shares
             total += rounded;
             reached = reached && rounded >= least;
         }
@@ -198,7 +198,7 @@ static void test_permutation_equivariance(void** state) {
     assert_true(compared > PROBLEMS / 20);
 }
 
-// Repair with distinct counts: reversing the groups reverses the allocation. Worked out by hand.
+// A repair with distinct counts: if the groups are reversed, so is the allocation. Calculated by hand.
 static void test_repair_without_ties_is_equivariant(void** state) {
     (void)state;
     const double n[3] = {0, 1, 9}, reversed[3] = {9, 1, 0};
@@ -231,7 +231,7 @@ static void test_what_is_not_finite_keeps_the_allocation(void** state) {
     for (int g = 0; g < 3; g++) assert_true(isnan(weights[g]));
 }
 
-// Numbers at the ends of the range of doubles are numbers like all others.
+// Numbers at the ends of the range of doubles must work like all others.
 static void test_extreme_numbers(void** state) {
     (void)state;
     const double scales[4] = {1e308, 1e-308, 5e-324, 1e154};
@@ -271,7 +271,7 @@ static void step_with(HeadAllocation* a, int step, const double* n) {
 static void must_have(const HeadAllocation* a, int n0, int n1, int n2, int n3) {
     const int want[4] = {n0, n1, n2, n3}, uniform_layer[4] = {2, 2, 2, 2};
     assert_memory_equal(a->heads + 4, want, sizeof(want));
-    assert_memory_equal(a->heads, uniform_layer, sizeof(want)); // the other layer has its own
+    assert_memory_equal(a->heads, uniform_layer, sizeof(want)); // the other layer has its own allocation
     int map[8];
     map_from_allocation(map, want, 4);
     assert_memory_equal(a->map + 8, map, sizeof(map));
@@ -290,13 +290,13 @@ static void test_kdgqa_follows_every_step(void** state) {
     must_have(&a, 4, 3, 1, 0);
     step_with(&a, 2, bad);
     must_have(&a, 4, 3, 1, 0);
-    step_with(&a, 3, bad); // what is kept is the first time
+    step_with(&a, 3, bad); // the first occurrence is kept
     assert_int_equal(a.not_finite[1], 3);
     assert_int_equal(a.not_finite[0], 0);
     allocation_free(&a);
 }
 
-// The controls: numbers that the seed and the layer determine, and the step only where the source says so.
+// The controls: the seed and the layer determine the numbers, and the step only if the source uses it.
 static void test_random_numbers_as_the_source(void** state) {
     (void)state;
     HeadAllocation a = start(0, DGQA_EMA, 1);
@@ -318,7 +318,7 @@ static void test_random_numbers_as_the_source(void** state) {
     allocation_free(&a);
 }
 
-// beta 0.9, window 2: the average starts at the first n, and what lies between two windows is not seen.
+// beta 0.9, window 2: the average starts with the first n, and ignores the steps between two windows.
 static void test_dgqa_ema(void** state) {
     (void)state;
     HeadAllocation a = start(1, DGQA_EMA, 2);
@@ -330,7 +330,7 @@ static void test_dgqa_ema(void** state) {
     step_with(&a, 2, bad);
     must_have(&a, 1, 2, 2, 3);
     assert_int_equal(a.windows[1], 1);
-    step_with(&a, 4, down); // 0.9 n + 0.1 of the new: 41, 31.9, 22.8, 13.7 of 109.4
+    step_with(&a, 4, down); // 0.9 of the average, 0.1 of the new n: 41, 31.9, 22.8, 13.7 of 109.4
     must_have(&a, 3, 2, 2, 1);
     assert_true(fabs(a.history[4] - 41) < 1e-12 && fabs(a.history[7] - 13.7) < 1e-12);
     assert_int_equal(a.windows[1], 2);
@@ -342,17 +342,18 @@ static void test_dgqa_diff(void** state) {
     HeadAllocation a = start(1, DGQA_DIFF, 5);
     static const double first[4] = {1, 2, 3, 4}, second[4] = {2, 4, 6, 8}, third[4] = {2, 4, 6, 15};
     step_with(&a, 0, first);
-    must_have(&a, 2, 2, 2, 2); // nothing to differ from yet
+    must_have(&a, 2, 2, 2, 2); // no earlier window exists
     step_with(&a, 5, second);  // 1, 2, 3, 4
     must_have(&a, 1, 2, 2, 3);
-    step_with(&a, 10, second); // nothing differs
+    step_with(&a, 10, second); // no difference
     must_have(&a, 1, 2, 2, 3);
-    step_with(&a, 15, third); // the last window alone counts
+    step_with(&a, 15, third); // only the last window counts
     must_have(&a, 0, 0, 0, 8);
     allocation_free(&a);
 }
 
-// Before the first step nothing is known of the keys, and the map stays; then it is that of the step before.
+// Before the first step there is no statistic, and the map does not change. Later
+// the map comes from the previous step.
 static void test_lagged_maps(void** state) {
     (void)state;
     HeadAllocation a = start(0, DGQA_EMA, 1);
@@ -370,14 +371,15 @@ static void test_lagged_maps(void** state) {
     allocation_free(&a);
 }
 
-// The map of a batch is made from its mean, and history from the step's: only once, and at its end.
+// A batch's map comes from the batch's mean. The history takes the mean of the step,
+// only once, at the step's end.
 static void test_maps_of_a_batch(void** state) {
     (void)state;
     HeadAllocation a = start(1, DGQA_EMA, 2);
     static const float_acc norms[8] = {1, 2, 4, 8, 3, 6, 8, 8}, sums[4] = {40, 30, 20, 10};
     a.settings.source = SOURCE_FORWARD;
     allocation_begin_step(&a, 1, 0);
-    allocation_of_batch(&a, 1, norms, 2, 2, 0); // 2, 4, 6, 8
+    allocation_of_batch(&a, 1, norms, 2, 2, 0); // the mean is 2, 4, 6, 8
     must_have(&a, 1, 2, 2, 3);
     assert_int_equal(a.windows[1], 0);
     allocation_of_batch(&a, 1, norms, 1, 1, 0);
@@ -389,7 +391,7 @@ static void test_maps_of_a_batch(void** state) {
     allocation_measure(&a, 1, sums, 10, 1);
     must_have(&a, 1, 1, 2, 4);
     assert_int_equal(a.windows[1], 1);
-    // At the next window: 0.9 of 4, 3, 2, 1 and 0.1 of what two ranks have measured, 2, 4, 6, 8.
+    // At the next window: 0.9 of 4, 3, 2, 1, and 0.1 of 2, 4, 6, 8, which two ranks measured.
     static const float_acc of_two_ranks[4] = {4, 8, 12, 16};
     allocation_of_batch(&a, 1, of_two_ranks, 1, 2, 2); // 3.8, 3.1, 2.4, 1.7 of 11
     must_have(&a, 3, 2, 2, 1);
@@ -397,7 +399,7 @@ static void test_maps_of_a_batch(void** state) {
     allocation_free(&a);
 }
 
-// Moves are those from step to step, however many micro-batches have had maps of their own in between.
+// A move is a change from one step to the next, even if micro-batches in between had other maps.
 static void test_moves_count_steps(void** state) {
     (void)state;
     HeadAllocation a = start(0, DGQA_EMA, 1);
@@ -410,7 +412,7 @@ static void test_moves_count_steps(void** state) {
         }
         must_have(&a, 0, 1, 3, 4);
         allocation_measure(&a, 1, sums, 10, step);
-        assert_int_equal(a.moved[1], 6); // from 0,0,1,1,2,2,3,3 in the first step, and no more
+        assert_int_equal(a.moved[1], 6); // from 0,0,1,1,2,2,3,3 in the first step, unchanged later
     }
     allocation_of_batch(&a, 1, down, 1, 1, 3);
     allocation_measure(&a, 1, sums, 10, 3);
@@ -419,7 +421,7 @@ static void test_moves_count_steps(void** state) {
     allocation_free(&a);
 }
 
-// One warning in a run, of which step and layer, however often it happens.
+// A run prints one warning, with its step and layer, however often the event occurs.
 static void warn_twice(void* nothing) {
     (void)nothing;
     const int fine[3] = {0, 0, 0}, bad[3] = {0, 8, 7}, worse[3] = {9, 8, 7};

@@ -19,10 +19,10 @@ replace the calls that change the disk, so that a save can be killed, or fail, a
 #include <sys/wait.h>
 #include <time.h>
 #include <cmocka.h>
-#undef fail // the program's own is another
+#undef fail // cmocka's macro; the program defines its own fail()
 #define fail_test(...) (print_error(__VA_ARGS__), print_error("\n"), _fail(__FILE__, __LINE__))
 
-// Defines fail(), write_or_fail(), ..., here with the counted calls below.
+// The headers define fail(), write_or_fail() and others. Below, they get the counted calls.
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -32,11 +32,11 @@ replace the calls that change the disk, so that a save can be killed, or fail, a
 #include <sys/stat.h>
 #include <unistd.h>
 
-static int disk_calls;   // so far
-static int kill_at_call; // SIGKILL before this one; 0: never
-static int fail_at_call; // this one and all later ones of the kinds that need space return an error; 0: none
+static int disk_calls;   // number of calls so far
+static int kill_at_call; // SIGKILL before this call; 0: never
+static int fail_at_call; // this call and all later ones that need space return an error; 0: none
 
-// 1 where the call is to fail. `needs_space`: a full disk refuses this kind of call.
+// Returns 1 if the call must fail. `needs_space`: a full disk refuses calls of this kind.
 static int disk_call(int needs_space) {
     disk_calls++;
     if (disk_calls == kill_at_call) raise(SIGKILL);
@@ -45,11 +45,11 @@ static int disk_call(int needs_space) {
     return 1;
 }
 
-// Files and directories changed since they were synced, by inode; what is renamed must not be among them.
+// The inodes of files and directories with changes that are not synced. The program must not rename them.
 static ino_t unsynced[64];
 static int unsynced_count;
 static int renamed_unsynced;
-static int sync_for_real; // off in most tests: it takes nearly all of their time
+static int sync_for_real; // off in most tests, because it takes nearly all of their time
 
 static void changed(int file) {
     struct stat info;
@@ -96,7 +96,8 @@ static size_t counted_fwrite(const void* data, size_t size, size_t count, FILE* 
     return fwrite(data, size, count, file);
 }
 
-// Where a failure goes instead of ending the process: fuzzing makes thousands, too many for a fork() each.
+// A failure jumps here and does not end the process. Fuzzing makes thousands of
+// failures, too many for a fork() each.
 static jmp_buf* after_failure;
 __attribute__((noreturn)) static void exit_or_jump(int code) {
     if (after_failure) longjmp(*after_failure, code);
@@ -123,7 +124,7 @@ __attribute__((noreturn)) static void exit_or_jump(int code) {
 #undef fopen
 #undef fwrite
 
-static char root[PATH_MAX]; // of everything this test writes
+static char root[PATH_MAX]; // the directory of all files of this test
 
 static int remove_entry(const char* path, const struct stat* info, int kind, struct FTW* place) {
     (void)info, (void)kind, (void)place;
@@ -135,14 +136,14 @@ static void remove_tree(const char* path) { nftw(path, remove_entry, 16, FTW_DEP
 // Children
 
 typedef struct {
-    int status; // of waitpid
+    int status; // from waitpid
     char error[8192];
 } Outcome;
 
 static int in_child;
 
-// Registered before anything else and so called last: a child ends here, without the sanitizer's search for
-// leaks, since a program that fails does not free; the test itself removes what it wrote.
+// Registered first, and therefore called last. A child ends here without the search for leaks, because a
+// failing program does not free its memory. The parent removes its files here.
 static void leave_child(int status, void* unused) {
     (void)unused;
     if (in_child) _exit(status);
@@ -174,7 +175,7 @@ static Outcome run_child(void (*body)(void*), void* argument) {
     return outcome;
 }
 
-// One line, "moba.c: ...", and exit code 1.
+// The child must print one line, "moba.c: ...", and exit with code 1.
 static int is_clean_failure(const Outcome* outcome) {
     const char* newline = strchr(outcome->error, '\n');
     return WIFEXITED(outcome->status) && WEXITSTATUS(outcome->status) == 1 && newline && !newline[1] &&
@@ -199,7 +200,7 @@ static void expect_failure(void (*body)(void*), void* argument, const char* part
 // ----------------------------------------------------------------------------
 // Files
 
-// A fresh directory's name below the root; the directory is not made.
+// Returns a new path below the root. It does not make the directory.
 static const char* fresh(const char* name) {
     static char paths[4][PATH_MAX];
     static int next = 0;
@@ -228,7 +229,7 @@ static int exists(const char* directory, const char* name) {
     return path_exists(path);
 }
 
-// The text with the first `from` replaced by `to`; the caller frees it.
+// Returns the text with the first `from` replaced by `to`; the caller frees it.
 static char* replaced(const char* text, const char* from, const char* to) {
     const char* place = strstr(text, from);
     if (!place) fail_test("\"%s\" is not in the text", from);
@@ -276,7 +277,7 @@ static ModelConfig small_config(const char* pattern, int tied) {
     return config;
 }
 
-// Everything a function of the step, so that a checkpoint can be checked by its own step number.
+// Every value is a function of the step, so that the test can check a checkpoint by its own step number.
 static void run_fill(Run* run, int step) {
     const TensorTable* table = &run->layout.table;
     for (size_t i = 0; i < table->elements; i++) {
@@ -365,7 +366,7 @@ static void load_optimizer_only(void* argument) {
     checkpoint_load_optimizer(run->output, &run->layout.table, run->exp_avg, run->exp_avg_sq, &whole, 1, 0);
 }
 
-// Loads the checkpoint `run->output` itself.
+// Loads the checkpoint in the directory `run->output` itself.
 static void run_load(void* argument) {
     Run* run = (Run*)argument;
     checkpoint_check_same_model(run->output, &run->config);
@@ -407,7 +408,8 @@ static void assert_same_heads(const HeadAllocation* a, const HeadAllocation* b) 
     assert_memory_equal(a->moved, b->moved, layers * sizeof(long));
 }
 
-// The checkpoint at `path` holds, bit by bit, what run_fill() made for its step. Returns the step.
+// The checkpoint at `path` must equal, bit by bit, the values that run_fill() makes
+// for its step. Returns the step.
 static int assert_whole(const char* path, const ModelConfig* config) {
     Run loaded = run_make(*config), want = run_make(*config);
     loaded.output = path;
@@ -425,13 +427,13 @@ static int assert_whole(const char* path, const ModelConfig* config) {
     return step;
 }
 
-// The step of the latest checkpoint of an output directory, which is whole; -1 where there is none.
+// Returns the step of the latest checkpoint, which must be complete, or -1 if there is none.
 static int latest_whole_step(const char* output, const ModelConfig* config) {
     char path[PATH_MAX];
     return checkpoint_latest(output, path) ? assert_whole(path, config) : -1;
 }
 
-// Every directory with a checkpoint's name is complete, not only the latest.
+// Every directory with a checkpoint's name must be complete, not only the latest.
 static void assert_all_whole(const char* output, const ModelConfig* config) {
     char path[PATH_MAX];
     int* steps;
@@ -446,7 +448,7 @@ static void assert_all_whole(const char* output, const ModelConfig* config) {
 // ----------------------------------------------------------------------------
 // Numbers
 
-// The nearest of the two bf16 neighbours, by exact comparison; the even one of a tie.
+// The result must be the nearer of the two bf16 neighbours by exact comparison, and the even one at a tie.
 static void assert_bf16(double value) {
     uint16_t got = bf16_from_double(value);
     uint16_t below = (uint16_t)(got - 1), above = (uint16_t)(got + 1);
@@ -457,7 +459,7 @@ static void assert_bf16(double value) {
     }
     uint16_t neighbours[2] = {below, above};
     for (int i = 0; i < 2; i++) {
-        if ((neighbours[i] ^ got) & 0x8000) continue; // across zero
+        if ((neighbours[i] ^ got) & 0x8000) continue; // the other side of zero
         double other = bf16_to_double(neighbours[i]);
         if (isinf(other)) other = copysign(0x1p128, other);
         double other_distance = fabs(other - value);
@@ -468,7 +470,7 @@ static void assert_bf16(double value) {
 static void test_bf16(void** unused) {
     (void)unused;
     for (uint32_t bits = 0; bits < 0x7F80;
-         bits += 7) { // every 7th finite value, and what lies beside its upper tie
+         bits += 7) { // every 7th finite value, and the values beside its upper tie
         double low = bf16_to_double((uint16_t)bits), high = bf16_to_double((uint16_t)(bits + 1));
         if (isinf(high)) high = 0x1p128;
         double tie = (low + high) / 2;
@@ -498,7 +500,7 @@ static void test_conversions(void** unused) {
     safetensors_metadata(&writer, "with \"quotes\"", "a\nb");
     for (int i = 0; i < 3; i++) safetensors_declare(&writer, dtype_name(types[i]), types[i], 2, 30, 100);
     safetensors_declare(&writer, "nothing", DTYPE_F32, 1, 0, 0);
-    for (int i = 0; i < 3; i++) { // in pieces, of either type
+    for (int i = 0; i < 3; i++) { // writes in pieces of either type
         safetensors_write(&writer, values, DTYPE_F64, 1100);
         safetensors_write(&writer, values + 1100, DTYPE_F64, 1900);
     }
@@ -569,7 +571,7 @@ static void test_padding(void** unused) {
     const size_t tensors[2] = {run.layout.embedding, run.layout.head};
     for (int t = 0; t < 2; t++)
         for (size_t i = 50 * 16; i < 128 * 16; i++) assert_true(run.params[tensors[t] + i] == 0);
-    SafetensorsFile file; // and it is not in the file
+    SafetensorsFile file; // the file does not contain the padding
     path_format(path + strlen(path), "/model.safetensors");
     safetensors_open(&file, path);
     assert_int_equal(safetensors_find(&file, "lm_head.weight")->shape[0], 50);
@@ -590,11 +592,11 @@ static void test_keep(void** unused) {
     }
     assert_true(exists(run.output, "step_00000050") && exists(run.output, "step_00000040"));
     assert_false(directory_has(run.output, "step_00000030") || directory_has(run.output, "step_00000020"));
-    run_fill_and_save(&run, 50); // again: replaced
+    run_fill_and_save(&run, 50); // saves over the existing checkpoint
     assert_int_equal(latest_whole_step(run.output, &run.config), 50);
     assert_true(exists(run.output, "step_00000040"));
     run.keep = 1;
-    run_fill_and_save(&run, 45); // resumed from 40: what is later is not older
+    run_fill_and_save(&run, 45); // resumed from 40: saving 45 must not remove 50
     assert_int_equal(latest_whole_step(run.output, &run.config), 45);
     assert_true(exists(run.output, "step_00000050"));
     assert_false(exists(run.output, "step_00000040"));
@@ -605,7 +607,7 @@ static void test_keep(void** unused) {
     run_free(&run);
 }
 
-// Each state that a kill can leave behind, made by hand.
+// The test makes each state that a kill can leave behind.
 static void test_clean(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -616,7 +618,7 @@ static void test_clean(void** unused) {
     path_format(path, "%s/step_00000020", run.output);
     path_format(other, "%s/step_00000020.old", run.output);
     assert_int_equal(rename(path, other), 0);
-    assert_int_equal(latest_whole_step(run.output, &run.config), 20); // found, and not moved by a reader
+    assert_int_equal(latest_whole_step(run.output, &run.config), 20); // found but not moved
     assert_true(exists(run.output, "step_00000020.old"));
     path_format(path, "%s/step_00000030.tmp", run.output);
     assert_int_equal(mkdir(path, 0777), 0);
@@ -627,11 +629,11 @@ static void test_clean(void** unused) {
     assert_true(exists(run.output, "step_00000020") && exists(run.output, "mine.tmp"));
     assert_false(directory_has(run.output, ".old") || directory_has(run.output, "0.tmp") ||
                  exists(run.output, "latest.tmp"));
-    assert_int_equal(mkdir(other, 0777), 0); // the new one has its name, the old one is half removed
+    assert_int_equal(mkdir(other, 0777), 0); // a complete new checkpoint beside a half-removed old one
     checkpoint_clean(run.output);
     assert_false(directory_has(run.output, ".old"));
     assert_int_equal(latest_whole_step(run.output, &run.config), 20);
-    path_format(path, "%s/latest", run.output); // killed in the first save, before `latest`
+    path_format(path, "%s/latest", run.output); // a kill during the first save, before `latest`
     assert_int_equal(unlink(path), 0);
     assert_int_equal(latest_whole_step(run.output, &run.config), 20);
     run_free(&run);
@@ -665,7 +667,7 @@ static void test_latest_errors(void** unused) {
     path_format(path, "%s/step_00000003", output);
     assert_int_equal(mkdir(path, 0777), 0);
     expect_failure(call_latest, output, "into this file, such as step_00000003, the newest one there");
-    // Without `latest`: the newest directory, or link to one, is the latest checkpoint.
+    // Without `latest`, the newest directory, or link to a directory, is the latest checkpoint.
     write_text(output, "step_00000009", "no directory");
     path_format(path, "%s/latest", output);
     assert_int_equal(unlink(path), 0);
@@ -677,7 +679,7 @@ static void test_latest_errors(void** unused) {
     assert_int_equal(symlink("moved", path), 0);
     assert_true(checkpoint_latest(output, path));
     assert_non_null(strstr(path, "/step_00000005"));
-    // Names without a directory are not a new run.
+    // Names of checkpoints without a directory must not count as a new run.
     assert_int_equal(unlink(path), 0);
     path_format(path, "%s/step_00000003", output);
     assert_int_equal(rmdir(path), 0);
@@ -715,7 +717,7 @@ static void test_tokenizer(void** unused) {
 }
 
 // ----------------------------------------------------------------------------
-// What is broken is refused
+// Loading refuses broken files
 
 static const char* const checkpoint_files[5] = {"model.safetensors", "optimizer-00000-of-00001.safetensors",
                                                 "config.json", "state.json", "heads.json"};
@@ -733,13 +735,13 @@ static void test_cut_short(void** unused) {
         path_format(path, "%s/%s", directory, checkpoint_files[f]);
         char* bytes = read_file_or_fail(path, &length);
         for (size_t cut = 0; cut < length - 1;
-             cut += cut < 16 ? 1 : length / 23) { // the last byte of JSON is a newline
+             cut += cut < 16 ? 1 : length / 23) { // JSON ends with a newline, which may be missing
             write_bytes(path, bytes, cut);
             expect_failure(run_load, &run, checkpoint_files[f]);
         }
         bytes = (char*)realloc(bytes, length + 2);
         memcpy(bytes + length, "x", 2);
-        write_bytes(path, bytes, length + 1); // and one byte too many
+        write_bytes(path, bytes, length + 1); // one byte too many
         expect_failure(run_load, &run, checkpoint_files[f]);
         write_bytes(path, bytes, length);
         expect_success(run_load, &run);
@@ -776,7 +778,7 @@ static void test_bad_headers(void** unused) {
     static const struct {
         const char* header;
         size_t data;
-        const char* message; // NULL: it is good
+        const char* message; // NULL: the file is good
     } cases[] = {
         {"{}  ", 0, NULL},
         {"{" ENTRY("a", "F32", "[2,1]", "[0,8]") "," ENTRY("b", "BF16", "[]", "[8,10]") "}", 10, NULL},
@@ -837,7 +839,7 @@ static void test_bad_headers(void** unused) {
 }
 
 static void call_config(void* directory) { (void)checkpoint_read_config((const char*)directory); }
-static void call_heads(void* directory) { // of small_config()
+static void call_heads(void* directory) { // heads.json of small_config()
     HeadAllocation heads;
     allocation_start(&heads, allocation_defaults(0), 2, 4, 2);
     checkpoint_load_heads((const char*)directory, &heads);
@@ -849,7 +851,7 @@ typedef struct {
     const char *from, *to, *message;
 } Edit;
 
-// Each edit of the file, and the message that it must bring; NULL: none.
+// Makes each edit of the file, and expects its message; NULL: success.
 static void expect_edits(const char* directory, const char* name, void (*read)(void*), const Edit* edits,
                          int count) {
     char path[PATH_MAX];
@@ -886,14 +888,14 @@ static void test_bad_config(void** unused) {
         {"\"hidden_size\":\t16", "\"hidden_size\":1e9", "hidden_size must be a whole number from 1"},
         {"\"hidden_size\":\t16", "\"hidden_size\":\"16\"", "hidden_size must be a whole number from 1"},
         {"\"hidden_size\":\t16", "\"x\":16", "hidden_size is missing"},
-        {"\"hidden_size\":\t16", "\"hidden_size\":18", NULL}, // head_dim says 4
+        {"\"hidden_size\":\t16", "\"hidden_size\":18", NULL}, // head_dim is still 4
         {"\"head_dim\":\t4", "\"head_dim\":null", NULL},
         {"\"head_dim\":\t4", "\"head_dim\":3", "head_dim 3: rotary positions need an even number"},
         {"\"num_attention_heads\":\t4", "\"num_attention_heads\":3",
          "num_key_value_heads 2 does not divide num_attention_heads 3"},
         {"\"num_key_value_heads\":\t2", "\"num_key_value_heads\":8", "num_key_value_heads 8 does not divide"},
         {"\"head_dim\":\t4,\n\t\"vocab_size\"", "\"hidden_size\":18,\"vocab_size\"",
-         NULL}, // the first one counts
+         NULL}, // the first value counts
         {"\"rms_norm_eps\":\t1e-05", "\"rms_norm_eps\":-1", "rms_norm_eps must be a positive number"},
         {"\"rms_norm_eps\":\t1e-05", "\"rms_norm_eps\":1e-99", "rms_norm_eps must be a positive number"},
         {"\"rope_theta\":\t10000.0", "\"rope_theta\":1e99", "rope_theta must be a positive number"},
@@ -995,7 +997,7 @@ static void test_other_model(void** unused) {
     want = run.config;
     strcpy(want.pattern, "G");
     expect_failure(call_same_model, &want, "--pattern SG, this run asks for G");
-    strcpy(want.pattern, "SGSG"); // the same layers
+    strcpy(want.pattern, "SGSG"); // the same layers as "SG" repeated
     expect_success(call_same_model, &want);
     static const Edit edits[] = {
         {"\"dense\"", "\"flashmoba\"", "--attention flashmoba, this run asks for dense"},
@@ -1021,7 +1023,7 @@ static void load_model_only(void* argument) {
     checkpoint_load_model(run->output, &run->layout.table, weights_of(run), 0);
 }
 
-// A file of other tensors than the model's.
+// A file with other tensors than the model's.
 static void test_other_tensors(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1052,7 +1054,7 @@ static void test_other_tensors(void** unused) {
     }
     checkpoint_write_model(path, &table, weights_of(&run), 0);
     ModelConfig untied =
-        run.config; // a head beside a tied embedding is its copy; and the other way round it is missing
+        run.config; // a tied model accepts an output head that equals its embedding; an untied one needs it
     untied.tied = 0;
     Run other = run_make(untied);
     other.output = directory;
@@ -1061,12 +1063,12 @@ static void test_other_tensors(void** unused) {
     expect_success(load_model_only, &run);
     floatX* head = other.params + other.layout.head;
     const size_t values = (size_t)untied.vocab_size * (size_t)untied.channels;
-    head[values - 1] = (floatX)1e-30; // one number of it is another
+    head[values - 1] = (floatX)1e-30; // one element of the head differs
     checkpoint_write_model(path, &other.layout.table, weights_of(&other), 0);
     expect_failure(load_model_only, &run, "lm_head.weight is not its embedding");
     expect_success(load_model_only, &other);
     head[values - 1] = 0;
-    strcpy(other.layout.table.tensors[0].name, "other.weight"); // one too many
+    strcpy(other.layout.table.tensors[0].name, "other.weight"); // the file has one tensor too many
     strcpy(other.layout.table.tensors[other.layout.table.count - 1].name, "model.embed_tokens.weight");
     checkpoint_write_model(path, &other.layout.table, weights_of(&other), 0);
     expect_failure(load_model_only, &run, "tensor other.weight is not one of the model's");
@@ -1077,7 +1079,7 @@ static void test_other_tensors(void** unused) {
     run_free(&other);
 }
 
-// A number that is not finite is neither written nor read: it would make all others NaN.
+// Saving and loading refuse a number that is not finite, because it would turn all other weights into NaN.
 static void test_weights_that_are_not_finite(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1092,7 +1094,7 @@ static void test_weights_that_are_not_finite(void** unused) {
         expect_failure(run_save, &run, "mlp.down_proj.weight is NaN or infinite");
         assert_false(directory_has(run.output, "step_00000002"));
         assert_int_equal(latest_whole_step(run.output, &run.config), 1);
-        // The same number put into the file.
+        // Writes the same number into the file.
         path_format(path, "%s/model.safetensors", directory);
         const float bad = (float)values[i];
         FILE* file = fopen(path, "r+b");
@@ -1106,7 +1108,7 @@ static void test_weights_that_are_not_finite(void** unused) {
     run_free(&run);
 }
 
-// transformers takes a Llama whose channels are a multiple of its heads, of any head_dim.
+// transformers accepts any head_dim in a Llama, but the channels must be a multiple of the heads.
 static void test_label(void** unused) {
     (void)unused;
     static const struct {
@@ -1128,7 +1130,8 @@ static void test_label(void** unused) {
     }
 }
 
-// A layer that had a window, and so no key convolution, gets taps of zero; one that had a convolution must have its taps.
+// If a layer had a window, it had no key convolution, and loading sets its taps to zero. If it had a
+// convolution, the file must contain its taps.
 static void test_convolution_of_more_layers(void** unused) {
     (void)unused;
     ModelConfig config = small_config("SG", 1);
@@ -1147,13 +1150,13 @@ static void test_convolution_of_more_layers(void** unused) {
     whole.output = directory;
     const size_t first = whole.layout.layers[0].k_conv, second = whole.layout.layers[1].k_conv;
     whole.params[first] = 7;
-    expect_success(load_model_only, &whole); // in a process of its own
+    expect_success(load_model_only, &whole); // in a child process
     load_model_only(&whole);
     for (int i = 0; i < 3 * 8; i++) {
         assert_true(whole.params[first + (size_t)i] == 0);
         assert_true(whole.params[second + (size_t)i] == run.params[run.layout.layers[1].k_conv + (size_t)i]);
     }
-    run_free(&run); // and the file without the taps of the layer that has them
+    run_free(&run); // now the file lacks taps of a layer that needs them
     run = run_make(small_config("SG", 1));
     run_fill(&run, 1);
     checkpoint_write_model(path, &run.layout.table, weights_of(&run), 0);
@@ -1174,7 +1177,7 @@ static void test_changed_settings(void** unused) {
     char changes[CHANGES_BYTES] = "";
     checkpoint_changed_settings(changes, &before, &now);
     assert_string_equal(changes, "");
-    now.step = 7, now.train_loss = 3, now.data_tokens = 5; // no settings
+    now.step = 7, now.train_loss = 3, now.data_tokens = 5; // these are not settings
     now.weight_decay = 0.2, now.max_steps = 60;
     strcpy(now.schedule, "wsd");
     checkpoint_changed_settings(changes, &before, &now);
@@ -1185,14 +1188,14 @@ static void test_changed_settings(void** unused) {
 
 static void call_check_output(void* output) { checkpoint_check_output((const char*)output); }
 
-// Exit code 2 and the message.
+// Expects exit code 2 and the message.
 static void expect_bad_output(const char* output, const char* part) {
     Outcome outcome = run_child(call_check_output, (void*)output);
     if (!WIFEXITED(outcome.status) || WEXITSTATUS(outcome.status) != 2 || !strstr(outcome.error, part))
         fail_test("%s: want \"%s\", got %s", output, part, outcome.error);
 }
 
-// Directories of a run within a run, and names that lead into one.
+// Directories of a run inside another run, and names that lead into one.
 static void test_names_inside_a_run(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1219,14 +1222,14 @@ static void test_names_inside_a_run(void** unused) {
     expect_success(call_check_output, path);
     expect_success(call_check_output, (void*)run.output);
     expect_success(call_check_output, (void*)"not/there/yet");
-    // A file in the place of a directory.
+    // A file with the name of a directory.
     path_format(path, "%s/step_00000001/model.safetensors", run.output);
     path_format(other, "name the directory that it lies in: %s/step_00000001\n", run.output);
     expect_failure(call_resolve, path, other);
     path_format(path, "%s/latest", run.output);
     path_format(other, "name the directory that it lies in: %s\n", run.output);
     expect_failure(call_resolve, path, other);
-    // A link to a checkpoint is read, and its target is never removed.
+    // Loading follows a link to a checkpoint, but nothing ever removes the link's target.
     path_format(path, "%s/step_00000003", run.output);
     write_text(run.output, "step_00000003", "a file");
     write_text(run.output, "latest", "step_00000003\n");
@@ -1243,7 +1246,7 @@ static void test_names_inside_a_run(void** unused) {
     run_free(&run);
 }
 
-// The user's own files beside a run, with names of a checkpoint's files, do not stop it.
+// Files of the user may have the names of a checkpoint's files. Beside a run, they must not stop it.
 static void test_files_of_the_user(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1261,7 +1264,7 @@ static void test_files_of_the_user(void** unused) {
     expect_success(call_resolve, path);
     write_text(path, "model.safetensors", "mine");
     expect_success(call_check_output, path);
-    // A directory of a model, and one of a checkpoint by another name, stay refused.
+    // The program still refuses a model's directory, and a checkpoint's directory under another name.
     write_text(top, "model.safetensors", "a model");
     expect_bad_output(path, "lies in the checkpoint");
     write_text(top, "config.json", "{}");
@@ -1273,7 +1276,7 @@ static void enter_removed_directory(void* output) {
     const char* gone = fresh("gone");
     make_directories_or_fail(gone);
     if (chdir(gone) != 0 || rmdir(gone) != 0) fail("cannot remove the current directory");
-    alarm(120); // an endless loop must not hold the test
+    alarm(120); // ends an endless loop
     call_check_output(output);
 }
 
@@ -1302,7 +1305,7 @@ static void test_slices(void** unused) {
     run_fill(&want, 1);
     expect_failure(load_optimizer_only, &run, "no optimizer-*.safetensors");
     write_slice(&want, 0, 4, 0, 1000);
-    write_slice(&want, 1, 4, 1500, n); // in another order than the ranks', one of them empty
+    write_slice(&want, 1, 4, 1500, n); // another order than the ranks'; one slice is empty
     write_slice(&want, 2, 4, 1000, 1000);
     expect_failure(load_optimizer_only, &run, "optimizer-00003-of-00004.safetensors: No such file");
     write_slice(&want, 3, 4, 1000, 1500);
@@ -1310,7 +1313,7 @@ static void test_slices(void** unused) {
     assert_memory_equal(run.exp_avg, want.exp_avg, n * sizeof(float_acc));
     assert_memory_equal(run.exp_avg_sq, want.exp_avg_sq, n * sizeof(float_acc));
 
-    float_acc part[700]; // elements 900..1599, of three slices
+    float_acc part[700]; // elements 900..1599, from three slices
     const OptimizerVector vectors[2] = {{"exp_avg_sq", part}, {"exp_avg", run.exp_avg}};
     const StateRange middle = {900, 700, 0}, whole = whole_state(&run), shifted = {1, n, 0};
     checkpoint_read_optimizer(run.output, &run.layout.table, vectors, 2, &middle, 1, 0);
@@ -1332,7 +1335,7 @@ static void test_slices(void** unused) {
     make_directories_or_fail(run.output);
     write_slice(&want, 0, 1, 0, n);
     expect_success(load_optimizer_only, &run);
-    run.layout.table.tensors[3].offset += 64; // the same number of elements, elsewhere
+    run.layout.table.tensors[3].offset += 64; // the same number of elements at another offset
     expect_failure(load_optimizer_only, &run, "made for another layout");
     run.layout.table.tensors[3].offset -= 64;
     char path[PATH_MAX];
@@ -1350,7 +1353,7 @@ static void test_slices(void** unused) {
 }
 
 // ----------------------------------------------------------------------------
-// What goes wrong while saving
+// Failures while saving
 
 static rlim_t file_limit;
 static void save_with_file_limit(void* run) {
@@ -1360,7 +1363,7 @@ static void save_with_file_limit(void* run) {
     run_save(run);
 }
 
-// Files may not grow beyond a limit: every size up to that of the largest file.
+// Tries every limit on file size up to the size of the largest file.
 static void test_file_limit(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1403,7 +1406,7 @@ static void replace_json_with_limit(void* path) {
     cJSON_Delete(json);
 }
 
-// A result that cannot be written leaves the old file whole, and nothing beside it.
+// If a result cannot be written, the old file must stay complete, with no other file beside it.
 static void test_results_replace_the_old_file(void** unused) {
     (void)unused;
     static floatX logits[4 * 256];
@@ -1438,7 +1441,7 @@ static void test_results_replace_the_old_file(void** unused) {
     assert_true(stat("/dev/null", &info) == 0 && S_ISCHR(info.st_mode));
 }
 
-// A real full disk, where one may be mounted.
+// Uses a real full disk, if the test may mount one.
 static void save_on_full_disk(void* argument) {
     Run* run = (Run*)argument;
     char directory[PATH_MAX], output[PATH_MAX];
@@ -1504,7 +1507,7 @@ static void test_unwritable(void** unused) {
 }
 
 static int call_number;
-static int* calls_of_child; // shared with the children: how many calls a save that succeeded made
+static int* calls_of_child; // shared with the children: the number of calls of a successful save
 static void save_and_fail(void* run) {
     disk_calls = 0;
     fail_at_call = call_number;
@@ -1517,8 +1520,8 @@ static void save_and_die(void* run) {
     run_save(run);
 }
 
-// Step 3 is saved over checkpoints 1 and 2 with --keep 2, or step 2 once more: the disk is full from the n-th call
-// on, for every n.
+// Saves step 3 over checkpoints 1 and 2 with --keep 2, or saves step 2 again. The disk is
+// full from the n-th call on, for every n.
 static void test_failure_at_each_call(void** unused) {
     (void)unused;
     calls_of_child = (int*)mmap(NULL, sizeof(int), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -1550,7 +1553,8 @@ static void test_failure_at_each_call(void** unused) {
     run_free(&run);
 }
 
-// Likewise, killed before the n-th call: the latest is whole, and nothing half-written outlives the next save.
+// The same with a kill before the n-th call. The latest checkpoint must be complete, and the
+// next save must remove half-written files.
 static void test_kill_at_each_call(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1580,7 +1584,8 @@ static void remove_all_and_die(void* run) {
     checkpoint_remove_all(((Run*)run)->output);
 }
 
-// --overwrite, killed before the n-th call: what still has its name is whole, and what is left is removed the next time.
+// Kills --overwrite before the n-th call. Directories that still have their names must be complete, and the
+// next --overwrite must remove everything.
 static void test_kill_at_each_call_of_removal(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1599,7 +1604,8 @@ static void test_kill_at_each_call_of_removal(void** unused) {
     run_free(&run);
 }
 
-// Killed at 50 random moments of an endless loop of saves; at more where the machine is too busy for them to save anything.
+// Kills an endless loop of saves at 50 random moments. If the machine is so busy
+// that no save completes, it tries more often.
 static void test_kill_at_random(void** unused) {
     (void)unused;
     Run run = run_make(small_config("G", 1));
@@ -1634,13 +1640,13 @@ static void test_kill_at_random(void** unused) {
 
 typedef struct {
     const char *directory, *name;
-    size_t reach; // changes are made before this byte
+    size_t reach; // changes affect only bytes before this one
     void (*read)(void*);
     void* argument;
     int rounds;
 } Fuzz;
 
-// The bytes with a few of them changed, cut out or doubled; `length` becomes the new one.
+// Changes, removes or doubles a few of the bytes. `length` becomes the new length.
 static char* fuzz_bytes(const char* bytes, size_t* length, size_t reach, uint64_t seed, int round) {
     static const char interesting[] = "{}[]\",:0-9eE.tfn\\ \n\0\x7f\xff";
     char* changed = (char*)malloc(*length + 64);
@@ -1664,8 +1670,8 @@ static char* fuzz_bytes(const char* bytes, size_t* length, size_t reach, uint64_
     return changed;
 }
 
-// Reads the file once; the code with which the reader failed, or 0. A function of its own, so that no variable of the caller lives
-// in a register that longjmp() restores.
+// Reads the file once. Returns the reader's exit code if it failed, or 0. It is a separate function, so that
+// longjmp() restores no register with a variable of the caller.
 static __attribute__((noinline)) int read_or_fail_back(const Fuzz* fuzz) {
     static jmp_buf jump;
     after_failure = &jump;
@@ -1675,7 +1681,8 @@ static __attribute__((noinline)) int read_or_fail_back(const Fuzz* fuzz) {
     return code;
 }
 
-// In a child: each round reads one changed file. A reader finds nothing wrong, or fails with code 1 and one line.
+// Runs in a child. Each round reads one changed file. The reader must succeed, or
+// fail with code 1 and one line.
 static void fuzz_rounds(void* argument) {
     const Fuzz* fuzz = (const Fuzz*)argument;
     static char path[PATH_MAX], line[8192];
@@ -1695,7 +1702,7 @@ static void fuzz_rounds(void* argument) {
         dup2(fileno(messages), 2);
         int code = read_or_fail_back(fuzz);
         dup2(real_stderr, 2);
-        for (int file = first_free; file < first_free + 8; file++) close(file); // what the failure left open
+        for (int file = first_free; file < first_free + 8; file++) close(file); // left open by the reader
         ssize_t got = pread(fileno(messages), line, sizeof(line) - 1, 0);
         line[got > 0 ? got : 0] = 0;
         const char* newline = strchr(line, '\n');
@@ -1727,8 +1734,8 @@ static void test_fuzz(void** unused) {
 
 int main(void) {
     on_exit(leave_child, NULL);
-    omp_set_num_threads(1); // children of fork() must not wait for threads that they do not have
-    const char* temporary = getenv("TMPDIR"); // in memory where possible: a disk takes five times as long
+    omp_set_num_threads(1); // a child of fork() lacks OpenMP's threads and must not wait for them
+    const char* temporary = getenv("TMPDIR"); // memory if possible: a disk is five times slower
     if (!temporary) temporary = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
     path_format(root, "%s/test_checkpoint.XXXXXX", temporary);
     if (!mkdtemp(root)) fail("%s: cannot make the directory: %s", root, strerror(errno));

@@ -4,7 +4,7 @@ Tests the data loader: the order of the data, windows at the edges of shards, ev
 #include "dataloader.h"
 #include "test/capture.h"
 
-// last, as it has a macro `fail` of its own
+// This include is last, because cmocka.h defines a macro `fail`.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -36,8 +36,8 @@ static int remove_folder(void** state) {
 
 typedef struct {
     int token_bytes;
-    int32_t magic, version, tokens, vocab_size, hash; // the header
-    int held;                                         // tokens that are really there
+    int32_t magic, version, tokens, vocab_size, hash; // the fields of the header
+    int held;                                         // tokens that the file really contains
     int extra_bytes;
     int first; // token i is (first + i) % modulus
     int modulus;
@@ -63,14 +63,14 @@ static void write_shard(const char* name, ShardRecipe r) {
     write_or_fail(header, sizeof(header), file, name);
     for (int i = 0; i < r.held; i++) {
         uint32_t token = ((uint32_t)r.first + (uint32_t)i) % (uint32_t)r.modulus;
-        write_or_fail(&token, (size_t)r.token_bytes, file, name); // little endian: the low bytes come first
+        write_or_fail(&token, (size_t)r.token_bytes, file, name); // little endian: writes the low bytes
     }
     for (int i = 0; i < r.extra_bytes; i++) fputc(7, file);
     close_written_or_fail(file, name);
 }
 
-// Three shards of both kinds, written out of order; token i of shard k is 1000 k + i. With T = 5: 20/5 -> 3
-// windows (19 = 3*5 + 4), 26 -> 5 (25 exactly), 4 -> none, 7 -> 1. N = 9.
+// Three shards of both kinds, written out of order. Token i of shard k is 1000 k + i. With T = 5, 20 tokens
+// give 3 windows (19 = 3*5 + 4), 26 give 5 (exactly 25), 4 give none, and 7 give 1. So N = 9.
 static void write_usual_shards(void) {
     write_shard("d.bin", recipe(2, 7, 3000, 60000));
     write_shard("b.bin", recipe(4, 26, 1000, 100000));
@@ -103,7 +103,7 @@ static void permutation_is_a_bijection(void** state) {
     }
 }
 
-// The order of the windows of one long shard, by the first token of each.
+// The order of the windows of one long shard, given by the first token of each.
 static void epochs_are_different_permutations(void** state) {
     (void)state;
     enum { N = 97, T = 3 };
@@ -126,10 +126,10 @@ static void epochs_are_different_permutations(void** state) {
         moved += order[0][i] != order[1][i] && order[1][i] != order[2][i] && order[0][i] != order[2][i];
         fixed += order[0][i] == i;
     }
-    assert_true(moved > 80); // 97 minus about 3
-    assert_true(fixed < 10); // about 1
+    assert_true(moved > 80); // about 94 are expected
+    assert_true(fixed < 10); // about 1 is expected
 
-    // Another seed is another order; seeking backwards gives the same again; a far epoch works.
+    // Another seed gives another order. Seeking backwards gives the same order again, and a late epoch works.
     DataLoader* other = open_usual(T, 43, 1);
     int same = 0;
     for (int i = N - 1; i >= 0; i--) {
@@ -144,7 +144,7 @@ static void epochs_are_different_permutations(void** state) {
     loader_close(loader);
 }
 
-// The order is part of what a run means: a version that changes it cannot resume the runs of this one.
+// Runs depend on this order. If a new version changed it, it could not resume the runs of earlier versions.
 static void the_order_is_this_one(void** state) {
     (void)state;
     const uint64_t order[2][9] = {{3, 6, 5, 1, 0, 2, 4, 7, 8}, {6, 0, 7, 1, 2, 3, 4, 5, 8}};
@@ -160,7 +160,7 @@ static void batch_size_does_not_matter(void** state) {
     enum { T = 5, COUNT = 60 };
     int tokens[COUNT * T], targets[COUNT * T], part_tokens[COUNT * T], part_targets[COUNT * T];
     DataLoader* loader = open_usual(T, 7, 1);
-    assert_int_equal(loader_read(loader, 0, COUNT, tokens, targets), COUNT); // 6 epochs and a bit
+    assert_int_equal(loader_read(loader, 0, COUNT, tokens, targets), COUNT); // a little more than 6 epochs
     for (int batch = 1; batch <= COUNT; batch++) {
         for (int s = 0; s < COUNT; s += batch) {
             int count = batch < COUNT - s ? batch : COUNT - s;
@@ -185,7 +185,7 @@ static void windows_end_at_shard_borders(void** state) {
     assert_int_equal(loader_tokens(loader), 20 + 26 + 4 + 7);
     int tokens[(N + 2) * T], targets[(N + 2) * T];
     for (int i = 0; i < (N + 2) * T; i++) tokens[i] = targets[i] = -9;
-    assert_int_equal(loader_read(loader, 0, N + 2, tokens, targets), N); // no wrap in plain order
+    assert_int_equal(loader_read(loader, 0, N + 2, tokens, targets), N); // plain order does not wrap around
     for (int i = 0; i < (N + 2) * T; i++) {
         assert_int_equal(tokens[i], i < N * T ? first[i / T] + i % T : -9);
         assert_int_equal(targets[i], i < N * T ? first[i / T] + i % T + 1 : -9);
@@ -209,7 +209,7 @@ static void the_vocabulary_can_be_asked_before(void** state) {
 static void one_window_is_the_whole_shard(void** state) {
     (void)state;
     for (int kind = 2; kind <= 4; kind += 2) {
-        // Longer than a chunk of the reader, and exactly as long as a few.
+        // Longer than a chunk of the reader, and exactly some chunks long.
         const int lengths[] = {2, 4096, 4097, 8192, 8193, 10000};
         for (size_t l = 0; l < sizeof(lengths) / sizeof(lengths[0]); l++) {
             int length = lengths[l], T = length - 1;
@@ -244,7 +244,7 @@ static void wide_tokens_and_the_last_of_the_vocabulary(void** state) {
 
 static int open_files(void) {
     DIR* directory = opendir("/proc/self/fd");
-    if (!directory) return 0; // then all counts agree
+    if (!directory) return 0; // without /proc, all counts are equal
     int count = 0;
     while (readdir(directory)) count++;
     closedir(directory);
@@ -292,7 +292,7 @@ static void open_with_few_files(void* pattern) {
     loader_close(loader);
 }
 
-// A process that may open 32 files reads 100 shards.
+// A process that may open only 32 files reads 100 shards.
 static void few_open_files(void** state) {
     (void)state;
     for (int i = 0; i < 100; i++) {
@@ -324,7 +324,7 @@ static void move(const char* from, const char* to) {
     assert_int_equal(rename(old_path, in_folder(to)), 0);
 }
 
-// The fingerprint is that of the tokens and their order, not of names and kinds of files.
+// The fingerprint depends on the tokens and their order, but not on names and kinds of files.
 static void fingerprint_tells_data_apart(void** state) {
     (void)state;
     const int many = 3 * FINGERPRINT_PIECE + 77;
@@ -333,18 +333,18 @@ static void fingerprint_tells_data_apart(void** state) {
     const uint64_t whole = fingerprint_of("*.bin");
     assert_true(whole != 0);
     assert_true(fingerprint_of("*.bin") == whole);
-    move("a.bin", "aa.bin"); // the same order
+    move("a.bin", "aa.bin"); // keeps the order
     assert_true(fingerprint_of("*.bin") == whole);
-    move("aa.bin", "c.bin"); // the other order
+    move("aa.bin", "c.bin"); // changes the order
     assert_true(fingerprint_of("*.bin") != whole);
     move("c.bin", "a.bin");
-    write_shard("a.bin", recipe(4, many, 0, 60000)); // the same tokens in 32 bits
+    write_shard("a.bin", recipe(4, many, 0, 60000)); // the same tokens as 32-bit numbers
     assert_true(fingerprint_of("*.bin") == whole);
     assert_true(fingerprint_of("a.bin") != whole);
-    write_shard("c.bin", recipe(2, 0, 0, 60000)); // a shard more, without a token
+    write_shard("c.bin", recipe(2, 0, 0, 60000)); // one more shard, without tokens
     assert_true(fingerprint_of("*.bin") != whole);
     unlink(in_folder("c.bin"));
-    for (int at = 0; at < many; at += FINGERPRINT_PIECE / 2 + 1) { // one token, in every piece
+    for (int at = 0; at < many; at += FINGERPRINT_PIECE / 2 + 1) { // changes one token in every piece
         FILE* file = open_or_fail(in_folder("a.bin"), "r+b");
         const uint32_t token = 99999;
         fseek(file, SHARD_HEADER_BYTES + 4L * at, SEEK_SET);
@@ -385,7 +385,7 @@ static void reader_equals_loader_read(void** state) {
     }
     loader_close(loader);
 
-    // Unshuffled data end with a short batch, then with empty ones.
+    // Data without a shuffle end with a short batch, and then with empty batches.
     loader = open_usual(T, 0, 0);
     loader_start(loader, 0, 4, 4);
     const int rows[] = {4, 4, 1, 0, 0};
@@ -393,7 +393,7 @@ static void reader_equals_loader_read(void** state) {
     loader_close(loader);
 }
 
-// The buffer in use keeps its contents for as long as the consumer takes its time.
+// The buffer in use keeps its contents, however slow the consumer is.
 static void buffer_holds_until_the_next_call(void** state) {
     (void)state;
     write_usual_shards();
@@ -410,7 +410,7 @@ static void buffer_holds_until_the_next_call(void** state) {
         assert_memory_equal(targets, want_targets, sizeof(want_targets));
     }
     loader_close(loader);
-    for (int i = 0; i < 200; i++) { // stopping at any moment
+    for (int i = 0; i < 200; i++) { // stops at any moment
         loader = open_usual(T, 1, 1);
         loader_start(loader, 0, B, B);
         if (i % 2) loader_next(loader, &tokens, &targets);
@@ -454,7 +454,7 @@ typedef struct {
     const char* pattern;
     int T, vocab_size;
     uint32_t hash;
-    int read; // 0: only open, 1: read all with loader_read, 2: with the reader thread, 3: start, never ask
+    int read; // 0: only open, 1: loader_read() everything, 2: reader thread, 3: start it but never ask
 } Attempt;
 
 static void attempt(void* argument) {
@@ -468,7 +468,7 @@ static void attempt(void* argument) {
     if (a->read >= 2) loader_start(loader, 0, 1, 1);
     if (a->read == 2)
         while (loader_next(loader, &next_tokens, &next_targets)) {}
-    if (a->read == 3) { // until the thread has found what is wrong
+    if (a->read == 3) { // waits until the thread has found the error
         pthread_mutex_lock(&loader->lock);
         while (!loader->failed) pthread_cond_wait(&loader->changed, &loader->lock);
         pthread_mutex_unlock(&loader->lock);
@@ -478,8 +478,8 @@ static void attempt(void* argument) {
     free(targets);
 }
 
-// The attempt ends with exit code 1 and exactly the one line "moba.c: FOLDER/..." that `format` describes; %s in
-// it stands for the folder.
+// The attempt must exit with code 1 and print only the line "moba.c: FOLDER/..."
+// that `format` describes; %s is the folder.
 static void expect_error(Attempt a, const char* format) {
     char expected[8192] = "moba.c: ", *place = expected + strlen(expected);
     for (const char* c = format; *c; c++) {
@@ -509,7 +509,7 @@ static void every_error_is_one_line(void** state) {
     a.pattern = pattern;
 
     ShardRecipe good = recipe(2, 100, 0, 8192), r;
-    write_shard("a.bin", good); // always there, always right: only b.bin is named
+    write_shard("a.bin", good); // a good shard that is always there; errors must name only b.bin
 
     assert_int_equal(symlink("nowhere", in_folder("b.bin")), 0);
     expect_error(a, "%s/b.bin: No such file or directory");
@@ -575,7 +575,7 @@ static void every_error_is_one_line(void** state) {
                     "1234abcd");
     unlink(in_folder("c.bin"));
 
-    // A shard that says its vocabulary, its tokenizer or both, and rightly, is fine.
+    // A shard may give its vocabulary, its tokenizer or both, if they are right.
     r = good, r.hash = 0x1234abcd, r.vocab_size = 8192;
     write_shard("b.bin", r);
     a.read = 1;
@@ -590,7 +590,7 @@ static void every_error_is_one_line(void** state) {
         a, "%s/*.bin: no shard holds the 100 + 1 tokens of one sequence and its last target; the longest, "
            "%s/a.bin, holds 100");
     r = recipe(4, 0, 0, 8192);
-    write_shard("b.bin", r); // an empty shard is no error beside others
+    write_shard("b.bin", r); // an empty shard beside others is no error
     a.T = 99;
     assert_int_equal(capture(attempt, &a).exit_code, 0);
 }
@@ -600,19 +600,19 @@ static void tokens_outside_the_vocabulary(void** state) {
     char pattern[PATH_MAX];
     snprintf(pattern, sizeof(pattern), "%s/*.bin", folder);
     write_shard("a.bin", recipe(2, 1000, 0, 8192));
-    write_shard("b.bin", recipe(2, 1241, 49066, 65536)); // token 1234 is 50300
+    write_shard("b.bin", recipe(2, 1241, 49066, 65536)); // token 1234 has the value 50300
     Attempt a = {pattern, 10, 50300, 0, 1};
     expect_error(a, "%s/b.bin: token 50300 at offset 1234 is outside the vocabulary of 50300");
-    a.read = 2; // the reader thread: the same line, once
+    a.read = 2; // the reader thread prints the same line once
     for (int i = 0; i < 20; i++)
         expect_error(a, "%s/b.bin: token 50300 at offset 1234 is outside the vocabulary of 50300");
     write_shard("a.bin", recipe(4, 1000, 50300, 60000));
     a.read = 2;
     expect_error(a, "%s/a.bin: token 50300 at offset 0 is outside the vocabulary of 50300");
-    a.read = 3; // found ahead of time, and never asked for
+    a.read = 3; // the thread found the error, but nobody asked for the batch
     assert_int_equal(capture(attempt, &a).exit_code, 0);
 
-    // A target is checked as any token; the tokens past the last window are nobody's.
+    // The loader checks targets like all tokens. It does not check tokens after the last window.
     write_shard("a.bin", recipe(2, 21, 0, 60000));
     unlink(in_folder("b.bin"));
     Attempt last = {pattern, 10, 20, 0, 1};
@@ -620,7 +620,7 @@ static void tokens_outside_the_vocabulary(void** state) {
     write_shard("a.bin", recipe(2, 22, 0, 60000));
     last.vocab_size = 21;
     assert_int_equal(capture(attempt, &last).exit_code, 0);
-    write_shard("a.bin", recipe(4, 12, 0x7ffffffa, 0x7fffffff)); // above every int that is a vocabulary
+    write_shard("a.bin", recipe(4, 12, 0x7ffffffa, 0x7fffffff)); // larger than any int vocabulary
     expect_error(last, "%s/a.bin: token 2147483642 at offset 0 is outside the vocabulary of 21");
 }
 
@@ -628,7 +628,7 @@ static void shrink_and_read(void* argument) {
     DataLoader* loader = open_usual(5, 1, 0);
     int tokens[5], targets[5];
     if (truncate(in_folder("a.bin"), 1024 + 40) != 0) exit(9);
-    loader_read(loader, 3, 1, tokens, targets); // tokens 15..20: the last byte is gone
+    loader_read(loader, 3, 1, tokens, targets); // tokens 15..20, of which the last byte is missing
     (void)argument;
 }
 
@@ -643,11 +643,12 @@ static void a_shard_that_shrinks(void** state) {
     assert_int_equal(captured.exit_code, 1);
 }
 
-// Any flipped bit of the header that is read ends in one clear line; any other changes nothing.
+// If a header bit that the loader reads is flipped, the loader must print one clear
+// line. Other bits have no effect.
 static void flipped_header_bits(void** state) {
     (void)state;
     ShardRecipe good = recipe(2, 100, 0, 8192);
-    good.vocab_size = 8193; // two bits: one flipped is not yet 0, "not known"
+    good.vocab_size = 8193; // two bits are set: one flip does not give 0, which means "not known"
     good.hash = 0x5a5a5a5a;
     Attempt a = {in_folder("a.bin"), 5, 8193, 0x5a5a5a5a, 1};
     write_shard("a.bin", good);
@@ -655,7 +656,7 @@ static void flipped_header_bits(void** state) {
     FILE* file = open_or_fail(in_folder("a.bin"), "r+b");
     assert_int_equal(fread(header, 1, sizeof(header), file), sizeof(header));
     for (int bit = 0; bit < 5 * 32 + 24; bit++) {
-        int place = bit < 5 * 32 ? bit / 8 : 20 + 41 * (bit - 5 * 32); // then a byte here and there
+        int place = bit < 5 * 32 ? bit / 8 : 20 + 41 * (bit - 5 * 32); // after the fields, a few single bytes
         unsigned char flipped = (unsigned char)(header[place] ^ 1 << bit % 8);
         fseek(file, place, SEEK_SET);
         fputc(flipped, file);

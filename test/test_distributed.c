@@ -15,14 +15,14 @@ same number of ranks must agree to the last bit. Without mpirun the test prints 
 #include "test/capture.h"   // defines capture
 #include "test/programs.h"  // defines run, must_end_well, must_equal, write_shard
 
-// Twelve sequences a step: in 1, 2, 3 or 4 ranks, of one or more micro-batches each.
+// Twelve sequences a step: with 1, 2, 3 or 4 ranks, and one or more micro-batches on each.
 #define MODEL                                                                                                \
     "--layers 2 --channels 64 --heads 2 --kv-heads 1 --ffn 128 --vocab 97 -t 64 --pattern GS --window 24"
 #define RUN "-i train.bin -j val.bin -d 768 -l 1e-2 -u 3 -v 6 -m 2 --log-every 1 -n 4 --keep 0"
 enum { STEPS = 12, RANKS = 4 };
 
-static char build[PATH_MAX];   // where programs are
-static char trainer[PATH_MAX]; // the CPU's trainer
+static char build[PATH_MAX];   // the directory of the programs
+static char trainer[PATH_MAX]; // the CPU trainer
 
 static void find_trainer(char path[PATH_MAX], const char* name) {
     char wanted[PATH_MAX];
@@ -37,7 +37,7 @@ static const char* mpirun(int ranks) {
     return command;
 }
 
-// Trains by so many ranks; 0: without mpirun.
+// Trains with this many ranks; 0: without mpirun.
 static const Result* train(const char* program, int ranks, const char* output, const char* more) {
     const Result* result = run("%s %s " MODEL " " RUN " -x %d -o %s %s", ranks ? mpirun(ranks) : "", program,
                                STEPS, output, more);
@@ -46,7 +46,7 @@ static const Result* train(const char* program, int ranks, const char* output, c
     return result;
 }
 
-// The values of a metric, all of them, must be near those of another run.
+// All values of a metric must be close to the values of another run.
 static void must_follow(const char* output, const char* yardstick, const char* key, double bound) {
     double got[64], want[64], worst = 0;
     const int count = read_metric(got, 64, output, key);
@@ -61,14 +61,15 @@ static void must_follow(const char* output, const char* yardstick, const char* k
     print_message("%s: %s within %.2g of %s\n", output, key, worst, yardstick);
 }
 
-// The gradient's norm moves with every weight that the rounding of former steps has moved, and more than the losses do.
+// Rounding in earlier steps moves every weight. The norm of the gradient depends on all of
+// them, so it differs more than the losses.
 static void must_follow_in_all(const char* output, const char* yardstick, double bound) {
     must_follow(output, yardstick, "loss", bound);
     must_follow(output, yardstick, "val_loss", bound);
     must_follow(output, yardstick, "grad_norm", 10 * bound);
 }
 
-// Weights, metrics and the optimizer's slices of `ranks` ranks, to the last bit.
+// Compares weights, metrics and the optimizer slices of all ranks bitwise.
 static void must_be_equal(const char* a, const char* b, int ranks) {
     char left[256], right[256];
     print_to(left, sizeof(left), "%s/metrics.jsonl", a);
@@ -104,14 +105,14 @@ static void test_any_number_of_ranks_trains_the_same(void** state) {
     }
 }
 
-// A default total batch is one micro-batch of every rank.
+// The default total batch is one micro-batch of each rank.
 static void test_the_default_batch_is_of_all_ranks(void** state) {
     (void)state;
     const Result* result = run("%s %s " MODEL " -i train.bin -b 2 -x 1 --dry-run", mpirun(3), trainer);
     must_end_well(result);
     assert_non_null(strstr(result->out, "1 of 384 tokens: 3 x (2, 64)"));
     assert_non_null(strstr(result->out, "ranks    3, 3 of them on this host"));
-    assert_null(strstr(strstr(result->out, "ranks    3") + 1, "ranks    3")); // one rank speaks
+    assert_null(strstr(strstr(result->out, "ranks    3") + 1, "ranks    3")); // only one rank prints
 }
 
 #define FLASHMOBA "--attention flashmoba --moba-block 16 --moba-topk 2 "
@@ -122,7 +123,7 @@ static const char* const variants[] = {
     FLASHMOBA "--query-heads pgqa --kconv 5",
 };
 
-// Maps of query heads come from the keys of all ranks, and noise from a sequence's place in the step.
+// The maps of query heads depend on the keys of all ranks, and the noise on a sequence's place in the step.
 static void test_variants_train_the_same(void** state) {
     (void)state;
     for (size_t i = 0; i < sizeof(variants) / sizeof(variants[0]); i++) {
@@ -130,7 +131,7 @@ static void test_variants_train_the_same(void** state) {
         print_to(yardstick, sizeof(yardstick), "variant_%zu", i);
         print_to(output, sizeof(output), "variant_%zu_ranks", i);
         print_to(sharded, sizeof(sharded), "variant_%zu_sharded", i);
-        // With the batch's own keys as the source, a map is of the micro-batches of all ranks together.
+        // With the batch's own keys as the source, a map comes from the micro-batches of all ranks together.
         print_to(more, sizeof(more), "--channels 128 --heads 4 --kv-heads 2 %s -b 6", variants[i]);
         train(trainer, 0, yardstick, more);
         more[strlen(more) - 1] = '3';
@@ -142,7 +143,7 @@ static void test_variants_train_the_same(void** state) {
     }
 }
 
-// The CUDA program on the emulator: in bf16, with masters, which are in shards as well.
+// The CUDA program on the emulator in bf16. Its master weights are sharded too.
 static void test_the_cuda_program_by_two(void** state) {
     (void)state;
     char path[PATH_MAX];
@@ -166,13 +167,14 @@ static void test_the_cuda_program_by_two(void** state) {
 // ----------------------------------------------------------------------------
 // Checkpoints and memory
 
-// A run that has come to `step` of another one, whose checkpoint it has.
+// Makes the run `output` from a copy of the checkpoint and the metrics of another run at `step`.
 static void fork_run(const char* output, const char* of, int step) {
     shell("rm -rf %s; mkdir %s; cp -r %s/step_%08d %s; cp %s/metrics.jsonl %s/timings.jsonl %s", output,
           output, of, step, output, of, of, output);
 }
 
-// 4 ranks in shards, then 2 with whole copies, then 3 in shards: the curve of one that was never interrupted.
+// 4 ranks with shards, then 2 with whole copies, then 3 with shards must give the
+// curve of an uninterrupted run.
 static void test_a_run_goes_on_by_other_ranks(void** state) {
     (void)state;
     fork_run("by_2", "ranks_4_sharded", 4);
@@ -183,11 +185,11 @@ static void test_a_run_goes_on_by_other_ranks(void** state) {
     fork_run("by_1", "by_2", 8);
     train(trainer, 0, "by_1", "-b 12 --resume");
     must_follow_in_all("by_1", "single", 1e-5);
-    // By as many as before it is the run itself, whichever way they hold the state.
+    // With the same number of ranks as before, the run is bitwise the same, with shards or with whole copies.
     fork_run("by_4", "ranks_4_sharded", 4);
     train(trainer, 4, "by_4", "-b 1 --resume");
     must_be_equal("by_4", "ranks_4", 4);
-    // Masters too: in bf16 they are more than what the parameters are read from.
+    // In bf16 the master weights are sharded too, and the parameters are rounded copies of them.
     char path[PATH_MAX];
     find_trainer(path, "simt_bf16");
     fork_run("simt_by_2", "simt_bf16_two", 8);
@@ -198,15 +200,16 @@ static void test_a_run_goes_on_by_other_ranks(void** state) {
     must_follow_in_all("simt_by_1", "simt_bf16_sharded", 1e-3);
 }
 
-// The number that follows `name` in what a program printed, in MB.
+// Reads the number in MB that follows `name` in the output of a program.
 static double printed(const char* text, const char* name) {
     const char* at = strstr(text, name);
     assert_non_null(at);
     return strtod(at + strlen(name), NULL);
 }
 
-// With 4 ranks and --zero 1 a rank holds a quarter of the moments: in the plan, and in the memory it takes. The plan's
-// figure for program and libraries is left out, because it is measured at the start and varies by a megabyte or two.
+// With 4 ranks and --zero 1, each rank holds a quarter of the moments. The plan and the measured
+// memory must both show it. The comparison leaves out the plan's figure for program and
+// libraries, which varies by one or two megabytes.
 static void test_shards_take_less_memory(void** state) {
     (void)state;
     double planned[2], peak[2], optimizer[2];
@@ -229,9 +232,9 @@ static void test_shards_take_less_memory(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// Ends
+// Runs that end early
 
-// The rank-th process that `parent` has started; 0 where there is none yet.
+// The process id of the rank-th child of `parent`; 0 if it does not exist yet.
 static pid_t child_of(pid_t parent, int rank) {
     char path[64], text[1024];
     print_to(path, sizeof(path), "/proc/%d/task/%d/children", (int)parent, (int)parent);
@@ -250,7 +253,7 @@ static pid_t child_of(pid_t parent, int rank) {
 // Seconds to wait for an event that must happen, even on a busy machine.
 enum { PATIENCE = 300 };
 
-// Waits for the job, no longer than this. 1: it has ended.
+// Waits for the job for at most this many seconds. Returns 1 if it has ended.
 static int ends_within(pid_t job, int* status, double seconds) {
     for (const double since = now(); now() - since < seconds; sleep_ms(5))
         if (waitpid(job, status, WNOHANG) == job) return 1;
@@ -280,10 +283,10 @@ static int kill_one(int number) {
     const int ended = ends_within(job, &status, PATIENCE);
     if (!ended) kill(job, SIGKILL);
     assert_true(ended);
-    if (WEXITSTATUS(status) == 0) return 0; // the rank was done with everything
+    if (WEXITSTATUS(status) == 0) return 0; // the rank had finished its work
     assert_int_equal(WEXITSTATUS(status), 128 + SIGKILL);
     read_text(err, sizeof(err), "stderr.txt");
-    // Now and then, on a busy machine, mpirun tells of a process that has failed and does not say which one.
+    // On a busy machine, mpirun sometimes reports a failed process without its rank.
     print_to(wanted, sizeof(wanted), "process rank %d with PID", rank);
     const int told = strstr(err, wanted) || strstr(err, "1 process returned");
     if (!told) print_error("%s\n", err);
@@ -310,7 +313,8 @@ static void test_a_killed_rank_ends_the_job(void** state) {
     print_message("%d of %d runs were killed before their end\n", kills, runs);
 }
 
-// mpirun passes SIGUSR1 on: the step ends, a checkpoint is written, and the run can go on from it.
+// mpirun passes SIGUSR1 to the ranks. They finish the step and write a checkpoint,
+// from which the run can resume.
 static void test_a_signal_stops_all(void** state) {
     (void)state;
     char line[4096], out[65536];
@@ -330,8 +334,9 @@ static void test_a_signal_stops_all(void** state) {
                       mpirun(3), trainer));
 }
 
-// Nearly all of the time goes into validations, so that a signal comes in one of them: all ranks break it off, whether mpirun
-// has told all of them or the second one alone knows. The run that goes on is what it would have been.
+// The run spends nearly all of its time in validations, so the signal arrives during one.
+// All ranks must interrupt it, even if only the second rank receives the signal. The
+// resumed run must equal an uninterrupted one.
 static void test_a_signal_stops_a_validation_of_all(void** state) {
     (void)state;
     const char* slow = MODEL " " RUN " -j train.bin -m 100000 -v 1 -s 5 -x 20 -b 1";
@@ -340,7 +345,7 @@ static void test_a_signal_stops_a_validation_of_all(void** state) {
     for (int i = 0; i < 3; i++) {
         print_to(line, sizeof(line), "%s %s %s -o broken --resume", mpirun(3), trainer, slow);
         const pid_t job = start(line, "stdout.txt", "stderr.txt");
-        await_lines(job, "broken/metrics.jsonl", 4 + 2 * i); // the start, then validations and steps in turn
+        await_lines(job, "broken/metrics.jsonl", 4 + 2 * i); // the start, then validations and steps
         sleep_ms(20);
         kill(i == 1 ? child_of(job, 1) : job, SIGUSR1);
         assert_int_equal(end_of(job), 128 + SIGUSR1);
@@ -354,7 +359,7 @@ static void test_a_signal_stops_a_validation_of_all(void** state) {
 // ----------------------------------------------------------------------------
 // Starts that must fail
 
-// The job fails with this code, and says so once, in a line that has all of this in it.
+// The job must fail with this exit code, and report the error once, in a line that contains this text.
 static void job_must_fail(const Result* result, int exit_code, const char* says) {
     const char* at = strstr(result->err, says);
     if (result->exit_code != exit_code || !at) print_error("%s", result->err);
@@ -365,7 +370,7 @@ static void job_must_fail(const Result* result, int exit_code, const char* says)
 
 static void test_bad_calls_are_told_once(void** state) {
     (void)state;
-    char host[64], speaker[96]; // the host's name alone is in what mpirun says, too
+    char host[64], speaker[96]; // mpirun's own messages contain the host's name alone
     assert_int_equal(gethostname(host, sizeof(host)), 0);
     print_to(speaker, sizeof(speaker), "rank 0 on %s: --batch 0", host);
     job_must_fail(run("%s %s -b 0", mpirun(3), trainer), 2, speaker);
@@ -397,7 +402,8 @@ static void test_ranks_that_differ_are_found(void** state) {
     job_must_fail(
         run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), trainer, line, trainer, line), 1,
         "the training data is train.bin of 5000 tokens");
-    // As long, but with another token; and other weights, or moments, under the same name.
+    // The data have the same length but one other token. Then the weights, or the
+    // moments, differ under the same name.
     shell("cp train.bin there; printf '\\1\\1' | dd of=there/train.bin bs=1 seek=1100 conv=notrunc 2>dd.txt");
     job_must_fail(
         run("%s -wdir here %s %s : -np 1 -wdir there %s %s", mpirun(2), trainer, line, trainer, line), 1,
@@ -418,7 +424,7 @@ static void test_ranks_that_differ_are_found(void** state) {
     assert_false(exists("never") || exists("here/never") || exists("there/never"));
 }
 
-// The others wait for a rank that never comes to MPI: not for ever.
+// One rank never calls MPI. The others must not wait for it forever.
 static void test_a_start_that_hangs_is_given_up(void** state) {
     (void)state;
     const double since = now();
@@ -427,7 +433,7 @@ static void test_a_start_that_hangs_is_given_up(void** state) {
     assert_true(now() - since < PATIENCE);
 }
 
-// Daemons of mpirun that srun has started leave srun's own number of processes in the environment.
+// If srun starts mpirun's daemons, the environment has srun's own number of processes.
 static void test_the_nearest_launcher_counts(void** state) {
     (void)state;
     const Result* result =
@@ -436,14 +442,15 @@ static void test_the_nearest_launcher_counts(void** state) {
     assert_non_null(strstr(result->out, "ranks    2"));
 }
 
-// Connections to many ranks are many files.
+// Connections to many ranks need many open files.
 static void test_few_files_are_no_bound(void** state) {
     (void)state;
     must_end_well(
         run("%s sh -c 'ulimit -Sn 12; exec %s " MODEL " -i train.bin -b 1 --dry-run'", mpirun(2), trainer));
 }
 
-// A rank that cannot write its part ends the job, and leaves alone what the others have written: a new run may be about to.
+// A rank that cannot write its part ends the job. It must not remove the parts of other ranks,
+// because a new run may already be writing them.
 static void test_a_rank_removes_its_own_part_alone(void** state) {
     (void)state;
     const char* line = MODEL " " RUN " -x 4 -b 1 -o limited";
@@ -462,7 +469,8 @@ static void start_as_one_of_two(void* name) {
     comm_start();
 }
 
-// This test is built without MPI: as a part of several it would train alone, as all the others would.
+// This test is built without MPI, so comm_start() must refuse to run as one rank of
+// several. Otherwise every rank would train alone.
 static void test_a_build_for_one_process_says_so(void** state) {
     (void)state;
     static const char* const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
@@ -475,7 +483,7 @@ static void test_a_build_for_one_process_says_so(void** state) {
     assert_int_equal(comm_size(), 1);
 }
 
-// With MPI, but started by something that MPI does not know.
+// The trainer has MPI, but a launcher that MPI does not know started it.
 static void test_a_launcher_without_mpi_is_refused(void** state) {
     (void)state;
     must_fail_with(run("env SLURM_STEP_NUM_TASKS=2 %s -b 1", trainer), 1, "but MPI knows of 1");
@@ -488,7 +496,8 @@ static int set_up(void** state) {
     if (!realpath(getenv("BUILD") ? getenv("BUILD") : "build", build)) return -1;
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
-    // A rank that waits leaves the core to others; and mpirun's own files are not those of other jobs.
+    // A waiting rank leaves its core to the others. The test's own TMPDIR separates
+    // mpirun's files from those of other jobs.
     setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
     if (enter_directory() != 0) return -1;
     setenv("TMPDIR", directory, 1);

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Tests the scripts that train with many processes, as a user calls them: the restart loop; one machine; two
-# machines; Slurm. The two machines are network namespaces with their own addresses and host names, connected
-# by a virtual cable. Scripts of this test replace Slurm's commands. The output has cmocka's format, so that
-# scripts/run_tests.sh counts the tests. BUILD names the directory of the programs. TEST_LONG=1 runs all
-# tests, TEST_LONG=rest only those that do not run without it.
+# Tests the scripts that train with many processes, as a user calls them: the restart loop, one machine, two
+# machines, and Slurm. The two machines are network namespaces with their own addresses and host names, connected by
+# a virtual cable. Scripts of this test replace Slurm's commands. The output has cmocka's format, so that
+# scripts/run_tests.sh counts the tests. BUILD names the directory of the programs. TEST_LONG=1 runs all tests;
+# TEST_LONG=rest runs only the tests that need it.
 # shellcheck disable=SC2317 # check() calls the functions
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -11,22 +11,22 @@ top=$PWD
 build=$(realpath "${BUILD:-build}")
 program=$build/train_gpt_cpu_fp32
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} # what a program holds when it is ended is no leak
+export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} # memory that a killed program still holds is not a leak
 
-# Making network namespaces takes root, which a user may be within a namespace of users.
+# Network namespaces need root. An ordinary user may be root inside a user namespace.
 if [ "$(id -u)" -ne 0 ] && unshare --user --map-root-user --net --uts true 2>/dev/null; then
     exec unshare --user --map-root-user "$0" "$@"
 fi
 
 scratch=$(mktemp -d)
-export TMPDIR=$scratch # of mpirun, too
-export OMPI_MCA_mpi_yield_when_idle=1 # a rank that waits leaves the core to others
-hosts=() # processes that hold the namespaces
+export TMPDIR=$scratch # mpirun uses it too
+export OMPI_MCA_mpi_yield_when_idle=1 # a waiting rank leaves its core to the others
+hosts=() # processes that keep the namespaces alive
 trap 'kill "${hosts[@]}" 2>/dev/null; rm -rf "$scratch"' EXIT
 cd "$scratch" || exit 1
 failed=0
 
-# Waits until the command succeeds: an event that is sure to come comes in five minutes on the busiest machine.
+# Waits until the command succeeds. The limit of five minutes is enough for the busiest machine.
 wait_until() { # command...
     local since=$SECONDS
     until "$@"; do
@@ -57,7 +57,7 @@ run_check() { # name, command...
     fi
 }
 
-# The command must fail with this exit code and one line that holds the text.
+# The command must fail with this exit code, and print one line that contains the text.
 refuses() { # exit code, text, command...
     local wanted=$1 text=$2 status=0
     shift 2
@@ -75,7 +75,8 @@ ends_with() { # exit code, command...
 }
 
 # ----------------------------------------------------------------------------
-# The restart loop, around a stand-in for a training: plan.txt has a line for each of its starts, "how far, and how it ends".
+# The restart loop, with a replacement for the training program. Each line of plan.txt is one start:
+# the step it reaches, and the way it ends.
 
 cat >trainer <<'END'
 #!/usr/bin/env bash
@@ -108,7 +109,8 @@ plan() {
     rm -rf out arguments.txt waiting
     printf '%s\n' "$@" >plan.txt
 }
-# A test that was started in the background, or by nohup, ignores signals, and so would all that it starts.
+# A test that runs in the background, or under nohup, ignores signals, and its children would
+# ignore them too. env restores the default.
 restart() { exec env --default-signal=INT,HUP "$top/scripts/restart.sh" --pause 0 "$@"; }
 in_a_shell() { ("$@"); }
 starts() { wc -l <arguments.txt; }
@@ -123,7 +125,7 @@ restart_usage() {
 check restart_refuses_bad_usage restart_usage
 
 goes_on() {
-    # With a new checkpoint before every failure, there are as many tries as it takes.
+    # Each failure follows a new checkpoint, so the script tries as often as necessary.
     plan "8 1" "9 kill" "10 1" "40 134" "50 0"
     ends_with 0 in_a_shell restart --tries 2 ./trainer -i x --output out && [ "$(starts)" -eq 5 ] &&
         [ "$(sort -u arguments.txt)" = "-i x --output out --resume" ]
@@ -140,7 +142,7 @@ gives_up() {
 }
 check a_run_that_makes_no_progress_is_given_up gives_up
 
-# A run that was set back is below its highest step for a while: what counts is that `latest` changes.
+# A run that a user set back stays below its highest step for a while. A change of `latest` counts as progress.
 set_back() {
     plan "10 1" "20 1" "30 1" "30 1" "30 3" "40 0"
     mkdir -p out/step_00000090
@@ -148,7 +150,7 @@ set_back() {
 }
 check a_run_that_was_set_back_makes_progress set_back
 
-# Every launcher is to miss a silent machine soon; who has settings keeps them.
+# Every launcher must notice a silent machine soon. The user's own settings stay as they are.
 keepalive() {
     plan "0 0"
     OMPI_MCA_oob_tcp_keepalive_time=99 in_a_shell restart ./trainer -o out || return 1
@@ -164,21 +166,22 @@ wrong_line() {
 }
 check a_wrong_command_line_is_not_tried_again wrong_line
 
-# A signal ends it, after the command has written its checkpoint; and while it waits for the next try.
+# A signal ends the loop: after the command has written its checkpoint, or while the loop waits for the next try.
 signalled() {
     local script signal
-    set -m # else SIGINT is ignored in the background
+    set -m # otherwise background processes ignore SIGINT
     for signal in TERM:143 INT:130 HUP:129; do
         plan "10 wait" "20 0"
         restart ./trainer -o out &
         script=$!
         wait_until [ -e waiting ] || return 1
-        # To all of its group, as a terminal does; and again, as the shell does whose terminal closes.
+        # The first signal goes to the whole process group, as from a terminal. The second goes to the
+        # script, as from a shell whose terminal closes.
         kill -"${signal%:*}" -- "-$script"
         kill -"${signal%:*}" "$script" 2>/dev/null
         ends_with "${signal#*:}" wait "$script" && [ "$(starts)" -eq 1 ] && [ -d out/step_00000099 ] || return 1
     done
-    # Where the checkpoint fails, that is what is to be known.
+    # If the run cannot write its checkpoint, the exit code must say so.
     plan "10 break" "20 0"
     restart ./trainer -o out &
     script=$!
@@ -195,10 +198,11 @@ signalled() {
 }
 check a_signal_ends_the_loop_with_a_checkpoint signalled
 
-# Slurm's script around the same stand-in, as the job's time runs out: it is queued again where there is a new checkpoint only.
+# Slurm's script with the same replacement, when the job's time is over. The script queues the job
+# again only if there is a new checkpoint.
 ln -s "$top/scripts" scripts
 mkdir stand_ins
-# shellcheck disable=SC2016 # the stand-ins' own
+# shellcheck disable=SC2016 # the replacement scripts expand these variables
 printf '#!/bin/sh\nwhile [ "$1" != ./trainer ]; do shift; done\nexec "$@"\n' >stand_ins/mpirun
 # shellcheck disable=SC2016
 printf '#!/bin/sh\necho "$*" >>scontrol.txt\n' >stand_ins/scontrol
@@ -206,7 +210,7 @@ printf '#!/bin/sh\n' >stand_ins/ompi_info
 printf '#!/bin/sh\necho "                 MCA plm: slurm (MCA v1.0.0, API v2.0.0, Component v3.0.1)"\n' >stand_ins/prte_info # Open MPI 5
 chmod +x stand_ins/*
 job() { exec env PATH="$scratch/stand_ins:$PATH" SLURM_JOB_ID=7 SLURM_SUBMIT_DIR="$scratch" PROGRAM=./trainer "$top/scripts/train_slurm.sbatch" "$@"; }
-time_runs_out() { # the plan's line, exit code, whether it is queued again
+time_runs_out() { # line of the plan, exit code, expected call of scontrol
     local script
     plan "$1"
     mkdir -p out/step_00000009
@@ -226,7 +230,8 @@ queued_again() {
 check a_job_without_a_new_checkpoint_is_not_queued_again queued_again
 
 # ----------------------------------------------------------------------------
-# One machine. What is killed and goes on must end as what ran through: the number of processes being the same, bit by bit.
+# One machine. A run that was killed and resumed must end bitwise like an uninterrupted run
+# with the same number of processes.
 
 if ! command -v mpirun >/dev/null || ! "$program" --help | grep -- --zero >/dev/null; then
     echo "SKIPPED: nothing was trained by many processes: mpirun is missing, or the program was built without it"
@@ -235,7 +240,7 @@ fi
 seq -f "The number %g comes before the number that follows it." 1 3000 >text.txt
 "$build/tokenizer" train -q --vocab-size 300 -o tokenizer.json text.txt &&
     "$build/tokenizer" prepare -q -t tokenizer.json --output-prefix text text.txt || exit 1
-# A step takes some hundredths of a second, so that the tests below can end a run in the middle of it.
+# A step takes some hundredths of a second, so that the tests below can end a run in the middle.
 training=(-i "$scratch/text_train_*.bin" -j "$scratch/text_val_*.bin" --tokenizer "$scratch/tokenizer.json" --layers 1 --channels 32
     --heads 2 --kv-heads 1 -t 32 -b 8 -d 16384 -l 1e-3 -x 30 -v 15 -m 2 -n 5)
 
@@ -245,7 +250,7 @@ same_run() { # directory, directory
 steps_of() { grep -hs '"loss"' "$1/metrics.jsonl" | awk 'END { print NR }'; }
 has_steps() { [ "$(steps_of "$1")" -ge "$2" ]; } # directory, steps
 wait_for_steps() { wait_until has_steps "$@"; }
-# Kills one of the processes that a command prints, once the run has so many steps.
+# Once the run has logged this many steps, kills one of the processes that the command prints.
 kill_one() { # directory, steps, command...
     local victim
     wait_for_steps "$1" "$2" && victim=$("${@:3}" | shuf -n 1) && echo "killing $victim" && kill -KILL "$victim"
@@ -265,7 +270,7 @@ check train_node_refuses_bad_usage node_usage
 node() { exec "$top/scripts/train_node.sh" --program "$program" --processes 2 --pause 0 -- "${training[@]}" "$@"; }
 in_a_shell node -o "$scratch/whole" >whole.txt || exit 1
 one_machine() {
-    # In a file, progress is plain lines.
+    # In a file, progress must be plain lines.
     grep -q '^step 30/30 ' whole.txt && ! grep -q $'\r.*\r' whole.txt || return 1
     node -o "$scratch/killed" &
     kill_one "$scratch/killed" 6 ranks "$scratch/killed" && wait $! && same_run whole killed
@@ -295,7 +300,7 @@ for name in first second; do
     unshare --net --uts sleep infinity &
     hosts+=($!)
 done
-has_namespaces() { # host's process: unshare has made them before it becomes sleep
+has_namespaces() { # process of a host. unshare makes the namespaces before it becomes sleep
     [ "$(cat "/proc/$1/comm")" = sleep ] && ! [ "/proc/$1/ns/net" -ef /proc/self/ns/net ]
 }
 for host in "${hosts[@]}"; do wait_until has_namespaces "$host" || exit 1; done
@@ -310,7 +315,7 @@ for host in "${hosts[@]}"; do
 done
 printf '# the two machines\n10.77.0.1\n10.77.0.2 max_slots=4 slots=1\n' >hosts.txt
 
-# In the place of ssh: options, a host, and a line of sh to run there.
+# This replacement for ssh takes options, a host, and a shell command to run there.
 mkdir bin
 cat >bin/ssh <<END
 #!/bin/sh
@@ -333,9 +338,9 @@ across() {
     exec nsenter --target "${hosts[0]}" --net --uts "$top/scripts/train_hosts.sh" --hosts hosts.txt --interface cable0 --program "$program" \
         --pause "${pause:-0}" -- "${training[@]}" "$@"
 }
-# shellcheck disable=SC2016 # awk's own
+# shellcheck disable=SC2016 # awk expands $10
 sent() { on "${hosts[0]}" awk '/cable0:/ { print $10 }' /proc/net/dev; }
-ranks_on() { # host's process, what their command line holds
+ranks_on() { # process of a host, text in the ranks' command lines
     local process
     for process in $(ranks "$2"); do
         if [ "/proc/$process/ns/net" -ef "/proc/$1/ns/net" ]; then echo "$process"; fi
@@ -354,10 +359,10 @@ two_machines() {
     before=$(sent)
     in_a_shell across --zero 1 -o "$scratch/across" || return 1
     after=$(sent)
-    # In every step a process sends half of the gradients to the other machine, and half of the parameters.
+    # In every step, a process sends half of the gradients and half of the parameters to the other machine.
     local parameters=$((300 * 32 + 4 * 32 * 32 + 3 * 32 * 128))
     echo "bytes over the cable: $((after - before))"
-    # An ssh that asks for a password would wait for ever, and nobody would see it ask.
+    # Without BatchMode, ssh would wait forever for a password, and nobody would see the prompt.
     grep -qx BatchMode=yes ssh_options.txt && [ $((after - before)) -gt $((30 * parameters * (4 + 4) / 2)) ] && same_run whole across
 }
 check two_machines_train_over_the_cable two_machines
@@ -374,9 +379,9 @@ two_machines_killed() {
 check a_process_killed_on_the_other_machine two_machines_killed "${hosts[1]}"
 check_long a_process_killed_on_the_first_machine two_machines_killed "${hosts[0]}"
 
-# The machine that is left notices within half a minute, and goes on when the other is there again.
+# The remaining machine notices the loss within half a minute, and resumes when the other machine is back.
 cable_pulled() {
-    local pause=5 # for the cable to be back
+    local pause=5 # enough time for the cable to return
     across --zero 1 -o "$scratch/pulled" 2>errors.txt &
     wait_for_steps "$scratch/pulled" 6 && on "${hosts[1]}" ip link set cable0 down || return 1
     wait_until grep -q "^restart.sh: exit code" errors.txt
@@ -387,8 +392,8 @@ cable_pulled() {
 check_long a_machine_that_is_cut_off cable_pulled
 
 # ----------------------------------------------------------------------------
-# Slurm on the same two machines. Its commands are stand-ins that do as much as the script and mpirun ask of them: sbatch gives
-# the job its environment, srun starts a process on each of the machines named, scontrol notes what it is asked for.
+# Slurm on the same two machines. The replacements do only what the script and mpirun need: sbatch gives the job its
+# environment, srun starts a process on each named machine, and scontrol writes its arguments to a file.
 
 mkdir slurm
 cat >slurm/sbatch <<END
@@ -432,13 +437,14 @@ slurm_job() {
 }
 check slurm_trains_on_the_machines_of_the_job slurm_job
 
-# Slurm's signal before the end of the job's time: a checkpoint, and back into the queue. scancel's: the end.
+# Before the job's time is over, Slurm sends SIGUSR1: the run writes a checkpoint, and the job goes back into the
+# queue. scancel sends SIGTERM, which ends the job.
 slurm_time_is_over() {
     local moment signal code script steps
     refuses 2 "not a job of Slurm" "$top/scripts/train_slurm.sbatch" -o out || return 1
     for moment in "TERM 143" "USR1 0"; do
         read -r signal code <<<"$moment"
-        steps=$(($(steps_of "$scratch/queued") + 4)) # more than there were
+        steps=$(($(steps_of "$scratch/queued") + 4)) # more steps than the run already has
         submit -o "$scratch/queued" &
         script=$!
         wait_for_steps "$scratch/queued" "$steps" && kill -"$signal" "$script" && ends_with "$code" wait "$script" || return 1

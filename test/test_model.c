@@ -11,21 +11,21 @@ central differences. The bounds are 1e-12 and 1e-6 in the fp64 build, and 1e-5 i
 // The decoder of docs/math.md section 1, as plainly as it can be written
 
 typedef struct {
-    const Model* model; // sizes and offsets; its numbers are not used
+    const Model* model; // the test uses only its sizes and offsets
     double* params;     // (elements)
     const int *tokens, *targets;
     int B, T;
     double* logits;         // (B, T, V)
     double* raw_keys;       // (L, B, T, G D) before convolution and RoPE
-    double noise_alpha;     // 0: none is added
-    int constants_are_kept; // 1: what is a constant to the gradient is as it was left, 0: it is computed
+    double noise_alpha;     // 0: no noise
+    int constants_are_kept; // 1: the gradient's constants keep their values, 0: the pass computes them
     double* spread;         // (L, B, T, H) standard deviation of each head's output
-    int* chosen; // (L, B, T, H, CHOSEN) past blocks that each query attends to, then -1; kept with the spread
+    int* chosen;            // (L, B, T, H, CHOSEN) past blocks of each query, then -1; kept with the spread
 } Reference;
 
 enum { CHOSEN = 3 }; // K - 1 is at most this in the cases below
 
-// What the noise of a training pass is keyed by.
+// These numbers are the keys of a training pass's noise.
 enum { NOISE_SEED = 42, NOISE_STEP = 3 };
 
 static void reference_norm(double* out, const double* x, const double* gain, int C, double eps) {
@@ -46,7 +46,7 @@ static void reference_rotate(double* x, int t, int D, double theta) {
     }
 }
 
-// The convolution of the key channel c at t, whose keys of T tokens lie `width` apart.
+// Convolves key channel c at token t. The keys of two neighbouring tokens lie `width` elements apart.
 static double reference_convolve(const double* keys, const double* taps, int count, int t, int width, int c) {
     double sum = 0;
     for (int l = 0; l < count; l++)
@@ -54,7 +54,8 @@ static double reference_convolve(const double* keys, const double* taps, int cou
     return keys[t * width + c] + sum / (1 + exp(-sum));
 }
 
-// What a training pass adds to a head's output (D) in the perturbed variant; the spread is a constant to the gradient.
+// Adds the noise of the perturbed variant to a head's output (D), as a training pass does. The
+// gradient treats the spread as a constant.
 static void reference_noise(double* out, Reference* reference, int l, int b, int t, int head) {
     const int T = reference->T, H = reference->model->config.heads, D = reference->model->config.head_dim;
     const uint64_t row = ((uint64_t)b * T + t) * H + head;
@@ -70,7 +71,8 @@ static void reference_noise(double* out, Reference* reference, int l, int b, int
                   random_normal(NOISE_SEED, noise_stream(NOISE_STEP, l), row * D + d);
 }
 
-// The past blocks of highest score of a query with the mean of their keys, K - 1 of them, the more recent before its equal.
+// Selects the K - 1 past blocks whose mean key has the highest score with a query. At
+// a tie, the more recent block comes first.
 static void reference_choose(int* chosen, const double* qkv, int t, int head, int group,
                              const ModelConfig* config) {
     const int H = config->heads, D = config->head_dim, width = (H + 2 * config->kv_heads) * D,
@@ -95,7 +97,7 @@ static void reference_choose(int* chosen, const double* qkv, int t, int head, in
     }
 }
 
-// May the query at t see the key at s? chosen: NULL in layers without blocks.
+// Returns whether the query at t may see the key at s. chosen is NULL in layers without blocks.
 static int reference_sees(int t, int s, int window, int S, const int* chosen) {
     if (s > t || (window > 0 && t - s >= window)) return 0;
     if (!chosen || s / S == t / S) return 1;
@@ -104,7 +106,7 @@ static int reference_sees(int t, int s, int window, int S, const int* chosen) {
     return 0;
 }
 
-// The attention of one query head at position t over the packed rows (T, H + 2G, D) of its sequence.
+// Computes attention of one query head at position t, over the packed rows (T, H + 2G, D) of its sequence.
 static void reference_attend(double* out, const double* qkv, int t, int head, int group,
                              const ModelConfig* config, int window, const int* chosen) {
     const int H = config->heads, G = config->kv_heads, D = config->head_dim, width = (H + 2 * G) * D;
@@ -170,7 +172,7 @@ static void reference_layer(double* x, Reference* reference, int l, int b) {
     free(gate_up);
 }
 
-// The mean loss; fills reference->logits.
+// Returns the mean loss, and fills reference->logits.
 static double reference_loss(void* context) {
     Reference* reference = (Reference*)context;
     const Model* model = reference->model;
@@ -249,7 +251,7 @@ typedef struct {
     Model model;
     Reference reference;
     int *tokens, *targets;
-    int step; // of the next training pass
+    int step; // step of the next training pass
 } Fixture;
 
 static void set_up_recomputing(Fixture* fixture, const Case* c, Recompute recompute) {
@@ -293,7 +295,7 @@ static void set_up_recomputing(Fixture* fixture, const Case* c, Recompute recomp
             model->params[tensor->offset + j] = (floatX)params[tensor->offset + j];
         }
     }
-    // Maps such as training comes to, KV heads that nobody reads among them.
+    // Maps as training makes them, also with KV heads that no query head reads.
     for (int l = 0; l < c->layers && heads_are_key_driven(&config); l++) {
         double weights[8];
         for (int g = 0; g < c->kv_heads; g++)
@@ -338,7 +340,7 @@ static void tear_down(Fixture* fixture) {
     free(fixture->targets);
 }
 
-// Logits of every row of the last forward pass, (rows, V).
+// Returns the logits of all rows of the last forward pass, (rows, V).
 static floatX* all_logits(Model* model, int rows) {
     const int C = model->config.channels, V = model->config.vocab_size, Vp = model->config.padded_vocab;
     floatX* logits = new_floats((size_t)rows * V);
@@ -364,8 +366,8 @@ static double loss_and_gradients(Fixture* fixture, int first_row, int B, double 
     return sum / total;
 }
 
-// From here on the reference computes what a training pass does, with noise, and differentiates as the model does: the spread
-// of the noise and the choice of blocks are constants.
+// From here on, the reference computes a training pass with noise. It differentiates as the model does: the
+// spread of the noise and the selection of blocks are constants.
 static void freeze_constants(Fixture* fixture) {
     if (fixture->model.config.gqa == GQA_PERTURBED) fixture->reference.noise_alpha = NOISE_ALPHA;
     reference_loss(&fixture->reference);
@@ -393,8 +395,9 @@ static void test_forward(void** state) {
     }
 }
 
-// Every tensor of a case, up to `sample` elements each, against central differences of the reference; and the loss. A sum's rounding
-// error is relative to its terms, so a few elements whose terms cancel say little about fp32: there the sample is large.
+// Compares the loss, and the gradients of up to `sample` elements of each tensor, with the reference.
+// Rounding error is relative to the terms of a sum. A few elements whose terms cancel say little
+// about fp32, so the sample there is large.
 static void check_gradients(const Case* c, size_t sample) {
     enum { MOST = 256 };
     Fixture fixture;
@@ -427,8 +430,8 @@ static void test_gradients(void** state) {
     for (int i = 0; i < CASES; i++) check_gradients(&cases[i], 24);
 }
 
-// Every kind of attention with every kind of heads and every convolution, with positions and without, in sequences that are a
-// multiple of the block and not: ATTN x GQA x KCONV x {rope, none} x {8, 9}.
+// Every kind of attention, of heads and of convolution, with and without positions. The sequence length is a
+// multiple of the block, or not: ATTN x GQA x KCONV x {rope, none} x {8, 9}.
 static void test_gradients_of_variants(void** state) {
     (void)state;
     const AttentionKind attentions[3] = {ATTENTION_DENSE, ATTENTION_MOBA, ATTENTION_FLASHMOBA};
@@ -462,7 +465,7 @@ static void test_gradients_of_variants(void** state) {
     }
 }
 
-// The gradient along a random direction of all parameters at once: no element is left out.
+// The derivative along a random direction of all parameters at once, so that no element is left out.
 typedef struct {
     Reference* reference;
     double *direction, *origin, step;
@@ -487,7 +490,8 @@ static void test_directional_derivative(void** state) {
         memcpy(line.origin, fixture.reference.params, elements * sizeof(double));
         double analytic = 0, length = 0;
         for (size_t j = 0; j < elements; j++) {
-            // A direction that leans on the gradient, so that the sum is no small difference of large terms.
+            // The direction leans towards the gradient, so that the sum is not a
+            // small difference of large terms.
             line.direction[j] = (double)fixture.model.grads[j] * (1 + 0.5 * random_normal(3, 3, j));
             length += line.direction[j] * line.direction[j];
         }
@@ -503,7 +507,7 @@ static void test_directional_derivative(void** state) {
     }
 }
 
-// Gradients of two micro-batches add up to those of one batch.
+// The gradients of two micro-batches must add up to the gradients of one batch.
 static void test_accumulation(void** state) {
     (void)state;
     for (int i = 0; i < CASES; i++) {
@@ -523,7 +527,7 @@ static void test_accumulation(void** state) {
     }
 }
 
-// Logits computed a few rows at a time give the same loss and gradients as all at once.
+// Logits that are computed a few rows at a time must give the same loss and gradients as all rows at once.
 static void test_logit_rows(void** state) {
     (void)state;
     Fixture fixture;
@@ -544,7 +548,8 @@ static void test_logit_rows(void** state) {
     tear_down(&fixture);
 }
 
-// A generation that adds tokens to the cache, one or several at a time, gives the logits of a full forward pass.
+// A generation adds one or several tokens at a time to the cache. It must give the
+// logits of a full forward pass.
 static void test_incremental_forward(void** state) {
     (void)state;
     for (int i = 0; i < CASES; i++) {
@@ -555,7 +560,7 @@ static void test_incremental_forward(void** state) {
         floatX *scratch = new_floats((size_t)fixture.model.config.padded_vocab), *row = new_floats((size_t)V);
         reference_loss(&fixture.reference);
         for (int stride = 1; stride <= 3; stride++) {
-            // What an earlier batch left must not matter: every layer's rows begin as NaN.
+            // Data of an earlier batch must have no effect, so every layer's rows begin as NaN.
             for (int l = 0; l < cases[i].layers; l++) {
                 const LayerActivations* layer = &fixture.model.acts.layers[l];
                 const size_t bytes = (size_t)T * cases[i].head_dim * sizeof(floatX);
@@ -579,14 +584,14 @@ static void test_incremental_forward(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// What is computed again in backward
+// Recomputation in backward
 
-// Bytes that an array of `count` elements takes in the block of activations.
+// Returns the bytes that an array of `count` elements takes in the block of activations.
 static size_t in_block(size_t count, size_t element) {
     return (count * element + ARENA_ALIGNMENT - 1) / ARENA_ALIGNMENT * ARENA_ALIGNMENT;
 }
 
-// What --recompute saves: of every array that is not kept, all but one.
+// Returns the bytes that --recompute saves: every recomputed array exists once, not once for each layer.
 static size_t saved_bytes(const Case* c, Recompute recompute) {
     const size_t rows = (size_t)BATCH * c->T, x = sizeof(floatX), acc = sizeof(float_acc);
     const size_t H = c->heads, G = c->kv_heads, D = c->head_dim, C = c->channels, F = c->ffn;
@@ -608,8 +613,9 @@ static size_t saved_bytes(const Case* c, Recompute recompute) {
     return bytes;
 }
 
-// Two micro-batches at one level of --recompute against the same that keeps everything: the loss, the gradients, the maps and
-// their statistics, what a layer's queries and keys were, and what comes next in a generation.
+// Compares two micro-batches with this level of --recompute to a model that keeps
+// everything. Loss, gradients, maps and their statistics, queries and keys of a layer, and
+// the next logits of a generation must agree.
 static void must_recompute_the_same(const Case* c, Recompute recompute) {
     Fixture kept, again;
     set_up(&kept, c);
@@ -634,7 +640,8 @@ static void must_recompute_the_same(const Case* c, Recompute recompute) {
         assert_memory_equal(want->acts.layers[l].qkv, got->acts.layers[l].qkv,
                             (size_t)BATCH * c->T * qkv_heads(&want->config) * c->head_dim * sizeof(floatX));
     }
-    // Generation agrees to rounding: one model runs a row for each token, the other all rows again (docs/math.md section 6).
+    // Generation agrees only up to rounding: one model computes a row for each token, the other
+    // all rows again (docs/math.md section 6).
     const size_t V = (size_t)c->vocab_size;
     float* logits = (float*)malloc_or_fail(V * sizeof(float), "logits");
     floatX *next_again = new_floats(V), *scratch = new_floats((size_t)want->config.padded_vocab);
@@ -654,7 +661,7 @@ static void must_recompute_the_same(const Case* c, Recompute recompute) {
     tear_down(&again);
 }
 
-// Every kind of attention with every kind of heads and every convolution, and the stacks of all other cases.
+// Covers every kind of attention, of heads and of convolution, and the layer patterns of all other cases.
 static void test_recompute_changes_no_bit(void** state) {
     (void)state;
     for (int i = 0; i < CASES; i++) {
@@ -690,7 +697,7 @@ static void test_recompute_changes_no_bit(void** state) {
 // ----------------------------------------------------------------------------
 // Query heads that follow the keys
 
-// The statistic of the reference's last pass, (L, G), over the sequences first .. first + count.
+// Computes the statistic (L, G) of the reference's last pass, over sequences first to first + count - 1.
 static void reference_statistic(double* n, const Reference* reference, int first, int count) {
     const ModelConfig* config = &reference->model->config;
     const int T = reference->T, G = config->kv_heads, D = config->head_dim;
@@ -714,7 +721,7 @@ static void must_be_near(const char* what, const double* got, const double* want
     }
 }
 
-// All layers' maps are those of kdgqa from the statistic n (L, G).
+// The maps of all layers must be those of kdgqa for the statistic n (L, G).
 static void must_follow(const Model* model, const double* n, int least) {
     const int G = model->config.kv_heads, H = model->config.heads;
     for (int l = 0; l < model->config.layers; l++) {
@@ -727,8 +734,9 @@ static void must_follow(const Model* model, const double* n, int least) {
     }
 }
 
-// Three steps of two micro-batches each, by each source: what is measured, when it becomes a map, and that the loss is that
-// of this map. Evaluation and generation in between change nothing.
+// Three steps of two micro-batches each, with every source. The test checks the measured
+// statistic, the step at which it becomes a map, and that the loss uses this map. Evaluation and
+// generation in between must change nothing.
 static void test_maps_follow_the_keys(void** state) {
     (void)state;
     const StatisticSource sources[3] = {SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS};
@@ -776,7 +784,8 @@ static void test_maps_follow_the_keys(void** state) {
             if (sources[k] != SOURCE_FORWARD) assert_true(fabs(loss - want) <= FORWARD_BOUND * want);
             gpt_end_step(model, step, BATCH);
             reference_statistic(n, &fixture.reference, 0, BATCH);
-            // With a map for each micro-batch the second layer's keys are those of the second map in the reference only.
+            // With a map for each micro-batch, only the reference computes the
+            // second layer's keys with the second map.
             if (sources[k] != SOURCE_WEIGHTS)
                 must_be_near("statistic", model->heads.statistic, n,
                              sources[k] == SOURCE_FORWARD ? G : L * G);
@@ -805,7 +814,8 @@ static void test_maps_follow_the_keys(void** state) {
     }
 }
 
-// Histories of dgqa of both kinds, fed by the model, with a window of two steps; forward measures whole batches here.
+// Histories of both kinds of dgqa from the model's own statistics, with a window of two
+// steps. Here forward measures whole batches.
 static void test_dgqa_takes_windows(void** state) {
     (void)state;
     const StatisticSource sources[3] = {SOURCE_LAGGED, SOURCE_FORWARD, SOURCE_WEIGHTS};
@@ -842,7 +852,7 @@ static void test_dgqa_takes_windows(void** state) {
                 windows++;
             }
             assert_int_equal(heads->windows[0], windows);
-            for (int i = 0; i < L * G; i++) // up to how the compiler joins product and sum
+            for (int i = 0; i < L * G; i++) // equal, except if the compiler fuses product and sum
                 assert_true(fabs(heads->history[i] - history[i]) <= 1e-14 * history[i]);
             for (int l = 0; l < L && windows > diff; l++) {
                 int want[G];
@@ -857,8 +867,8 @@ static void test_dgqa_takes_windows(void** state) {
     }
 }
 
-// Without a pass, and with alpha 0, the perturbed model is the plain one, bit for bit; with noise it is another, which the
-// step changes.
+// Without a training pass, and with alpha 0, the perturbed model must equal the plain one bitwise. With noise
+// it differs, and differently in each step.
 static void test_noise_is_for_training_only(void** state) {
     (void)state;
     Case plain = cases[CASES - 1];
@@ -887,7 +897,7 @@ static void test_noise_is_for_training_only(void** state) {
     tear_down(&clean);
 }
 
-// What stands in the padded rows of the vocabulary changes neither loss nor gradients, and has none itself.
+// The padded rows of the vocabulary must not change loss or gradients, and have no gradient themselves.
 static void test_padding(void** state) {
     (void)state;
     for (int i = 0; i < CASES; i++) {
@@ -907,7 +917,7 @@ static void test_padding(void** state) {
     }
 }
 
-// A changed token changes no earlier logit, and does change its own.
+// A changed token must change no earlier logit, but must change its own.
 static void test_causality(void** state) {
     (void)state;
     for (int i = 0; i < CASES; i++) {
@@ -932,7 +942,8 @@ static void test_causality(void** state) {
     }
 }
 
-// The fresh weights: spread, gains, and independence of the table's order; the loss of a fresh model is that of guessing.
+// Fresh weights: their spread, their gains, and their independence of the table's order. The loss
+// of a fresh model must be that of guessing.
 static void test_initialization(void** state) {
     (void)state;
     ModelConfig config = model_config_from_descriptor("d2");
@@ -972,7 +983,7 @@ static void test_initialization(void** state) {
     gpt_free(&model);
 }
 
-// The keys that the query at t of a layer sees, counted one by one.
+// Counts the keys that the query at t of a layer sees.
 static int visible_keys(const ModelConfig* config, int l, int t) {
     const int S = config->moba_block, past = t / S,
               routed = past < config->moba_topk - 1 ? past : config->moba_topk - 1;
@@ -982,7 +993,7 @@ static int visible_keys(const ModelConfig* config, int l, int t) {
     return count;
 }
 
-// The count of operations against a sum over every weight and every pair of query and key.
+// Compares the count of operations with a sum over every weight and every pair of query and key.
 static void test_flops(void** state) {
     (void)state;
     for (int i = 0; i < CASES; i++) {
@@ -1003,7 +1014,8 @@ static void test_flops(void** state) {
     }
 }
 
-// The optimizer reaches every tensor: matrices decay, gains do not, and a batch that is repeated is learnt.
+// The optimizer must reach every tensor. It decays matrices but not gains, and the
+// model must learn a repeated batch.
 static void test_update(void** state) {
     (void)state;
     for (int i = 0; i < CASES; i++) {
@@ -1034,7 +1046,7 @@ static void test_update(void** state) {
     }
 }
 
-// Two tiny Llamas that transformers made and saved, with the logits that it computes for them in fp32.
+// Two tiny Llamas that transformers created and saved, with the logits that it computes for them in fp32.
 static void test_transformers(void** state) {
     (void)state;
     const char* names[2] = {"untied", "tied"};
@@ -1042,7 +1054,7 @@ static void test_transformers(void** state) {
         char directory[PATH_MAX], path[PATH_MAX];
         path_format(directory, "test/fixtures/checkpoint/%s", names[tied]);
         ModelConfig config = checkpoint_read_config(directory);
-        config.kconv = tied ? 3 : 0; // a key convolution that the checkpoint does not know has no effect
+        config.kconv = tied ? 3 : 0; // the checkpoint has no key convolution, so this has no effect
         config.gqa = GQA_STATIC;
         assert_int_equal(config.tied, tied);
         assert_true(config.rope_theta == (tied ? 10000.0f : 500.0f));
@@ -1071,7 +1083,8 @@ static void test_transformers(void** state) {
     }
 }
 
-// A multi-head model whose heads are alike two by two gives the same logits with half the KV heads.
+// If the heads of a multi-head model are equal in pairs, the model with half the KV
+// heads must give the same logits.
 static void test_conversion_to_fewer_heads(void** state) {
     (void)state;
     float_acc heads[4] = {1, 3, 10, 20}, uneven[3] = {1, 3, 11};
@@ -1088,10 +1101,10 @@ static void test_conversion_to_fewer_heads(void** state) {
     const size_t row = (size_t)c.head_dim * c.channels;
     for (int l = 0; l < c.layers; l++) {
         const LayerParameters* at = &model->layout.layers[l];
-        for (int head = 0; head < 8; head += 2) // four of keys, four of values
+        for (int head = 0; head < 8; head += 2) // four heads of keys, four of values
             memcpy(model->params + at->qkv_proj + (size_t)(c.heads + head + 1) * row,
                    model->params + at->qkv_proj + (size_t)(c.heads + head) * row, row * sizeof(floatX));
-        for (int head = 0; head < 3 * c.heads; head += 2) // of each of the three taps
+        for (int head = 0; head < 3 * c.heads; head += 2) // for each of the three taps
             memcpy(model->params + at->k_conv + (size_t)(head + 1) * c.head_dim,
                    model->params + at->k_conv + (size_t)head * c.head_dim,
                    (size_t)c.head_dim * sizeof(floatX));

@@ -142,7 +142,7 @@ static void residual_rmsnorm_backward_case(floatX* const* din, const floatX* dou
 static void test_rmsnorm(void** state) {
     (void)state;
     const int widths[] = {2, 5, 64, 97,
-                          130}; // of one channel the norm is a sign: its gradient is all cancellation
+                          130}; // not 1: the norm would be a sign, and its gradient would cancel
     for (int i = 0; i < 5; i++) {
         size_t C = (size_t)widths[i], rows = 3;
         Operation norm = {"rmsnorm",
@@ -288,7 +288,7 @@ static void test_swiglu(void** state) {
     }
 }
 
-// Gates far from zero: the sigmoid saturates, and nothing overflows.
+// Gates far from zero saturate the sigmoid. Nothing may overflow.
 static void test_swiglu_saturates(void** state) {
     (void)state;
     const floatX gate_up[4] = {-1e4f, 1e4f, 2, 3}, dout[2] = {1, 1};
@@ -314,7 +314,8 @@ static void define_classifier(double* out, double* const* in, const int* shape) 
     }
 }
 
-// The gradient of a row is scaled by its dout, which the operation knows only as one number: row by row.
+// The operation multiplies all gradients by one number, dout. The test has a dout for each
+// row, so it calls the operation row by row.
 static void classifier_rows(floatX* losses, floatX* logits, const floatX* dout, const int* shape) {
     for (int row = 0; row < shape[0]; row++) {
         int target = target_of(row, shape[1]);
@@ -350,7 +351,8 @@ static void test_classifier(void** state) {
     }
 }
 
-// With and without gradients the losses are the same; large logits do not overflow; padding never counts.
+// The losses must be equal with and without gradients. Large logits must not
+// overflow, and padding must not count.
 static void test_classifier_edges(void** state) {
     (void)state;
     floatX logits[2][4] = {{1e4f, 1e4f - 1, -1e4f, 1e8f}, {1e4f, 1e4f - 1, -1e4f, 1e8f}};
@@ -359,7 +361,7 @@ static void test_classifier_edges(void** state) {
     fused_classifier(logits[0], &losses[0], &target, 1, 1, 3, 4, 0, 0);
     fused_classifier(logits[1], &losses[1], &target, 1, 1, 3, 4, 1, 0);
     assert_true(fabs((double)losses[0] - 1.31326168752) <
-                1e-6 * 1e3); // log(1 + e): 1e4 has few digits behind the point
+                1e-6 * 1e3); // log(1 + e); near 1e4 a float has few digits after the point
     assert_true(fabs((double)losses[0] - (double)losses[1]) < 1e-6);
     assert_true(fabs((double)logits[1][0] - 0.73105857863) < 1e-6);
     assert_true(fabs((double)logits[1][1] + 0.73105857863) < 1e-6);
@@ -463,7 +465,7 @@ static void test_keyconv(void** state) {
     }
 }
 
-// Zero taps leave the keys as they are, and have a gradient; a second backward doubles it.
+// Zero taps must not change the keys, but they have a gradient. A second backward doubles it.
 static void test_keyconv_of_zero_taps(void** state) {
     (void)state;
     enum { B = 2, T = 6, H = 2, G = 2, D = 4, TAPS = 3, WIDTH = (H + 2 * G) * D, KEYS = G * D };
@@ -484,8 +486,8 @@ static void test_keyconv_of_zero_taps(void** state) {
     for (int i = 0; i < TAPS * KEYS; i++) assert_true(fabs((double)(dtaps[i] - 2 * once[i])) <= 1e-5);
 }
 
-// Rows added to a sequence a few at a time are those of the whole at once, bit for bit, whatever stands in the rows to come;
-// and a changed key changes the next `taps` rows and no other.
+// Rows that a few calls add to a sequence must equal, bitwise, the rows of one call, whatever the later rows
+// contain. A changed key changes the next `taps` rows and no other.
 static void test_keyconv_incremental_and_causal(void** state) {
     (void)state;
     for (int i = 0; i < KEYCONV_SHAPES; i++) {
@@ -572,7 +574,7 @@ static void test_key_rms(void** state) {
         }
     }
     assert_close("key_rms", rms, want, B * G, FORWARD_BOUND);
-    // A sequence's number does not depend on the sequences beside it.
+    // A sequence's number must not depend on other sequences.
     float_acc alone[G];
     key_rms(alone, halves, qkv, 1, T, H, G, D, 0);
     key_rms(alone, halves, qkv + (size_t)T * WIDTH, 1, T, H, G, D, 0);
@@ -634,11 +636,12 @@ static void test_attention_noise(void** state) {
             if (i) neighbours += z[i] * z[i - 1] / COUNT;
         }
     }
-    // Four standard deviations of each.
+    // The bounds are four standard deviations of each statistic.
     assert_true(fabs(mean) < 4 / sqrt(COUNT) && fabs(neighbours) < 4 / sqrt(COUNT));
     assert_true(fabs(square - 1) < 4 * sqrt(2.0 / COUNT) && fabs(fourth - 3) < 4 * sqrt(96.0 / COUNT));
 
-    // A sequence has its noise wherever it stands in a micro-batch; another step, layer or seed has another.
+    // A sequence has the same noise at any place in a micro-batch. Another step,
+    // layer or seed gives other noise.
     add_noise(again, out + COUNT / B, 1, T, H, D, 0.5f, 42, draws, 1);
     assert_memory_equal(again, noised + COUNT / B, sizeof(out) / B);
     const uint64_t others[3] = {noise_stream(6, 2), noise_stream(5, 3), draws};
@@ -657,7 +660,7 @@ static void test_attention_noise(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// What accumulates, accumulates: a second backward doubles it
+// Accumulation: a second backward doubles the gradients that accumulate
 
 static void test_accumulation(void** state) {
     (void)state;
@@ -683,12 +686,12 @@ static void test_accumulation(void** state) {
     memcpy(once, dinp, sizeof(once));
     memcpy(dweight_once, dweight, sizeof(dweight_once));
     matmul_backward(dinp, dweight, dproduct, inp, weight, ROWS, C, OUT, 0);
-    assert_memory_equal(dinp, once, sizeof(once)); // dinp of a product is overwritten
+    assert_memory_equal(dinp, once, sizeof(once)); // a matrix product overwrites dinp
     for (int i = 0; i < OUT * C; i++) assert_true(fabs((double)(dweight[i] - 2 * dweight_once[i])) <= 1e-5);
 }
 
 // ----------------------------------------------------------------------------
-// AdamW and the norm that clips
+// AdamW and the norm for clipping
 
 static void test_global_norm(void** state) {
     (void)state;
@@ -699,7 +702,7 @@ static void test_global_norm(void** state) {
         float_acc* partials = new_floats(global_norm_partials(counts[i]));
         fill_normal(exact, grads, counts[i], 1, 7);
         float_acc norm;
-        const size_t half = counts[i] / 2; // an empty part where there is one element
+        const size_t half = counts[i] / 2; // one part is empty if there is only one element
         float_acc sums[2];
         sum_of_squares(&sums[0], partials, grads, half, 0);
         sum_of_squares(&sums[1], partials, grads + half, counts[i] - half, 0);
@@ -731,7 +734,7 @@ static void test_adamw(void** state) {
             norm = (float_acc)length;
             AdamW settings = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, clips[k], step};
             adamw_update(params, NULL, m, v, grads, &norm, decays, COUNT, settings, 0);
-            memset(copy, 0xFF, sizeof(copy)); // what the copy of the masters held before has no part in it
+            memset(copy, 0xFF, sizeof(copy)); // the copy's earlier contents must have no effect
             adamw_update(copy, masters, master_m, master_v, grads, &norm, decays, COUNT, settings, 0);
             assert_memory_equal(copy, params, sizeof(params));
             assert_memory_equal(masters, params, sizeof(params));

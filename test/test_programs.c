@@ -13,14 +13,14 @@ Files that must be equal are compared byte by byte.
 #include <sys/mount.h>
 #include <termios.h>
 
-static char trainer[PATH_MAX + 256]; // the trainer, and options for all its runs
-static char with_kinds[PATH_MAX];    // the trainer of make ATTN=flashmoba GQA=kdgqa KCONV=3
+static char trainer[PATH_MAX + 256]; // the trainer with the options that all its runs share
+static char with_kinds[PATH_MAX];    // the trainer that make ATTN=flashmoba GQA=kdgqa KCONV=3 builds
 static char tokenizer[PATH_MAX];
 
 // ----------------------------------------------------------------------------
 // Files
 
-// Neither a checkpoint nor part of one nor any other half-written file.
+// The run directory must hold no partial checkpoint and no other half-written file.
 static void must_hold_nothing_partial(const char* output) {
     const Result* result = run("sh -c \"find %s -name '*.tmp' -o -name '*.partial' -o -name '*.old' -o -name "
                                "'.writable' 2>&1 | grep -v 'No such file'\"",
@@ -62,7 +62,7 @@ static void write_shards(void) {
 #define SETTINGS "-l 1e-2 -u 3 -v 6 -m 2 --log-every 1 -n 4"
 enum { STEPS = 30 };
 
-// The command line that most tests vary: 30 steps of 8 sequences in micro-batches of 4.
+// The command line that most tests vary: 30 steps of 8 sequences, in micro-batches of 4.
 static const char* command(const char* output, const char* more) {
     static char line[4096];
     print_to(line, sizeof(line), "%s " MODEL " " DATA " -b 4 -d 256 " SETTINGS " -x %d -o %s %s", trainer,
@@ -96,16 +96,16 @@ static void test_killed_at_any_moment_it_resumes_bitwise(void** state) {
         random = random * 1103515245 + 12345;
         const long drawn = (long)(random >> 16);
         Treatment treatment = {0};
-        if (i % 2) { // while it trains: after some lines more
+        if (i % 2) { // kills the run after some more lines of metrics
             treatment.signal = SIGKILL;
             treatment.until_file = "killed/metrics.jsonl";
             treatment.until_lines = count_lines("killed/metrics.jsonl") + 1 + (int)(drawn % 5);
             treatment.after_ms = drawn / 5 % 10;
-        } else { // while it starts, or whatever it has come to
+        } else { // kills the run during the start, or soon after it
             treatment.kill_after_ms = 1 + drawn % 150;
         }
         const Result* result = run_treated(&treatment, command("killed", "--resume"));
-        if (result->exit_code == 0) { // it came to its end before
+        if (result->exit_code == 0) { // the run finished before the signal
             must_be_same_run("whole", "killed", STEPS);
             shell("rm -rf killed");
         } else {
@@ -146,19 +146,20 @@ static void test_a_signal_writes_a_checkpoint(void** state) {
     }
 }
 
-// The cause of stops that crashed: oneDNN's matrix products keep their stack pointer in the heap while they compute.
+// oneDNN's matrix products keep their stack pointer in the heap while they compute. A
+// signal handler on that stack crashes the run.
 static void test_signals_are_taken_on_no_stack(void** state) {
     (void)state;
     char line[4096];
     print_to(line, sizeof(line), "env OMP_NUM_THREADS=4 %s", command("threads", "-x 1000000 -n 0"));
     const pid_t job = start(line, "threads.txt", "threads_err.txt");
     await_lines(job, "threads/metrics.jsonl", 10);
-    must_take_signals_on_no_stack(job, 5); // four that compute, and one that waits
+    must_take_signals_on_no_stack(job, 5); // four threads that compute, and one that waits for signals
     kill(job, SIGTERM);
     assert_int_equal(end_of(job), 128 + SIGTERM);
 }
 
-// A signal that is ignored when the program starts stays ignored.
+// A run ignores a signal that was already ignored when the program started.
 static void test_nohup_ignores_the_terminal(void** state) {
     (void)state;
     const pid_t job = start(command("nohup", "-x 1000000 -n 0"), "nohup.txt", "nohup_err.txt");
@@ -176,7 +177,8 @@ static void test_nohup_ignores_the_terminal(void** state) {
     assert_int_equal(end_of(deaf), 128 + SIGINT);
 }
 
-// Stopped at moments before the first step, the process ends by the signal itself, says nothing, and leaves nothing half-written.
+// A signal before the first step ends the process by the same signal. The process prints
+// nothing and leaves no half-written file.
 static void test_a_signal_before_training_ends_at_once(void** state) {
     (void)state;
     for (int i = 0; i < 24; i++) {
@@ -193,7 +195,7 @@ static void test_a_signal_before_training_ends_at_once(void** state) {
     must_be_same_run("whole", "early", STEPS);
 }
 
-// The seconds that the first validation of a run has taken.
+// The seconds of the first validation in a run.
 static double seconds_of_validation(const char* output) {
     char path[256], text[8192];
     print_to(path, sizeof(path), "%s/timings.jsonl", output);
@@ -208,8 +210,8 @@ static int validations_of(const char* output) {
     return read_metric(values, 64, output, "val_loss");
 }
 
-// Runs a line until its metrics have so many lines, and stops it a quarter of a validation later. 1: it is stopped, and no further
-// validation is logged.
+// Runs a line until its metrics have this many lines, and stops it a quarter of a validation later. Returns 1
+// if the run stopped and logged no further validation.
 static int is_stopped_in_validation(const char* line, int lines) {
     const pid_t job = start(line, "slow.txt", "slow_err.txt");
     await_lines(job, "slow/metrics.jsonl", lines);
@@ -217,14 +219,14 @@ static int is_stopped_in_validation(const char* line, int lines) {
     sleep_ms((long)(250 * seconds_of_validation("slow")));
     kill(job, SIGTERM);
     const int code = end_of(job);
-    if (code == 0) return 0; // it came after all
+    if (code == 0) return 0; // the signal came after the end
     assert_int_equal(code, 128 + SIGTERM);
     assert_true(exists("slow/latest"));
     return validations_of("slow") == before;
 }
 
-// A validation that a signal breaks off is not logged, and the resumed run does it: after a step, as the first thing of a resumed
-// run, and after the last step.
+// The run does not log a validation that a signal interrupts; the resumed run repeats it. The signal comes
+// after a step, at the start of a resumed run, and after the last step.
 static void test_a_signal_breaks_off_a_validation(void** state) {
     (void)state;
     char line[4096];
@@ -234,8 +236,8 @@ static void test_a_signal_breaks_off_a_validation(void** state) {
     print_to(line, sizeof(line), "%s %s --resume", command("slow", ""), slow);
     int broken = is_stopped_in_validation(line, 6); // start, validation, four steps
     broken += is_stopped_in_validation(line, 6);
-    broken += is_stopped_in_validation(line, 9); // the validation of step 4, two steps
-    assert_true(broken >= 1);                    // all three, unless the machine stumbles
+    broken += is_stopped_in_validation(line, 9); // and the validation of step 4, two steps
+    assert_true(broken >= 1);                    // usually all three
     print_message("%d of 3 validations were broken off\n", broken);
     must_end_well(run_treated(&(Treatment){0}, line));
     must_be_same_run("unbroken", "slow", 6);
@@ -244,7 +246,7 @@ static void test_a_signal_breaks_off_a_validation(void** state) {
     must_hold_nothing_partial("slow");
 }
 
-// So is a sample.
+// A signal also interrupts a sample.
 static void test_a_signal_breaks_off_a_sample(void** state) {
     (void)state;
     char line[4096], text[65536];
@@ -273,7 +275,7 @@ static void test_a_signal_breaks_off_a_sample(void** state) {
     must_be_same_run("sampled", "interrupted", 4);
 }
 
-// Starts a run whose stdout is `out`, with a terminal as its session's.
+// Starts a run whose stdout is `out` or, if not NULL, the controlling terminal `terminal`.
 static pid_t start_on(const char* output, int out, const char* terminal) {
     char line[4096];
     print_to(line, sizeof(line), "exec %s", command(output, "-x 1000000 -n 0"));
@@ -283,7 +285,7 @@ static pid_t start_on(const char* output, int out, const char* terminal) {
         heed_signals();
         signal(SIGPIPE, SIG_DFL);
         setsid();
-        if (terminal) out = open(terminal, O_RDWR); // the session has none yet, so this one becomes it
+        if (terminal) out = open(terminal, O_RDWR); // becomes the session's controlling terminal
         if (dup2(out, 1) < 0 || dup2(out, 2) < 0) _exit(126);
         close(out);
         execl("/bin/sh", "sh", "-c", line, (char*)NULL);
@@ -292,7 +294,7 @@ static pid_t start_on(const char* output, int out, const char* terminal) {
     return child;
 }
 
-// Whoever reads the output is gone: the window of a terminal closes, or the other end of a pipe.
+// The reader of the output disappears: a terminal's window closes, or the other end of a pipe.
 static void test_output_without_a_reader_writes_a_checkpoint(void** state) {
     (void)state;
     int ends[2];
@@ -318,7 +320,7 @@ static void test_output_without_a_reader_writes_a_checkpoint(void** state) {
     must_end_well(train("closed", "--resume -x 1000000 -n 0 --max-seconds 0.05"));
 }
 
-// Where stdout is closed, no file of the run takes its number, and what is printed goes nowhere.
+// If stdout is closed at the start, no file of the run may get its number. The run discards its output.
 static void test_a_closed_stdout_is_no_file_of_the_run(void** state) {
     (void)state;
     char line[4096];
@@ -336,9 +338,10 @@ static void test_a_closed_stdout_is_no_file_of_the_run(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// Two at once
+// Two runs of one directory at once
 
-// The second process is refused, and says who has the directory; it removes nothing of what the first may be writing.
+// The second process fails, and names the process that holds the directory. It must
+// not remove the first process's files.
 static void test_a_directory_is_of_one_run(void** state) {
     (void)state;
     char pid[64];
@@ -348,7 +351,7 @@ static void test_a_directory_is_of_one_run(void** state) {
     print_to(pid, sizeof(pid), "pid %d on ", (int)first);
     static const char* const tries[] = {"", "--resume", "--overwrite"};
     static const char* const names[] = {"shared", "shared/../shared", "shared/"};
-    for (int i = 0; i < 3; i++) { // each waits for ten seconds
+    for (int i = 0; i < 3; i++) { // each of them waits ten seconds for the lock
         const Result* result = train(names[i], tries[i]);
         must_fail_with(result, 1, ": another run is at work there: ");
         must_fail_with(result, 1, pid);
@@ -359,7 +362,7 @@ static void test_a_directory_is_of_one_run(void** state) {
     assert_false(has_ended(first));
     const int lines = count_lines("shared/metrics.jsonl");
     await_lines(first, "shared/metrics.jsonl", lines + 3);
-    // Killed, it has the lock no more, though the file is there.
+    // After a kill the process no longer holds the lock, but the lock file remains.
     kill(first, SIGKILL);
     assert_int_equal(end_of(first), 128 + SIGKILL);
     assert_true(exists("shared/lock"));
@@ -371,7 +374,7 @@ static void test_a_directory_is_of_one_run(void** state) {
 static void test_max_seconds_writes_a_checkpoint(void** state) {
     (void)state;
     int parts = 0;
-    for (; parts < 200; parts++) { // it makes a step at least
+    for (; parts < 200; parts++) { // makes at least one step
         const Result* result = train("timed", "-n 0 --resume --max-seconds 0.01");
         must_end_well(result);
         if (!strstr(result->out, "--max-seconds is over")) break;
@@ -400,7 +403,7 @@ static void test_micro_batches_give_the_same_losses(void** state) {
     }
 }
 
-// The command of the last hint, run as a user would.
+// Runs the command of the last hint, as a user would.
 static const Result* follow_the_hint(const Result* result) {
     const char* hint = strstr(result->out, "---> HINT: ");
     char line[4096];
@@ -425,14 +428,14 @@ static void test_hints_can_be_followed(void** state) {
     must_end_well(result);
     assert_null(strstr(result->out, "HINT"));
     assert_non_null(strstr(result->out, "nothing of this run is kept: --output DIR"));
-    result = train("no_time", "-u 0 --max-seconds 1e-9"); // stopped before its first step
+    result = train("no_time", "-u 0 --max-seconds 1e-9"); // --max-seconds stops it before its first step
     must_end_well(result);
     assert_non_null(strstr(result->out, "stopped after step 0"));
     assert_null(strstr(result->out, "HINT"));
     result = train("no_time", "--resume -x 2 -n 1 -u 0");
     must_end_well(result);
     assert_null(strstr(result->out, "nothing of this run is kept"));
-    // Training that diverges points to the last checkpoint only where there is one.
+    // After divergence, a run points to the last checkpoint only if there is one.
     result = train("diverged", "-l 1000 -u 0 -k constant --clip 0 -c 100 -n 0 -x 300");
     assert_int_equal(result->exit_code, 1);
     assert_non_null(strstr(result->err, "has diverged"));
@@ -441,7 +444,7 @@ static void test_hints_can_be_followed(void** state) {
     assert_false(exists("diverged/latest"));
 }
 
-// What backward computes again are the same numbers. A run may also change the level on its way.
+// With --recompute, backward computes the same numbers again. A resumed run may also change the level.
 static void test_recompute_changes_no_bit(void** state) {
     (void)state;
     must_end_well(train("recomputed_mlp", "--recompute mlp"));
@@ -452,20 +455,21 @@ static void test_recompute_changes_no_bit(void** state) {
     must_be_same_run("whole", "recomputed", STEPS);
 }
 
-// The run `output`, with what "whole" had after 12 steps.
+// Makes the run `output` from the files that "whole" had after 12 steps.
 static void copy_after_12_steps(const char* output) {
     shell("rm -rf %s; mkdir %s; cp -r whole/step_00000012 %s; cp whole/metrics.jsonl whole/timings.jsonl %s",
           output, output, output, output);
 }
 
-// A resume with these options must do as "whole" did.
+// A run that resumes with these options must end with the same bytes as "whole".
 static void must_go_on_alike(const char* options) {
     copy_after_12_steps("goes_on");
     must_end_well(train("goes_on", options));
     must_be_same_run("whole", "goes_on", STEPS);
 }
 
-// Resuming over other tokens, or in another order, is refused; the same tokens under other names are the same data.
+// A run refuses to resume with other tokens, or with the same tokens in another order. It
+// accepts the same tokens under other file names.
 static void test_a_resume_has_the_same_data(void** state) {
     (void)state;
     shell("rm -rf same swapped edited; mkdir same swapped edited; cp train_0.bin same/x.bin; cp train_1.bin "
@@ -487,7 +491,7 @@ static void test_a_resume_has_the_same_data(void** state) {
             strstr(result->out, "changed since the checkpoint: other --train-data (2 shards of 25000"));
         must_end_well(run("grep -q '\"changes\":\"other --train-data' other/timings.jsonl"));
     }
-    // A state of the version that did not know its data.
+    // The state of an older version has no fingerprint of its data.
     copy_after_12_steps("other");
     shell("sed -i 's/\"format_version\":\t2/\"format_version\":\t1/' other/step_00000012/state.json");
     const Result* result = train("other", "--resume");
@@ -496,7 +500,8 @@ static void test_a_resume_has_the_same_data(void** state) {
     must_be_same_run("whole", "other", STEPS);
 }
 
-// Other settings are taken, and said: on the terminal, in timings.jsonl and in metrics.jsonl, whose tokens are those seen.
+// A run accepts other settings and reports them: on the terminal, in timings.jsonl and in metrics.jsonl. The
+// tokens in metrics.jsonl are the tokens that the model has seen.
 static void test_a_resume_tells_what_it_changes(void** state) {
     (void)state;
     static const char* const cases[][2] = {
@@ -528,10 +533,10 @@ static void test_a_resume_tells_what_it_changes(void** state) {
             must_end_well(run("grep -q '\"event\":\"resume\",\"step\":12' changed/metrics.jsonl"));
     }
     double tokens[64];
-    const int count = read_metric(tokens, 64, "changed", "tokens"); // of the last one
+    const int count = read_metric(tokens, 64, "changed", "tokens"); // the values of the last case
     assert_true(tokens[count - 1] == 12 * 256 + 18 * 128);
     assert_true(tokens[0] == 0);
-    // Nothing has changed: nothing is said.
+    // If nothing has changed, the run reports nothing.
     copy_after_12_steps("changed");
     const Result* result = train("changed", "--resume");
     must_end_well(result);
@@ -559,7 +564,8 @@ static void test_a_run_is_not_overwritten_by_accident(void** state) {
     assert_true(exists("again/step_00000005"));
 }
 
-// A model of about 10 M parameters: what the process held at its peak, against what was printed before it started.
+// A model of about 10 M parameters: compares the peak memory of the process with the
+// plan that it prints at the start.
 static void test_peak_memory_is_as_planned(void** state) {
     (void)state;
     write_shard("large.bin", good_shard(30000));
@@ -567,7 +573,7 @@ static void test_peak_memory_is_as_planned(void** state) {
         run("%s --layers 6 --channels 320 --heads 5 --kv-heads 5 --vocab 4096 -t 256 -b 4 -i train_1.bin -j "
             "train_1.bin -x 3 -v 1 -m 2 -o memory",
             trainer);
-    // The shards know another vocabulary; these say none.
+    // train_1.bin names another vocabulary; a shard with vocabulary 0 names none.
     assert_int_equal(result->exit_code, 1);
     Shard shard = good_shard(30000);
     shard.vocabulary = 0;
@@ -597,7 +603,8 @@ static void test_peak_memory_is_as_planned(void** state) {
 // ----------------------------------------------------------------------------
 // Generation
 
-// Weights from -1 to 1 in place of what training left: attention is sharp then and each position matters.
+// Replaces the trained weights by random ones from -1 to 1. Attention is sharp then,
+// and each position matters.
 static void randomize_weights(const char* path) {
     FILE* file = fopen(path, "r+b");
     assert_non_null(file);
@@ -616,8 +623,8 @@ static void randomize_weights(const char* path) {
 
 static const char generate[] = "%s --generate --init-from wild --temperature %s --sample-length 24 --seed %d";
 
-// Greedy generation, which adds a token at a time to a cache, against the logits of the whole sequence at once: of the model
-// that `output` holds, its weights replaced.
+// Replaces the weights of the model in `output`. Then compares greedy generation, which adds one token at a
+// time to a cache, with the logits of the whole sequence.
 static void must_generate_what_the_logits_say(const char* output) {
     shell("rm -rf wild; cp -r %s wild", output);
     randomize_weights("wild/step_00000030/model.safetensors");
@@ -666,9 +673,9 @@ static void test_generation_is_that_of_the_logits(void** state) {
 typedef struct {
     const char *kinds, *options;
     int layers;
-    int choosing;  // layers that choose blocks
-    int has_heads; // its checkpoints hold an allocation of heads
-    int moves;     // and this one changes: the ratios of the averaged norms here all round to a uniform one
+    int choosing;  // number of layers that choose blocks
+    int has_heads; // 1: its checkpoints contain an allocation of heads
+    int moves;     // 1: the allocation changes. Averaged norms here give a uniform one
 } Variant;
 
 static const Variant variants[] = {
@@ -685,7 +692,7 @@ static const Variant variants[] = {
      0, 0},
 };
 
-// The router's telemetry in the metrics of a run, so many lines of it.
+// Checks the router's telemetry in the metrics of a run, which must have this many lines of it.
 static void must_tell_what_was_chosen(const char* run, int lines) {
     double captured[64], best[64], chance[64], recall[64], heaviest[64], mean[64];
     assert_int_equal(read_metric(captured, 64, run, "captured"), lines);
@@ -709,7 +716,7 @@ static void test_variants(void** state) {
         const Variant* v = &variants[i];
         print_to(trainer, sizeof(trainer), "%s %s", kept, v->kinds);
         shell("rm -rf one two");
-        // Options come last, so that they win over the ones of all tests.
+        // The variant's options come last, so that they override the common ones.
         print_to(more, sizeof(more), "%s --heads 8 --kv-heads 4 -n 7", v->options);
         must_end_well(train("one", more));
         double losses[64];
@@ -718,7 +725,7 @@ static void test_variants(void** state) {
         for (int cut = 0; cut < 3; cut++) {
             Treatment treatment = {0};
             treatment.signal =
-                cut == 1 ? SIGTERM : SIGKILL; // one of them leaves a checkpoint between the regular ones
+                cut == 1 ? SIGTERM : SIGKILL; // SIGTERM adds a checkpoint between the regular ones
             treatment.until_file = "two/metrics.jsonl";
             treatment.until_lines = 10 + 8 * cut;
             print_to(more, sizeof(more), "%s --heads 8 --kv-heads 4 -n 7 --resume", v->options);
@@ -733,7 +740,7 @@ static void test_variants(void** state) {
         double moved[512];
         const int lines = read_metric(moved, 512, "one", "moved");
         assert_int_equal(lines,
-                         v->has_heads ? v->layers * (1 + STEPS / 6) : 0); // of each layer at each validation
+                         v->has_heads ? v->layers * (1 + STEPS / 6) : 0); // one for each layer and validation
         if (v->has_heads) {
             print_to(left, sizeof(left), "one/step_%08d/heads.json", STEPS);
             print_to(right, sizeof(right), "two/step_%08d/heads.json", STEPS);
@@ -745,11 +752,12 @@ static void test_variants(void** state) {
         must_generate_what_the_logits_say("one");
         print_to(trainer, sizeof(trainer), "%s", kept);
         must_generate_what_the_logits_say(
-            "one"); // the checkpoint has the kinds, so the options may be left out
+            "one"); // the checkpoint has the kinds, so the command needs no options for them
     }
 }
 
-// config.json says the kinds of a checkpoint. A run that resumes it may leave out their options, and must not contradict them.
+// config.json stores the kinds of a checkpoint. A run that resumes it may omit their
+// options, but must not contradict them.
 static void test_kinds_come_from_the_checkpoint(void** state) {
     (void)state;
     const char* kinds =
@@ -777,13 +785,13 @@ static void test_kinds_come_from_the_checkpoint(void** state) {
     must_fail_with(
         train("kinds", "--resume -t 64 --kd-source lagged --pgqa-noise 2"), 2,
         "--pgqa-noise: has an effect with --query-heads pgqa only, and this model has --query-heads dgqa");
-    // New training may begin with these weights and another kind.
+    // A new run may start from these weights with another kind of attention.
     must_end_well(train("other_kind", "--init-from kinds -t 64 --attention dense --query-heads gqa -x 4"));
     must_end_well(run("grep -q '\"attn\":.*\"dense\"' other_kind/step_00000004/config.json"));
 }
 
-// A build with kinds of its own (make ATTN=flashmoba GQA=kdgqa KCONV=3): these are its defaults, and it has no other attention but
-// dense.
+// make ATTN=flashmoba GQA=kdgqa KCONV=3 builds a trainer with these defaults.
+// Besides them it has only dense attention.
 static void test_a_build_with_kinds(void** state) {
     (void)state;
     char kept[PATH_MAX], whole[PATH_MAX], line[512];
@@ -798,7 +806,7 @@ static void test_a_build_with_kinds(void** state) {
     must_fail_with(train("never", line), 2,
                    "--attention moba: not in this build, which has dense and flashmoba; make builds a "
                    "trainer with every kind");
-    // It goes on with a dense checkpoint as what it is.
+    // It resumes a dense checkpoint as a dense model.
     shell("mkdir dense_cut; cp -r whole/step_%08d whole/metrics.jsonl whole/timings.jsonl dense_cut",
           STEPS - 10);
     must_end_well(train("dense_cut", "--resume"));
@@ -812,7 +820,8 @@ static void test_a_build_with_kinds(void** state) {
 // ----------------------------------------------------------------------------
 // Help
 
-// The next line of the help that is a title (" Model") or begins an option ("  -b, --batch=B"), or "".
+// Returns the next line of the help that is a title (" Model") or begins an option
+// ("  -b, --batch=B"), or "".
 static const char* next_entry(const char** text) {
     static char line[256];
     while (**text) {
@@ -827,7 +836,7 @@ static const char* next_entry(const char** text) {
     return "";
 }
 
-// Every title is followed by its own options, all of them, in the order of the table.
+// All options of a title must follow it, in the order of the table.
 static void test_help_follows_the_table(void** state) {
     (void)state;
     const Result* result = run("%s --help", trainer);
@@ -860,9 +869,9 @@ static void test_help_follows_the_table(void** state) {
 // Bad input
 
 typedef struct {
-    const char* options; // after the common ones, so that they win
+    const char* options; // follow the common options, and override them
     int exit_code;
-    const char* says[3]; // in the one line on stderr: the thing, and the rule
+    const char* says[3]; // texts on the one line of stderr: the option or file, and the rule
 } BadInput;
 
 static const BadInput bad_inputs[] = {
@@ -881,7 +890,7 @@ static const BadInput bad_inputs[] = {
     {"-i outside.bin", 1, {"outside.bin", "token 97 at offset 77", "vocabulary of 97"}},
     {"-j outside.bin", 1, {"outside.bin", "token 97 at offset 77", "vocabulary of 97"}},
     {"-j truncated.bin", 1, {"truncated.bin", "4999 of 5000 tokens", ""}},
-    // what must divide
+    // sizes that must divide each other
     {"-d 250", 2, {"--total-batch 250", "multiple", "128"}},
     {"-d 64", 2, {"--total-batch 64", "multiple", "128"}},
     {"--heads 5 --kv-heads 5", 2, {"--heads 5", "--channels 32", "divide"}},
@@ -999,7 +1008,8 @@ static const BadInput bad_inputs[] = {
     {"--init-from whole_copy/latest", 1, {"whole_copy/latest", "a file", "lies in: whole_copy"}},
 };
 
-// One line on stderr, the program's name in front, everything in it that `bad` wants; nothing partial anywhere.
+// The program must print one line on stderr that begins with its name and contains every
+// text of `bad`. No partial file may remain.
 static int is_answered_well(const BadInput* bad, const Result* result) {
     const char* end = strchr(result->err, '\n');
     int good = result->exit_code == bad->exit_code && end && !end[1];
@@ -1033,7 +1043,8 @@ static void test_bad_input_gets_one_clear_line(void** state) {
         shell("rm -rf bad");
         const Result* result = train("bad", bad_inputs[i].options);
         wrong += !is_answered_well(&bad_inputs[i], result);
-        // Errors found while reading data may leave metrics; all other errors come before the directory exists.
+        // Errors in the data may leave metrics. All other errors must come before
+        // the run makes its directory.
         if (exists("bad") && !strstr(bad_inputs[i].options, "outside")) {
             print_error("%s: made the output directory\n", bad_inputs[i].options);
             wrong++;
@@ -1042,7 +1053,8 @@ static void test_bad_input_gets_one_clear_line(void** state) {
     }
     shell("rm -rf bad");
     assert_int_equal(wrong, 0);
-    // A mode without training names the option that it needs, not the vocabulary, which comes with it.
+    // A mode without training must name the missing option. It must not ask for the
+    // vocabulary, which comes from the checkpoint.
     must_fail_with(run("%s --generate", trainer), 2, "--generate: needs --init-from");
     must_fail_with(run("%s --write-logits x --tokens 1", trainer), 2, "--write-logits: needs --init-from");
     must_fail_with(run("%s --write-logits x --init-from whole", trainer), 2,
@@ -1083,7 +1095,8 @@ static void test_tokenizers_data_and_checkpoints_must_fit(void** state) {
          {"padded.bin", "token 300", "vocabulary of 300"}},
         {"-i 'one_train_*.bin' --init-from less -o unfit", 1, {"less/tokenizer.json", "300", "299"}},
     };
-    // A token of the padding, and a config.json with a vocabulary that is smaller than the tokenizer's.
+    // A shard with a token from the padding, and a config.json whose vocabulary is
+    // smaller than the tokenizer's.
     Shard shard = good_shard(200);
     shard.vocabulary = 0, shard.bad_at = 7, shard.bad_token = 300;
     write_shard("padded.bin", shard);
@@ -1096,7 +1109,7 @@ static void test_tokenizers_data_and_checkpoints_must_fit(void** state) {
     assert_false(exists("unfit"));
 }
 
-// Tokens without text are printed as numbers: here, from "300 " to "319 ".
+// The program prints tokens without text as numbers: here, from "300 " to "319 ".
 static int shows_a_padded_token(const char* text) {
     for (; *text; text++)
         if (text[0] == '3' && (text[1] == '0' || text[1] == '1') && isdigit((unsigned char)text[2]) &&
@@ -1105,8 +1118,8 @@ static int shows_a_padded_token(const char* text) {
     return 0;
 }
 
-// Models with more rows than the tokenizer has tokens: trained, resumed and read; the rows of the padding are never sampled, even
-// where they are the likeliest by far.
+// The model has more rows than the tokenizer has tokens. The program trains, resumes and reads it. Sampling
+// never chooses a row of the padding, even if that row is by far the most likely one.
 static void test_padded_vocabulary(void** state) {
     (void)state;
     const char* padded =
@@ -1116,13 +1129,14 @@ static void test_padded_vocabulary(void** state) {
     assert_non_null(
         strstr(result->out, "the tokenizer has 300 tokens: the vocabulary's last 20 are padding"));
     must_end_well(run("%s %s -x 4 --resume -o padded", trainer, padded));
-    // The norm's gain and every row of the padding are large: with any hidden state one of 20 rows wins.
+    // The norm's gain and all rows of the padding are large, so that one of these 20
+    // rows always has the highest logit.
     const char* path = "padded/step_00000004/model.safetensors";
     randomize_weights(path);
     FILE* file = fopen(path, "r+b");
     uint64_t header;
     assert_int_equal(fread(&header, 8, 1, file), 1);
-    fseek(file, 8 + (long)header + 300L * 32 * 4, SEEK_SET); // the embedding comes first
+    fseek(file, 8 + (long)header + 300L * 32 * 4, SEEK_SET); // the embedding is the first tensor
     for (int i = 0; i < 20 * 32; i++) {
         const float value = (i / 32 % 2 ? 1e4f : -1e4f) * (float)(1 + i % 32);
         fwrite(&value, 4, 1, file);
@@ -1137,7 +1151,7 @@ static void test_padded_vocabulary(void** state) {
         assert_false(shows_a_padded_token(result->out));
     }
     must_end_well(run("%s --write-logits logits --tokens 1,319 --init-from padded", trainer));
-    // Without a tokenizer nobody knows which rows are padding.
+    // Without a tokenizer, the program does not know which rows are padding.
     shell("rm padded/step_00000004/tokenizer.json padded/tokenizer.json");
     result = run("%s --generate --init-from padded --sample-length 15", trainer);
     must_end_well(result);
@@ -1147,10 +1161,11 @@ static void test_padded_vocabulary(void** state) {
     must_end_well(run("%s %s --init-from padded --tokenizer one.json -x 1", trainer, padded));
 }
 
-// Files that may not be as large as a checkpoint's are seen before training; so is memory that a shell does not allow.
+// Before training, the program detects a limit on file size that is too small for a checkpoint.
+// It also detects a shell's limit on memory.
 static void test_limits_are_seen_before_training(void** state) {
     (void)state;
-    for (rlim_t bytes = 500; bytes < 200000; bytes *= 5) { // the message itself goes to a file
+    for (rlim_t bytes = 500; bytes < 200000; bytes *= 5) { // the error message itself goes to a file
         Treatment treatment = {0};
         treatment.file_bytes = bytes;
         const Result* result = run_treated(&treatment, command("full", "> /dev/null"));
@@ -1160,14 +1175,14 @@ static void test_limits_are_seen_before_training(void** state) {
     }
     must_end_well(train("full", ""));
     must_be_same_run("whole", "full", STEPS);
-#ifndef __SANITIZE_ADDRESS__ // which maps terabytes
+#ifndef __SANITIZE_ADDRESS__ // the address sanitizer maps terabytes
     char line[4096];
     print_to(line, sizeof(line), "sh -c \"ulimit -v 1500000; OMP_NUM_THREADS=1 exec %s\"",
              command("virtual", "--layers 24 --channels 512 --heads 8 -t 512 -b 16 -d 8192"));
     const Treatment nothing = {0};
     must_fail_with(run_treated(&nothing, line), 1, "ulimit -v");
     assert_false(exists("virtual"));
-    // The stacks of 16 threads, 1 GB in all, count once.
+    // The program must count the stacks of 16 threads, 1 GB in all, only once.
     print_to(line, sizeof(line), "sh -c \"ulimit -s 65536; ulimit -v 1700000; OMP_NUM_THREADS=16 exec %s\"",
              command("virtual", "--dry-run"));
     must_end_well(run_treated(&nothing, line));
@@ -1181,11 +1196,11 @@ static void test_limits_are_seen_before_training(void** state) {
 #endif
 }
 
-// A file that may not grow beyond what metrics.jsonl needs: whatever was being written when it ended is gone.
+// The limit on file size is too small for metrics.jsonl. When the run fails, no half-written file may remain.
 static void test_a_full_disk_leaves_no_partial_checkpoint(void** state) {
     (void)state;
     Treatment treatment = {0};
-    treatment.file_bytes = 12000; // more than any file of this small model, less than 200 lines of metrics
+    treatment.file_bytes = 12000; // more than any file of this model, less than 200 lines of metrics
     BadInput wanted = {"full disk", 1, {"full/", "cannot write", "File too large"}};
     shell("rm -rf full");
     const Result* result =
@@ -1248,13 +1263,13 @@ static void test_plot(void** state) {
     read_text(head, sizeof(head), "sub/curves.png");
     assert_memory_equal(head, "\x89PNG", 4);
     must_end_well(run("grep -q 'validation loss' sub/curves.svg"));
-    // Without timings the seconds are unknown, and the first panel is all there is.
+    // Without timings the plot has no seconds, and only its first panel.
     shell("cp -r whole untimed; rm untimed/timings.jsonl");
     must_end_well(run("%s/scripts/plot.sh untimed -o untimed_curves", top));
 }
 
 // ----------------------------------------------------------------------------
-// All of them
+// All tests
 
 static int set_up(void** state) {
     (void)state;

@@ -13,7 +13,7 @@ scripted model; and trains a small model that learns the task, from end to end.
 
 #include <signal.h>
 
-// last, as it has a macro `fail` of its own
+// This include is last, because cmocka.h defines a macro `fail`.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -22,10 +22,10 @@ scripted model; and trains a small model that learns the task, from end to end.
 
 static char programs[PATH_MAX]; // the build directory
 static char top[PATH_MAX];
-static int vocabulary; // of small.json
+static int vocabulary; // the number of tokens in small.json
 static char directory[] = "/tmp/test_retrieval_XXXXXX";
 
-// A line of sh; what it prints goes to out.txt and err.txt.
+// Runs a line of sh. Its output goes to out.txt and err.txt.
 __attribute__((format(printf, 1, 2))) static int run(const char* format, ...) {
     char line[4096], whole[8192];
     va_list arguments;
@@ -59,7 +59,7 @@ typedef struct {
     Tokenizer* tokenizer;
     DataLoader* loader;
     int T;
-    int* tokens; // (T + 1), the window read last
+    int* tokens; // (T + 1), the last window that was read
 } Shards;
 
 static Shards shards_open(const char* tokenizer, const char* prefix, const char* split, int T) {
@@ -84,7 +84,7 @@ static void shards_read(Shards* shards, int sequence) {
     shards->tokens[shards->T] = targets[shards->T - 1];
 }
 
-// The text of tokens first..end-1 of the window; the caller frees.
+// Returns the text of tokens first..end-1 of the window; the caller frees it.
 static ByteBuffer shards_text(const Shards* shards, int first, int end) {
     ByteBuffer text = {NULL, 0, 0};
     tokenizer_decode(shards->tokenizer, shards->tokens + first, (size_t)(end - first), &text);
@@ -99,7 +99,7 @@ static void assert_text(const Shards* shards, int first, int end, const char* wa
     byte_buffer_free(&text);
 }
 
-// One sample against its line of the index, with the default template.
+// Checks one sample against its line of the index, with the default template.
 static void check_sample(Shards* shards, const cJSON* line, int pairs) {
     const int T = (int)json_get(line, "length")->valuedouble,
               sequence = (int)json_get(line, "sequence")->valuedouble;
@@ -176,7 +176,7 @@ static void samples_are_what_the_index_says(void** state) {
              "--key-length 9 --value-length 3 --output-prefix made/nine",
              programs);
     check_task("small.json", "made/nine", longer, 1, 9, 25);
-    // a tokenizer of 32-bit shards, whose values are several tokens
+    // A tokenizer with 32-bit shards, in which a value takes several tokens.
     must_run("%s/retrieval -t %s/test/fixtures/tokenizer/cl100k.json --lengths 200 --samples 10 --pairs 2 "
              "--value-length "
              "11 --output-prefix made/wide",
@@ -199,7 +199,7 @@ static void training_windows_are_samples_too(void** state) {
         assert_int_equal(shards.tokens[0], end_of_text);
         assert_int_equal(shards.tokens[128], end_of_text);
         ByteBuffer text = shards_text(&shards, 1, 128);
-        // what is asked last was stated once, with the same value
+        // The last question must ask for a statement that occurs once, with the same value.
         const char* question = text.data + text.count - 13;
         while (memcmp(question, " The code of ", 13) != 0) question--;
         char statement[128];
@@ -212,7 +212,7 @@ static void training_windows_are_samples_too(void** state) {
     shards_close(&shards);
 }
 
-// A filler that speaks of q: no sample may ask for it.
+// This filler mentions the key q, so no sample may ask for q.
 static void a_key_that_the_filler_has_is_not_used(void** state) {
     (void)state;
     must_run("yes ' The code of q is 7.' | head -n 2000 > speaking.txt");
@@ -225,7 +225,8 @@ static void a_key_that_the_filler_has_is_not_used(void** state) {
     free(text);
 }
 
-// Marks the pairs "K=V", K a to j, V 0 to 9, that the windows hold, in a table of 100.
+// Finds the pairs "K=V" in the windows, with K from a to j and V from 0 to 9, and
+// marks them in a table of 100.
 static void mark_pairs(int* marks, const char* prefix, const char* split) {
     Shards shards = shards_open("small.json", prefix, split, 64);
     for (int s = 0; s < (int)loader_sequences(shards.loader); s++) {
@@ -258,7 +259,7 @@ static void training_and_evaluation_share_no_pair(void** state) {
         evaluated += evaluation[i];
     }
     print_message("%d pairs in training, %d in evaluation\n", trained, evaluated);
-    assert_int_equal(trained + evaluated, 100); // every pair has its place, and all were drawn
+    assert_int_equal(trained + evaluated, 100); // every pair was drawn, and belongs to one split
     assert_true(evaluated >= 5 && evaluated <= 20);
 }
 
@@ -300,7 +301,7 @@ static void bad_command_lines_and_files(void** state) {
         if (code != cases[i].code || !strstr(text, cases[i].words))
             fail_msg("%s: exit code %d: %s", cases[i].arguments, code, text);
         free(text);
-        assert_int_equal(run("ls x*"), 2); // nothing is left
+        assert_int_equal(run("ls x*"), 2); // no file remains
     }
 }
 
@@ -317,7 +318,7 @@ static void a_stop_keeps_the_earlier_run(void** state) {
                  programs, signals[i], 128 + signals[i]);
         must_run("cat kept/* | cmp - kept.before");
     }
-    // A directory stands where the second length has its shard.
+    // A directory has the name of the second length's shard.
     must_run("rm kept/run_160_val_000000.bin; mkdir kept/run_160_val_000000.bin; cat kept/run_128_* "
              "kept/*index* > kept.before");
     assert_int_equal(
@@ -330,13 +331,13 @@ static void a_stop_keeps_the_earlier_run(void** state) {
 // ----------------------------------------------------------------------------
 // Evaluation
 
-// A model that knows the text, but for the answers that it is told to get wrong.
+// A model that knows the text, except for the answers that the script makes wrong.
 typedef struct {
     const int* tokens;
     int forwards, most_rows;
-    int wrong_from; // samples of which the second answer token is wrong, by the order of their evaluation; -1: none
+    int wrong_from; // from this sample on, in evaluation order, the second answer token is wrong; -1: none
     int wrong_to;
-    int first_row; // samples evaluated before this batch
+    int first_row; // number of samples evaluated before this batch
     int rows;
 } Script;
 
@@ -352,7 +353,7 @@ static void script_forward(void* context, const int* tokens, int rows, int T) {
 
 static int script_likeliest(void* context, int row, int T, int position) {
     const Script* script = (const Script*)context;
-    assert_true(position < T - 1); // the token that is to be found has been fed
+    assert_true(position < T - 1); // the window contains the token to find
     const int sample = script->first_row + row, token = script->tokens[(size_t)row * T + position + 1];
     if (sample >= script->wrong_from && sample < script->wrong_to && position == T - 2) return token + 1;
     return token;
@@ -360,7 +361,7 @@ static int script_likeliest(void* context, int row, int T, int position) {
 
 static void a_scripted_model(void** state) {
     (void)state;
-    // Values of several tokens: no vocabulary here has merges of X and 9.
+    // Values take several tokens, because no vocabulary here merges X and 9.
     must_run("%s/retrieval -t small.json --lengths 96,160 --pairs 1 --depths 0,1 --evaluation-samples 10 "
              "--samples 0 "
              "--value-alphabet X9 --value-length 12 --output-prefix task/scripted",
@@ -370,7 +371,7 @@ static void a_scripted_model(void** state) {
         assert_int_equal(task->count, 40);
         assert_int_equal(task->longest, 160);
         Script script = {NULL, 0, 0, 10,
-                         24,   0, 0}; // the second half of length 96, and 2 of each depth of length 160
+                         24,   0, 0}; // half of length 96, and 2 samples of each depth of length 160
         const RetrievalModel model = {&script, script_forward, script_likeliest};
         retrieval_evaluate(task, &model, vocabulary, 0, batch);
         assert_int_equal(script.most_rows, batch);
@@ -383,7 +384,7 @@ static void a_scripted_model(void** state) {
             assert_true(cell->depth == c % 2);
             assert_int_equal(cell->samples, 10);
             assert_int_equal(cell->right, right[c]);
-            assert_true(cell->tokens >= 20); // of one wrong answer, all tokens but the last are right
+            assert_true(cell->tokens >= 20); // in a wrong answer, all tokens but the last are right
             assert_int_equal(cell->tokens - cell->tokens_right, cell->samples - cell->right);
         }
         char text[1024] = "";
@@ -460,7 +461,7 @@ static double evaluate(const char* options) {
     return accuracy;
 }
 
-// The answer is one of 26 letters. A model that has learned nothing but the form finds 1 in 26.
+// The answer is one of 26 letters. A model that has learnt only the format finds 1 in 26.
 static void a_small_model_learns(void** state) {
     (void)state;
     must_run(
@@ -479,7 +480,7 @@ static void a_small_model_learns(void** state) {
     must_run("cp out.txt table.txt; cp result/retrieval.json first.json");
     assert_true(evaluate("-b 16") == accuracy);
     must_run("cmp out.txt table.txt && cmp first.json result/retrieval.json");
-    assert_true(fabs(evaluate("-b 7") - accuracy) < 0.02); // another batch rounds otherwise
+    assert_true(fabs(evaluate("-b 7") - accuracy) < 0.02); // another batch size rounds differently
 }
 
 static void evaluation_needs_a_model(void** state) {

@@ -2,7 +2,7 @@
 Tests the host-side headers of runtime/: learning-rate schedules, sampling, metrics, peak rates of GPUs, and
 the statistics of MoBA's selections.
 */
-// for posix_openpt, of the tests of the terminal
+// _GNU_SOURCE declares posix_openpt(), for the tests of the terminal.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -20,14 +20,14 @@ the statistics of MoBA's selections.
 #include <sys/file.h>
 #include <sys/resource.h>
 
-// flock() as a file system may answer it: with this error; 0: as the system does.
+// Simulates flock(): it fails with this error, or works normally if the error is 0.
 static int lock_error = 0;
 static int flock_or_fail(int file, int operation) {
     errno = lock_error;
     return lock_error ? -1 : flock(file, operation);
 }
-// The pauses of run_lock() take no time here, and are counted. After three seconds a test may let them end the
-// lock's holder; then they take their time.
+// run_lock() does not really pause here; the test counts its pauses. After three seconds, a test may end the
+// holder of the lock, and then pauses are real.
 static double paused_seconds = 0;
 static pid_t ends_after_a_pause = 0;
 static int pause_at_once(const struct timespec* wanted, struct timespec* left) {
@@ -43,7 +43,7 @@ static int pause_at_once(const struct timespec* wanted, struct timespec* left) {
 #undef nanosleep
 #undef flock
 
-// last, as it has a macro `fail` of its own
+// This include is last, because cmocka.h defines a macro `fail`.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -53,7 +53,8 @@ static int pause_at_once(const struct timespec* wanted, struct timespec* left) {
 // ----------------------------------------------------------------------------
 // Failures
 
-// A pipe that keeps what was written at once together: lines of many processes must not run into each other.
+// Each write() to this pipe stays one packet. A failure must be one write, so that
+// lines of many processes do not mix.
 static void a_failure_is_one_write(void** state) {
     (void)state;
     int ends[2];
@@ -75,7 +76,7 @@ static void a_failure_is_one_write(void** state) {
     close(ends[1]);
 }
 
-// What does not fit is cut, and still a line.
+// A message that is too long is truncated, but remains one line.
 static void fail_at_length(void* text) { fail_usage("%s", (const char*)text); }
 static void a_long_failure_is_a_line(void** state) {
     (void)state;
@@ -97,7 +98,7 @@ static void a_long_failure_is_a_line(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// Signals. Each test sends them to a child, which says by a byte how far it is.
+// Signals. Each test sends signals to a child, which reports its progress with single bytes.
 
 static int child_says; // the child's end of the pipe
 
@@ -112,7 +113,7 @@ static void must_say(int child, char what) {
     assert_int_equal(said, what);
 }
 
-// Starts the child; its words come out of *says.
+// Starts the child. *says receives the read end of its pipe.
 static pid_t start_child(void (*what)(void), int* says) {
     int ends[2];
     assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
@@ -139,7 +140,7 @@ static int status_of(pid_t child, int says) {
     return status;
 }
 
-// Until the waiting thread has taken what was sent.
+// Waits until the waiting thread has taken every pending signal.
 static void wait_until_none_is_pending(void) {
     sigset_t pending;
     do {
@@ -202,7 +203,7 @@ static void a_signal_is_a_wish_to_stop_while_training(void** state) {
         int status = status_of(child, says);
         assert_true(WIFEXITED(status));
         assert_int_equal(WEXITSTATUS(status), number);
-        // Before and after the loop it ends the process.
+        // Before and after the training loop, the signal ends the process.
         path_format(half_written, "/tmp/half_written_%d", (int)getpid());
         void (*const idle[])(void) = {is_loading, has_trained};
         for (int k = 0; k < 2; k++) {
@@ -216,7 +217,7 @@ static void a_signal_is_a_wish_to_stop_while_training(void** state) {
     }
 }
 
-// timeout(1) sends its signal twice, one right after the other.
+// timeout(1) sends its signal twice in quick succession.
 static void the_same_moment_again(void) {
     signals_same_seconds = 1000;
     train_until_a_signal();
@@ -243,7 +244,7 @@ static void a_second_signal_ends_the_process(void** state) {
     must_say(says, 'r');
     kill(child, SIGTERM);
     must_say(says, 's');
-    kill(child, SIGXCPU); // comes again every second
+    kill(child, SIGXCPU); // the system repeats it every second
     kill(child, SIGINT);
     status = status_of(child, says);
     assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGINT);
@@ -272,7 +273,7 @@ static void time_is_over(void) { _exit(77); }
 static void waits_for_a_clock(void) {
     signals_on_alarm(time_is_over);
     train_until_a_signal();
-    if (signals_stop() != SIGALRM) _exit(1); // kill's, which is no clock's
+    if (signals_stop() != SIGALRM) _exit(1); // kill() sent it, not the clock
     alarm(1);
     for (;;) pause();
 }
@@ -295,7 +296,7 @@ static void writes_to_nobody(void) {
     if (pipe(ends) != 0 || dup2(ends[1], STDOUT_FILENO) < 0) _exit(99);
     signals_start();
     signals_take();
-    if (signals_stop()) _exit(1); // somebody could read
+    if (signals_stop()) _exit(1); // stdout still has a reader
     close(ends[0]);
     (void)!write(STDOUT_FILENO, "x", 1);
     _exit(signals_stop());
@@ -328,16 +329,16 @@ static void schedules_by_hand(void** state) {
         double end = kind == SCHEDULE_CONSTANT ? 1.0 : 0.1;
         assert_close(learning_rate(&s, 110), end, 1e-15);
         assert_close(learning_rate(&s, 5000), end, 1e-15);
-        for (int step = 10; step < 110; step++) // never up, never below the end
+        for (int step = 10; step < 110; step++) // it never rises, and never falls below the end
             assert_true(learning_rate(&s, step + 1) <= learning_rate(&s, step) &&
                         learning_rate(&s, step) >= end);
-        s.max_lr = 3e-4; // in proportion
+        s.max_lr = 3e-4; // the rate is proportional to max_lr
         double scaled = learning_rate(&s, 95);
         s.max_lr = 1.0;
         assert_close(scaled, 3e-4 * learning_rate(&s, 95), 1e-18);
     }
     s.kind = SCHEDULE_COSINE;
-    assert_close(learning_rate(&s, 60), 0.55, 1e-15);                           // half way
+    assert_close(learning_rate(&s, 60), 0.55, 1e-15);                           // half of the way
     assert_close(learning_rate(&s, 35), 0.1 + 0.9 * 0.8535533905932737, 1e-15); // (1 + cos(pi/4)) / 2
     assert_close(learning_rate(&s, 109), 0.1 + 0.9 * 0.00024671981713422, 1e-12);
     s.kind = SCHEDULE_LINEAR;
@@ -345,7 +346,7 @@ static void schedules_by_hand(void** state) {
     assert_close(learning_rate(&s, 35), 0.775, 1e-15);
     s.kind = SCHEDULE_CONSTANT;
     assert_close(learning_rate(&s, 109), 1.0, 0.0);
-    s.kind = SCHEDULE_WSD; // decays over 22 steps, from 88 on
+    s.kind = SCHEDULE_WSD; // decays over 22 steps, from step 88 on
     assert_int_equal(schedule_decay_start(&s), 88);
     assert_close(learning_rate(&s, 88), 1.0, 0.0);
     assert_close(learning_rate(&s, 89), 0.1 + 0.9 * (1 - sqrt(1 / 22.0)), 1e-15);
@@ -361,13 +362,13 @@ static void schedules_at_the_edges(void** state) {
                 for (int step = 0; step <= steps + 2; step++) {
                     double lr = learning_rate(&s, step);
                     assert_true(lr >= 0.0 && lr <= 1.0);
-                    assert_true(step >= steps || lr > 0.0); // every step that is taken learns
+                    assert_true(step >= steps || lr > 0.0); // every step has a positive rate
                     if (step < warmup) assert_close(lr, (step + 1.0) / warmup, 1e-15);
                 }
             }
         }
     }
-    Schedule s = {SCHEDULE_WSD, 1.0, 9, 10, 0.0, 0.2}; // the warm-up reaches into the decay
+    Schedule s = {SCHEDULE_WSD, 1.0, 9, 10, 0.0, 0.2}; // the warm-up overlaps the decay
     assert_int_equal(schedule_decay_start(&s), 9);
     Schedule odd = {SCHEDULE_WSD, 1.0, 0, 7, 0.0, 0.2}; // 5.6 steps before the decay, rounded down
     assert_int_equal(schedule_decay_start(&odd), 5);
@@ -380,7 +381,7 @@ static void schedules_at_the_edges(void** state) {
 
 enum { SMALL = 12 };
 
-// The probabilities that are left after temperature, top-k and top-p, by sorting and in the plainest way.
+// Calculates the probabilities after temperature, top-k and top-p in the simplest way, by sorting.
 static void brute_probabilities(double* p, const float* logits, int n, float temperature, int top_k,
                                 float top_p) {
     int order[SMALL], count = 0;
@@ -391,7 +392,7 @@ static void brute_probabilities(double* p, const float* logits, int n, float tem
         order[count++] = i;
         if (logits[i] > top) top = logits[i];
     }
-    for (int i = 1; i < count; i++) // insertion sort, stable
+    for (int i = 1; i < count; i++) // stable insertion sort
         for (int j = i; j > 0 && logits[order[j]] > logits[order[j - 1]]; j--) {
             int swap = order[j];
             order[j] = order[j - 1];
@@ -410,13 +411,13 @@ static void brute_probabilities(double* p, const float* logits, int n, float tem
 static float random_logit(uint64_t seed, uint64_t i) {
     float x = (float)(3.0 * random_normal(seed, 1, i));
     if (seed % 3 == 0) x = roundf(x);                                  // ties
-    if (seed % 5 == 0 && random_uniform(seed, 2, i) < 0.2) x = NAN;    // holes
-    if (seed % 7 == 0 && random_uniform(seed, 3, i) < 0.2) x = -1e30f; // a weight of zero
+    if (seed % 5 == 0 && random_uniform(seed, 2, i) < 0.2) x = NAN;    // missing values
+    if (seed % 7 == 0 && random_uniform(seed, 3, i) < 0.2) x = -1e30f; // a probability of zero
     return x;
 }
 
-// Over a fine grid of `uniform`, each token must come as often as its probability says: what is drawn is a
-// partition of [0, 1) into one interval a token.
+// Over a fine grid of `uniform`, the frequency of each token must match its probability: the sampler divides
+// [0, 1) into one interval for each token.
 static void sampling_against_brute_force(void** state) {
     (void)state;
     const float temperatures[] = {0.3f, 1.0f, 2.5f}, top_ps[] = {1.0f, 0.9f, 0.5f, 0.1f, 1e-6f, 0.0f};
@@ -426,7 +427,7 @@ static void sampling_against_brute_force(void** state) {
     for (uint64_t seed = 1; seed <= 40; seed++) {
         float logits[SMALL];
         for (uint64_t i = 0; i < SMALL; i++) logits[i] = random_logit(seed, i);
-        logits[seed % SMALL] = 1.0f; // one number at least
+        logits[seed % SMALL] = 1.0f; // at least one number
         for (int t = 0; t < 3; t++)
             for (int k = 0; k < 7; k++)
                 for (int q = 0; q < 6; q++) {
@@ -473,9 +474,9 @@ static void sampling_edges(void** state) {
     const double below_one = 1.0 - 0x1p-53;
     float logits[8] = {0, 2, 5, 5, NAN, 5, -INFINITY, 1};
     for (double u = 0.0; u < 1.0; u += 0.1) {
-        assert_int_equal(sample_token(logits, 8, 0.0f, 0, 1.0f, u, workspace), 2);  // the lowest of the ties
-        assert_int_equal(sample_token(logits, 8, 1.0f, 1, 1.0f, u, workspace), 2);  // k = 1
-        assert_int_equal(sample_token(logits, 8, 1.0f, 0, 1e-9f, u, workspace), 2); // p tiny
+        assert_int_equal(sample_token(logits, 8, 0.0f, 0, 1.0f, u, workspace), 2);  // lowest index of a tie
+        assert_int_equal(sample_token(logits, 8, 1.0f, 1, 1.0f, u, workspace), 2);  // top_k is 1
+        assert_int_equal(sample_token(logits, 8, 1.0f, 0, 1e-9f, u, workspace), 2); // top_p is tiny
         assert_int_equal(sample_token(logits, 8, 1e-30f, 2, 1.0f, u, workspace), u < 0.5 ? 2 : 3);
     }
     const int ks[] = {0, 3, 100};
@@ -485,7 +486,7 @@ static void sampling_edges(void** state) {
         assert_true(token >= 0 && token != 4 && token != 6);
     }
     float last[3] = {-INFINITY, 0,
-                     1}; // a draw that rounding puts at the very end is still a token with weight
+                     1}; // rounding puts the draw at the very end; the token must still have weight
     assert_true(sample_token(last, 3, 1.0f, 0, 1.0f, 1.0, workspace) > 0);
     float infinite[4] = {1, INFINITY, 2, INFINITY};
     assert_int_equal(sample_token(infinite, 4, 1.0f, 0, 0.5f, 0.9, workspace), 1);
@@ -549,11 +550,12 @@ static MetricsOptions run_options(int resume_step, int log_every) {
     return o;
 }
 
-// Losses that print alike as floats and as doubles.
+// These losses print the same as floats and as doubles.
 static double loss_of(int step) { return round(256.0 / sqrt(step + 1.0)) / 64.0; }
 
-// Training from `first` steps done to `last`, validating every 5 steps (before a step, as a training loop does,
-// and after the last one). validate_again: a resumed loop that validates once more where it goes on.
+// Trains from step `first` to step `last` and validates every 5 steps: before a step, as a
+// training loop does, and after the last one. validate_again: like a resumed loop, it
+// repeats the validation at its first step.
 static void run_steps(Metrics* m, int first, int last, int validate_again) {
     for (int step = first; step <= last; step++) {
         if ((step % 5 == 0 && (step > first || step == 0 || validate_again)) || step == 20)
@@ -563,14 +565,14 @@ static void run_steps(Metrics* m, int first, int last, int validate_again) {
     }
 }
 
-// How many lines a text has.
+// Returns the number of lines of a text.
 static int line_count(const char* text) {
     int lines = 0;
     for (; *text; text++) lines += *text == '\n';
     return lines;
 }
 
-// A line for every step in the files, however seldom the display has one.
+// The files must have a line for every step, even if the display shows few of them.
 static void metrics_lines(void** state) {
     (void)state;
     MetricsOptions o = run_options(0, 10);
@@ -641,8 +643,8 @@ static void metrics_numbers_read_back(void** state) {
     assert_string_equal(text, "0");
 }
 
-// A run that is killed some steps after its checkpoint, with a line half written, and resumed: in the end the
-// same bytes as a run that was never interrupted.
+// A kill comes some steps after the checkpoint, with a half-written line. The resumed run must
+// write the same bytes as an uninterrupted run.
 static void metrics_resume_is_seamless(void** state) {
     (void)state;
     Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
@@ -658,7 +660,7 @@ static void metrics_resume_is_seamless(void** state) {
                 o = run_options(0, log_everys[l]);
                 metrics_start(m, &o);
                 run_steps(m, 0, killed, 0);
-                m->clock_start -= 100.0; // as if it had taken so long
+                m->clock_start -= 100.0; // simulates the elapsed time
                 metrics_event(m, "checkpoint", checkpoint, 0.0);
                 m->clock_start -= 1000.0;
                 metrics_event(m, "checkpoint", killed + 1, 0.0);
@@ -688,7 +690,8 @@ static void metrics_resume_is_seamless(void** state) {
     free(m);
 }
 
-// Tokens are those that were seen, also where a resume has changed the steps' size; what it has changed is in timings.
+// The token counts are the tokens seen so far, even if a resume changed the size of
+// a step. timings.jsonl reports the change.
 static void metrics_count_tokens_seen(void** state) {
     (void)state;
     Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
@@ -718,7 +721,8 @@ static void metrics_count_tokens_seen(void** state) {
     free(m);
 }
 
-// Lines of measurements that a signal broke off after step 3 are not kept; those of the step itself and of earlier steps are.
+// If a signal interrupts the measurements after step 3, a resume removes their lines. It keeps the lines
+// of the step itself and of earlier steps.
 static void metrics_of_a_step_to_measure_again(void** state) {
     (void)state;
     Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
@@ -756,7 +760,7 @@ static void metrics_of_a_step_to_measure_again(void** state) {
 static void metrics_resume_oddities(void** state) {
     (void)state;
     Metrics* m = (Metrics*)malloc_or_fail(sizeof(Metrics), "a test");
-    // Nothing there to resume: the files begin here.
+    // There is no run to resume, so the files begin here.
     MetricsOptions o = run_options(4, 1);
     metrics_start(m, &o);
     run_steps(m, 4, 6, 0);
@@ -765,7 +769,8 @@ static void metrics_resume_oddities(void** state) {
     assert_ptr_equal(strstr(text, "{\"event\":\"start\","), text);
     assert_non_null(strstr(text, "\n{\"step\":5,"));
     free(text);
-    // Another description: said once, however often it is resumed with it, and gone with an earlier resume.
+    // Another description: the files get it once, however often a run resumes with
+    // it. An earlier resume removes it.
     for (int i = 0; i < 3; i++) {
         o = run_options(6, 1);
         metrics_describe_text(&o, "more", "}\"step\":3,");
@@ -783,7 +788,7 @@ static void metrics_resume_oddities(void** state) {
     text = contents("metrics.jsonl");
     assert_null(strstr(text, "resume"));
     free(text);
-    // Rubbish, zeros at the end as after a power cut, lines of nothing.
+    // Invalid lines, trailing zeros as after a power cut, and lines without content.
     append("metrics.jsonl", "\n\nrubbish\n{\n}\n{\"step\":}\n{\"event\":\"x\"}\n{\"step\":3,\"x\":1}\n{"
                             "\"step\":99,}\n{\"step\":2,\"cut\n");
     o = run_options(5, 1);
@@ -795,7 +800,7 @@ static void metrics_resume_oddities(void** state) {
     assert_null(strstr(text, "cut"));
     assert_non_null(strstr(text, "{\"step\":3,\"x\":1}\n"));
     free(text);
-    // Zeros in the middle, as after a power cut: between two lines, before one, and in one.
+    // Zeros in the middle, as after a power cut: between two lines, before a line, and inside one.
     char path[PATH_MAX];
     path_format(path, "%s/metrics.jsonl", folder);
     FILE* zeros = open_or_fail(path, "ab");
@@ -810,7 +815,7 @@ static void metrics_resume_oddities(void** state) {
     assert_non_null(strstr(text, "{\"step\":3,\"x\":2}\n{\"step\":3,\"x\":3}\n{\"step\":3,\"x\":4}\n"));
     assert_null(strstr(text, "rn"));
     free(text);
-    // A run without description, and one without files.
+    // A run without a description, and a run without files.
     memset(&o, 0, sizeof(o));
     o.quiet = 1;
     metrics_start(m, &o);
@@ -871,7 +876,7 @@ static void metrics_description_is_bounded(void** state) {
 // ----------------------------------------------------------------------------
 // GPUs
 
-// A name that only begins or ends like a known one is another GPU, with another peak.
+// A name with only the beginning or the end of a known one is another GPU, with another peak.
 static void gpu_peaks_are_known_or_not_given(void** state) {
     (void)state;
     assert_true(gpu_peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12);
@@ -895,7 +900,7 @@ static void gpu_peaks_are_known_or_not_given(void** state) {
 // ----------------------------------------------------------------------------
 // The terminal
 
-// What metrics show in a file: a plain line every log_every steps.
+// In a file, metrics show a plain line every log_every steps.
 static void metrics_in_a_file(void** state) {
     (void)state;
     char* text = NULL;
@@ -926,7 +931,7 @@ static void metrics_in_a_file(void** state) {
     free(m);
 }
 
-// What they show on a terminal of 60 columns, and what such a terminal would hold in the end.
+// Checks the output for a terminal of 60 columns, and the text that such a terminal would show in the end.
 static void metrics_on_a_terminal(void** state) {
     (void)state;
     int screen = posix_openpt(O_RDWR | O_NOCTTY);
@@ -956,7 +961,7 @@ static void metrics_on_a_terminal(void** state) {
     fflush(o.terminal);
     char got[16384], row[128] = "", rows[64][128];
     ssize_t length = 0;
-    while (length < 2 || memcmp(got + length - 2, "$ ", 2) != 0) { // a terminal gives what it has so far
+    while (length < 2 || memcmp(got + length - 2, "$ ", 2) != 0) { // read() may return a part of it
         ssize_t more = read(screen, got + length, sizeof(got) - (size_t)length);
         assert_true(more > 0);
         length += more;
@@ -972,11 +977,11 @@ static void metrics_on_a_terminal(void** state) {
             memset(row + column, 0, sizeof(row) - (size_t)column);
             i += 2;
         } else {
-            assert_true(column < 59); // the last column stays free
+            assert_true(column < 59); // the last column stays empty
             row[column++] = got[i];
         }
     }
-    assert_int_equal(count, 1 + 5 + 1 + 1); // hello, validations, goodbye, the last live line
+    assert_int_equal(count, 1 + 5 + 1 + 1); // hello, validations, goodbye, the last progress line
     assert_string_equal(rows[0], "hello");
     assert_string_equal(rows[2], "step 5/20  validation loss 0.4102  (0.2 s)");
     assert_string_equal(rows[6], "goodbye");
@@ -1005,10 +1010,10 @@ static void metrics_short_forms(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// What MoBA chose
+// Statistics of MoBA's selections
 
-// One head of dimension 1 whose keys are so far apart that a softmax is all on one block: by hand. Blocks of 2, K = 2; the
-// rows sampled are 4..7, each twice.
+// One head of dimension 1, calculated by hand. Its keys are so far apart that the softmax puts everything on
+// one block. Blocks have 2 keys, K = 2, and the sampled rows are 4..7, each twice.
 static void selection_by_hand(void** state) {
     (void)state;
     enum { T = 8, S = 2, K = 2 };
@@ -1027,14 +1032,14 @@ static void selection_by_hand(void** state) {
     assert_close(stats.captured, SELECTION_ROWS, 1e-12);
     assert_close(stats.best, SELECTION_ROWS, 1e-12);
     assert_close(stats.recall, SELECTION_ROWS, 0);
-    assert_close(stats.chance, 4 / 2.0 + 4 / 3.0, 1e-12); // one block of two, then of three
-    assert_close(stats.ages[0], 2, 0);                    // rows 2, 3: the block before
-    assert_close(stats.ages[1], 4, 0);                    // two and three before
+    assert_close(stats.chance, 4 / 2.0 + 4 / 3.0, 1e-12); // chances among two blocks, then among three
+    assert_close(stats.ages[0], 2, 0);                    // rows 2 and 3: the previous block
+    assert_close(stats.ages[1], 4, 0);                    // two and three blocks earlier
     assert_close(stats.heaviest, 6.0 / T, 0);
     assert_close(stats.load / stats.lists, 2.0 / T, 1e-15);
     selection_start(&stats);
     selection_add(&stats, qkv, wrong, map, T, 1, 1, 1, S, K);
-    assert_close(stats.captured, 2, 1e-12); // row 7 alone
+    assert_close(stats.captured, 2, 1e-12); // only row 7
     assert_close(stats.best, SELECTION_ROWS, 1e-12);
     assert_close(stats.recall, 2, 0);
     assert_close(stats.ages[0], 5, 0);
@@ -1042,7 +1047,8 @@ static void selection_by_hand(void** state) {
     assert_close(stats.heaviest, 3.0 / T, 0);
 }
 
-// Grouped heads at random, the row's attention and the best blocks found again in another way; nothing where K S reaches T.
+// Random grouped heads. The test calculates each row's attention and its best blocks in another way.
+// If K S reaches T, there are no statistics.
 static void selection_of_heads(void** state) {
     (void)state;
     enum { T = 75, H = 4, G = 2, D = 3, S = 8, K = 3, W = (H + 2 * G) * D };
@@ -1050,7 +1056,7 @@ static void selection_of_heads(void** state) {
     int selected[H * T * (K - 1)];
     const int map[H] = {0, 0, 0, 1};
     for (int i = 0; i < T * W; i++) qkv[i] = (floatX)random_normal(5, 1, (uint64_t)i);
-    for (int i = 0; i < H * T; i++) { // the two blocks before the last
+    for (int i = 0; i < H * T; i++) { // selects the second and third block before the own block
         const int past = i % T / S;
         selected[2 * i] = past > 1 ? past - 2 : -1;
         selected[2 * i + 1] = past > 2 ? past - 3 : -1;
@@ -1091,7 +1097,7 @@ static void selection_of_heads(void** state) {
     assert_true(stats.captured < stats.best && stats.recall > 0);
 
     selection_start(&stats);
-    selection_add(&stats, qkv, selected, map, K * S, 1, 1, D, S, K); // as narrower rows: any will do
+    selection_add(&stats, qkv, selected, map, K * S, 1, 1, D, S, K); // any data will do
     assert_int_equal((int)stats.rows, 0);
 }
 
@@ -1101,7 +1107,7 @@ static void selection_of_heads(void** state) {
 static void lock_folder(void* unused) {
     (void)unused;
     run_lock(folder);
-    run_lock(folder); // again is fine
+    run_lock(folder); // the same process may lock again
 }
 
 static void hold_the_lock(void) {
@@ -1116,7 +1122,7 @@ static void a_directory_has_one_lock(void** state) {
     int says;
     path_format(path, "%s/lock", folder);
     assert_int_equal(capture(lock_folder, NULL).exit_code, 0);
-    assert_false(path_exists(path)); // gone at exit
+    assert_false(path_exists(path)); // the exit removes it
     const pid_t holder = start_child(hold_the_lock, &says);
     must_say(says, 'l');
     struct Captured refused = capture(lock_folder, NULL);
@@ -1125,7 +1131,7 @@ static void a_directory_has_one_lock(void** state) {
     assert_non_null(strstr(refused.text, who));
     assert_non_null(strstr(refused.text, " since 2"));
     assert_ptr_equal(strchr(refused.text, '\n') + 1, refused.text + strlen(refused.text));
-    // The user knows better, and deletes the file.
+    // The user may delete the lock file.
     unlink(path);
     assert_int_equal(capture(lock_folder, NULL).exit_code, 0);
     kill(holder, SIGKILL);
@@ -1147,7 +1153,7 @@ static void a_dead_holder_has_no_lock(void** state) {
     assert_string_equal(next.text, "");
 }
 
-// Here stdout is read as well. The exit code tells the time, in tenths of a second, that run_lock() waited.
+// Also reads stdout. The exit code is the time that run_lock() waited, in tenths of a second.
 static void wait_for_the_lock(void* unused) {
     (void)unused;
     dup2(STDERR_FILENO, STDOUT_FILENO);
@@ -1155,7 +1161,7 @@ static void wait_for_the_lock(void* unused) {
     exit(paused_seconds < 10 ? (int)(10 * paused_seconds + 0.5) : 255);
 }
 
-// Ranks of a killed mpirun hold the lock for some seconds more.
+// The ranks of a killed mpirun hold the lock for some seconds longer.
 static void an_ending_holder_is_waited_for(void** state) {
     (void)state;
     int says;
@@ -1170,7 +1176,8 @@ static void an_ending_holder_is_waited_for(void** state) {
     (void)status_of(holder, says);
 }
 
-// As a user who may read the lock's file and not write it; root may do everything, so it becomes another user.
+// Acts as a user who may read the lock file but not write it. Root may write
+// everything, so it becomes another user.
 static void lock_folder_as_another(void* unused) {
     if (getuid() == 0 && setuid(65534) != 0) exit(9);
     lock_folder(unused);
@@ -1190,7 +1197,7 @@ static void a_lock_of_another_user(void** state) {
     char path[PATH_MAX];
     int says;
     path_format(path, "%s/lock", folder);
-    static const mode_t modes[] = {0777, 01777}; // with the sticky bit, only root's file stays
+    static const mode_t modes[] = {0777, 01777}; // the sticky bit keeps the file of root
     for (int i = 0; i < 2; i++) {
         FILE* file = open_or_fail(path, "wb");
         write_or_fail("pid 7 on host\n", 14, file, path);
@@ -1208,7 +1215,7 @@ static void a_lock_of_another_user(void** state) {
         assert_int_equal(next.exit_code, 0);
         unlink(path);
     }
-    if (getuid() == 0) { // then the directory is another user's, who may not write there
+    if (getuid() == 0) { // the directory is root's, and no other user may write there
         assert_int_equal(chmod(folder, 0755), 0);
         const struct Captured refused = capture(lock_folder_as_another, NULL);
         assert_int_equal(refused.exit_code, 1);
@@ -1249,7 +1256,7 @@ static const char* at(const char* name) {
     return path;
 }
 
-// A file of a tree that stands for /sys/fs/cgroup, with its directories.
+// Writes a file, with its directories, in a tree that replaces /sys/fs/cgroup.
 static void put(const char* name, const char* text) {
     char path[PATH_MAX], parent[PATH_MAX];
     path_format(path, "%s", at(name));
@@ -1268,7 +1275,8 @@ static size_t left_in(const char* root, const char* groups) {
     return limits_control_groups(at("groups"), tree);
 }
 
-// Version 2: a group's own limit and those above it, less what is used; cached files do not count.
+// Version 2: the limits of a group and of its parents, less the memory in use.
+// Cached files do not count as used.
 static void limits_of_version_2(void** state) {
     (void)state;
     put("two/job/step/memory.max", "max\n");
@@ -1284,18 +1292,18 @@ static void limits_of_version_2(void** state) {
     assert_int_equal(left_in("two", "0::/job/step\n"), 5000);
     put("two/job/step/memory.max", "2500\n");
     assert_int_equal(left_in("two", "0::/job/step\n"), 1500);
-    put("two/job/step/memory.current", "2600\n"); // above its limit, as it may be for a moment
+    put("two/job/step/memory.current", "2600\n"); // briefly above its limit, which can happen
     assert_int_equal(left_in("two", "0::/job/step\n"), 0);
     assert_int_equal(left_in("two", "0::/job\n"), 5000);
     assert_true(left_in("two", "0::/\n") == SIZE_MAX);
-    // In a container the group may have the host's name, and its limit lies at the root.
+    // In a container, the group may have the host's name, and its limit is at the root.
     put("two/memory.max", "4000\n");
     put("two/memory.current", "100\n");
     assert_int_equal(left_in("two", "0::/docker/0123abc\n"), 3900);
     assert_int_equal(left_in("two", "0::/\n"), 3900);
 }
 
-// Version 1: the groups of the memory controller alone, whose unlimited groups have a huge number.
+// Version 1: only the groups of the memory controller count. An unlimited group has a huge number.
 static void limits_of_version_1(void** state) {
     (void)state;
     put("one/memory/slurm/job/memory.limit_in_bytes", "9000\n");
@@ -1316,7 +1324,7 @@ static void limits_of_version_1(void** state) {
     assert_true(limits_control_groups(at("not there"), at("one")) == SIZE_MAX);
 }
 
-// The least limit is named, and what one process of two may have is half of what is free.
+// The smallest limit is named, and each of two processes may use half of the free memory.
 static void the_least_limit_is_named(void** state) {
     (void)state;
     put("small/memory.max", "3000000\n");
@@ -1353,9 +1361,9 @@ static void start_threads_with_a_limit(void* nothing) {
     (void)nothing;
     const struct rlimit few = {1, 1};
     if (setrlimit(RLIMIT_NPROC, &few) != 0) exit(3);
-    if (getuid() == 0 && setuid(65534) != 0) exit(3); // root has no limit
+    if (getuid() == 0 && setuid(65534) != 0) exit(3); // no limit applies to root
     fprintf(stderr, "%d threads\n", limits_try_threads(8, NULL));
-    _exit(0); // exit() would let the address sanitizer start a thread to look for leaks
+    _exit(0); // exit() would let the address sanitizer start a thread for its leak check
 }
 
 static int seen_by_threads = 0;
@@ -1378,7 +1386,7 @@ static void files_have_room(void** state) {
                 limits_disk_free(at("not/there/yet")) > 0);
     assert_true(limits_disk_free("not/there/yet") < SIZE_MAX);
     assert_true(limits_disk_free("/not/there/yet") < SIZE_MAX);
-    assert_true(limits_disk_free("/proc/run") == SIZE_MAX); // no blocks: not a place for files
+    assert_true(limits_disk_free("/proc/run") == SIZE_MAX); // without blocks it cannot store files
 }
 
 int main(void) {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Tests the scripts as a user calls them, on tiny texts: make's choice of the device, gpu-check without a GPU,
-# quickstart with good and bad texts, the download from a local server, the recipe from download to story. The
-# output has cmocka's format, so that scripts/run_tests.sh counts the tests. It takes a minute or two; make
-# test-long runs it.
+# quickstart with good and bad texts, comparisons and plots, the download from a local server, and the recipe
+# from download to story. The output has cmocka's format, so that scripts/run_tests.sh counts the tests. It takes
+# a minute or two; make test-long runs it.
 # shellcheck disable=SC2317 # check() calls the functions
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -25,7 +25,7 @@ check() { # name, command...
     fi
 }
 
-# Until the command succeeds: an event, however slow the machine is. Fails after ten minutes, or when the process has ended.
+# Waits until the command succeeds, however slow the machine is. Fails after ten minutes, or when the process has ended.
 wait_for() { # process, command...
     local deadline=$((SECONDS + 600))
     until "${@:2}"; do
@@ -34,7 +34,7 @@ wait_for() { # process, command...
     done
 }
 
-# No program has this as its working directory.
+# Succeeds if no process has this working directory.
 no_process_in() { # directory
     local process
     for process in /proc/[0-9]*; do
@@ -42,7 +42,7 @@ no_process_in() { # directory
     done
 }
 
-# The command must fail with this exit code and one line that holds the text.
+# The command must fail with this exit code, and print one line that contains the text.
 refuses() { # exit code, text, command...
     local wanted=$1 text=$2 status=0
     shift 2
@@ -53,14 +53,15 @@ refuses() { # exit code, text, command...
 }
 
 # ----------------------------------------------------------------------------
-# The device that make chooses, with tools of our own on the path: a machine that has a GPU, and one that has none.
+# The device that make chooses. The test puts its own nvidia-smi on the path, for a machine
+# with a GPU and for one without.
 
 mkdir "$scratch/gpu" "$scratch/none"
 printf '#!/bin/sh\necho "GPU 0: of a test"\n' >"$scratch/gpu/nvidia-smi"
 printf '#!/bin/sh\nexit 9\n' >"$scratch/none/nvidia-smi"
 chmod +x "$scratch"/*/nvidia-smi
 
-# What `make -n` of these flags builds and why, or how it refuses.
+# Checks the text that `make -n` prints with these flags: the program and the reason, or the refusal.
 chosen() { # gpu or none, text, flags...
     local path=$scratch/$1 text=$2
     shift 2
@@ -95,7 +96,7 @@ gpu_check() {
 check gpu_check_says_what_is_missing_and_can_be_rehearsed gpu_check
 
 # ----------------------------------------------------------------------------
-# Quickstart, in a copy of the tree: the results of the user's own stay as they are.
+# Quickstart runs in a copy of the tree, so that the user's own results do not change.
 
 mkdir "$scratch/tree"
 git ls-files -z | xargs -0 cp -p --parents -t "$scratch/tree"
@@ -135,7 +136,8 @@ second_time() {
 }
 check quickstart_keeps_earlier_results second_time
 
-# One variant is stopped by its limit, which a stand-in for its trainer makes short: a star, a line and a note in the plot.
+# A replacement for the trainer gives one variant a short limit. The table must have a star
+# and a line for it, and the plot a note.
 stopped_variant() {
     local real=$scratch/tree/build/train_gpt_cpu_fp32 out=$scratch/tree/quickstart/03 status=0
     mv "$real" "$real.real"
@@ -169,7 +171,7 @@ check quickstart_ends_by_a_signal stopped_quickstart
 # ----------------------------------------------------------------------------
 # Comparison, with the tokenizer and the shards that quickstart made
 
-# compare STEPS DIR OPTION...: two variants, two seeds, the smallest model.
+# compare STEPS DIR OPTION... compares variants of the smallest model.
 compare() {
     local data=$scratch/tree/quickstart/01
     exec env --default-signal=INT,HUP "$scratch/tree/scripts/compare.sh" --train-data "$data/text_train_*.bin" --val-data "$data/text_val_*.bin" \
@@ -194,19 +196,21 @@ compare_table() {
     (compare 20 compared --seeds 2) || return 1
     [ "$(wc -l <"$out/table.md")" -eq 6 ] && [ "$(grep -c '"name"' "$out/table.json")" -eq 4 ] &&
         [ -s "$out/loss.png" ] && [ -s "$out/loss.svg" ] && ! grep -qiE 'nan|inf\b' "$out/table.md" "$out/table.json" || return 1
-    # Again: nothing is trained, and the table is the same. With another seed: that alone is.
+    # The second call trains nothing and gives the same table. With another seed, the script
+    # trains only the cells of that seed.
     cp -a "$out" "$scratch/compared before"
     (compare 20 compared --seeds 2) >"$scratch/again" && [ "$(grep -c 'finished before' "$scratch/again")" -eq 8 ] &&
         diff -r -x '*.png' -x '*.svg' -x build.log -x lock "$out" "$scratch/compared before" || return 1
     (compare 20 compared --seeds 3 --variants dense moba) >"$scratch/again" &&
         [ "$(grep -c 'finished before' "$scratch/again")" -eq 4 ] && [ "$(wc -l <"$out/table.md")" -eq 4 ] || return 1
-    # What was begun with other options is not gone on with.
+    # The script refuses to resume a cell that began with other options.
     refuses 1 "was begun with other options" compare_in_a_shell 30 compared --seeds 2
 }
 compare_in_a_shell() { (compare "$@"); }
 check compare_makes_a_table_and_runs_nothing_twice compare_table
 
-# A variant that its own limit stops, one of other tokens, and one of other sequences stand in the table with a mark, and in the plot.
+# Three variants are not comparable: one that its own limit stops, one with other tokens, and one with other
+# sequences. The table marks all three, and the plot marks the first two.
 compare_marks() {
     local out=$scratch/marked
     compare_in_a_shell 20 marked --seeds 1 --variant 'whole|ATTN=dense|' --variant 'again|ATTN=dense|' \
@@ -223,13 +227,14 @@ compare_marks() {
 }
 check compare_marks_what_is_not_of_equal_tokens compare_marks
 
-# How many steps the second variant's run has logged.
+# The steps that the second variant's run has logged.
 steps_logged() { grep -c step_ms "$scratch/killed/kdgqa/seed_1337/timings.jsonl" 2>/dev/null || true; }
 has_logged() { [ "$(steps_logged)" -ge "$1" ]; }
 no_process() { ! pgrep -f "$1" >/dev/null; }
 
-# Interrupted in the middle of the second variant by each signal, while a second comparison is refused, then killed there with all
-# its processes: the first variant is not run again, the second one goes on from its checkpoint.
+# Each signal interrupts the comparison in the middle of the second variant. Once, the test starts a second
+# comparison, which must be refused. The last signal is SIGKILL, also for the training program. Afterwards the script
+# must not repeat the first variant, and must resume the second one from its checkpoint.
 compare_killed() { # steps
     local out=$scratch/killed steps=$1 script signal from status
     rm -rf "$out" "$scratch/whole run"
@@ -260,7 +265,7 @@ compare_killed() { # steps
     grep -q 'dense, seed 1337: finished before' "$scratch/again" && grep -q '^resuming' "$out/kdgqa/seed_1337.log" &&
         cmp "$out/kdgqa/seed_1337/metrics.jsonl" "$scratch/whole run/kdgqa/seed_1337/metrics.jsonl"
 }
-# A run that ends before the signal comes tells nothing: again with more steps.
+# If a run ends before the signal arrives, the attempt shows nothing. The test repeats it with more steps.
 compare_killed_in_time() {
     local steps status
     for steps in 1000 4000 16000 64000; do
@@ -273,9 +278,9 @@ compare_killed_in_time() {
 check compare_goes_on_after_an_interruption compare_killed_in_time
 
 # ----------------------------------------------------------------------------
-# Locales, names, places that cannot be written, with the tokenizer and the shards that quickstart made
+# Locales, names and unwritable places, with the tokenizer and the shards that quickstart made
 
-# A locale with a decimal comma, where one can be made.
+# Makes locales with a decimal comma, if localedef can.
 locale=$scratch/locales
 mkdir "$locale"
 localedef -i de_DE -f UTF-8 "$locale/de_DE.UTF-8" >"$scratch/localedef" 2>&1
@@ -312,10 +317,11 @@ else
     [ -d "$scratch/in C" ] || tiny_run "$scratch/in C"
 fi
 
-# Directories by every name, from another folder, with CDPATH, without HOME and TERM, and nothing on standard input to hang on.
+# The script must accept every directory name, from another directory, with CDPATH, and without HOME and TERM.
+# Standard input gives no data, so a command that reads it would hang.
 mkfifo "$scratch/silent"
 exec {silent}<>"$scratch/silent"
-names() ( # in a shell of its own, which changes its directory
+names() ( # a subshell, because it changes the directory
     local name
     mkdir "$scratch/names" && cd "$scratch/names" || return 1
     for name in lr=1e-3 -x 'two words' "q'\"%\\\`touch hacked\`\$(touch hacked)" '[a-z]*' $'line\nfeed' $'not\xffutf8'; do
@@ -341,7 +347,8 @@ spaced_tree() {
 }
 check a_tree_with_a_space spaced_tree
 
-# A line that a crash has cut or filled with zeros, and steps that stand there twice, change no curve; infinity is no loss.
+# A crash truncates a line, or fills it with zeros, or makes a step occur twice: this must
+# not change a curve. Infinity is not a loss.
 crashed() {
     local whole=$scratch/in\ C crashed=$scratch/crashed
     mkdir "$scratch/short" "$crashed"
@@ -360,7 +367,7 @@ crashed() {
 }
 check lines_cut_by_a_crash_are_not_drawn crashed
 
-# One line and exit code 1, and no part of a file.
+# The scripts must print one line, exit with code 1, and leave no part of a file.
 unwritable() {
     local plot=("$top/scripts/plot.sh" "$scratch/in C")
     refuses 1 "standard output: is closed" bash -c '"$@" >&-' - "${plot[@]}" -o "$scratch/no/curve" &&
@@ -371,18 +378,18 @@ unwritable() {
         [ ! -e "$scratch/no" ] || return 1
     mkdir -p "$scratch/taken/curve.png"
     refuses 1 "cannot be written" "${plot[@]}" -o "$scratch/taken/curve" && [ "$(ls "$scratch/taken")" = curve.png ] || return 1
-    # A file that may not grow stands for a full disk.
+    # A limit on the size of files simulates a full disk.
     mkdir "$scratch/limited"
     refuses 1 "there is no space for it" bash -c 'trap "" XFSZ; ulimit -f 8; exec "$@"' - "${plot[@]}" -o "$scratch/limited/curve" && [ -z "$(ls "$scratch/limited")" ]
 }
 check output_that_cannot_be_written unwritable
 
 # ----------------------------------------------------------------------------
-# README's commands from a text to a model, in their order, in a fresh copy of the tree; only sizes are smaller.
+# README's commands from a text to a model, in their order, in a fresh copy of the tree. Only the sizes are smaller.
 
-readme() ( # in a shell of its own, too
+readme() ( # a subshell, because it changes the directory
     mkdir "$scratch/fresh" && git ls-files -z | xargs -0 cp -p --parents -t "$scratch/fresh" && cd "$scratch/fresh" || return 1
-    # `make` stands for the programs that are built here already.
+    # A copy of the build directory, so that README's `make` need not compile again.
     cp -a "$scratch/tree/build" build && mkdir my_text && cp "$scratch/small text.txt" my_text/one.txt || return 1
     # shellcheck disable=SC2016 # the fence of Markdown
     sed -n '/^## From a text to a model/,/^## /p' README.md | sed -n '/^```sh$/,/^```$/p' | sed '/^```/d' >block.sh
@@ -416,7 +423,7 @@ export TINYSTORIES_URL
 
 download() {
     "$top/scripts/download_tinystories.sh" "$scratch/data" || return 1
-    # Cut off, and with a server that cannot go on in the middle of a file.
+    # The download was interrupted, and the server cannot continue in the middle of a file.
     rm "$scratch/data/TinyStoriesV2-GPT4-train.txt"
     head -c 1000 "$scratch/site/TinyStoriesV2-GPT4-valid.txt" >"$scratch/data/TinyStoriesV2-GPT4-train.txt.partial"
     "$top/scripts/download_tinystories.sh" "$scratch/data" || return 1

@@ -16,32 +16,33 @@ bits, and must stay within 2 %.
 #include "runtime/safetensors.h" // defines safetensors_open, safetensors_read
 #include "test/programs.h"       // defines run, must_end_well, must_equal, write_shard
 
-// Both kinds of layers, query heads that share, a micro-batch that is half of a step.
+// The model has both kinds of layers and query heads that share KV heads. The micro-batch is half of a step.
 #define MODEL                                                                                                \
     "--layers 2 --channels 64 --heads 2 --kv-heads 1 --ffn 128 --vocab 97 -t 64 --pattern GS --window 24"
 #define FLASHMOBA "--attention flashmoba"
 #define RUN "-i train.bin -j val.bin -b 2 -d 256 -l 1e-2 -u 3 -v 12 -m 1 --log-every 1 -n 4 --keep 0"
-// The followers go on from FIRST, where the CPU's run has been with its optimizer; BACK is where the CPU goes on from theirs.
+// The device runs resume from the CPU run's checkpoint of step FIRST, which includes its optimizer. The CPU
+// resumes from their checkpoints of step BACK.
 enum { FIRST = 4, BACK = 20, STEPS = 24 };
 
 typedef struct {
     const char* precision;
-    double bound; // relative, of losses and logits
+    double bound; // relative bound for losses and logits
     char trainer[PATH_MAX];
 } Build;
 
-static char build[PATH_MAX];        // where programs are
-static const char* device = "simt"; // of the followers
-static char cpu[PATH_MAX];          // the yardstick's program
+static char build[PATH_MAX];        // the directory of the programs
+static const char* device = "simt"; // the device of the runs that follow the CPU's
+static char cpu[PATH_MAX];          // the CPU trainer, which is the reference
 static Build builds[2] = {{"fp32", 1e-4, ""}, {"bf16", 2e-2, ""}};
 
 typedef struct {
     const char *attention, *gqa;
     int kconv;
-    const char* pattern; // NULL: that of all tests
+    const char* pattern; // NULL: the pattern of all tests
 } Variant;
 
-// The trainer for a device. 0: it is there.
+// Finds the trainer for a device. Returns 0 if it exists.
 static int find_program(char path[PATH_MAX], const char* on_device, const char* precision) {
     char name[2 * PATH_MAX];
     print_to(name, sizeof(name), "%s/train_gpt_%s_%s", build, on_device, precision);
@@ -54,13 +55,13 @@ static void train(const char* trainer, const char* output, const char* more) {
     must_end_well(run("%s " MODEL " " RUN " -x %d -o %s %s", trainer, STEPS, output, more));
 }
 
-// A run that has come to `step` of another one, whose checkpoint it has.
+// Makes the run `output` from a copy of the checkpoint and the metrics of another run at `step`.
 static void fork_run(const char* output, const char* of, int step) {
     shell("mkdir %s; cp -r %s/step_%08d %s; cp %s/metrics.jsonl %s/timings.jsonl %s", output, of, step,
           output, of, of, output);
 }
 
-// The last `count` values of a metric must be near those of another run.
+// The last `count` values of a metric must be close to the values of another run.
 static void must_follow(const char* output, const char* yardstick, const char* key, int count, double bound) {
     double got[64], want[64];
     const int steps = read_metric(got, 64, output, key);
@@ -76,7 +77,7 @@ static void must_follow(const char* output, const char* yardstick, const char* k
     print_message("%s: %s within %.2g of %s\n", output, key, worst, yardstick);
 }
 
-// The mean of the last `count` values must be near that of another run.
+// The mean of the last `count` values must be close to the mean of another run's values.
 static void must_follow_on_average(const char* output, const char* yardstick, const char* key, int count,
                                    double bound) {
     double got[64], want[64], off = 0, sum = 0;
@@ -99,7 +100,7 @@ static void test_it_follows_the_cpu(void** state) {
         must_follow(builds[i].precision, "cpu", "loss", STEPS - FIRST, builds[i].bound);
         must_follow(builds[i].precision, "cpu", "val_loss", 2, builds[i].bound);
     }
-    // It did learn in these steps: following is no matter of standing still.
+    // The model must have learnt in these steps, because constant losses would agree trivially.
     double losses[64];
     assert_int_equal(read_metric(losses, 64, "bf16", "loss"), STEPS);
     assert_true(losses[STEPS - 1] < losses[FIRST] - 0.5);
@@ -123,7 +124,7 @@ static void test_a_resume_is_bitwise(void** state) {
     must_be_same_run("bf16", "resumed", STEPS);
 }
 
-// Neither do graphs change a bit, nor does what backward computes again.
+// Neither graphs nor recomputation in backward may change a bit.
 static void test_graphs_and_recompute_are_bitwise(void** state) {
     (void)state;
     static const char* const options[] = {"--cuda-graph", "--recompute mlp",
@@ -138,7 +139,7 @@ static void test_graphs_and_recompute_are_bitwise(void** state) {
     }
 }
 
-// A step at a learning rate of 0 changes no weight: what is saved is what was read, to the last bit of the masters.
+// A step with a learning rate of 0 changes no weight: the saved masters must equal the loaded ones bitwise.
 static void test_weights_move_unchanged(void** state) {
     (void)state;
     static const char* const sources[] = {"cpu", "bf16", "fp32"};
@@ -191,7 +192,8 @@ static void test_logits_are_those_of_the_cpu(void** state) {
     free(want);
 }
 
-// A token at a time, with the keys and values of those before: greedily, so that the device makes no difference.
+// Generation adds one token at a time and reads the keys and values of earlier tokens from the cache. It is
+// greedy, so that the device makes no difference.
 static void test_generation_is_that_of_the_cpu(void** state) {
     (void)state;
     const char* line = "%s --generate --init-from cpu --temperature 0 --sample-length 12";
@@ -205,7 +207,7 @@ static void test_generation_is_that_of_the_cpu(void** state) {
     assert_string_equal(result->out, want);
 }
 
-// What cannot fit is refused before it is taken, with the option that helps.
+// Before it allocates, the program refuses a batch that cannot fit, and names the option that helps.
 static void test_too_large_a_batch_is_refused(void** state) {
     (void)state;
     const Result* result =
@@ -216,7 +218,7 @@ static void test_too_large_a_batch_is_refused(void** state) {
     assert_non_null(strstr(result->err, "; --batch "));
 }
 
-// So is a head that the kernels have no tiles for.
+// It also refuses a head dimension for which the kernels have no tiles.
 static void test_other_head_dimensions_are_refused(void** state) {
     (void)state;
     must_fail_with(
@@ -227,7 +229,7 @@ static void test_other_head_dimensions_are_refused(void** state) {
 // ----------------------------------------------------------------------------
 // The other variants
 
-// In fp32 and bf16. With TEST_LONG every other combination follows, in fp32.
+// These variants run in fp32 and bf16. TEST_LONG adds all other combinations in fp32.
 static const Variant some_variants[] = {
     {"flashmoba", "kdgqa", 3, NULL},
     {"flashmoba", "pgqa", 5, NULL},
@@ -247,9 +249,10 @@ static int is_one_of_some(const Variant* v) {
     return 0;
 }
 
-// Maps that change, blocks that are chosen, taps that have left zero: all of it from the CPU's checkpoint of step FIRST. With a
-// learning rate of 1e-2 these models do not follow themselves: one of 1e-2 (1 + 1e-6) changes some choice between blocks of nearly
-// equal scores after ten steps, and the CPU's loss by up to 5e-3 after twenty.
+// Here maps change, routers choose blocks, and taps are no longer zero, all from the CPU's checkpoint
+// of step FIRST. With a learning rate of 1e-2, even the CPU does not reproduce its own curve. A
+// learning rate of 1e-2 (1 + 1e-6) changes a choice between blocks of nearly equal scores after ten
+// steps, and the loss by up to 5e-3 after twenty.
 static void must_follow_the_cpu(const Variant* v, int precisions) {
     char model[512], more[1024], yardstick[64], output[80], again[96];
     const char* pattern = v->pattern ? v->pattern : "";
@@ -267,8 +270,8 @@ static void must_follow_the_cpu(const Variant* v, int precisions) {
         fork_run(output, yardstick, FIRST);
         print_to(model + strlen(model), sizeof(model) - strlen(model), " --resume");
         train(builds[i].trainer, output, model);
-        // Rounded to 8 bits, scores and norms that are nearly alike choose other blocks and other maps: no longer the same run,
-        // step by step, but the same curve.
+        // In bf16, rounding to 8 bits changes choices between nearly equal scores and norms. So the two runs
+        // agree in the mean of the curve, but not step by step.
         if (i == 0) must_follow(output, yardstick, "loss", STEPS - FIRST, builds[i].bound);
         else must_follow_on_average(output, yardstick, "loss", STEPS - FIRST, builds[i].bound);
 
@@ -298,7 +301,7 @@ static void test_all_other_variants_follow_the_cpu(void** state) {
     }
 }
 
-// The query heads of every KV head in a checkpoint: the numbers of "heads" in its heads.json, layer after layer.
+// Reads the query heads of every KV head from heads.json of a checkpoint, layer after layer.
 static int read_heads(int heads[16], const char* output, int step) {
     char path[256];
     static char text[1 << 14];
@@ -315,8 +318,8 @@ static int read_heads(int heads[16], const char* output, int step) {
     return count;
 }
 
-// Whatever maps are made from: the same on both, while they change; and a run that goes on from a checkpoint, by graphs of whole steps,
-// has the same bits.
+// For every source of the maps, the device must make the same maps as the CPU while they change. A run that
+// resumes from a checkpoint with graphs of whole steps must write the same bits.
 static void test_heads_of_every_source(void** state) {
     (void)state;
     static const char* const sources[] = {"lagged", "forward", "weights", "random", "shuffled"};
@@ -348,7 +351,7 @@ static void test_heads_of_every_source(void** state) {
     }
 }
 
-// What kernels have not been made for is an error of usage.
+// A shape for which the kernels are not compiled is a usage error.
 static void test_other_blocks_are_refused(void** state) {
     (void)state;
     const char* path = builds[1].trainer;
@@ -358,7 +361,7 @@ static void test_other_blocks_are_refused(void** state) {
                    "--moba-topk 65: on device");
 }
 
-// MB planned for workspaces of 4096 tokens with such a --moba-workspace.
+// The MB that the plan has for workspaces of 4096 tokens with this --moba-workspace.
 static double planned_workspace(const char* trainer, int bound) {
     const Result* result = run(
         "%s " FLASHMOBA
@@ -371,7 +374,7 @@ static double planned_workspace(const char* trainer, int bound) {
     return atof(line + strlen("workspace "));
 }
 
-// Lists and partial rows of all heads, of one head, or of some of its queries.
+// The bounds allow lists and partial rows of all heads, of one head, or of a part of one head's queries.
 static void test_the_workspace_of_moba_is_bounded(void** state) {
     (void)state;
     const char* path = builds[1].trainer;

@@ -6,7 +6,7 @@ values calculated by hand.
 #define SNR_NO_MAIN
 #include "dev/snr.c" // NOLINT(bugprone-suspicious-include): the program without its main
 
-// last, as it has a macro `fail` of its own
+// This include is last, because cmocka.h defines a macro `fail`.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -30,11 +30,12 @@ static void predictions_by_hand(void** state) {
     Settings settings = settings_default();
     assert_close("SNR", predicted_snr(&settings, 512, 1), 0.2, 1e-12); // 0.8 sqrt(64/1024)
     assert_close("SNR", predicted_snr(&settings, 128, 4), 1.0, 1e-12); // 2 sqrt(64/256)
-    // A signal that is none is found by chance.
+    // The router finds a signal of size zero only by chance.
     settings.dmu = 0;
     const Blocking blocking = {64, 16};
     assert_close("chance", predicted_recall(&settings, blocking, 1), 16 / 128.0, 0.003);
-    // All of two blocks' one rival: the pairwise failure, but for the needle's own missing noise.
+    // Two blocks have only one rival, so the recall follows from the pairwise failure,
+    // except that the needle itself has no noise.
     settings.T = 1024;
     settings.dmu = 0.8;
     const Blocking pair = {512, 1};
@@ -73,7 +74,7 @@ static void threads_do_not_matter_and_seeds_do(void** state) {
         omp_set_num_threads(i == 0 ? 1 : 3);
         settings.seed = i == 2 ? 7 : 1337;
         if (i == 3)
-            settings.blocking_count = 2; // what else is in the table has no influence on a cell's keys
+            settings.blocking_count = 2; // the rest of the table must not influence the keys of a cell
         measure_table(cells[i], &settings);
     }
     omp_set_num_threads(threads);
@@ -87,8 +88,8 @@ static void threads_do_not_matter_and_seeds_do(void** state) {
     assert_true(cells[0][0].pairs_lost == cells[3][0].pairs_lost);
 }
 
-// One trial as the model states it: keys of D coordinates, their centroids, and the query's products with those. Returns how
-// many blocks score higher than the signal block, which is block 0.
+// Runs one trial of the model: keys of D coordinates, their centroids, and the query's products with the
+// centroids. Returns how many blocks score higher than the signal block, which is block 0.
 static int whole_keys_trial(int T, int D, int S, int m, double dmu, double gap, uint64_t trial) {
     double query[64], key[64], centroid[64], signal = 0;
     int above = 0;
@@ -104,7 +105,7 @@ static int whole_keys_trial(int T, int D, int S, int m, double dmu, double gap, 
             for (int d = 0; d < D; d++) key[d] = random_normal(1, stream, at++);
             for (int d = 0; d < D; d++) along += key[d] * query[d];
             const int related = j == 0 && i < m;
-            if (related) // what is perpendicular to the query stays random; the component along it is given
+            if (related) // replaces the component along the query, and keeps the random rest
                 for (int d = 0; d < D; d++) key[d] -= along * query[d];
             for (int d = 0; d < D; d++) norm += key[d] * key[d];
             const double similarity = i == 0 ? dmu : gap;
@@ -154,12 +155,13 @@ static void a_row_by_hand(void** state) {
     const double product[] = {1, 1, 2, 6, 5, 7, 3, 0, 4, 4};
     const Row row = {attention, product, 2.0, 3.0, 9};
     const Blocking blocking = {
-        2, 3}; // blocks 0..3 past and complete? t = 9: floor(9/2) = 4 of them; block 4 is current
+        2, 3}; // blocks 0..3 are past and complete, as t = 9 gives floor(9/2) = 4; block 4 is current
     double scratch[32];
     Head head;
     memset(&head, 0, sizeof(head));
     measure_row(&head, &row, blocking, 8, scratch);
-    // Scores 1, 4, 6, 1.5: blocks 2 and 1 are chosen. Attention .03, .4, .05, .25: blocks 1 and 3 hold most.
+    // The scores are 1, 4, 6, 1.5: blocks 2 and 1 are chosen. Attention is .03, .4,
+    // .05, .25: blocks 1 and 3 hold most.
     assert_close("current", head.mass_current, .27, 1e-12);
     assert_close("captured", head.mass, .27 + .45, 1e-12);
     assert_close("best", head.mass_best, .27 + .65, 1e-12);
@@ -167,7 +169,7 @@ static void a_row_by_hand(void** state) {
     assert_close("recall", head.recall, .5, 1e-12);
     assert_close("recall by chance", head.recall_chance, .5, 1e-12);
     assert_close("top", head.top, 1, 0);
-    // Block 1 against 0, 2, 3, over the query's norm: 1.5, -1, 1.25.
+    // The lead of block 1 over blocks 0, 2 and 3, divided by the query's norm, is 1.5, -1 and 1.25.
     assert_close("pairs", head.pairs, 3, 0);
     assert_close("lost", head.lost, 1, 0);
     assert_close("difference", head.difference, 1.75, 1e-12);
@@ -185,8 +187,8 @@ static void ties_go_to_the_later_block(void** state) {
     assert_memory_equal(marks, "\1\1\1\1\1", 5);
 }
 
-// Queries that have nothing to do with the keys, of two KV heads: the router does not know better than chance where the
-// attention lies that is not in the scores, and it does where one block's keys are the query's own.
+// Random queries and keys of two KV heads. Queries of head 0 have no relation to the keys, so the router does
+// no better than chance. All queries of head 1 match the keys of one block, and the router finds it.
 static void heads_of_known_kinds(void** state) {
     (void)state;
     enum { T = 256, H = 2, G = 2, D = 16, WIDTH = (H + 2 * G) * D };
@@ -198,7 +200,7 @@ static void heads_of_known_kinds(void** state) {
     floatX* qkv = (floatX*)malloc_or_fail((size_t)T * WIDTH * sizeof(floatX), "queries and keys");
     for (int i = 0; i < T * WIDTH; i++) qkv[i] = (floatX)random_normal(3, 1, (uint64_t)i);
     for (int t = 16; t < 32;
-         t++) // block 1 of KV head 1: keys along one direction, that all queries of head 1 share
+         t++) // block 1 of KV head 1: keys in the direction that all queries of head 1 share
         for (int d = 0; d < D; d++) qkv[(size_t)t * WIDTH + (H + 1) * D + d] = d == 0 ? 8 : 0;
     for (int t = 0; t < T; t++) qkv[(size_t)t * WIDTH + D] = 6;
     Head heads[2];

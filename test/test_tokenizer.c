@@ -6,7 +6,7 @@ the top of the tree. test/compare_tokenizer.py --record recorded the fixtures in
 #define _GNU_SOURCE // memmem
 #endif
 #include "runtime/checks.h"      // read_file_or_fail, path_format
-#include "tokenizer/tokenizer.h" // what is tested
+#include "tokenizer/tokenizer.h" // the library under test
 
 #include <signal.h>
 #include <sys/socket.h>
@@ -15,12 +15,12 @@ the top of the tree. test/compare_tokenizer.py --record recorded the fixtures in
 #include <time.h>
 
 #include <setjmp.h>
-#include <cmocka.h> // behind all others: it makes fail a macro
+#include <cmocka.h> // after all other headers: it makes fail a macro
 
 #define FIXTURES "test/fixtures/tokenizer/"
 static const char END_OF_TEXT[] = "<|endoftext|>";
 static const char cl100k[] = FIXTURES "cl100k.json";
-static char directory[PATH_MAX]; // of this run, removed at the end
+static char directory[PATH_MAX]; // the directory of this run, removed at the end
 
 // ----------------------------------------------------------------------------
 // Help
@@ -34,7 +34,7 @@ static uint32_t random_below(uint32_t limit) { // xorshift64*
     return (uint32_t)((random_state * 0x2545f4914f6cdd1du) >> 32) % limit;
 }
 
-// A path in the directory of this run, valid for the next three calls.
+// Returns a path in this run's directory. It stays valid for the next three calls.
 static const char* scratch_file(const char* name) {
     static char paths[4][PATH_MAX];
     static int next;
@@ -52,7 +52,7 @@ static void write_file(const char* path, const void* data, size_t bytes) {
 static void write_text(const char* path, const char* text) { write_file(path, text, strlen(text)); }
 
 typedef struct {
-    int exit_code; // -1: killed by a signal
+    int exit_code; // -1: a signal ended it
     char errors[4096];
 } Outcome;
 
@@ -61,7 +61,7 @@ static void pause_shortly(void) {
     nanosleep(&pause, NULL);
 }
 
-// A child that has not ended after a long time is killed, and the test fails.
+// Kills a child that runs for too long, and fails the test.
 static Outcome finish_child(pid_t child, const char* errors_path) {
     Outcome outcome;
     int status;
@@ -88,7 +88,7 @@ static pid_t fork_with_errors(const char* errors_path) {
     if (errors < 0 || dup2(errors, STDERR_FILENO) < 0 || dup2(nothing, STDOUT_FILENO) < 0 ||
         dup2(nothing, STDIN_FILENO) < 0)
         _exit(99);
-    for (int number = STDERR_FILENO + 1; number < 256; number++) close(number); // some tests count them
+    for (int number = STDERR_FILENO + 1; number < 256; number++) close(number); // some tests count open files
     return 0;
 }
 
@@ -97,7 +97,7 @@ static const char* tokenizer_program(void) {
     return program ? program : "build/tokenizer";
 }
 
-// Runs the command with its arguments in one string, cut at spaces; %s is the directory of this run.
+// Runs the command with arguments that are separated by spaces. %s is the directory of this run.
 static Outcome run_command(const char* format, ...) {
     char line[4 * PATH_MAX], *arguments[32] = {NULL};
     int count = 0;
@@ -118,7 +118,7 @@ static Outcome run_command(const char* format, ...) {
     return finish_child(child, errors);
 }
 
-// A line of sh, in which $T is the command, $D the directory of this run and $J a tokenizer.json.
+// Runs a line of sh. $T is the command, $D the directory of this run, and $J a tokenizer.json.
 static Outcome run_shell(const char* line) {
     char errors[PATH_MAX];
     path_format(errors, "%s", scratch_file("errors"));
@@ -133,7 +133,7 @@ static Outcome run_shell(const char* line) {
     return finish_child(child, errors);
 }
 
-// Loads a file in a child, since a malformed one ends the process. A tokenizer that loads must also work.
+// Loads a file in a child, because a malformed file ends the process. A tokenizer that loads must also work.
 static Outcome load_in_child(const char* path) {
     char errors[PATH_MAX];
     path_format(errors, "%s", scratch_file("errors"));
@@ -203,7 +203,7 @@ static void assert_same_encoding(Tokenizer* a, Tokenizer* b, const char* text, s
     token_buffer_free(&y);
 }
 
-// Random bytes, of which many are ASCII, many pieces of UTF-8 whole and broken.
+// Makes random bytes: many are ASCII, and many are complete or broken pieces of UTF-8.
 static size_t random_text(char* text, size_t most) {
     static const char* const pieces[] = {"'s",
                                          "é",
@@ -259,7 +259,7 @@ static void words_are_the_text(void** state) {
             while (word_splitter_next(&splitter, &word, &length)) {
                 assert_ptr_equal(word, expected);
                 assert_true(length > 0);
-                // no word mixes UTF-8 and stray bytes
+                // A word is either UTF-8 or stray bytes
                 size_t valid = utf8_valid_prefix(word, length);
                 assert_true(valid == length || valid == 0);
                 expected = word + length;
@@ -319,7 +319,7 @@ static size_t write_utf8(char* text, uint32_t c) {
     return length;
 }
 
-// Whether the pattern keeps the code point in one word with a member of the class before it.
+// Returns whether the pattern keeps the code point in one word with `before`, a member of a class.
 static int splitter_joins(WordSplitter* splitter, char before, uint32_t c) {
     char text[5] = {before};
     const char* word;
@@ -328,7 +328,8 @@ static int splitter_joins(WordSplitter* splitter, char before, uint32_t c) {
     return word_splitter_next(splitter, &word, &length) && length == bytes;
 }
 
-// All code points against the classes recorded from Hugging Face's: PCRE2's own are of another Unicode version.
+// Compares the classes of all code points with those recorded from Hugging Face. PCRE2's own
+// classes have another version of Unicode.
 static void classes_of_hugging_face(void** state) {
     (void)state;
     static const char* const names[] = {"letter", "number", "space"};
@@ -405,7 +406,8 @@ static void special_tokens_are_text_unless_allowed(void** state) {
 // ----------------------------------------------------------------------------
 // Encoding against the definition
 
-// The definition, in O(n^2): of all neighbours that can merge the lowest rank merges, the leftmost among equals.
+// The definition, in O(n^2). Among all neighbours that can merge, the merge of lowest rank
+// comes first, and the leftmost one at a tie.
 static size_t naive_encode_word(const Tokenizer* t, const char* word, size_t length, int32_t* ids) {
     assert(length > 0);
     for (size_t i = 0; i < length; i++) ids[i] = t->byte_ids[(unsigned char)word[i]];
@@ -440,7 +442,7 @@ static void assert_naive_encoding(Tokenizer* t, const char* text, size_t bytes) 
         if (whole >= 0) token_buffer_append(&expected, &whole, 1);
         else token_buffer_append(&expected, ids, naive_encode_word(t, word, length, ids));
     }
-    for (int again = 0; again < 2; again++) { // the second time from the cache
+    for (int again = 0; again < 2; again++) { // the second round reads the cache
         tokens.count = 0;
         tokenizer_encode(t, text, bytes, 0, &tokens);
         assert_int_equal(tokens.count, expected.count);
@@ -456,7 +458,7 @@ static void encoding_follows_the_definition(void** state) {
     (void)state;
     char text[3000];
     for (int round = 0; round < 60; round++) {
-        // few letters: many overlapping merges
+        // Few different letters give many overlapping merges
         uint32_t letters = 1 + random_below(5);
         for (size_t i = 0; i < sizeof(text); i++)
             text[i] = random_below(12) ? (char)('a' + random_below(letters)) : ' ';
@@ -482,7 +484,7 @@ static double processor_seconds(void) {
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-// One word of a million bytes: the naive way would take 10^12 steps.
+// One word of a million bytes. The naive algorithm would take 10^12 steps.
 static void very_long_words_are_fast(void** state) {
     (void)state;
     static const char* const units[] = {"a", "ab", " ", "\n", "\xff", "\xcc\x81", "漢", "!", "x\xff"};
@@ -504,7 +506,8 @@ static void very_long_words_are_fast(void** state) {
 // ----------------------------------------------------------------------------
 // Training
 
-// The rule, counted anew for every merge: the most frequent pair, then the smaller left id, then the smaller right.
+// The rule, with new counts for every merge: the most frequent pair, then the
+// smaller left id, then the smaller right id.
 static void naive_training_step(const int32_t* ids, const size_t* lengths, size_t words, int32_t limit,
                                 int64_t* pair_counts, int32_t* left, int32_t* right) {
     memset(pair_counts, 0, (size_t)limit * (size_t)limit * sizeof(int64_t));
@@ -680,7 +683,7 @@ static const char* write_tiktoken(const Tokenizer* t, const char* name) {
     return path;
 }
 
-// vocab.json and merges.txt, taken out of a tokenizer.json
+// Writes vocab.json and merges.txt from a tokenizer.json.
 static void write_gpt2_files(const char* json_path) {
     char* text = read_file_or_fail(json_path, NULL);
     cJSON* root = cJSON_Parse(text);
@@ -709,7 +712,7 @@ static void three_formats_give_the_same(void** state) {
     Tokenizer* from_gpt2 = tokenizer_load(directory);
     Tokenizer* from_merges = tokenizer_load(scratch_file("merges.txt"));
     Tokenizer* from_ranks = tokenizer_load(write_tiktoken(t, "small.tiktoken"));
-    from_ranks->pattern = t->pattern; // rank files do not say it; cl100k is taken
+    from_ranks->pattern = t->pattern; // rank files contain no pattern; the loader assumes cl100k
     Tokenizer* all[] = {from_json, from_gpt2, from_merges, from_ranks};
     for (int i = 0; i < 4; i++) {
         assert_int_equal(tokenizer_vocab_size(all[i]), tokenizer_vocab_size(t));
@@ -730,7 +733,7 @@ static void rank_files_merge_by_rank(void** state) {
     char text[400], *corpus = fixture_texts(&bytes);
     Tokenizer* trained = train_on(corpus, bytes, "cl100k", 600);
     Tokenizer* t = tokenizer_load(write_tiktoken(trained, "ranks.tiktoken"));
-    assert_true(t->merge_count > trained->merge_count); // all ways to cut a token, not only the trained one
+    assert_true(t->merge_count > trained->merge_count); // every split of a token, not only the trained one
     tokenizer_save_json(t, scratch_file("ranks.json"));
     Tokenizer* again = tokenizer_load(scratch_file("ranks.json"));
     assert_int_equal(tokenizer_hash(again), tokenizer_hash(t));
@@ -747,7 +750,8 @@ static void rank_files_merge_by_rank(void** state) {
 
 static const char* changed_fixture(const char* from, const char* to);
 
-// "!~!" is a token that no merge makes: a whole word becomes it with ignore_merges only, a part of a word never.
+// "!~!" is a token that no merge makes. With ignore_merges, a whole word may become
+// this token; a part of a word never may.
 static void words_that_are_tokens_ignore_merges(void** state) {
     (void)state;
     static const char* const models[] = {"\"ignore_merges\":false,\"vocab\":{\"!~!\":900,",
@@ -780,13 +784,13 @@ static void fingerprints_differ(void** state) {
     tokenizer_free(again);
 }
 
-// A copy of the recorded tokenizer.json with the first `from` replaced by `to`.
+// Returns a copy of the recorded tokenizer.json with the first `from` replaced by `to`.
 static const char* changed_fixture(const char* from, const char* to) {
     size_t bytes;
     char* json = read_file_or_fail(FIXTURES "cl100k.json", &bytes);
     char* place = strstr(json, from);
     if (!place) fail_msg("the fixture has no %s", from);
-    assert(place); // fail_msg does not return, which the analyzer cannot know
+    assert(place); // tells the analyzer that fail_msg does not return
     ByteBuffer changed = {NULL, 0, 0};
     byte_buffer_append(&changed, json, (size_t)(place - json));
     byte_buffer_append(&changed, to, strlen(to));
@@ -888,7 +892,7 @@ static void malformed_other_files_are_refused(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// Fuzzing: a damaged file loads and works, or is refused in one line; it never crashes
+// Fuzzing: a damaged file must load and work, or give one line of error. It must never crash
 
 static void damage(ByteBuffer* file) {
     static const char* const words[] = {"null",    "-1",      "1e999", "[]",   "{}", "\"\"",
@@ -907,7 +911,7 @@ static void damage(ByteBuffer* file) {
         case 2:
             file->count = at + 1;
             break;
-        case 3: // some bytes less
+        case 3: // removes some bytes
             memmove(file->data + at, file->data + at + span, file->count - at - span);
             file->count -= span;
             if (file->count == 0) file->data[file->count++] = '{';
@@ -977,7 +981,7 @@ static const struct {
     const char* name;
 } splits[] = {{0, "train"}, {1, "val"}};
 
-// The tokens of PREFIX_SPLIT_*.bin, checked against their headers; returns the number of shards.
+// Reads the tokens of PREFIX_SPLIT_*.bin, and checks them against the headers. Returns the number of shards.
 static int read_shards(const char* name, int split, const Tokenizer* t, TokenBuffer* tokens) {
     for (int index = 0;; index++) {
         char file[PATH_MAX];
@@ -1003,7 +1007,7 @@ static int read_shards(const char* name, int split, const Tokenizer* t, TokenBuf
     }
 }
 
-// Writes documents d0 to d<count - 1> into a directory, and the tokens they should give into *expected.
+// Writes documents d0 to d<count - 1> into a directory. *expected receives the tokens that they should give.
 static void write_documents(Tokenizer* t, const char* name, int count, TokenBuffer* expected) {
     char folder[PATH_MAX], path[PATH_MAX], text[3000];
     path_format(folder, "%s/%s", directory, name);
@@ -1036,14 +1040,14 @@ static void shards_hold_the_documents(void** state) {
     assert_int_equal(read_shards("all", 0, t, &train), (expected.count + 999) / 1000);
     assert_int_equal(read_shards("all", 1, t, &validation), 0);
     assert_tokens_equal(&train, &expected);
-    // whole documents to validation, about the fraction, and nothing lost
+    // Only whole documents go to validation, about the requested fraction, and no token is lost
     assert_success(
         run_command("prepare -q -t " FIXTURES
                     "cl100k.json --include-binary --output-prefix %s/all --validation-fraction 0.2 "
                     "--threads 3 %s/documents",
                     directory, directory));
     train.count = 0;
-    assert_int_equal(read_shards("all", 0, t, &train), 1); // the larger set before has left none
+    assert_int_equal(read_shards("all", 0, t, &train), 1); // nothing remains of the earlier, larger set
     assert_int_equal(read_shards("all", 1, t, &validation), 1);
     assert_int_equal(train.count + validation.count, expected.count);
     assert_true(validation.count * 5 <= expected.count && validation.count * 10 > expected.count);
@@ -1054,7 +1058,7 @@ static void shards_hold_the_documents(void** state) {
     assert_int_equal(documents, 40);
     assert_int_equal(train.ids[0], end);
     assert_int_equal(validation.ids[0], end);
-    // the same by a separate directory
+    // The same result with a separate directory
     train.count = validation.count = 0;
     assert_success(
         run_command("prepare -q -t " FIXTURES
@@ -1094,7 +1098,7 @@ static void large_vocabularies_take_32_bits(void** state) {
     (void)state;
     ByteBuffer ranks = {NULL, 0, 0};
     char number[32];
-    for (int id = 0; id < 256 + 65536; id++) { // every byte, every pair of bytes
+    for (int id = 0; id < 256 + 65536; id++) { // every byte and every pair of bytes
         char bytes[2] = {(char)(id < 256 ? id : (id - 256) >> 8), (char)(id - 256)};
         append_base64(&ranks, bytes, id < 256 ? 1 : 2);
         byte_buffer_append(&ranks, number, (size_t)snprintf(number, sizeof(number), " %d\n", id));
@@ -1147,7 +1151,7 @@ static void kinds_of_documents(void** state) {
     snprintf(options, sizeof(options), "--files-from %s", scratch_file("list"));
     prepare_and_expect(t, options, three, 3);
     snprintf(options, sizeof(options), "--max-bytes 5 %s",
-             scratch_file("lines.jsonl")); // the fifth byte is half an é
+             scratch_file("lines.jsonl")); // the fifth byte is the first half of an é
     prepare_and_expect(t, options, cut, 1);
     write_text(scratch_file("wrong.jsonl"), "{\"text\": \"a\"}\n{\"txt\": \"a\"}\n");
     assert_refused(run_command("prepare -q -t " FIXTURES
@@ -1157,7 +1161,7 @@ static void kinds_of_documents(void** state) {
     tokenizer_free(t);
 }
 
-// Prepares one *.jsonl and expects these documents and this warning; "" is none.
+// Prepares one *.jsonl, and expects these documents and this warning; "": no warning.
 static void expect_of_lines(Tokenizer* t, const char* lines, const char* const* documents, int count,
                             const char* warning) {
     char options[3 * PATH_MAX];
@@ -1195,7 +1199,7 @@ static void odd_lines_do_not_end_the_run(void** state) {
 static void broken_lines_are_named(void** state) {
     (void)state;
     static const char* const cases[][2] = {
-        {"{\"text\": \"a\\u00g0b\"}", "line 1 is not JSON"}, // cJSON would end the text at a
+        {"{\"text\": \"a\\u00g0b\"}", "line 1 is not JSON"}, // cJSON would end the text at the a
         {"{\"text\": \"a\"}\n{\"text\": \"a\\ud8", "line 2 is not JSON"},
         {"{\"text\": \"a\\", "line 1 is not JSON"},
         {"{\"text\": 3}", "line 1 has no text under the key \"text\", but another kind of value"},
@@ -1224,7 +1228,7 @@ static void options_that_match_nothing_are_told(void** state) {
 }
 
 // ----------------------------------------------------------------------------
-// Files that are no text
+// Files that are not text
 
 static void make_mixed_directory(void) {
     static const unsigned char gzip[] = {0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 0xcb, 0x48, 0xe4, 2, 0, 0x7a};
@@ -1237,7 +1241,7 @@ static void make_mixed_directory(void) {
     write_file(scratch_file("mixed/d.gz"), gzip, sizeof(gzip));
     write_file(scratch_file("mixed/e.png"), "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16);
     write_text(scratch_file("mixed/f"),
-               "\xcf\xf0\xe8\xe2\xe5\xf2 \xec\xe8\xf0"); // Cyrillic in one byte a letter
+               "\xcf\xf0\xe8\xe2\xe5\xf2 \xec\xe8\xf0"); // Cyrillic, one byte for each letter
     int server = socket(AF_UNIX, SOCK_STREAM, 0);
     snprintf(address.sun_path, sizeof(address.sun_path), "%.80s/mixed/socket", directory);
     assert_int_equal(bind(server, (struct sockaddr*)&address, sizeof(address)), 0);
@@ -1260,7 +1264,7 @@ static void directories_are_read_without_what_is_no_text(void** state) {
     for (int i = 0; i < SKIPPED; i++)
         if (!strstr(errors, skipped[i])) fail_msg("\"%s\" is not in: %s", skipped[i], errors);
     free(errors);
-    write_file(scratch_file("mixed/z"), "\0", 1); // one more than are shown
+    write_file(scratch_file("mixed/z"), "\0", 1); // one more file than the warning lists
     prepare_and_expect(t, scratch_file("mixed"), texts, 3);
     errors = read_file_or_fail(scratch_file("errors"), NULL);
     assert_int_equal(lines_of(errors), SKIPPED + 1);
@@ -1269,7 +1273,7 @@ static void directories_are_read_without_what_is_no_text(void** state) {
     tokenizer_free(t);
 }
 
-// The command lists the directory, then waits for the pipe: a file that goes meanwhile is skipped.
+// The command lists the directory, then waits for the pipe. It must skip a file that disappears meanwhile.
 static void files_may_disappear(void** state) {
     (void)state;
     static const char* const texts[] = {"first", "stays\n"};
@@ -1316,7 +1320,7 @@ static void named_files_must_be_text(void** state) {
     assert_refused(run_shell("$T train -q -o $D/named.json \"$D/two\nlines\""), 1, "two?lines");
 }
 
-// Nothing of an output stays when a run fails or is interrupted.
+// A failed or interrupted run must leave no part of its output.
 static int files_named(const char* part) {
     DIR* folder = opendir(directory);
     int found = 0;
@@ -1364,7 +1368,7 @@ static void output_that_cannot_be_written(void** state) {
     (void)state;
     static const char* const cases[][2] = {
         {"$T encode -t $J runtime/checks.h >/dev/full", "standard output: cannot write: No space left"},
-        {"$T decode -t $J >/dev/full", ""}, // no ids, no text
+        {"$T decode -t $J >/dev/full", ""}, // no ids give no text
         {"$T info $J >/dev/full", "standard output: cannot write: No space left"},
         {"$T --help >/dev/full", "standard output: cannot write: No space left"},
         {"$T info $J >&-", "standard output: cannot write: Bad file"},
@@ -1383,23 +1387,24 @@ static void output_that_cannot_be_written(void** state) {
         else assert_success(run_shell(cases[i][0]));
     }
     assert_int_equal(files_named("unfit"), 0);
-    // Messages without a standard error go into no shard.
+    // If standard error is closed, no message may go into a shard.
     assert_success(run_shell("$T prepare -t $J --output-prefix $D/open runtime 2>/dev/null && "
                              "$T prepare -t $J --output-prefix $D/closed runtime >&- 2>&- && "
                              "cmp $D/open_train_000000.bin $D/closed_train_000000.bin && "
                              "$T prepare -t $J --output-prefix $D/closed runtime <&- >&- 2>&- && "
                              "cmp $D/open_train_000000.bin $D/closed_train_000000.bin"));
-    // A link keeps pointing at its file, and a pipe stays one.
+    // A link must still point to its file, and a pipe must stay a pipe.
     assert_success(run_shell(
         "echo old >$D/target; ln -sf target $D/pointer; $T encode -t $J -o $D/pointer runtime/checks.h;"
         "test -L $D/pointer && ! grep -q old $D/target"));
     assert_success(
         run_shell("mkfifo $D/pipe; cat $D/pipe >$D/got & $T encode -t $J -o $D/pipe runtime/checks.h; wait;"
                   "test -p $D/pipe && cmp $D/got $D/target"));
-    // Standard output by another name keeps what is in its file already.
+    // Another name for standard output must not truncate its file.
     assert_success(run_shell("echo before >$D/log; $T encode -t $J -o /dev/stdout runtime/checks.h >>$D/log;"
                              "head -n 1 $D/log | grep -q before && test $(wc -c <$D/log) -gt 1000"));
-    // A reader that leaves early is no error; a closed pipe for messages does not stop the work.
+    // If the reader of the output leaves early, the command ends without a message. A
+    // closed pipe for messages does not stop it.
     Outcome early =
         run_shell("($T encode -t $J runtime/*.h; echo $? >$D/code) | true; test $(cat $D/code) = 141");
     assert_success(early);
@@ -1412,9 +1417,10 @@ static void output_that_cannot_be_written(void** state) {
 // ----------------------------------------------------------------------------
 // Signals
 
-// Starts the command; the arguments end with NULL. *output is the writing end for its standard output, or -1.
+// Starts the command. NULL ends the arguments. `output` is the write end for the
+// command's standard output, or -1.
 static pid_t start_command(const char* errors, int output, const char* const* arguments) {
-    int kept = output >= 0 ? dup2(output, 300) : -1; // out of the way of what the child closes
+    int kept = output >= 0 ? dup2(output, 300) : -1; // a number that the child does not close
     pid_t child = fork_with_errors(errors);
     if (child == 0 && kept >= 0) dup2(kept, STDOUT_FILENO);
     if (kept >= 0) close(kept);
@@ -1423,7 +1429,7 @@ static pid_t start_command(const char* errors, int output, const char* const* ar
     _exit(98);
 }
 
-// The signals that one thread has blocked, as /proc tells it.
+// Returns the signals that a thread blocks, from /proc.
 static uint64_t blocked_signals(const char* status_path) {
     unsigned long long blocked = 0;
     char line[256];
@@ -1434,7 +1440,7 @@ static uint64_t blocked_signals(const char* status_path) {
     return blocked;
 }
 
-// Waits until the child has blocked its signals: it no longer dies of them without a word.
+// Waits until the child blocks its signals. Before that, a signal would end it without a message.
 static void wait_until_ready(pid_t child) {
     char path[PATH_MAX];
     path_format(path, "/proc/%d/status", (int)child);
@@ -1445,7 +1451,7 @@ static void wait_for_file(const char* part) {
     for (int i = 0; i < 6000 && files_named(part) == 0; i++) pause_shortly();
 }
 
-// One word of 8 MB keeps one call of the encoder busy, and so does one line without a space for the trainer.
+// One word of 8 MB keeps one call of the encoder busy, and one line without a space keeps the trainer busy.
 static void write_long_documents(void) {
     enum { BYTES = 8 << 20 };
     char* text = (char*)malloc_or_fail(BYTES, "a long document");
@@ -1460,8 +1466,8 @@ static void signals_end_any_work(void** state) {
     (void)state;
     static const struct {
         int number;
-        const char *name, *partial; // a file that shows that the work has begun; NULL: any time
-        const char* arguments[9];   // a leading % is the directory of this run
+        const char *name, *partial; // this file shows that the work has begun; NULL: any time
+        const char* arguments[9];   // a leading % is this run's directory
     } cases[] = {
         {SIGTERM,
          "SIGTERM",
@@ -1474,7 +1480,7 @@ static void signals_end_any_work(void** state) {
         {SIGHUP, "SIGHUP", "stop.", {"train", "-q", "--vocab-size", "1M", "-o", "%/stop", "%/long_text"}},
         {SIGQUIT, "SIGQUIT", "stop.", {"train", "-q", "-o", "%/stop", "%/long_word"}},
         {SIGALRM, "SIGALRM", "stop.", {"encode", "-t", cl100k, "-o", "%/stop", "%/long_word"}},
-        {SIGUSR1, "SIGUSR1", NULL, {"encode", "-t", cl100k, "%/long_text"}}, // to a full pipe
+        {SIGUSR1, "SIGUSR1", NULL, {"encode", "-t", cl100k, "%/long_text"}}, // the output pipe is full
         {SIGTERM, "SIGTERM", NULL, {"train", "-q", "-o", "%/stop", "%/fifo"}},
         {SIGINT, "SIGINT", NULL, {"train", "-q", "-o", "%/stop", "--files-from", "%/fifo"}},
         {SIGHUP, "SIGHUP", NULL, {"encode", "-t", "%/fifo", "-o", "%/stop"}},
@@ -1518,7 +1524,7 @@ static void every_thread_but_one_has_signals_blocked(void** state) {
                                "--threads",         "3",       text, text, NULL};
     pid_t child = start_command(errors, -1, arguments);
     int threads = 0;
-    for (int i = 0; i < 6000 && threads < 4; i++) { // the waiting one and OpenMP's three
+    for (int i = 0; i < 6000 && threads < 4; i++) { // the waiting thread and the three threads of OpenMP
         pause_shortly();
         threads = 0;
         path_format(path, "/proc/%d/task", (int)child);
@@ -1526,7 +1532,7 @@ static void every_thread_but_one_has_signals_blocked(void** state) {
         for (struct dirent* entry; tasks && (entry = readdir(tasks));) {
             if (entry->d_name[0] == '.') continue;
             path_format(path, "/proc/%d/task/%s/status", (int)child, entry->d_name);
-            // sigwait() unblocks what it waits for as long as it waits, but only in its own thread
+            // sigwait() unblocks its signals while it waits, but only in its own thread
             threads += (blocked_signals(path) & wanted) == wanted;
         }
         if (tasks) closedir(tasks);
@@ -1551,7 +1557,7 @@ static void nohup_is_respected(void** state) {
     signal(SIGHUP, SIG_DFL);
     wait_until_ready(child);
     assert_int_equal(kill(child, SIGHUP), 0);
-    int writer = -1; // opening it fails as long as there is no reader
+    int writer = -1; // opening it fails until there is a reader
     for (int i = 0; i < 6000 && (writer = open(fifo, O_WRONLY | O_NONBLOCK)) < 0; i++) pause_shortly();
     assert_int_equal(write(writer, "one two three", 13), 13);
     close(writer);
@@ -1559,7 +1565,7 @@ static void nohup_is_respected(void** state) {
     assert_true(path_exists(scratch_file("nohup_train_000000.bin")));
 }
 
-// How many files the scratch directory of `child` for $D/earlier holds.
+// Returns the number of files in the scratch directory of `child` for $D/earlier.
 static int scratch_files(pid_t child) {
     char path[PATH_MAX];
     int count = 0;
@@ -1570,8 +1576,8 @@ static int scratch_files(pid_t child) {
     return count;
 }
 
-// Stops a run that opens shard after shard, at twenty places: no scratch stays, and the earlier shards do. A run may be faster
-// than this process; then it has ended well, and says nothing about stops.
+// Stops a run that opens one shard after another, at twenty moments. No scratch file may remain, and the
+// earlier shards must. A run may end before its signal; then it must succeed without a message about a stop.
 static void interruption_keeps_earlier_shards(void** state) {
     (void)state;
     static const char* const earlier =

@@ -22,11 +22,12 @@ $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS:=_thread)): $(BUILD)/test/%_thread: 
 	$(Q)$(call simt,$(THREAD_FLAGS)) -MF $@.d -x c++ $< -o $@ -lcmocka
 
 # ----------------------------------------------------------------------------
-# Tests: make builds each program in test/ once, or once for each precision. cmocka's last lines tell the result.
+# make builds each test program in test/ once, or once for each precision. The last lines of
+# a cmocka program give its result.
 
-# make builds the tests of kernels in each precision for the emulator (build/test), for the GPU (build/gpu, which make gpu-check runs),
-# and for every architecture (build/cuda). The last ones are not run, but their warnings are errors: make test compiles them for the
-# newest architecture, make test-long for the others.
+# make builds the tests of kernels in each precision: for the emulator (build/test), for the GPU (build/gpu, which
+# make gpu-check runs), and for every architecture (build/cuda). make only compiles the last ones, with warnings as
+# errors: make test for the newest architecture, make test-long for the others.
 KERNEL_TEST_SOURCES := test_moba_kernels test_gqa test_kernels test_heads
 KERNEL_TEST_NAMES := $(foreach test,$(KERNEL_TEST_SOURCES),$(test)_bf16 $(test)_fp32)
 KERNEL_TESTS := $(patsubst %,$(BUILD)/test/%,$(KERNEL_TEST_NAMES))
@@ -40,8 +41,8 @@ CUDA_OBJECTS_LONG := $(if $(NVCC),$(BUILD)/cuda/train_gpt_fp32.o $(foreach arch,
 # Nothing runs these objects, so their host code is not optimized.
 NEWEST_OBJECT := -c $(call with_ptx,$(NEWEST_ARCH)) -Xcompiler -O0
 
-# The output of ptxas on registers and shared memory is kept beside the object, for make kernel-table. In bf16 a register spill is
-# an error; not in fp32, whose kernels are only for checking.
+# For make kernel-table, make stores ptxas's report of registers and shared memory beside the object. In bf16 a
+# register spill is an error. In fp32 it is not, because fp32 kernels only check the others.
 PTXAS_FLAGS = -Xptxas -v$(if $(findstring bf16,$@),$(comma)--warn-on-spills$(comma)--warning-as-error)
 compile_object = $(NVCC) $(CUDA_COMMON) $(1) $(PTXAS_FLAGS) -MF $@.d $< -o $@ 2>$@.ptxas || \
   { grep -vE '^(ptxas info| +[0-9]+ bytes stack)' $@.ptxas >&2; exit 1; }
@@ -63,7 +64,7 @@ $(BUILD)/cuda/$(1)_bf16.o $(BUILD)/cuda/$(1)_fp32.o: $(BUILD)/cuda/$(1)_%.o: tes
 	$$(Q)$$(call compile_object,$$(NEWEST_OBJECT) $$(call precision,$$*))
 endef
 $(foreach test,$(KERNEL_TEST_SOURCES),$(eval $(call rules_of_kernel_test,$(test))))
-# This test runs for minutes in make test-long. -O2 saves a seventh of that, which is more than the longer compilation.
+# make test-long runs this test for minutes. -O2 saves a seventh of them, more than its longer compilation costs.
 $(BUILD)/test/test_moba_kernels_bf16 $(BUILD)/test/test_moba_kernels_fp32: SIMT_LEVEL := -O2
 
 $(COUNT_TESTS): $(BUILD)/test/test_moba_counts_%: test/test_moba_counts.cu Makefile test/tests.mk
@@ -117,7 +118,7 @@ else
 compile-cuda: $(CUDA_OBJECTS)
 endif
 
-# The longest tests first, so that the last ones end together.
+# The longest tests come first, so that the last tests end at about the same time.
 TESTS := $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed $(BUILD)/test/test_programs test/test_launch.sh \
          $(BUILD)/test/test_tokenizer $(BUILD)/test/test_dataloader $(BUILD)/test/test_runtime \
          $(BUILD)/test/test_checkpoint $(BUILD)/test/test_allocation $(BUILD)/test/test_snr $(BUILD)/test/test_scaling \
@@ -135,8 +136,8 @@ $(BUILD)/test/%_fp32: test/%.c Makefile test/tests.mk
 	@echo "  build $@"
 	$(Q)$(CPU) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-# The reference of the kernels' tests. It has no sanitizer, because the thread sanitizer does not know OpenMP's barriers; dev/cpu has
-# its own tests.
+# The reference of the kernels' tests. It has no sanitizer, because the thread sanitizer does not know the
+# barriers of OpenMP. dev/cpu has its own tests.
 $(BUILD)/test/reference.o: test/reference.c Makefile test/tests.mk
 	@mkdir -p $(@D)
 	@echo "  build $@"
@@ -147,8 +148,8 @@ $(BUILD)/test/%: test/%.c Makefile test/tests.mk
 	@echo "  build $@"
 	$(Q)$(CPU) $(call precision,fp32) -MF $@.d $< -o $@ -lcmocka $(call onednn,fp32) $(TRAIN_LIBS)
 
-# Tests of docs/math.md section 6: with gemm_unkind, and with oneDNN limited to the instructions of older processors. The unkind build
-# uses the emulator's trainers of $(BUILD), which do not call gemm of dev/cpu.
+# Tests of docs/math.md section 6. One group uses gemm_unkind. The other limits oneDNN to the instructions of older
+# processors. The unkind build takes the emulator's trainers from $(BUILD), because they do not call gemm of dev/cpu.
 UNKIND_BUILD := $(BUILD)/unkind
 OPERATION_TESTS := test/test_model_fp32 test/test_moba_fp32 test/test_attention_fp32 test/test_operations_fp32
 PROGRAM_TESTS := test/test_simt_trainer test/test_distributed test/test_programs test/test_checkpoint test/test_retrieval
@@ -166,8 +167,8 @@ unkind-programs: unkind-operations $(SIMT_TRAINERS) $(BUILD)/tokenizer $(BUILD)/
 
 unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) TOKENIZER=$(UNKIND_BUILD)/tokenizer,$(addprefix $(UNKIND_BUILD)/,$(3)))
 limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
-# make test-long runs every seed and every instruction set once, each with another number of threads; make test-numbers runs all
-# combinations.
+# make test-long runs every seed and every instruction set once, each with another number of threads.
+# make test-numbers runs all combinations.
 LONG_PROGRAM_TESTS := $(filter-out %/test_simt_trainer,$(PROGRAM_TESTS)) # the emulator's trainers call no gemm of dev/cpu
 NUMBER_TESTS = $(call unkind,1,1,$(LONG_PROGRAM_TESTS)) $(call limited,SSE41,2,$(LONG_PROGRAM_TESTS)) \
                $(call unkind,1,4,$(OPERATION_TESTS)) $(call unkind,2,1,$(OPERATION_TESTS)) $(call unkind,3,2,$(OPERATION_TESTS)) \
@@ -176,17 +177,18 @@ test-numbers: unkind-programs $(TESTED_TRAINERS) $(TESTED_KINDS) $(addprefix $(B
 	@$(RUN_TESTS) $(foreach threads,1 2 4,$(foreach seed,1 2 3,$(call unkind,$(seed),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))) \
 	  $(foreach set,SSE41 AVX AVX2 DEFAULT,$(call limited,$(set),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))))
 
-# Most tests have one thread, so make runs as many at a time as there are cores. It runs at most 4, because the threads of some tests
-# would slow the others down.
+# Most tests have one thread, so as many run at a time as there are cores. The limit is 4, because some tests have
+# several threads and would slow the others down.
 RUN_TESTS := MAKEFLAGS= TEST_JOBS=$(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) scripts/run_tests.sh
 
 test: all compile-cuda unkind-operations $(TESTED_TRAINERS) $(TESTED_KINDS) $(TESTS)
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer $(RUN_TESTS) $(TESTS) $(UNKIND_SAMPLE)
 	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
-# The full matrix: the same programs under the address, undefined-behaviour and thread sanitizers, kernels and emulator in other
-# orders of the threads, every variant, every architecture, and the scripts as a user calls them. It leaves out the runs of make
-# test. make first builds everything, then runs one list, the longest first, so that no core is idle.
+# The full matrix runs the same programs under the address, undefined-behaviour and thread sanitizers. It also
+# runs kernels and emulator with other thread orders, every variant, every architecture, and the scripts as a
+# user calls them. It leaves out the runs of make test. make first builds everything, then runs one list, the
+# longest tests first, so that no core is idle.
 ADDRESS := $(BUILD)/address
 THREAD := $(BUILD)/thread
 .PHONY: test-programs address-programs thread-programs
@@ -194,7 +196,7 @@ test-programs: $(BUILD)/tokenizer $(BUILD)/retrieval $(TESTED_TRAINERS) $(TESTED
 	@ln -sf train_gpt_cpu_fp32 $(BUILD)/train_gpt
 address-programs:
 	@$(MAKE) --no-print-directory BUILD=$(ADDRESS) CFLAGS="$(ADDRESS_FLAGS)" EMULATOR_SANITIZED= test-programs
-# The thread sanitizer knows every thread of the emulator but not OpenMP's barriers, so the reference runs with one thread.
+# The thread sanitizer knows the emulator's threads but not OpenMP's barriers, so the reference runs with one thread.
 THREAD_TESTS := $(addprefix $(THREAD)/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
 thread-programs:
 	@$(MAKE) --no-print-directory BUILD=$(THREAD) CFLAGS="$(THREAD_FLAGS)" $(THREAD_TESTS)
@@ -215,7 +217,8 @@ test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(TESTED_TRAINERS) $(TESTED_KINDS
            $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
 	@$(RUN_TESTS) $(LONG_TESTS)
 
-# dev/simt/mutate.py breaks the kernels on purpose, one place at a time, and checks that the tests fail. test-long takes a sample.
+# dev/simt/mutate.py breaks the kernels on purpose, one place at a time, and checks that the tests fail.
+# test-long runs a sample of these mutants.
 MUTATE := CXX=$(CXX) MAKE=$(MAKE) dev/simt/mutate.py --build $(BUILD)/mutate
 mutate:
 	$(MUTATE) --report docs/results/mutation.md

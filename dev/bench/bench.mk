@@ -1,7 +1,7 @@
 # Rules of the benchmarks. The Makefile at the top of the tree includes this file, and runs all commands there.
 
 # ----------------------------------------------------------------------------
-# Benchmarks for the CPU; and NAME_DEVICE_PRECISION for a GPU, or for the emulator, which only shows that they work
+# Benchmarks for the CPU, and NAME_DEVICE_PRECISION for a GPU or the emulator. The emulator shows only that they run.
 
 BENCHES := $(BUILD)/bench/attention $(BUILD)/bench/moba $(BUILD)/bench/step
 
@@ -43,7 +43,8 @@ bench: $(foreach name,attention moba step,$(BUILD)/bench/$(name)_$(DEVICE)_$(PRE
 endif
 
 # ----------------------------------------------------------------------------
-# docs/results/kernels.md: registers and shared memory from ptxas, shared memory of launches from the emulator, counts by formula.
+# docs/results/kernels.md gets registers and shared memory from ptxas, the shared memory of launches from the
+# emulator, and operation counts from formulas.
 
 TABLED := $(KERNEL_TEST_SOURCES:=_bf16)
 PTXAS_TOLD := $(foreach kind,$(OLDER_ARCHS:%=sm_%.cubin) o,$(TABLED:%=$(BUILD)/cuda/%.$(kind).ptxas))

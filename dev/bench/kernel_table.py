@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""docs/results/kernels.md, on standard output: what each kernel takes of a multiprocessor, what flashmoba does at each length beside the
-least that it could do, and what that predicts. Called by make kernel-table, which makes its inputs:
+"""Prints docs/results/kernels.md: the resources of a multiprocessor that each kernel uses, flashmoba's operations at each length beside
+the least possible ones, and the predicted times. make kernel-table calls this script and makes its inputs:
 
-    --ptxas      what nvcc -Xptxas -v said of each object
+    --ptxas      the output of nvcc -Xptxas -v for each object
     --launches   "kernel threads dynamic-bytes", a line for every launch of the tests on the emulator (SIMT_LAUNCHES)
-    --counts     JSON of build/bench/moba_simt_bf16 --count, one for each kind of selection
+    --counts     JSON of build/bench/moba_simt_bf16 --count, one file for each kind of selection
     --roomy      the same with more workspace
-    --ladder     the page as it was: its notes on what was measured are kept
+    --ladder     the current page: the new page keeps its notes on measurements
 """
 import argparse
 import json
@@ -38,7 +38,7 @@ PUBLISHED = {8192: (6.8, 6.0), 16384: (24, 13.1), 32768: (94, 28.0), 65536: (373
 
 
 def plain_name(demangled):
-    """Without result and parameters: f<128, 64>, whatever the linkage."""
+    """Removes result and parameters: f<128, 64>, for any linkage."""
     depth = 0
     for i, letter in enumerate(demangled):
         depth += (letter == "<") - (letter == ">")
@@ -54,7 +54,7 @@ def demangle(names):
 
 
 def read_ptxas(paths):
-    """{mangled name: {architecture: registers, static shared bytes, stack and spilled bytes}}"""
+    """Returns {mangled name: {architecture: registers, static shared bytes, stack and spilled bytes}}."""
     kernels = {}
     for path in paths:
         entry = None
@@ -71,7 +71,7 @@ def read_ptxas(paths):
 
 
 def read_launches(path):
-    """{mangled name: (threads of the largest block, most dynamic shared bytes)}"""
+    """Returns {mangled name: (threads of the largest block, most dynamic shared bytes)}."""
     launches = {}
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -82,7 +82,7 @@ def read_launches(path):
 
 
 def resident_warps(kernel, architecture, threads, dynamic):
-    """Of blocks that fit on a multiprocessor at once."""
+    """Returns the warps of all blocks that fit on a multiprocessor at once."""
     limits, code = MULTIPROCESSORS[architecture], kernel[MULTIPROCESSORS[architecture]["code"]]
     warps = -(-threads // 32)
     of_warp = -(-code["registers"] * 32 // 256) * 256
@@ -92,7 +92,7 @@ def resident_warps(kernel, architecture, threads, dynamic):
 
 
 def by_number(name):
-    """Sorts <64> before <128>."""
+    """Returns a key that sorts <64> before <128>."""
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", name)]
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""PyTorch on the same GPU and the same shapes, beside what the benchmarks here have measured.
+"""Measures PyTorch on the same GPU and the same shapes, and compares it with the results of the benchmarks.
 
     build/bench/attention_cuda_bf16 --json attention.json
     build/bench/step_cuda_bf16 --batch 32 --json step.json
     build/bench/moba_cuda_bf16 --json moba.json
     dev/bench/peers.py --attention attention.json --step step.json --moba moba.json --json peers.json
 
-Attention is scaled_dot_product_attention by each of its backends: flash (FlashAttention-2), cudnn, and math where its T x T scores
-fit. The step is that of a Llama of the same shape: bf16 autocast over fp32 weights, torch.compile, fused AdamW, clipping. Times are
-medians by CUDA events; useful operations are counted as in the benchmarks. Block-sparse attention stands beside dense attention by flash
-and cudnn, up to --most-dense tokens, and beside FlashMoBA where its package flash_moba is installed (it too counts a query's own block
-among the chosen). Exit code 0: measured; 77: torch or a GPU is missing.
+Attention is scaled_dot_product_attention with each of its backends: flash (FlashAttention-2), cudnn, and math if its T x T scores fit.
+The step is a step of a Llama of the same shape: bf16 autocast over fp32 weights, torch.compile, fused AdamW, clipping. Times are
+medians from CUDA events. The script counts useful operations as the benchmarks do. It compares block-sparse attention with dense
+attention by flash and cudnn, up to --most-dense tokens, and with FlashMoBA if its package flash_moba is installed. FlashMoBA too counts
+a query's own block among the selected blocks. Exit code 0: measured; 77: torch or a GPU is missing.
 """
 import argparse
 import json
@@ -43,7 +43,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-MATH_BYTES = 8 << 30  # of scores that the math backend may take
+MATH_BYTES = 8 << 30  # upper bound on the scores of the math backend
 
 
 def median_seconds(call, rounds, warmup=3):
@@ -69,10 +69,10 @@ def visible_pairs(T, window):
 
 
 def time_attention(shape, backend, rounds):
-    """Median seconds of forward and of backward; None where the backend does not take the shape."""
+    """Returns the median seconds of forward and of backward, or None if the backend refuses the shape."""
     B, T, H, G, D = (shape[key] for key in "BTHGD")
     if shape["window"]:
-        return None  # SDPA knows a window only as a mask, which flash refuses
+        return None  # SDPA expresses a window only as a mask, which flash refuses
     if backend == "math" and B * H * T * T * 4 > MATH_BYTES:
         return None
     q, k, v = (
@@ -133,7 +133,7 @@ def compare_attention(path, rounds):
 
 
 def time_flash_moba(shape, rounds):
-    """Median seconds of forward (with its routing) and of backward; None where it does not take the shape."""
+    """Returns the median seconds of forward (with its routing) and of backward, or None if it refuses the shape."""
     B, T, H, G, D = (shape[key] for key in "BTHGD")
     q, k, v = (torch.randn(B * T, heads, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (H, G, G))
     dout = torch.randn_like(q)
@@ -242,7 +242,7 @@ class Llama(torch.nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, self.cosine, self.sine)
-        logits = F.linear(self.norm(x), self.embedding.weight)  # tied, as here
+        logits = F.linear(self.norm(x), self.embedding.weight)  # tied, as in this trainer
         return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
 
 
@@ -276,7 +276,7 @@ def compare_steps(paths, rounds):
         name = f"{shape['model']}, B {shape['batch']}, T {shape['sequence_length']}"
         try:
             seconds = time_step(shape, rounds)
-        except RuntimeError as error:  # out of memory, or a compiler that is missing
+        except RuntimeError as error:  # out of memory, or no compiler
             print(f"{name}: torch.compile: {str(error).splitlines()[0][:100]}")
             continue
         finally:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Compares the CPU trainer as N processes of one thread with one process of N threads, with the same total
-# batch, three times in turn. Prints the milliseconds of a step of each, and their ratio. On two cores of an
-# AMD EPYC with Open MPI 4.1.4, 24 November 2026, two processes were 1.12, 1.21 and 1.13 times as fast.
+# Compares two ways to run the CPU trainer with the same total batch: N processes of one thread, and one process of N
+# threads. It measures each three times, in turn, and prints the milliseconds of a step and their ratio. On two cores
+# of an AMD EPYC with Open MPI 4.1.4, 24 November 2026, two processes were 1.12, 1.21 and 1.13 times as fast.
 #
-#   dev/bench/ranks.sh              N is the number of the machine's cores
-#   dev/bench/ranks.sh 2 --zero 1   N is 2, with more options for the trainer
+#   dev/bench/ranks.sh              N is the number of cores of this machine
+#   dev/bench/ranks.sh 2 --zero 1   N is 2; the rest are options of the trainer
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=${BUILD:-build}
@@ -12,7 +12,7 @@ ranks=${1:-$(nproc)}
 shift || true
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # only where this is root
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # mpirun needs them only if the user is root
 trainer=$build/train_gpt_cpu_fp32
 make --no-print-directory BUILD="$build" "$trainer" "$build/tokenizer"
 
@@ -20,7 +20,7 @@ git ls-files '*.[ch]' '*.cuh' '*.cu' >"$out/files.txt"
 "$build/tokenizer" train -q --vocab-size 1024 -o "$out/tokenizer.json" --files-from "$out/files.txt" --max-bytes 1000000
 "$build/tokenizer" prepare -q -t "$out/tokenizer.json" --output-prefix "$out/text" --files-from "$out/files.txt" --max-bytes 1000000
 
-# Prints the median of the steps' milliseconds, without the first two steps.
+# Prints the median milliseconds of a step, without the first two steps.
 train() { # name, batch, command...
     local name=$1 batch=$2
     shift 2

@@ -14,7 +14,7 @@ inline float __bfloat162float(__nv_bfloat16 value);
 
 struct __nv_bfloat16 {
     unsigned short __x;
-    __nv_bfloat16() = default; // does nothing, so that shared arrays of it cost nothing
+    __nv_bfloat16() = default; // no initialization, so that shared arrays of this type cost nothing
     __nv_bfloat16(float value) : __x(__float2bfloat16(value).__x) {}
     operator float() const { return __bfloat162float(*this); }
 };

@@ -21,7 +21,7 @@ struct Counters {
     uint64_t matrices; // ldmatrix.x4, one for each warp
     uint64_t copied;   // bytes that cp.async read
     uint64_t loaded;   // bytes read by load() of kernels/vector.cuh
-    uint64_t stored;   // bytes written by its store(), and by store_rows() of kernels/tile.cuh
+    uint64_t stored;   // bytes written by store() of kernels/vector.cuh and store_rows() of kernels/tile.cuh
     uint64_t atomics;  // one for each thread
 };
 inline Counters counters;

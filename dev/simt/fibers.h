@@ -68,7 +68,7 @@ enum Async { ASYNC_LAZY, ASYNC_EAGER, ASYNC_MIXED };
 struct Options {
     Order order;   // which ready thread runs next, and in which order blocks run
     Async async;   // when cp.async copies: at the wait, at once, or at random for each copy
-    uint64_t seed; // of the random order and the random copies
+    uint64_t seed; // seed of the random order and of the random copies
 };
 
 // The index of the variable's value among these names, which are separated by |; 0 if it is not set.
@@ -133,7 +133,7 @@ struct Fiber {
     void* stack_pointer;  // valid while the fiber does not run
     unsigned char* stack; // lowest address; the guard page is below
     size_t stack_bytes;
-    void* fake_stack; // of the address sanitizer
+    void* fake_stack; // for the address sanitizer
     void* sanitized;  // the thread sanitizer's own fiber
 };
 
@@ -219,7 +219,7 @@ inline Warp warps[MAX_WARPS];
 inline Block block;
 inline Fiber host;               // the host thread, which launches
 inline Thread* current;          // the thread that runs; null in the host
-inline char error_message[1024]; // of the last kernel that failed
+inline char error_message[1024]; // message of the last kernel that failed
 inline bool failed;              // true after an error in this block
 
 inline uint64_t switches; // for measurements
@@ -227,7 +227,7 @@ inline uint64_t switches; // for measurements
 // ----------------------------------------------------------------------------
 // Switching
 
-// Continues with `next`, or with the host if it is null.
+// Continues with `next`, or with the host if `next` is null.
 SIMT_INTERNAL inline void switch_to(Thread* next) {
     Thread* previous = current;
     if (next == previous) return;
@@ -329,7 +329,8 @@ __attribute__((format(printf, 1, 2), noreturn)) SIMT_INTERNAL inline void kernel
     abort();
 }
 
-// Reports a stuck block, where no thread is ready and some wait: how many threads are at which place.
+// Reports a stuck block, in which no thread is ready and some wait. The message
+// counts the threads at each place.
 SIMT_INTERNAL inline void report_stuck() {
     begin_error();
     append_error(block.divergent ? ": divergent barriers" : ": its threads wait for ever");

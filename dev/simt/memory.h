@@ -26,7 +26,7 @@ struct Allocation {
     size_t bytes;
 };
 enum { MAX_ALLOCATIONS = 65536 };
-inline Allocation allocations[MAX_ALLOCATIONS]; // by address
+inline Allocation allocations[MAX_ALLOCATIONS]; // sorted by address
 inline int allocation_count;
 inline int device_memory_open; // the number of kernels and copies that run now
 
@@ -128,7 +128,7 @@ inline void shared_memory_begin(size_t bytes) {
 // Called before a block: makes all shared memory unwritten.
 inline void shared_memory_fresh() {
 #ifdef SIMT_ADDRESS
-    free(shared.dynamic); // the sanitizer knows the exact end of what malloc() gave
+    free(shared.dynamic); // the sanitizer knows the exact end of a heap block
     if (posix_memalign((void**)&shared.dynamic, 128, shared.bytes) != 0) abort();
 #else
     forget_accesses(shared.arrays, shared.array_bytes);

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Breaks the kernels on purpose, one place at a time, and tells whether the tests of kernels notice.
+"""Breaks the kernels on purpose, one place at a time, and checks that the tests of kernels fail.
 
     dev/simt/mutate.py                          every barrier, wait and commit; 300 perturbed expressions
     dev/simt/mutate.py --expressions 0          barriers, waits and commits alone
-    dev/simt/mutate.py --file gqa.cuh --list    what there is to break, without running it
-    dev/simt/mutate.py --sample 40 --seed 7     some of everything; the 95 % are then not asked for
+    dev/simt/mutate.py --file gqa.cuh --list    lists the mutants of this file, and runs none
+    dev/simt/mutate.py --sample 40 --seed 7     a sample of 40 mutants, without the limit of 95 %
 
-A mutant is one change of gqa.cuh, moba.cuh or kernels/: a barrier or cp.async wait deleted, a wait that lets one more group be
-under way, a bound one too far, an offset or stride shifted by one, a grid or workspace too small, / for %, min for max, a
-condition always or never true. All of them are compiled into one program: every change is an expression that asks
-MUTANT(n), and the environment's MUTANT=n chooses one. So a mutant costs a run of the tests of its file, not a build. The
-changed headers lie in build/mutate; the tree is not touched.
+A mutant is one change of gqa.cuh, moba.cuh or kernels/. It deletes a barrier or a cp.async wait, allows one more group in flight at a
+wait, moves a bound, an offset or a stride by one, makes a grid or workspace too small, swaps / and % or min and max, or makes a
+condition always or never true. One program contains all mutants: each is an expression that tests MUTANT(n), and MUTANT=n in
+the environment selects one. So a mutant costs a run of its file's tests, and no build. The script writes the changed headers into
+build/mutate and does not change the tree.
 
-Each mutant goes from mode to mode until one catches it. A program that exceeds its time is not caught; the address sanitizer
-decides then, as a mutant that damages the heap can get stuck in the handler of its own fault.
+Each mutant runs in one mode after another until one catches it. A program that exceeds its time is not caught. Then the address
+sanitizer decides, because a mutant that damages the heap can hang in the handler of its own fault.
 
-A survivor must be in mutate_survivors.txt beside this file, with the reason why it is harmless. Exit code 1: a survivor that is
-not there, an entry there that matches no mutant any more, or (without --sample) fewer than 95 % caught.
+A survivor must be in mutate_survivors.txt beside this file, with the reason why it is harmless. Exit code 1: a survivor is not in that
+file, an entry there matches no mutant, or (without --sample) the tests catch fewer than 95 %.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SURVIVORS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mutate_sur
 WANTED = 0.95
 PRECISIONS = ("bf16", "fp32")
 
-# The tests of each file: programs, each with its filters, None for all of it. A kernel may have its own.
+# The tests of each file: programs, each with its filters; None: the whole program. A kernel may have a test of its own.
 FILES = {
     "gqa.cuh": [("test_gqa", [None])],
     "moba.cuh": [("test_moba_kernels", [None])],
@@ -72,7 +72,7 @@ FILES = {
 # ----------------------------------------------------------------------------
 # Mutants
 
-Edit = collections.namedtuple("Edit", "begin end text")  # of a line; {n} in the text is the mutant's number
+Edit = collections.namedtuple("Edit", "begin end text")  # of a line; {n} in the text stands for the number of the mutant
 
 
 class Mutant:
@@ -87,7 +87,7 @@ class Mutant:
         return (self.file, " ".join(self.source.split()), self.change)
 
     def identity(self):
-        """Of this one alone, where a line occurs twice in a file, or holds two such changes."""
+        """Identifies this mutant, even if its line occurs twice in a file or has two equal changes."""
         return "%s:%d:%d: %s" % (self.file, self.line, self.edits[0].begin, self.change)
 
 
@@ -105,7 +105,7 @@ CHOICE = re.compile(r"(?<=[=(,] )(\w+(?: [-+] \w+)? [<>]=? \w+)(?= \? )")
 EXCHANGE = re.compile(r"\b1 - slot\b")
 DISTANCE = re.compile(r"(?<=_xor_sync\(ALL_LANES, )(\w+), (\d)\)")
 
-# Lines of which a part must be constant where it is compiled, and numbers that are no indices.
+# Lines with a part that must be a compile-time constant, and names of numbers that are not indices.
 CONSTANT = re.compile(r"constexpr|\benum\b|static_assert|\btemplate\b|typedef|__launch_bounds__|^\s*#|asm|\(&\w+\)\[|"
                       r"^\s*(?:const )?(?:__shared__ )?(?:float|unsigned|floatX|int|double|uint64_t|EmbeddingKey|"
                       r"Values<WIDTH>|__nv_bfloat162) \w+\[|if \(WIDTH|__shared__")
@@ -124,25 +124,25 @@ def matching(text, opening):
 
 
 def words_before(code, at):
-    """Of the code before a place some 16 characters, beginning with a whole word."""
+    """Returns about 16 characters of the code before a place, beginning with a whole word."""
     begin = max(0, at - 16)
     while begin > 0 and re.match(r"\w", code[begin]) and re.match(r"\w", code[begin - 1]):
         begin -= 1
     return code[begin:at].lstrip()
 
 
-# Grids, workspaces and the tiles that a block looks at may be larger than they need be, and nobody minds. So what they are
-# computed from becomes smaller: all code of the host, and these lines.
+# A grid, a workspace or a block's range of tiles may be larger than necessary without harm. So mutants make their sizes smaller: in
+# all host code, and in these lines.
 ROOMY = re.compile(r"some_see|all_see|first_key = max|end_query = |const int tiles")
-# In which direction a bound of these functions does harm.
+# The direction in which a moved bound of these functions does harm.
 HARMFUL = {"some_see": -1, "all_see": 1}
 
 
 def mutants_of_line(code, place, unrolled, host):
-    """Those of one line of code without comments; `unrolled` is the head of a loop over registers."""
+    """Returns the mutants of one line of code without comments; `unrolled`: the line is the head of a loop over registers."""
     made = []
     smaller = host or ROOMY.search(code) or place[2] in HARMFUL
-    # after which operators a larger number makes the result smaller; the first key is a bound from below, and becomes larger
+    # After these operators, a larger number makes the result smaller. The first key is a lower bound, so its mutants are larger.
     growing = "+/%" if "first_key = max" in code else "-/%"
 
     def add(kind, change, *edits):
@@ -229,9 +229,9 @@ def mutants_of_line(code, place, unrolled, host):
 
 
 def mutants_of_file(name):
-    """Of the code that the emulator compiles; that of one precision has only that one."""
+    """Returns the mutants of the code that the emulator compiles. Code of one precision has mutants of only that precision."""
     made, function, host, unrolled, in_comment = [], "", False, False, False
-    conditions = []  # of the preprocessor, each with what holds now
+    conditions = []  # of the preprocessor: each condition, and whether its branch is the true one
     with open(os.path.join(ROOT, name), encoding="utf-8") as source:
         for number, line in enumerate(source, 1):
             code = line.rstrip("\n")
@@ -266,8 +266,8 @@ SYNCHRONISATION = ("barrier", "wait", "commit")
 
 
 def chosen_mutants(options):
-    """All that there are, and those to run: spread over the functions, in an order that the seed and the mutants' own text
-    decide. So a change of one line changes little of a sample."""
+    """Returns all mutants, and the mutants to run. The choice covers all functions, in an order that depends on the seed and the
+    mutants' own text. So a change of one line changes little of a sample."""
 
     def shuffled(items, name):
         return sorted(items, key=lambda item: hashlib.sha256(repr((options.seed, name(item))).encode()).digest())
@@ -280,16 +280,16 @@ def chosen_mutants(options):
         if mutant.kind not in SYNCHRONISATION:
             by_function.setdefault((mutant.file, mutant.function), []).append(mutant)
     chosen = [m for m in everything if m.kind in SYNCHRONISATION and (not options.file or m.file in options.file)]
-    # One of each function, and then of all.
+    # Draws one mutant of each function first, and then from all of them.
     queues = [shuffled(by_function[function], Mutant.key) for function in shuffled(by_function, lambda function: function)]
     rest = shuffled([mutant for queue in queues for mutant in queue[1:]], Mutant.key)
     drawn = []
     for mutant in [queue[0] for queue in queues] + rest:
         if len(drawn) < options.expressions and not any(overlap(mutant, other) for other in drawn):
             drawn.append(mutant)
-    # Zero halves to zero: such loops would not end, and no test can tell them from slow ones.
+    # Half of zero is zero: such loops would not end, and a test cannot distinguish them from slow ones.
     chosen += [m for m in drawn if not (m.kind == "bound" and re.search("> -> >=.*(/= 2|while)", m.change + m.source))]
-    if options.sample:  # of those that a whole run would have
+    if options.sample:  # a sample of the mutants of a whole run
         chosen = shuffled(chosen, Mutant.key)
         synchronising = [m for m in chosen if m.kind in SYNCHRONISATION][:options.sample // 4]
         chosen = synchronising + [m for m in chosen if m.kind not in SYNCHRONISATION][:options.sample - len(synchronising)]
@@ -301,7 +301,7 @@ def chosen_mutants(options):
 
 
 def overlap(one, other):
-    """Whether both replace the same text, so that one program cannot hold both."""
+    """Returns whether both replace the same text, so that one program cannot contain both."""
     if (one.file, one.line) != (other.file, other.line):
         return False
     return any(a.begin < b.end and b.begin < a.end for a in one.edits for b in other.edits if a.end > a.begin or b.end > b.begin)
@@ -342,7 +342,7 @@ def write_headers(directory, mutants):
 
 
 def edited(line, edits):
-    """At one place what encloses a condition comes before what is in it, and ends after it."""
+    """Applies the edits to a line. At one place, an edit that encloses a condition begins before the edits inside it."""
     pieces, at = [], 0
     def order(item):
         edit, mutant = item
@@ -363,7 +363,7 @@ SANITIZERS = {
 
 
 class Programs:
-    """The tests of kernels with all mutants inside, built when they are first needed."""
+    """The tests of kernels, with all mutants inside. Each program is built when it is first needed."""
 
     def __init__(self, directory, compiler, mutants):
         self.directory, self.compiler, self.mutants = directory, compiler, mutants
@@ -371,7 +371,7 @@ class Programs:
         write_headers(directory, mutants)
 
     def time_allowed(self, path, pattern, mode):
-        """CPU seconds that a mutant gets: some times what the tests take without one. They must pass then, in this mode too."""
+        """Returns the CPU seconds for a mutant, from the time of the tests without one, which must pass in this mode."""
         if (path, pattern, mode) not in self.allowed:
             ended, where, seconds = run(path, pattern, 0, mode, MOST_SECONDS)
             if ended != "passed":
@@ -380,7 +380,7 @@ class Programs:
         return self.allowed[path, pattern, mode]
 
     def leave_out(self, errors):
-        """What the compiler refuses is no mutant: those in the lines that its messages show."""
+        """Removes the mutants that the compiler refuses. Its messages show their lines."""
         refused = [m for m in self.mutants if "MUTANT(%d)" % m.number in errors and m.verdict != "no build"]
         if not refused:
             sys.exit(errors)
@@ -413,16 +413,16 @@ class Programs:
 # ----------------------------------------------------------------------------
 # Runs
 
-MODES = {  # build, and what the emulator is told
+MODES = {  # build, and settings of the emulator
     "forward": ("plain", {}),
     "reverse": ("plain", {"SIMT_ORDER": "reverse", "SIMT_ASYNC": "eager"}),
     "random": ("plain", {"SIMT_ORDER": "random", "SIMT_ASYNC": "mixed", "SIMT_SEED": "2"}),
     "address": ("address", {}),
     "thread": ("thread", {}),
 }
-SLOWER = 3  # what a mutant may take of CPU time, against the tests as they are
-MOST_SECONDS = 1500  # of CPU time, for these
-WALL_SECONDS = 2000  # of a process that waits for ever; others may use the machine, too
+SLOWER = 3  # upper bound on a mutant's CPU time, relative to the unchanged tests
+MOST_SECONDS = 1500  # upper bound on the CPU time of the unchanged tests
+WALL_SECONDS = 2000  # ends a process that waits forever; high, because other programs may use the machine
 TROUBLE = re.compile(r"^\[  ERROR   \]|^\[  FAILED  \]|ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer", re.M)
 
 
@@ -434,7 +434,7 @@ def limit_time(seconds):
 
 
 def run(path, pattern, mutant, mode, cpu_seconds):
-    """How it ended, "passed", "failed" or "timeout", the test that was running then, and the CPU seconds that it took."""
+    """Returns the result ("passed", "failed" or "timeout"), the test that was running at the end, and the CPU seconds."""
     settings = dict(os.environ, MUTANT=str(mutant), OMP_NUM_THREADS="1", MALLOC_PERTURB_="165", **MODES[mode][1])
     settings["ASAN_OPTIONS"] = "allocator_may_return_null=1:detect_leaks=0"
     process = subprocess.Popen([path] + ([pattern] if pattern else []), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -458,7 +458,7 @@ def run(path, pattern, mutant, mode, cpu_seconds):
     status = process.wait()
     text = output.decode("utf-8", "replace")
     trouble = TROUBLE.search(text)
-    if trouble: # the next test may have begun since
+    if trouble: # the next test may already have begun
         text = text[:trouble.start()]
     tests = re.findall(r"^\[ RUN      \] (\S+)", text, re.M)
     test = tests[-1] if tests else "start"
@@ -471,7 +471,7 @@ def run(path, pattern, mutant, mode, cpu_seconds):
 
 
 def judge(mutant, programs, options, is_known):
-    """Fills in verdict (caught, survived or timeout) and what caught it. What is known to be harmless is tried in one mode."""
+    """Sets verdict (caught, survived or timeout) and caught_by. A known survivor runs in only one mode."""
     tests = [(test, pattern) for test, filters in FILES[mutant.file] for pattern in filters]
     first = mutant.precisions[0]
     plan = [("forward", precision) for precision in mutant.precisions]
@@ -498,7 +498,7 @@ def judge(mutant, programs, options, is_known):
 # Known survivors
 
 def known_survivors():
-    """(file, source line, change) -> reason. An entry is three lines, and its reason on indented ones."""
+    """Returns {(file, source line, change): reason}. An entry has three lines, and its reason is on indented lines."""
     known, key = collections.OrderedDict(), None
     if not os.path.exists(SURVIVORS):
         return known
@@ -603,7 +603,7 @@ def main():
                    cwd=ROOT, check=True)
     programs = Programs(directory, options.compiler, mutants)
 
-    # All are built first, to see which mutants do not compile; of a sample, those in fp32 only where bf16 catches too little.
+    # Builds the plain programs first, to find the mutants that do not compile. A sample builds fp32 programs only when it needs them.
     for test in sorted({test for m in mutants for test, _ in FILES[m.file]}):
         for precision in PRECISIONS[:1] if options.sample else PRECISIONS:
             programs.path(test, precision, "plain")
@@ -651,7 +651,7 @@ def main():
     if not options.sample and caught < WANTED * len(run_mutants):
         print("fewer than %.0f %%" % (100 * WANTED))
         good = False
-    print("[%s] mutants_of_kernels" % ("       OK " if good else "  FAILED  "))  # as scripts/run_tests.sh counts
+    print("[%s] mutants_of_kernels" % ("       OK " if good else "  FAILED  "))  # scripts/run_tests.sh counts this line
     return 0 if good else 1
 
 

@@ -56,15 +56,15 @@ struct Node {
 
 struct simt_stream {
     bool blocking;      // it and the default stream wait for each other
-    unsigned recording; // the number of the last recording that it took part in
-    size_t noted;       // how many of its nodes that recording has
-    size_t awaited;     // how many of these another stream of the recording waits for
+    unsigned recording; // number of the last recording that it joined
+    size_t noted;       // number of its nodes in that recording
+    size_t awaited;     // number of these nodes for which another stream waits
 };
 struct simt_event {
     double milliseconds;
     unsigned recording;  // the event is a place in this recording and has no time; 0: it has a time
-    simt_stream* stream; // it was recorded on this stream
-    size_t noted;        // after this many of the stream's nodes
+    simt_stream* stream; // the stream on which it was recorded
+    size_t noted;        // number of the stream's nodes before it
 };
 struct simt_graph {
     std::vector<simt::Node> nodes;
@@ -86,10 +86,10 @@ struct cudaGraphExecUpdateResultInfo {
 namespace simt {
 
 struct Recording {
-    unsigned number;   // of the newest recording
+    unsigned number;   // number of the newest recording
     cudaGraph_t graph; // null: no stream records now
     cudaStream_t origin;
-    std::vector<cudaStream_t> joined; // the other streams
+    std::vector<cudaStream_t> joined; // all streams except the origin
     cudaStreamCaptureMode mode;
     bool lost;
 };
@@ -282,7 +282,7 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t
     return cudaSuccess;
 }
 
-// Changes the arguments of the same work; different work needs another executable.
+// Replaces the arguments of the same work. Different work needs another executable.
 inline cudaError_t cudaGraphExecUpdate(cudaGraphExec_t executable, cudaGraph_t graph,
                                        cudaGraphExecUpdateResultInfo* info) {
     const size_t had = executable->nodes.size(), has = graph->nodes.size();

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the results of docs/results/variants.md: every variant on one text and on the retrieval task, three seeds each. It takes
-# about two hours on two cores. After an interruption, the same line resumes it.
+# Produces the results in docs/results/variants.md: every variant on one text and on the retrieval task, with three
+# seeds each. It takes about two hours on two cores. After an interruption, the same command resumes it.
 #
 #   docs/results/variants.sh runs/variants
 set -euo pipefail
@@ -59,8 +59,9 @@ curves variants_blocks text dense moba_128x2 moba_64x4 moba_32x8 moba_32x8_k3 de
 curves variants_heads text dense kdgqa shuffled_map random_map dgqa_diff pgqa
 
 # ----------------------------------------------------------------------------
-# The retrieval task: one pair in five sentences said again and again. A model of dense attention learns it at 32 tokens, then at
-# twice the length, up to 1024; from there the variants go on.
+# The retrieval task: one key-value pair is hidden among five sentences that repeat. A model with
+# dense attention learns the task at 32 tokens, and then at twice the length again and again, up to
+# 1024. The variants continue from that model.
 
 if [ ! -e "$out/needle_index.jsonl" ]; then
     for _ in $(seq 3000); do
@@ -87,7 +88,8 @@ needle() { # steps, directory, options of compare.sh
         --tokenizer "$out/words.json" --steps "$1" --output "$out/$2" "${@:3}"
 }
 model=(--init-from "$out/base_1024" -t 1024 -b 1 -d 1024 --weight-decay 0 --val-batches 8)
-# With another attention but not trained for it; one step of no size is the least that compare.sh runs.
+# These models get another attention without training for it. compare.sh runs at least one
+# step, so the step has almost no size.
 needle 1 swapped --seeds 1 "${blocks[@]}" -- "${model[@]}" --learning-rate 1e-9
 needle 400 needle --seeds 3 "${blocks[@]}" \
     --variant 'moba_128x2_k3|ATTN=flashmoba KCONV=3|--moba-block 128 --moba-topk 2' \
@@ -100,7 +102,7 @@ needle 400 needle --seeds 3 "${blocks[@]}" \
 
 curves variants_needle needle dense moba_128x2 moba_64x4 moba_32x8 moba_32x8_k3 dense_k3
 
-# Accuracy of every cell at 1024 tokens, in all and by the needle's depth.
+# The accuracy of every cell at 1024 tokens: over all samples, and by the needle's depth.
 jq -c 'select(.length == 1024)' <"$out/needle_index.jsonl" >"$out/far_index.jsonl"
 cp "$out/needle_1024_val_000000.bin" "$out/far_1024_val_000000.bin"
 for cell in "$out"/swapped/*/seed_* "$out"/needle/*/seed_*; do
