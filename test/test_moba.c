@@ -9,6 +9,8 @@ selections must then equal the reference's, also with equal scores.
 #include "dev/cpu/moba.h"
 // keys_forward
 #include "dev/cpu/keys.h"
+// AttentionModule, attention_modules
+#include "runtime/attention.h"
 // assert_close, fill_normal, central_difference
 #include "test/numeric.h"
 // head_maps
@@ -19,17 +21,11 @@ selections must then equal the reference's, also with equal scores.
 
 typedef struct {
     const char* name;
-    void (*forward)(const AttentionTensors*, const AttentionShape*, stream_t);
-    void (*backward)(const AttentionTensors*, const AttentionShape*, stream_t);
-    size_t (*forward_workspace)(const AttentionShape*);
-    size_t (*backward_workspace)(const AttentionShape*);
+    const AttentionModule* module;
 } algorithm_t;
 
-static const algorithm_t algorithms[2] = {
-    {"moba", moba_forward, moba_backward, moba_forward_workspace, moba_backward_workspace},
-    {"flashmoba", flashmoba_forward, flashmoba_backward, flashmoba_forward_workspace,
-     flashmoba_backward_workspace},
-};
+static const algorithm_t algorithms[2] = {{"moba", &attention_modules[ATTENTION_MOBA]},
+                                          {"flashmoba", &attention_modules[ATTENTION_FLASHMOBA]}};
 
 // Inputs, what an algorithm computes from them, and what the reference computes.
 typedef struct {
@@ -103,9 +99,9 @@ static void* new_workspace(size_t bytes) {
 static void run_forward_from(moba_case_t* c, const algorithm_t* algorithm, int T, int start) {
     AttentionShape s = c->s;
     s.T = T, s.start = start;
-    c->x.workspace = new_workspace(algorithm->forward_workspace(&s));
+    c->x.workspace = new_workspace(algorithm->module->forward_workspace(&s));
     keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, s.B, T, start, s.H, s.G, s.D, s.S, 0, 0);
-    algorithm->forward(&c->x, &s, 0);
+    algorithm->module->forward(&c->x, &s, 0);
     free(c->x.workspace);
 }
 
@@ -114,8 +110,8 @@ static void run_forward(moba_case_t* c, const algorithm_t* algorithm) {
 }
 
 static void run_backward(moba_case_t* c, const algorithm_t* algorithm) {
-    c->x.workspace = new_workspace(algorithm->backward_workspace(&c->s));
-    algorithm->backward(&c->x, &c->s, 0);
+    c->x.workspace = new_workspace(algorithm->module->backward_workspace(&c->s));
+    algorithm->module->backward(&c->x, &c->s, 0);
     free(c->x.workspace);
 }
 

@@ -13,6 +13,8 @@ TEST_LONG=1 runs the full matrix.
 #include "kernels/keys.cuh"
 // moba_forward, moba_backward
 #include "kernels/moba_plain.cuh"
+// AttentionModule, attention_module
+#include "runtime/attention.h"
 // reference_flashmoba_forward, reference_flashmoba_backward
 #include "test/reference.h"
 // HeadMap, download, assert_error; cmocka
@@ -23,27 +25,17 @@ TEST_LONG=1 runs the full matrix.
 // ----------------------------------------------------------------------------
 // Cases
 
-typedef struct {
-    void (*forward)(const AttentionTensors*, const AttentionShape*, stream_t);
-    void (*backward)(const AttentionTensors*, const AttentionShape*, stream_t);
-    size_t (*forward_workspace)(const AttentionShape*);
-    size_t (*backward_workspace)(const AttentionShape*);
-} Algorithm;
-
-static const Algorithm flashmoba = {flashmoba_forward, flashmoba_backward, flashmoba_forward_workspace,
-                                    flashmoba_backward_workspace},
-                       moba = {moba_forward, moba_backward, moba_forward_workspace, moba_backward_workspace};
-static const Algorithm* algorithm; // that the test at hand is of
+static const AttentionModule* algorithm; // of the test that runs
 
 static int use_flashmoba(void** state) {
     (void)state;
-    algorithm = &flashmoba;
+    algorithm = attention_module(ATTENTION_FLASHMOBA);
     return 0;
 }
 
 static int use_moba(void** state) {
     (void)state;
-    algorithm = &moba;
+    algorithm = attention_module(ATTENTION_MOBA);
     return 0;
 }
 
@@ -714,7 +706,7 @@ static void test_moba_is_flashmoba(void** state) {
         double *out[2], *lse[2], *dqkv[2];
         int* selected[2];
         for (int which = 0; which < 2; which++) {
-            algorithm = which == 0 ? &flashmoba : &moba;
+            algorithm = attention_module(which == 0 ? ATTENTION_FLASHMOBA : ATTENTION_MOBA);
             run_forward(&c, 0);
             run_backward(&c);
             out[which] = download(c.x.out, c.out_count), lse[which] = download(c.x.lse, c.lse_count);
