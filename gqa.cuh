@@ -2,10 +2,11 @@
 Causal attention, dense or in a sliding window, of H query heads over G key/value heads through any map
 (docs/math.md sections 1 and 3). The CUDA twin of dev/cpu/gqa.h.
 
-    void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
-    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, NULL, stream);
-    workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
-    attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
+    const AttentionShape s = {B, T, 0, H, G, D, window, 0, 0};
+    x.workspace = device_malloc(attention_forward_workspace(&s), "attention");    // AttentionTensors x
+    attention_forward(&x, &s, stream);
+    x.workspace = device_malloc(attention_backward_workspace(&s), "attention");
+    attention_backward(&x, &s, stream);
 
 The algorithm is FlashAttention-2 (Dao, arXiv 2307.08691). The scores exist one tile at a time, in registers,
 and the backward recomputes them from the saved log-sum-exp. Head dimensions are 32, 64 and 128
@@ -23,6 +24,7 @@ the clocks and the predicted speed.
 #ifndef GQA_CUH
 #define GQA_CUH
 
+#include <assert.h>
 #include <math.h>
 #include <type_traits>
 // stream_t
@@ -31,17 +33,20 @@ the clocks and the predicted speed.
 #include "kernels/noise.cuh"
 // tiles and their products
 #include "kernels/tile.cuh"
+// AttentionShape, AttentionTensors
+#include "runtime/attention_shape.h"
 // fail
 #include "runtime/checks.h"
 
-// Whether attention can be called with this head dimension.
+// Whether attention can be called with this head dimension, and with this shape.
 static inline int attention_supports_head_dim(int D) { return D == 32 || D == 64 || D == 128; }
+static inline int attention_supports(const AttentionShape* s) { return attention_supports_head_dim(s->D); }
 
 static inline void attention_refuse(int D) { fail("head dimension %d: on this device 32, 64 or 128", D); }
 
 // Calls operation(head_dim), where head_dim is D as a constant of the compiler.
 //
-//     for_head_dim(D, [&](auto head_dim) { attention_forward_launch<head_dim>(out, lse, ...); });
+//     for_head_dim(D, [&](auto head_dim) { attention_forward_launch<head_dim>(x, s, stream); });
 template <typename Operation> static inline void for_head_dim(int D, Operation operation) {
     if (D == 32) operation(std::integral_constant<int, 32>());
     else if (D == 64) operation(std::integral_constant<int, 64>());
@@ -479,79 +484,68 @@ static inline dim3 attention_grid(int rows, int rows_of_block, int heads, int B)
     return dim3(ceil_div(rows, rows_of_block), heads, B);
 }
 
-template <int D>
-static inline void attention_forward_launch(floatX* out, float* lse, const floatX* qkv, const int* kv_of_q,
-                                            int B, int T, int start, int H, int G, int window,
-                                            const AttentionNoise* noise, stream_t stream) {
-    typedef AttentionForwardShape<D> shape;
-    launch(attention_forward_kernel<D>, attention_grid(T - start, shape::QUERIES, H, B), shape::THREADS,
-           shape::SHARED_BYTES, stream, out, lse, qkv, kv_of_q, T, start, H, G, window,
-           attention_scale(D) * LOG2_E, noised_rows(noise, T, H));
+// The window of the kernels: T if the shape's window is 0 (dense) or at least T.
+static inline int attention_window(const AttentionShape* s) {
+    return s->window > 0 && s->window < s->T ? s->window : s->T;
 }
 
 template <int D>
-static inline void attention_backward_launch(floatX* dqkv, const floatX* dout, const floatX* out,
-                                             const float* lse, const floatX* qkv, const int* kv_of_q,
-                                             float2* statistics, int B, int T, int H, int G, int window,
+static inline void attention_forward_launch(const AttentionTensors* x, const AttentionShape* s,
+                                            stream_t stream) {
+    typedef AttentionForwardShape<D> shape;
+    launch(attention_forward_kernel<D>, attention_grid(s->T - s->start, shape::QUERIES, s->H, s->B),
+           shape::THREADS, shape::SHARED_BYTES, stream, x->out, x->lse, x->qkv, x->kv_of_q, s->T, s->start,
+           s->H, s->G, attention_window(s), attention_scale(D) * LOG2_E, noised_rows(x->noise, s->T, s->H));
+}
+
+// Launches the kernel that computes the statistics of all rows, which every backward pass reads.
+template <int D>
+static inline void attention_statistics_launch(float2* statistics, // (B, H, attention_padded(T))
+                                               const AttentionTensors* x, const AttentionShape* s,
+                                               stream_t stream) {
+    const int padded = attention_padded(s->T);
+    launch(attention_statistics_kernel<D>,
+           attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), s->H, s->B), STATISTICS_THREADS, 0,
+           stream, statistics, x->dout, x->out, x->lse, s->T, padded, s->H);
+}
+
+template <int D>
+static inline void attention_backward_launch(const AttentionTensors* x, const AttentionShape* s,
                                              stream_t stream) {
     typedef AttentionBackwardKeysShape<D> keys;
     typedef AttentionBackwardQueriesShape<D> queries;
-    const int padded = attention_padded(T);
+    float2* statistics = (float2*)x->workspace;
+    const int T = s->T, H = s->H, padded = attention_padded(T), window = attention_window(s);
     const float scale = attention_scale(D);
-    launch(attention_statistics_kernel<D>, attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), H, B),
-           STATISTICS_THREADS, 0, stream, statistics, dout, out, lse, T, padded, H);
-    launch(attention_backward_keys_kernel<D>, attention_grid(T, keys::KEYS, G, B), keys::THREADS,
-           keys::SHARED_BYTES, stream, dqkv, dout, qkv, statistics, kv_of_q, T, padded, H, G, window, scale);
-    launch(attention_backward_queries_kernel<D>, attention_grid(T, queries::QUERIES, H, B), queries::THREADS,
-           queries::SHARED_BYTES, stream, dqkv, dout, qkv, statistics, kv_of_q, T, padded, H, G, window,
-           scale);
+    attention_statistics_launch<D>(statistics, x, s, stream);
+    launch(attention_backward_keys_kernel<D>, attention_grid(T, keys::KEYS, s->G, s->B), keys::THREADS,
+           keys::SHARED_BYTES, stream, x->dqkv, x->dout, x->qkv, statistics, x->kv_of_q, T, padded, H, s->G,
+           window, scale);
+    launch(attention_backward_queries_kernel<D>, attention_grid(T, queries::QUERIES, H, s->B),
+           queries::THREADS, queries::SHARED_BYTES, stream, x->dqkv, x->dout, x->qkv, statistics, x->kv_of_q,
+           T, padded, H, s->G, window, scale);
 }
 
 // Bytes of the workspaces. The forward needs none.
-static inline size_t attention_forward_workspace(int B, int T, int H, int G, int D) {
-    (void)B, (void)T, (void)H, (void)G, (void)D;
+static inline size_t attention_forward_workspace(const AttentionShape* s) {
+    (void)s;
     return 0;
 }
 
-static inline size_t attention_backward_workspace(int B, int T, int H, int G, int D) {
-    (void)G, (void)D;
-    return (size_t)B * H * attention_padded(T) * sizeof(float2);
+static inline size_t attention_backward_workspace(const AttentionShape* s) {
+    return (size_t)s->B * s->H * attention_padded(s->T) * sizeof(float2);
 }
 
-// The window of the kernels: T if `window` is 0 (dense) or at least T.
-static inline int attention_window(int window, int T) { return window > 0 && window < T ? window : T; }
-
-// Computes rows start..T-1 of out and lse, and of noise->noised unless noise is NULL. It reads the queries of
-// these rows and all keys and values. If start > 0, qkv already holds the earlier keys and values.
-static inline void attention_forward(floatX* out,    // (B, T, H, D)
-                                     float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
-                                     const floatX* qkv,  // (B, T, H + 2G, D)
-                                     const int* kv_of_q, // (H) non-decreasing
-                                     void* workspace, int B, int T, int start, int H, int G, int D,
-                                     int window, const AttentionNoise* noise, stream_t stream) {
-    (void)workspace;
-    window = attention_window(window, T);
-    for_head_dim(D, [&](auto head_dim) {
-        attention_forward_launch<head_dim>(out, lse, qkv, kv_of_q, B, T, start, H, G, window, noise, stream);
-    });
+// Reads kv_of_q and, of qkv, the queries of the rows start..T-1 and all keys and values. Writes these rows of
+// out and lse, and of noise->noised unless noise is NULL. It needs no workspace.
+static inline void attention_forward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
+    for_head_dim(s->D, [&](auto head_dim) { attention_forward_launch<head_dim>(x, s, stream); });
 }
 
-// Writes every element of dqkv. The workspace has attention_backward_workspace() bytes and needs no initial
-// value.
-static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
-                                      const floatX* dout,   // (B, T, H, D)
-                                      const floatX* out,    // (B, T, H, D)
-                                      const float_acc* lse, // (B, H, T)
-                                      const floatX* qkv,    // (B, T, H + 2G, D)
-                                      const int* kv_of_q,   // (H)
-                                      void* workspace, int B, int T, int H, int G, int D, int window,
-                                      stream_t stream) {
-    float2* rows = (float2*)workspace;
-    window = attention_window(window, T);
-    for_head_dim(D, [&](auto head_dim) {
-        attention_backward_launch<head_dim>(dqkv, dout, out, lse, qkv, kv_of_q, rows, B, T, H, G, window,
-                                            stream);
-    });
+// Reads dout, out, lse, qkv and kv_of_q. Writes every element of dqkv. start must be 0.
+static inline void attention_backward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
+    assert(s->start == 0);
+    for_head_dim(s->D, [&](auto head_dim) { attention_backward_launch<head_dim>(x, s, stream); });
 }
 
 #endif

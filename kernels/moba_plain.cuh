@@ -1,15 +1,15 @@
 /*
 moba: mixture of block attention as it was first published (Lu et al., MoBA, arXiv 2502.13189,
 algorithm 1). It is here for comparison with flashmoba. The twin of moba_forward and moba_backward in
-dev/cpu/moba.h. It computes the same function as flashmoba_forward and flashmoba_backward (moba.cuh), with the
-same arguments and another algorithm (docs/math.md section 2).
+dev/cpu/moba.h. It computes the same function as flashmoba_forward and flashmoba_backward (moba.cuh), by
+another algorithm (docs/math.md section 2).
 
-    void* workspace = device_malloc(moba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    const AttentionShape s = {B, T, 0, H, G, D, 0, S, K};
+    x.workspace = device_malloc(moba_forward_workspace(&s), "attention");    // AttentionTensors x
     keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);   // kernels/keys.cuh
-    moba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL,
-                 stream);
-    workspace = device_malloc(moba_backward_workspace(B, T, H, G, D, S, K), "attention");
-    moba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
+    moba_forward(&x, &s, stream);
+    x.workspace = device_malloc(moba_backward_workspace(&s), "attention");
+    moba_backward(&x, &s, stream);
 
     scores       of every query with every block: a matrix of fp32 in memory
     selection    the best K-1 blocks of each row of the matrix
@@ -25,7 +25,7 @@ Bytes: docs/results/kernels.md.
 #ifndef KERNELS_MOBA_PLAIN_CUH
 #define KERNELS_MOBA_PLAIN_CUH
 
-// MobaShape, MobaRank, moba_supports, moba_take
+// AttentionShape, AttentionTensors, MobaRank, moba_supports, moba_take
 #include "kernels/moba_shape.cuh"
 
 // Most keys that are in shared memory at one time.
@@ -514,7 +514,7 @@ typedef struct {
 } MobaWorkspace;
 
 // Lays out the workspace of a call and returns its bytes. If memory is NULL, it only counts the bytes.
-static inline size_t moba_lay_out(MobaWorkspace* w, char* memory, const MobaShape* s, int is_backward) {
+static inline size_t moba_lay_out(MobaWorkspace* w, char* memory, const AttentionShape* s, int is_backward) {
     MobaPairs* x = &w->pairs;
     const size_t heads = (size_t)s->B * s->H, T = (size_t)s->T;
     const size_t forward = !is_backward, backward = is_backward != 0; // factors 0 or 1
@@ -539,16 +539,24 @@ static inline size_t moba_lay_out(MobaWorkspace* w, char* memory, const MobaShap
     return used;
 }
 
-static inline size_t moba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
+static inline size_t moba_forward_workspace(const AttentionShape* s) {
     MobaWorkspace workspace;
-    return moba_lay_out(&workspace, NULL, &shape, 0);
+    return moba_lay_out(&workspace, NULL, s, 0);
 }
 
-static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
+static inline size_t moba_backward_workspace(const AttentionShape* s) {
     MobaWorkspace workspace;
-    return moba_lay_out(&workspace, NULL, &shape, 1);
+    return moba_lay_out(&workspace, NULL, s, 1);
+}
+
+// The workspace of a call, with the tensors that the pairs come from.
+static inline MobaWorkspace moba_workspace_of(const AttentionTensors* tensors, const AttentionShape* s,
+                                              int is_backward) {
+    MobaWorkspace w;
+    if (!moba_supports(s)) moba_refuse(s);
+    moba_lay_out(&w, (char*)tensors->workspace, s, is_backward);
+    w.pairs.qkv = tensors->qkv, w.pairs.selected = tensors->selected, w.pairs.kv_of_q = tensors->kv_of_q;
+    return w;
 }
 
 // ----------------------------------------------------------------------------
@@ -576,8 +584,8 @@ template <int D> static inline void moba_pair_up(const MobaPairs* x, stream_t st
 }
 
 template <int D>
-static inline void moba_forward_launch(floatX* out, float* lse, int* selected, const float* centroids,
-                                       const MobaWorkspace* w, const AttentionNoise* noise, stream_t stream) {
+static inline void moba_forward_launch(const AttentionTensors* tensors, const MobaWorkspace* w,
+                                       stream_t stream) {
     const MobaPairs* x = &w->pairs;
     const int heads = x->B * x->H, rows = x->T - x->start, first_block = x->start / x->S;
     const int own_shares = ceil_div(x->S, MOBA_QUERIES);
@@ -587,92 +595,65 @@ static inline void moba_forward_launch(floatX* out, float* lse, int* selected, c
         launch(moba_scores_kernel<D>,
                dim3((unsigned)ceil_div(x->blocks, MOBA_TILE), (unsigned)ceil_div(rows, MOBA_TILE),
                     (unsigned)heads),
-               dim3(MOBA_TILE, MOBA_TILE_ROWS), 0, stream, w->scores, centroids, *x);
+               dim3(MOBA_TILE, MOBA_TILE_ROWS), 0, stream, w->scores, tensors->centroids, *x);
     if (x->K > 1)
         launch(moba_select_kernel, dim3((unsigned)ceil_div(rows, MOBA_WARPS), (unsigned)heads), MOBA_THREADS,
-               0, stream, selected, w->scores, *x);
+               0, stream, tensors->selected, w->scores, *x);
     launch(moba_forward_kernel<D, true>,
            dim3((unsigned)((ceil_div(x->T, x->S) - first_block) * own_shares), (unsigned)heads), MOBA_THREADS,
-           shared, stream, out, moba_has_pairs(x) ? w->own_lse : lse, *x, first_block, own_shares,
-           scale_log2);
+           shared, stream, tensors->out, moba_has_pairs(x) ? w->own_lse : tensors->lse, *x, first_block,
+           own_shares, scale_log2);
     if (moba_has_pairs(x)) {
         moba_pair_up<D>(x, stream);
         launch(moba_forward_kernel<D, false>, dim3((unsigned)(x->blocks * MOBA_SHARES), (unsigned)heads),
                MOBA_THREADS, shared, stream, w->of_pairs, w->pair_lse, *x, 0, (int)MOBA_SHARES, scale_log2);
         launch(moba_merge_kernel<D>, moba_copy_grid<D>((size_t)rows, heads), MOBA_COPY_THREADS, 0, stream,
-               out, lse, w->own_lse, w->of_pairs, w->pair_lse, *x);
+               tensors->out, tensors->lse, w->own_lse, w->of_pairs, w->pair_lse, *x);
     }
-    if (noise)
+    if (tensors->noise)
         launch(moba_noise_kernel<D>, moba_copy_grid<D>((size_t)x->B * rows * x->H, 1), MOBA_COPY_THREADS, 0,
-               stream, out, *x, noised_rows(noise, x->T, x->H));
+               stream, tensors->out, *x, noised_rows(tensors->noise, x->T, x->H));
 }
 
 template <int D>
-static inline void moba_backward_launch(floatX* dqkv, const floatX* dout, const floatX* out, const float* lse,
+static inline void moba_backward_launch(const AttentionTensors* tensors, const AttentionShape* s,
                                         const MobaWorkspace* w, stream_t stream) {
     const MobaPairs* x = &w->pairs;
     const int heads = x->B * x->H, padded = attention_padded(x->T), own_shares = ceil_div(x->S, MOBA_QUERIES);
     const size_t row = sizeof(floatX) * D, keys_shared = row * 2 * (x->keys + MOBA_BACKWARD_QUERIES),
                  queries_shared = row * 2 * (x->keys + MOBA_QUERIES);
     const float scale = attention_scale(D);
-    launch(attention_statistics_kernel<D>,
-           attention_grid(padded, STATISTICS_THREADS / (D / CHUNK), x->H, x->B), STATISTICS_THREADS, 0,
-           stream, w->statistics, dout, out, lse, x->T, padded, x->H);
+    attention_statistics_launch<D>(w->statistics, tensors, s, stream);
     if (moba_has_pairs(x)) {
         moba_pair_up<D>(x, stream);
         launch(moba_gather_kernel<D>, moba_copy_grid<D>(x->most, heads), MOBA_COPY_THREADS, 0, stream,
-               x->gradients, dout, x->H, *x);
+               x->gradients, tensors->dout, x->H, *x);
     }
     launch(moba_backward_keys_kernel<D>, attention_grid(x->T, x->keys, x->G, x->B), 2 * x->keys,
-           keys_shared + sizeof(float2) * MOBA_BACKWARD_QUERIES, stream, dqkv, dout, w->statistics, *x,
-           padded, scale);
+           keys_shared + sizeof(float2) * MOBA_BACKWARD_QUERIES, stream, tensors->dqkv, tensors->dout,
+           w->statistics, *x, padded, scale);
     launch(moba_backward_queries_kernel<D, true>,
            dim3((unsigned)(ceil_div(x->T, x->S) * own_shares), (unsigned)heads), MOBA_THREADS, queries_shared,
-           stream, dqkv, dout, w->statistics, *x, own_shares, padded, scale);
+           stream, tensors->dqkv, tensors->dout, w->statistics, *x, own_shares, padded, scale);
     if (!moba_has_pairs(x)) return;
     launch(moba_backward_queries_kernel<D, false>, dim3((unsigned)(x->blocks * MOBA_SHARES), (unsigned)heads),
-           MOBA_THREADS, queries_shared, stream, w->of_pairs, dout, w->statistics, *x, (int)MOBA_SHARES,
-           padded, scale);
+           MOBA_THREADS, queries_shared, stream, w->of_pairs, tensors->dout, w->statistics, *x,
+           (int)MOBA_SHARES, padded, scale);
     launch(moba_merge_queries_kernel<D>, moba_copy_grid<D>((size_t)x->T, heads), MOBA_COPY_THREADS, 0, stream,
-           dqkv, w->of_pairs, *x);
+           tensors->dqkv, w->of_pairs, *x);
 }
 
-// Same contract as flashmoba_forward (moba.cuh).
-static inline void moba_forward(floatX* out,    // (B, T, H, D)
-                                float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
-                                int* selected,  // (B, H, T, K-1) blocks chosen, the newest first, then -1
-                                const float_acc* centroids, // (B, T/S, G, D)
-                                const floatX* qkv,          // (B, T, H + 2G, D)
-                                const int* kv_of_q,         // (H) non-decreasing
-                                void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
-                                const AttentionNoise* noise, // NULL: no noise
-                                stream_t stream) {
-    const MobaShape shape = {B, T, start, H, G, D, S, K};
-    MobaWorkspace w;
-    if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
-    moba_lay_out(&w, (char*)workspace, &shape, 0);
-    w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
-    for_head_dim(D, [&](auto head_dim) {
-        moba_forward_launch<head_dim>(out, lse, selected, centroids, &w, noise, stream);
-    });
+// Reads and writes the same members as flashmoba_forward (moba.cuh).
+static inline void moba_forward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
+    const MobaWorkspace w = moba_workspace_of(x, s, 0);
+    for_head_dim(s->D, [&](auto head_dim) { moba_forward_launch<head_dim>(x, &w, stream); });
 }
 
-// Writes every element of dqkv. A KV head that no query head reads gets exact zeros.
-static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
-                                 const floatX* dout,   // (B, T, H, D)
-                                 const floatX* out,    // (B, T, H, D)
-                                 const float_acc* lse, // (B, H, T)
-                                 const int* selected,  // (B, H, T, K-1)
-                                 const floatX* qkv,    // (B, T, H + 2G, D)
-                                 const int* kv_of_q,   // (H)
-                                 void* workspace, int B, int T, int H, int G, int D, int S, int K,
-                                 stream_t stream) {
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
-    MobaWorkspace w;
-    if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
-    moba_lay_out(&w, (char*)workspace, &shape, 1);
-    w.pairs.qkv = qkv, w.pairs.selected = selected, w.pairs.kv_of_q = kv_of_q;
-    for_head_dim(D, [&](auto head_dim) { moba_backward_launch<head_dim>(dqkv, dout, out, lse, &w, stream); });
+// Reads and writes the same members as flashmoba_backward (moba.cuh).
+static inline void moba_backward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
+    assert(s->start == 0);
+    const MobaWorkspace w = moba_workspace_of(x, s, 1);
+    for_head_dim(s->D, [&](auto head_dim) { moba_backward_launch<head_dim>(x, s, &w, stream); });
 }
 
 #endif

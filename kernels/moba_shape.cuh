@@ -1,9 +1,9 @@
 /*
-The common part of MoBA's two algorithms, flashmoba (moba.cuh) and moba (kernels/moba_plain.cuh): the sizes of
-a call and their limits, the arrays of a workspace, and the order in which the router selects blocks.
+The common part of MoBA's two algorithms, flashmoba (moba.cuh) and moba (kernels/moba_plain.cuh): the limits
+of the sizes, the arrays of a workspace, and the order in which the router selects blocks.
 
-    const MobaShape shape = {B, T, start, H, G, D, S, K};
-    if (!moba_supports(T, D, S, K)) moba_refuse(&shape);
+    const AttentionShape shape = {B, T, start, H, G, D, 0, S, K};
+    if (!moba_supports(&shape)) moba_refuse(&shape);
     int* begins = (int*)moba_take(memory, &used, count, sizeof(int));     // memory NULL: only counts bytes
     const MobaRank rank = moba_rank(score, block, eligible);              // the router selects the highest
 
@@ -13,25 +13,20 @@ head, blocks of S keys, K blocks for each query, its own included.
 #ifndef KERNELS_MOBA_SHAPE_CUH
 #define KERNELS_MOBA_SHAPE_CUH
 
-// attention_supports_head_dim, fail
+// AttentionShape, attention_supports_head_dim, fail
 #include "gqa.cuh"
 
 // A list entry of flashmoba holds the token of a query in its low MOBA_TOKEN_BITS bits, and the number of the
 // choice above them. So T is below 2^MOBA_TOKEN_BITS.
 enum { MOBA_TOKEN_BITS = 25 };
 
-// Sizes of one call. It computes rows start..T-1.
-typedef struct {
-    int B, T, start, H, G, D, S, K;
-} MobaShape;
-
-// Whether MoBA can be called with these sizes.
-static inline int moba_supports(int T, int D, int S, int K) {
-    return attention_supports_head_dim(D) && S >= 16 && S <= 512 && (S & (S - 1)) == 0 && K >= 1 && K <= 64 &&
-           T < 1 << MOBA_TOKEN_BITS;
+// Whether MoBA can be called with this shape. It does not use the window.
+static inline int moba_supports(const AttentionShape* s) {
+    return attention_supports_head_dim(s->D) && s->S >= 16 && s->S <= 512 && (s->S & (s->S - 1)) == 0 &&
+           s->K >= 1 && s->K <= 64 && s->T < 1 << MOBA_TOKEN_BITS;
 }
 
-static inline void moba_refuse(const MobaShape* s) {
+static inline void moba_refuse(const AttentionShape* s) {
     fail("MoBA with %d tokens, head dimension %d, blocks of %d keys, %d of them a query: on this device head "
          "dimension 32, 64 or 128, blocks of 16, 32, ... 512, up to 64 of them, less than 2^%d tokens",
          s->T, s->D, s->S, s->K, (int)MOBA_TOKEN_BITS);

@@ -6,7 +6,8 @@ becomes
     o - alpha * std(o) * z        z normal, std over the D values
 
     const AttentionNoise noise = {noised, alpha, seed, noise_stream(step, layer), first_sequence};
-    attention_forward(out, ..., &noise, stream);               // writes out and noised; NULL: only out
+    x.noise = &noise;                                          // AttentionTensors x; NULL: no noise
+    attention_forward(&x, &s, stream);                         // writes out and noised
 
 The counter (seed, step, layer, sequence, token, head, d) determines z, so the micro-batch, the number of
 threads and a resume do not change it. std is a constant to the gradient, so the gradient of `out` equals that

@@ -80,45 +80,59 @@ void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq,
     adamw_update(params, NULL, exp_avg, exp_avg_sq, grads, norm, decays, count, settings, 0);
 }
 
-void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,
-                                 int T, int start, int H, int G, int D, int window) {
-    void* workspace = malloc_or_fail(attention_forward_workspace(B, T, H, G, D), "attention");
-    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, start, H, G, D, window, NULL, 0);
-    free(workspace);
+// The tensors of a call; no call writes to a tensor that its caller passes as const.
+static AttentionTensors reference_tensors(const double* out, const double* lse, const int* selected,
+                                          const double* qkv, const int* kv_of_q, size_t workspace_bytes) {
+    AttentionTensors x;
+    memset(&x, 0, sizeof(x));
+    x.out = (double*)out, x.lse = (double*)lse, x.selected = (int*)selected;
+    x.qkv = qkv, x.kv_of_q = kv_of_q;
+    x.workspace = malloc_or_fail(workspace_bytes, "attention");
+    return x;
+}
+
+void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q,
+                                 const AttentionShape* s) {
+    const AttentionTensors x =
+        reference_tensors(out, lse, NULL, qkv, kv_of_q, attention_forward_workspace(s));
+    attention_forward(&x, s, 0);
+    free(x.workspace);
 }
 
 void reference_attention_backward(double* dqkv, const double* dout, const double* out, const double* lse,
-                                  const double* qkv, const int* kv_of_q, int B, int T, int H, int G, int D,
-                                  int window) {
-    void* workspace = malloc_or_fail(attention_backward_workspace(B, T, H, G, D), "attention");
-    attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, 0);
-    free(workspace);
+                                  const double* qkv, const int* kv_of_q, const AttentionShape* s) {
+    AttentionTensors x = reference_tensors(out, lse, NULL, qkv, kv_of_q, attention_backward_workspace(s));
+    x.dqkv = dqkv, x.dout = dout;
+    attention_backward(&x, s, 0);
+    free(x.workspace);
 }
 
 void reference_flashmoba_forward(double* out, double* lse, const int* selected, const double* qkv,
-                                 const int* kv_of_q, int B, int T, int H, int G, int D, int S, int K) {
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
-    char* workspace = (char*)malloc_or_fail(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
-    flashmoba_local_forward(out, lse, qkv, kv_of_q, workspace, &shape);
-    if (K > 1) flashmoba_routed_forward(out, lse, selected, qkv, kv_of_q, workspace, &shape);
-    free(workspace);
+                                 const int* kv_of_q, const AttentionShape* s) {
+    const AttentionTensors x =
+        reference_tensors(out, lse, selected, qkv, kv_of_q, flashmoba_forward_workspace(s));
+    flashmoba_local_forward(&x, s);
+    if (s->K > 1) flashmoba_routed_forward(&x, s);
+    free(x.workspace);
 }
 
 void reference_flashmoba_select(int* selected, double* centroids, const double* qkv, const int* kv_of_q,
-                                int B, int T, int H, int G, int D, int S, int K) {
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
-    char* workspace = (char*)malloc_or_fail(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
-    moba_centroids(centroids, qkv, &shape);
-    if (K > 1) flashmoba_route(selected, centroids, qkv, kv_of_q, workspace, &shape);
-    free(workspace);
+                                const AttentionShape* s) {
+    AttentionTensors x =
+        reference_tensors(NULL, NULL, selected, qkv, kv_of_q, flashmoba_forward_workspace(s));
+    x.centroids = centroids;
+    moba_centroids(centroids, qkv, s);
+    if (s->K > 1) flashmoba_route(&x, s);
+    free(x.workspace);
 }
 
 void reference_flashmoba_backward(double* dqkv, const double* dout, const double* out, const double* lse,
-                                  const int* selected, const double* qkv, const int* kv_of_q, int B, int T,
-                                  int H, int G, int D, int S, int K) {
-    void* workspace = malloc_or_fail(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
-    flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, 0);
-    free(workspace);
+                                  const int* selected, const double* qkv, const int* kv_of_q,
+                                  const AttentionShape* s) {
+    AttentionTensors x = reference_tensors(out, lse, selected, qkv, kv_of_q, flashmoba_backward_workspace(s));
+    x.dqkv = dqkv, x.dout = dout;
+    flashmoba_backward(&x, s, 0);
+    free(x.workspace);
 }
 
 void reference_key_rms(double* rms, double* sums, const double* qkv, int B, int T, int H, int G, int D) {

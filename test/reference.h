@@ -4,8 +4,9 @@ one object. Tests in any language, precision and device link with it.
 
     reference_rmsnorm_forward(out, rstd, inp, weight, rows, C, 1e-5f);
 
-Names, shapes and the order of arguments are those of dev/cpu, without the stream. The functions allocate
-their own workspaces. floatX and float_acc of dev/cpu are double here.
+Names, shapes and the order of arguments are those of dev/cpu, without the stream. The functions of attention
+take their tensors one by one, because floatX and float_acc of dev/cpu are double here. The functions allocate
+their own workspaces.
 */
 #ifndef TEST_REFERENCE_H
 #define TEST_REFERENCE_H
@@ -14,6 +15,7 @@ their own workspaces. floatX and float_acc of dev/cpu are double here.
 #include <stddef.h>
 #include <stdint.h>
 #include "runtime/adamw.h"
+#include "runtime/attention_shape.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -47,20 +49,19 @@ void reference_global_norm(double* norm, const double* grads, size_t count);
 void reference_adamw_update(double* params, double* exp_avg, double* exp_avg_sq, const double* grads,
                             const double* norm, const double* decays, size_t count, AdamW settings);
 
-void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q, int B,
-                                 int T, int start, int H, int G, int D, int window);
+void reference_attention_forward(double* out, double* lse, const double* qkv, const int* kv_of_q,
+                                 const AttentionShape* s);
 void reference_attention_backward(double* dqkv, const double* dout, const double* out, const double* lse,
-                                  const double* qkv, const int* kv_of_q, int B, int T, int H, int G, int D,
-                                  int window);
+                                  const double* qkv, const int* kv_of_q, const AttentionShape* s);
 
 // The forward and backward passes use the caller's selection; reference_flashmoba_select() makes one.
 void reference_flashmoba_forward(double* out, double* lse, const int* selected, const double* qkv,
-                                 const int* kv_of_q, int B, int T, int H, int G, int D, int S, int K);
+                                 const int* kv_of_q, const AttentionShape* s);
 void reference_flashmoba_select(int* selected, double* centroids, const double* qkv, const int* kv_of_q,
-                                int B, int T, int H, int G, int D, int S, int K);
+                                const AttentionShape* s);
 void reference_flashmoba_backward(double* dqkv, const double* dout, const double* out, const double* lse,
-                                  const int* selected, const double* qkv, const int* kv_of_q, int B, int T,
-                                  int H, int G, int D, int S, int K);
+                                  const int* selected, const double* qkv, const int* kv_of_q,
+                                  const AttentionShape* s);
 
 void reference_key_rms(double* rms, double* sums, const double* qkv, int B, int T, int H, int G, int D);
 void reference_key_weight_norm(double* norm, const double* wk, const double* gain, int G, int D, int C);

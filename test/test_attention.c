@@ -26,12 +26,10 @@ equal central differences. The fp32 build must be within 1e-5 of the reference o
 
 // Inputs, what attention computes from them, and what the reference computes.
 typedef struct {
-    int B, T, H, G, D, window;
-    const int* kv_of_q;
+    AttentionShape s;
+    AttentionTensors x;
     size_t qkv_count, out_count, lse_count;
-    floatX *qkv, *dout, *out, *dqkv;
-    float_acc* lse;
-    void *workspace, *forward_workspace;
+    floatX *qkv, *dout; // x.qkv and x.dout, to write to
     double *ref_out, *ref_lse, *ref_dqkv;
 } attention_case_t;
 
@@ -52,44 +50,52 @@ static void fill_nan(floatX* values, size_t count) {
 }
 
 static attention_case_t new_case(const head_map_t* map, int B, int T, int D, int window) {
+    const AttentionShape s = {B, T, 0, map->H, map->G, D, window, 0, 0};
     attention_case_t c;
-    c.B = B, c.T = T, c.H = map->H, c.G = map->G, c.D = D, c.window = window;
-    c.kv_of_q = map->kv_of_q;
-    c.qkv_count = (size_t)B * T * (c.H + 2 * c.G) * D;
-    c.out_count = (size_t)B * T * c.H * D;
-    c.lse_count = (size_t)B * c.H * T;
+    memset(&c, 0, sizeof(c));
+    c.s = s;
+    c.qkv_count = (size_t)B * T * (c.s.H + 2 * c.s.G) * D;
+    c.out_count = (size_t)B * T * c.s.H * D;
+    c.lse_count = (size_t)B * c.s.H * T;
     c.qkv = new_floats(c.qkv_count);
     c.dout = new_floats(c.out_count);
-    c.out = new_floats(c.out_count);
-    c.dqkv = new_floats(c.qkv_count);
-    c.lse = new_floats(c.lse_count);
-    c.workspace = malloc_or_fail(attention_backward_workspace(B, T, c.H, c.G, D), "a workspace");
-    c.forward_workspace = malloc_or_fail(attention_forward_workspace(B, T, c.H, c.G, D), "a workspace");
+    c.x.out = new_floats(c.out_count);
+    c.x.dqkv = new_floats(c.qkv_count);
+    c.x.lse = new_floats(c.lse_count);
+    c.x.qkv = c.qkv, c.x.dout = c.dout, c.x.kv_of_q = map->kv_of_q;
     c.ref_out = new_doubles(c.out_count);
     c.ref_lse = new_doubles(c.lse_count);
     c.ref_dqkv = new_doubles(c.qkv_count);
     for (size_t i = 0; i < c.qkv_count; i++) c.qkv[i] = (floatX)(2 * draw());
     for (size_t i = 0; i < c.out_count; i++) c.dout[i] = (floatX)draw();
-    fill_nan(c.out, c.out_count);
-    fill_nan(c.lse, c.lse_count);
-    fill_nan(c.dqkv, c.qkv_count);
+    fill_nan(c.x.out, c.out_count);
+    fill_nan(c.x.lse, c.lse_count);
+    fill_nan(c.x.dqkv, c.qkv_count);
     return c;
 }
 
 static void free_case(attention_case_t* c) {
-    free(c->qkv), free(c->dout), free(c->out), free(c->dqkv), free(c->lse), free(c->workspace),
-        free(c->forward_workspace);
+    free(c->qkv), free(c->dout), free(c->x.out), free(c->x.dqkv), free(c->x.lse);
     free(c->ref_out), free(c->ref_lse), free(c->ref_dqkv);
 }
 
-static void run_forward(attention_case_t* c) {
-    attention_forward(c->out, c->lse, c->qkv, c->kv_of_q, c->forward_workspace, c->B, c->T, 0, c->H, c->G,
-                      c->D, c->window, NULL, 0);
+// Exactly the bytes asked for, none of them a number.
+static void* new_workspace(size_t bytes) { return memset(malloc_or_fail(bytes, "a workspace"), 0xff, bytes); }
+
+static void run_forward_from(attention_case_t* c, int start) {
+    AttentionShape s = c->s;
+    s.start = start;
+    c->x.workspace = new_workspace(attention_forward_workspace(&s));
+    attention_forward(&c->x, &s, 0);
+    free(c->x.workspace);
 }
 
+static void run_forward(attention_case_t* c) { run_forward_from(c, 0); }
+
 static void run_backward(attention_case_t* c) {
-    attention_backward(c->dqkv, c->dout, c->out, c->lse, c->qkv, c->kv_of_q, c->workspace, c->B, c->T, c->H,
-                       c->G, c->D, c->window, 0);
+    c->x.workspace = new_workspace(attention_backward_workspace(&c->s));
+    attention_backward(&c->x, &c->s, 0);
+    free(c->x.workspace);
 }
 
 // ----------------------------------------------------------------------------
@@ -103,12 +109,12 @@ static double reference_dot(const floatX* a, const floatX* b, int D) {
 
 // One query of one head: its output and log-sum-exp, and what it adds to the gradients of the sequence.
 static void reference_row(const attention_case_t* c, double* probs, int b, int h, int t) {
-    const int D = c->D, stride = (c->H + 2 * c->G) * D;
-    const int first = c->window == 0 || c->window > t ? 0 : t - c->window + 1;
-    const size_t sequence = (size_t)b * c->T * stride;
+    const int D = c->s.D, stride = (c->s.H + 2 * c->s.G) * D;
+    const int first = c->s.window == 0 || c->s.window > t ? 0 : t - c->s.window + 1;
+    const size_t sequence = (size_t)b * c->s.T * stride;
     const size_t q = sequence + (size_t)t * stride + (size_t)h * D;
-    const size_t k = sequence + (size_t)(c->H + c->kv_of_q[h]) * D, v = k + (size_t)c->G * D;
-    const size_t o = (((size_t)b * c->T + t) * c->H + h) * D;
+    const size_t k = sequence + (size_t)(c->s.H + c->x.kv_of_q[h]) * D, v = k + (size_t)c->s.G * D;
+    const size_t o = (((size_t)b * c->s.T + t) * c->s.H + h) * D;
     double largest = -INFINITY, sum = 0, delta = 0;
     for (int s = first; s <= t; s++) {
         probs[s] = reference_dot(c->qkv + q, c->qkv + k + (size_t)s * stride, D) / sqrt((double)D);
@@ -116,7 +122,7 @@ static void reference_row(const attention_case_t* c, double* probs, int b, int h
     }
     for (int s = first; s <= t; s++) sum += probs[s] = exp(probs[s] - largest);
     for (int s = first; s <= t; s++) probs[s] /= sum;
-    c->ref_lse[((size_t)b * c->H + h) * c->T + t] = largest + log(sum);
+    c->ref_lse[((size_t)b * c->s.H + h) * c->s.T + t] = largest + log(sum);
     for (int d = 0; d < D; d++) {
         double output = 0;
         for (int s = first; s <= t; s++) output += probs[s] * (double)c->qkv[v + (size_t)s * stride + d];
@@ -136,11 +142,11 @@ static void reference_row(const attention_case_t* c, double* probs, int b, int h
 }
 
 static void run_reference(attention_case_t* c) {
-    double* probs = new_doubles(c->T);
+    double* probs = new_doubles(c->s.T);
     for (size_t i = 0; i < c->qkv_count; i++) c->ref_dqkv[i] = 0;
-    for (int b = 0; b < c->B; b++)
-        for (int h = 0; h < c->H; h++)
-            for (int t = 0; t < c->T; t++) reference_row(c, probs, b, h, t);
+    for (int b = 0; b < c->s.B; b++)
+        for (int h = 0; h < c->s.H; h++)
+            for (int t = 0; t < c->s.T; t++) reference_row(c, probs, b, h, t);
     free(probs);
 }
 
@@ -157,7 +163,7 @@ static double relative_error(const floatX* a, const double* b, size_t count) {
 static void assert_error_below(double error, double tolerance, const char* what, const attention_case_t* c) {
     if (error <= tolerance) return; // false for NaN
     fail_msg("%s: relative error %.3g > %.3g with B %d T %d H %d G %d D %d window %d", what, error, tolerance,
-             c->B, c->T, c->H, c->G, c->D, c->window);
+             c->s.B, c->s.T, c->s.H, c->s.G, c->s.D, c->s.window);
 }
 
 // ----------------------------------------------------------------------------
@@ -168,18 +174,18 @@ static void check_against_reference(const head_map_t* map, int B, int T, int D, 
     run_forward(&c);
     run_backward(&c);
     run_reference(&c);
-    assert_error_below(relative_error(c.out, c.ref_out, c.out_count), TOLERANCE, "out", &c);
-    assert_error_below(relative_error(c.lse, c.ref_lse, c.lse_count), TOLERANCE, "lse", &c);
+    assert_error_below(relative_error(c.x.out, c.ref_out, c.out_count), TOLERANCE, "out", &c);
+    assert_error_below(relative_error(c.x.lse, c.ref_lse, c.lse_count), TOLERANCE, "lse", &c);
     // One token alone has gradient 0 of query and key; the rest is then rounding, measured by what dout brings in.
-    const size_t stride = (size_t)(c.H + 2 * c.G) * D;
+    const size_t stride = (size_t)(c.s.H + 2 * c.s.G) * D;
     for (size_t i = 0; i < c.qkv_count; i++) {
-        assert_true(isfinite((double)c.dqkv[i]));
-        if (T == 1 && i % stride < (size_t)(c.H + c.G) * D) {
-            assert_true(fabs((double)c.dqkv[i] - c.ref_dqkv[i]) <= TOLERANCE * D);
-            c.dqkv[i] = 0, c.ref_dqkv[i] = 0;
+        assert_true(isfinite((double)c.x.dqkv[i]));
+        if (T == 1 && i % stride < (size_t)(c.s.H + c.s.G) * D) {
+            assert_true(fabs((double)c.x.dqkv[i] - c.ref_dqkv[i]) <= TOLERANCE * D);
+            c.x.dqkv[i] = 0, c.ref_dqkv[i] = 0;
         }
     }
-    assert_error_below(relative_error(c.dqkv, c.ref_dqkv, c.qkv_count), TOLERANCE, "dqkv", &c);
+    assert_error_below(relative_error(c.x.dqkv, c.ref_dqkv, c.qkv_count), TOLERANCE, "dqkv", &c);
     free_case(&c);
 }
 
@@ -220,7 +226,7 @@ static void test_windows_and_tiles(void** state) {
 static double weighted_sum_of_outputs(attention_case_t* c) {
     run_forward(c);
     double sum = 0;
-    for (size_t i = 0; i < c->out_count; i++) sum += c->dout[i] * c->out[i];
+    for (size_t i = 0; i < c->out_count; i++) sum += c->dout[i] * c->x.out[i];
     return sum;
 }
 
@@ -248,7 +254,7 @@ static void test_central_differences(void** state) {
                 c.qkv[i] = value;
                 c.ref_dqkv[i] = (above - below) / (2 * step);
             }
-            assert_error_below(relative_error(c.dqkv, c.ref_dqkv, c.qkv_count), 1e-6, "central differences",
+            assert_error_below(relative_error(c.x.dqkv, c.ref_dqkv, c.qkv_count), 1e-6, "central differences",
                                &c);
             free_case(&c);
         }
@@ -269,10 +275,10 @@ static void test_large_scores(void** state) {
         double largest = 0;
         for (size_t i = 0; i < c.lse_count; i++) largest = fmax(largest, c.ref_lse[i]);
         assert_true(largest > 1e4);
-        assert_error_below(relative_error(c.out, c.ref_out, c.out_count), TOLERANCE, "out", &c);
-        assert_error_below(relative_error(c.lse, c.ref_lse, c.lse_count), TOLERANCE, "lse", &c);
+        assert_error_below(relative_error(c.x.out, c.ref_out, c.out_count), TOLERANCE, "out", &c);
+        assert_error_below(relative_error(c.x.lse, c.ref_lse, c.lse_count), TOLERANCE, "lse", &c);
         // A probability made again from a log-sum-exp of 1e4 has 1e4 times the rounding.
-        assert_error_below(relative_error(c.dqkv, c.ref_dqkv, c.qkv_count), 1e4 * TOLERANCE, "dqkv", &c);
+        assert_error_below(relative_error(c.x.dqkv, c.ref_dqkv, c.qkv_count), 1e4 * TOLERANCE, "dqkv", &c);
         free_case(&c);
     }
 }
@@ -285,18 +291,17 @@ static void test_start(void** state) {
         const int start = starts[i % 6];
         attention_case_t c = new_case(&head_maps[4 + i % 4], 1 + i % 2, T, 16, windows[i / 6]);
         run_reference(&c);
-        attention_forward(c.out, c.lse, c.qkv, c.kv_of_q, c.forward_workspace, c.B, T, start, c.H, c.G, c.D,
-                          c.window, NULL, 0);
-        for (int b = 0; b < c.B; b++) {
-            const size_t rows = (size_t)b * T * c.H * c.D, done = (size_t)start * c.H * c.D;
-            for (size_t j = 0; j < done; j++) assert_true(isnan((double)c.out[rows + j]));
-            assert_error_below(
-                relative_error(c.out + rows + done, c.ref_out + rows + done, (size_t)(T - start) * c.H * c.D),
-                TOLERANCE, "out from start", &c);
-            for (int h = 0; h < c.H; h++) {
-                const size_t row = ((size_t)b * c.H + h) * T;
-                for (int t = 0; t < start; t++) assert_true(isnan((double)c.lse[row + t]));
-                assert_error_below(relative_error(c.lse + row + start, c.ref_lse + row + start, T - start),
+        run_forward_from(&c, start);
+        for (int b = 0; b < c.s.B; b++) {
+            const size_t rows = (size_t)b * T * c.s.H * c.s.D, done = (size_t)start * c.s.H * c.s.D;
+            for (size_t j = 0; j < done; j++) assert_true(isnan((double)c.x.out[rows + j]));
+            assert_error_below(relative_error(c.x.out + rows + done, c.ref_out + rows + done,
+                                              (size_t)(T - start) * c.s.H * c.s.D),
+                               TOLERANCE, "out from start", &c);
+            for (int h = 0; h < c.s.H; h++) {
+                const size_t row = ((size_t)b * c.s.H + h) * T;
+                for (int t = 0; t < start; t++) assert_true(isnan((double)c.x.lse[row + t]));
+                assert_error_below(relative_error(c.x.lse + row + start, c.ref_lse + row + start, T - start),
                                    TOLERANCE, "lse from start", &c);
             }
         }
@@ -316,25 +321,19 @@ static void test_bitwise(void** state) {
             floatX* dqkv = new_floats(c.qkv_count);
             for (int threads = 1; threads <= 9; threads += 2) {
                 omp_set_num_threads(threads);
-                free(c.workspace), free(c.forward_workspace);
-                const size_t bytes = attention_backward_workspace(c.B, c.T, c.H, c.G, c.D);
-                const size_t forward_bytes = attention_forward_workspace(c.B, c.T, c.H, c.G, c.D);
-                c.workspace = memset(malloc_or_fail(bytes, "a workspace"), 0xff, bytes);
-                c.forward_workspace =
-                    memset(malloc_or_fail(forward_bytes, "a workspace"), 0xff, forward_bytes);
-                fill_nan(c.out, c.out_count);
-                fill_nan(c.lse, c.lse_count);
-                fill_nan(c.dqkv, c.qkv_count);
+                fill_nan(c.x.out, c.out_count);
+                fill_nan(c.x.lse, c.lse_count);
+                fill_nan(c.x.dqkv, c.qkv_count);
                 run_forward(&c);
                 run_backward(&c);
                 if (threads == 1) {
-                    memcpy(out, c.out, c.out_count * sizeof(floatX));
-                    memcpy(lse, c.lse, c.lse_count * sizeof(floatX));
-                    memcpy(dqkv, c.dqkv, c.qkv_count * sizeof(floatX));
+                    memcpy(out, c.x.out, c.out_count * sizeof(floatX));
+                    memcpy(lse, c.x.lse, c.lse_count * sizeof(floatX));
+                    memcpy(dqkv, c.x.dqkv, c.qkv_count * sizeof(floatX));
                 }
-                assert_memory_equal(out, c.out, c.out_count * sizeof(floatX));
-                assert_memory_equal(lse, c.lse, c.lse_count * sizeof(floatX));
-                assert_memory_equal(dqkv, c.dqkv, c.qkv_count * sizeof(floatX));
+                assert_memory_equal(out, c.x.out, c.out_count * sizeof(floatX));
+                assert_memory_equal(lse, c.x.lse, c.lse_count * sizeof(floatX));
+                assert_memory_equal(dqkv, c.x.dqkv, c.qkv_count * sizeof(floatX));
             }
             free(out), free(lse), free(dqkv);
             free_case(&c);
@@ -350,18 +349,19 @@ static void test_no_token_reaches_back(void** state) {
     for (int w = 0; w < 5; w++) {
         attention_case_t c = new_case(&head_maps[5], 1, T, 16, windows[w]);
         floatX* before = new_floats(c.out_count);
-        const size_t out_row = (size_t)c.H * c.D, qkv_row = (size_t)(c.H + 2 * c.G) * c.D;
+        const size_t out_row = (size_t)c.s.H * c.s.D, qkv_row = (size_t)(c.s.H + 2 * c.s.G) * c.s.D;
         run_forward(&c);
-        memcpy(before, c.out, c.out_count * sizeof(floatX));
+        memcpy(before, c.x.out, c.out_count * sizeof(floatX));
         for (int i = 0; i < 6; i++) {
             for (size_t j = 0; j < qkv_row; j++) c.qkv[changed[i] * qkv_row + j] += (floatX)draw();
             run_forward(&c);
             for (int t = 0; t < T; t++) {
-                const int sees = t >= changed[i] && (c.window == 0 || t < changed[i] + c.window);
-                const int same = !memcmp(before + t * out_row, c.out + t * out_row, out_row * sizeof(floatX));
+                const int sees = t >= changed[i] && (c.s.window == 0 || t < changed[i] + c.s.window);
+                const int same =
+                    !memcmp(before + t * out_row, c.x.out + t * out_row, out_row * sizeof(floatX));
                 assert_int_equal(same, !sees);
             }
-            memcpy(before, c.out, c.out_count * sizeof(floatX));
+            memcpy(before, c.x.out, c.out_count * sizeof(floatX));
         }
         free(before);
         free_case(&c);
@@ -374,15 +374,15 @@ static void test_empty_groups_have_gradient_zero(void** state) {
         attention_case_t c = new_case(&head_maps[m], 2, 65, 8, 0);
         run_forward(&c);
         run_backward(&c);
-        for (int g = 0; g < c.G; g++) {
+        for (int g = 0; g < c.s.G; g++) {
             int heads = 0;
-            for (int h = 0; h < c.H; h++) heads += c.kv_of_q[h] == g;
-            for (int row = 0; row < 2 * c.B * c.T; row++) {
-                const floatX* token = c.dqkv + (size_t)(row / 2) * (c.H + 2 * c.G) * c.D;
-                const floatX* gradient = token + (size_t)(c.H + row % 2 * c.G + g) * c.D;
+            for (int h = 0; h < c.s.H; h++) heads += c.x.kv_of_q[h] == g;
+            for (int row = 0; row < 2 * c.s.B * c.s.T; row++) {
+                const floatX* token = c.x.dqkv + (size_t)(row / 2) * (c.s.H + 2 * c.s.G) * c.s.D;
+                const floatX* gradient = token + (size_t)(c.s.H + row % 2 * c.s.G + g) * c.s.D;
                 int zeros = 0;
-                for (int d = 0; d < c.D; d++) zeros += gradient[d] == 0;
-                if (heads == 0) assert_int_equal(zeros, c.D);
+                for (int d = 0; d < c.s.D; d++) zeros += gradient[d] == 0;
+                if (heads == 0) assert_int_equal(zeros, c.s.D);
             }
         }
         free_case(&c);
@@ -391,9 +391,12 @@ static void test_empty_groups_have_gradient_zero(void** state) {
 
 static void test_workspace_is_linear(void** state) {
     (void)state;
-    const size_t base = attention_backward_workspace(1, 1, 8, 2, 64);
-    const size_t small = attention_backward_workspace(2, 1024, 8, 2, 64) - base;
-    const size_t large = attention_backward_workspace(2, 4096, 8, 2, 64) - base;
+    const AttentionShape one_token = {1, 1, 0, 8, 2, 64, 0, 0, 0},
+                         short_rows = {2, 1024, 0, 8, 2, 64, 0, 0, 0},
+                         long_rows = {2, 4096, 0, 8, 2, 64, 0, 0, 0};
+    const size_t base = attention_backward_workspace(&one_token);
+    const size_t small = attention_backward_workspace(&short_rows) - base;
+    const size_t large = attention_backward_workspace(&long_rows) - base;
     assert_true(large < 5 * small);
     // Twice the size of the output, one number a row, and the threads' tiles.
     assert_true(large < 2 * (size_t)2 * 4096 * 8 * 65 * sizeof(floatX));

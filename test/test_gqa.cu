@@ -23,17 +23,15 @@ static const HeadMap MANY = {40, 3, {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
 typedef struct {
     const HeadMap* map;
     char words[96]; // what it is
-    int B, T, H, G, D, window;
+    AttentionShape s;
+    AttentionTensors x; // on the device; noise is NULL but where it is tested
     size_t qkv_count, out_count, lse_count;
     // on the host, floatX and what it holds exactly
     floatX *host_qkv, *host_dout;
     double *exact_qkv, *exact_dout;
-    // on the device
-    floatX *qkv, *dout, *out, *dqkv;
-    float* lse;
+    // x.qkv, x.dout and x.kv_of_q, to write to
+    floatX *qkv, *dout;
     int* kv_of_q;
-    void* workspace;
-    const AttentionNoise* noise; // NULL but where it is tested
 } Case;
 
 static void upload(Case* c) {
@@ -43,59 +41,59 @@ static void upload(Case* c) {
 
 static Case new_case(const HeadMap* map, int B, int T, int D, int window) {
     Case c = {};
-    c.map = map, c.B = B, c.T = T, c.H = map->H, c.G = map->G, c.D = D, c.window = window;
-    c.qkv_count = (size_t)B * T * (c.H + 2 * c.G) * D;
-    c.out_count = (size_t)B * T * c.H * D;
-    c.lse_count = (size_t)B * c.H * T;
+    c.map = map;
+    c.s = {B, T, 0, map->H, map->G, D, window, 0, 0};
+    c.qkv_count = (size_t)B * T * (c.s.H + 2 * c.s.G) * D;
+    c.out_count = (size_t)B * T * c.s.H * D;
+    c.lse_count = (size_t)B * c.s.H * T;
     c.host_qkv = new_floats(c.qkv_count), c.host_dout = new_floats(c.out_count);
     c.exact_qkv = new_doubles(c.qkv_count), c.exact_dout = new_doubles(c.out_count);
     c.qkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
-    c.dqkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
+    c.x.dqkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
     c.dout = (floatX*)forgotten(c.out_count * sizeof(floatX));
-    c.out = (floatX*)forgotten(c.out_count * sizeof(floatX));
-    c.lse = (float*)forgotten(c.lse_count * sizeof(float));
-    c.kv_of_q = (int*)forgotten(c.H * sizeof(int));
-    c.workspace = forgotten(attention_backward_workspace(B, T, c.H, c.G, D));
-    copy_to_device(c.kv_of_q, map->kv_of_q, c.H * sizeof(int), 0);
+    c.x.out = (floatX*)forgotten(c.out_count * sizeof(floatX));
+    c.x.lse = (float*)forgotten(c.lse_count * sizeof(float));
+    c.kv_of_q = (int*)forgotten(c.s.H * sizeof(int));
+    c.x.workspace = forgotten(attention_backward_workspace(&c.s));
+    c.x.qkv = c.qkv, c.x.dout = c.dout, c.x.kv_of_q = c.kv_of_q;
+    copy_to_device(c.kv_of_q, map->kv_of_q, c.s.H * sizeof(int), 0);
     fill_normal(c.exact_qkv, NULL, c.qkv_count, 1, (uint64_t)T);
     fill_normal(c.exact_dout, NULL, c.out_count, 1, (uint64_t)T + 1);
-    snprintf(c.words, sizeof(c.words), "B %d T %d H %d G %d D %d window %d", B, T, c.H, c.G, D, window);
+    snprintf(c.words, sizeof(c.words), "B %d T %d H %d G %d D %d window %d", B, T, c.s.H, c.s.G, D, window);
     upload(&c);
     return c;
 }
 
 static void free_case(Case* c) {
     free(c->host_qkv), free(c->host_dout), free(c->exact_qkv), free(c->exact_dout);
-    device_free(c->qkv), device_free(c->dqkv), device_free(c->dout), device_free(c->out), device_free(c->lse);
-    device_free(c->kv_of_q), device_free(c->workspace);
+    device_free(c->qkv), device_free(c->x.dqkv), device_free(c->dout), device_free(c->x.out),
+        device_free(c->x.lse);
+    device_free(c->kv_of_q), device_free(c->x.workspace);
 }
 
 static void run_forward(Case* c, int start) {
-    attention_forward(c->out, c->lse, c->qkv, c->kv_of_q, c->workspace, c->B, c->T, start, c->H, c->G, c->D,
-                      c->window, c->noise, 0);
+    AttentionShape s = c->s;
+    s.start = start;
+    attention_forward(&c->x, &s, 0);
 }
 
-static void run_backward(Case* c) {
-    attention_backward(c->dqkv, c->dout, c->out, c->lse, c->qkv, c->kv_of_q, c->workspace, c->B, c->T, c->H,
-                       c->G, c->D, c->window, 0);
-}
+static void run_backward(Case* c) { attention_backward(&c->x, &c->s, 0); }
 
 // ----------------------------------------------------------------------------
 // Errors
 
 static void check_forward(const Case* c, int start) {
-    double *out = download(c->out, c->out_count), *lse = download(c->lse, c->lse_count);
+    double *out = download(c->x.out, c->out_count), *lse = download(c->x.lse, c->lse_count);
     double *ref_out = new_doubles(c->out_count), *ref_lse = new_doubles(c->lse_count);
-    reference_attention_forward(ref_out, ref_lse, c->exact_qkv, c->map->kv_of_q, c->B, c->T, 0, c->H, c->G,
-                                c->D, c->window);
+    reference_attention_forward(ref_out, ref_lse, c->exact_qkv, c->map->kv_of_q, &c->s);
     Error of_out = {}, of_lse = {};
     for (size_t i = 0; i < c->out_count; i++) {
-        const int t = (int)(i / c->D / c->H % c->T);
+        const int t = (int)(i / c->s.D / c->s.H % c->s.T);
         if (t >= start) add_error(&of_out, out[i], ref_out[i]);
         else assert_true(isnan(out[i]));
     }
     for (size_t i = 0; i < c->lse_count; i++) {
-        if ((int)(i % c->T) >= start) add_error(&of_lse, lse[i], ref_lse[i]);
+        if ((int)(i % c->s.T) >= start) add_error(&of_lse, lse[i], ref_lse[i]);
         else assert_true(isnan(lse[i]));
     }
     assert_error("out", c->words, &of_out, 0, 1);
@@ -105,11 +103,10 @@ static void check_forward(const Case* c, int start) {
 
 // The reference has the same inputs, among them the output and the log-sum-exp of the device.
 static void check_backward(const Case* c, int rounded_only) {
-    double *out = download(c->out, c->out_count), *lse = download(c->lse, c->lse_count);
-    double *dqkv = download(c->dqkv, c->qkv_count), *ref_dqkv = new_doubles(c->qkv_count);
-    reference_attention_backward(ref_dqkv, c->exact_dout, out, lse, c->exact_qkv, c->map->kv_of_q, c->B, c->T,
-                                 c->H, c->G, c->D, c->window);
-    check_gradients(c->words, dqkv, ref_dqkv, (size_t)c->B * c->T, c->map, c->D, rounded_only);
+    double *out = download(c->x.out, c->out_count), *lse = download(c->x.lse, c->lse_count);
+    double *dqkv = download(c->x.dqkv, c->qkv_count), *ref_dqkv = new_doubles(c->qkv_count);
+    reference_attention_backward(ref_dqkv, c->exact_dout, out, lse, c->exact_qkv, c->map->kv_of_q, &c->s);
+    check_gradients(c->words, dqkv, ref_dqkv, (size_t)c->s.B * c->s.T, c->map, c->s.D, rounded_only);
     free(out), free(lse), free(dqkv), free(ref_dqkv);
 }
 
@@ -175,7 +172,7 @@ static void test_large_scores(void** state) {
         upload(&c);
         run_forward(&c, 0);
         check_forward(&c, 0);
-        double *lse = download(c.lse, c.lse_count), largest = 0;
+        double *lse = download(c.x.lse, c.lse_count), largest = 0;
         for (size_t i = 0; i < c.lse_count; i++) largest = fmax(largest, lse[i]);
         assert_true(largest > 5e3);
         free(lse);
@@ -192,7 +189,7 @@ static void test_many_tiles(void** state) {
         if (i / D % 3 < 2) c.exact_qkv[i] = i / D % 3 == 0 ? 11 : 13;
     upload(&c);
     run_forward(&c, T - 1);
-    double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+    double *out = download(c.x.out, c.out_count), *lse = download(c.x.lse, c.lse_count);
     Error of_out = {}, of_lse = {};
     for (size_t i = c.out_count - D; i < c.out_count; i++) {
         double mean = 0;
@@ -225,12 +222,12 @@ static void test_decoding(void** state) {
     for (int d = 0; d < 3; d++) {
         Case c = new_case(&GQA, 1, 150, Ds[d], 0);
         run_forward(&c, 0);
-        double* whole = download(c.out, c.out_count);
-        forget(c.out, c.out_count * sizeof(floatX));
-        run_forward(&c, c.T - 1);
-        double* row = download(c.out, c.out_count);
-        const size_t at = (size_t)(c.T - 1) * c.H * c.D;
-        assert_memory_equal(row + at, whole + at, (size_t)c.H * c.D * sizeof(double));
+        double* whole = download(c.x.out, c.out_count);
+        forget(c.x.out, c.out_count * sizeof(floatX));
+        run_forward(&c, c.s.T - 1);
+        double* row = download(c.x.out, c.out_count);
+        const size_t at = (size_t)(c.s.T - 1) * c.s.H * c.s.D;
+        assert_memory_equal(row + at, whole + at, (size_t)c.s.H * c.s.D * sizeof(double));
         free(whole), free(row);
         free_case(&c);
     }
@@ -251,17 +248,17 @@ static void test_noise(void** state) {
         floatX* noised = (floatX*)forgotten(c.out_count * sizeof(floatX));
         const AttentionNoise noise = {noised, 0.75f, 5, noise_stream(3, 2), 7};
         run_forward(&c, 0);
-        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
-        c.noise = &noise;
-        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        double *out = download(c.x.out, c.out_count), *lse = download(c.x.lse, c.lse_count);
+        c.x.noise = &noise;
+        forget(c.x.out, c.out_count * sizeof(floatX)), forget(c.x.lse, c.lse_count * sizeof(float));
         run_forward(&c, 0);
-        double *same_out = download(c.out, c.out_count), *same_lse = download(c.lse, c.lse_count);
+        double *same_out = download(c.x.out, c.out_count), *same_lse = download(c.x.lse, c.lse_count);
         assert_memory_equal(same_out, out, c.out_count * sizeof(double));
         assert_memory_equal(same_lse, lse, c.lse_count * sizeof(double));
-        check_noised(c.words, c.out, &noise, c.B, c.T, 0, c.H, c.D);
+        check_noised(c.words, c.x.out, &noise, c.s.B, c.s.T, 0, c.s.H, c.s.D);
         forget(noised, c.out_count * sizeof(floatX));
         run_forward(&c, shapes[i].start);
-        check_noised(c.words, c.out, &noise, c.B, c.T, shapes[i].start, c.H, c.D);
+        check_noised(c.words, c.x.out, &noise, c.s.B, c.s.T, shapes[i].start, c.s.H, c.s.D);
         free(same_out), free(same_lse);
         free(out), free(lse);
         device_free(noised);
@@ -278,8 +275,8 @@ static void test_repeatable(void** state) {
         for (int run = 0; run < 2; run++) {
             run_forward(&c, 0);
             run_backward(&c);
-            out[run] = download(c.out, c.out_count), lse[run] = download(c.lse, c.lse_count);
-            dqkv[run] = download(c.dqkv, c.qkv_count);
+            out[run] = download(c.x.out, c.out_count), lse[run] = download(c.x.lse, c.lse_count);
+            dqkv[run] = download(c.x.dqkv, c.qkv_count);
         }
         assert_memory_equal(out[0], out[1], c.out_count * sizeof(double));
         assert_memory_equal(lse[0], lse[1], c.lse_count * sizeof(double));
@@ -291,8 +288,10 @@ static void test_repeatable(void** state) {
 
 static void test_head_dimensions(void** state) {
     (void)state;
-    for (int D = 1; D <= 256; D++)
-        assert_int_equal(attention_supports_head_dim(D), D == 32 || D == 64 || D == 128);
+    for (int D = 1; D <= 256; D++) {
+        const AttentionShape s = {1, 1, 0, 1, 1, D, 0, 0, 0};
+        assert_int_equal(attention_supports(&s), D == 32 || D == 64 || D == 128);
+    }
 }
 
 // The argument: a pattern that the names of tests must match.

@@ -9,6 +9,8 @@ selections must then equal the reference's, also with equal scores.
 #include "dev/cpu/moba.h"
 // keys_forward
 #include "dev/cpu/keys.h"
+// AttentionModule, attention_modules
+#include "runtime/attention.h"
 // assert_close, fill_normal, central_difference
 #include "test/numeric.h"
 // head_maps
@@ -19,28 +21,19 @@ selections must then equal the reference's, also with equal scores.
 
 typedef struct {
     const char* name;
-    void (*forward)(floatX*, float_acc*, int*, const float_acc*, const floatX*, const int*, void*, int, int,
-                    int, int, int, int, int, int, const AttentionNoise*, stream_t);
-    void (*backward)(floatX*, const floatX*, const floatX*, const float_acc*, const int*, const floatX*,
-                     const int*, void*, int, int, int, int, int, int, int, stream_t);
-    size_t (*forward_workspace)(int, int, int, int, int, int, int);
-    size_t (*backward_workspace)(int, int, int, int, int, int, int);
+    const AttentionModule* module;
 } algorithm_t;
 
-static const algorithm_t algorithms[2] = {
-    {"moba", moba_forward, moba_backward, moba_forward_workspace, moba_backward_workspace},
-    {"flashmoba", flashmoba_forward, flashmoba_backward, flashmoba_forward_workspace,
-     flashmoba_backward_workspace},
-};
+static const algorithm_t algorithms[2] = {{"moba", &attention_modules[ATTENTION_MOBA]},
+                                          {"flashmoba", &attention_modules[ATTENTION_FLASHMOBA]}};
 
 // Inputs, what an algorithm computes from them, and what the reference computes.
 typedef struct {
-    int B, T, H, G, D, S, K;
-    const int* kv_of_q;
+    AttentionShape s;
+    AttentionTensors x;
     size_t qkv_count, out_count, lse_count, selected_count, centroids_count;
-    floatX *qkv, *dout, *out, *dqkv;
-    float_acc *lse, *centroids;
-    int* selected;
+    floatX *qkv, *dout; // x.qkv, x.dout and x.centroids, to write to
+    float_acc* centroids;
     double *ref_qkv, *ref_dout, *ref_out, *ref_lse, *ref_dqkv;
     int* ref_selected;
 } moba_case_t;
@@ -50,11 +43,11 @@ static void fill_nan(floatX* values, size_t count) {
 }
 
 static void forget_results(moba_case_t* c) {
-    fill_nan(c->out, c->out_count);
-    fill_nan(c->dqkv, c->qkv_count);
-    fill_nan(c->lse, c->lse_count);
+    fill_nan(c->x.out, c->out_count);
+    fill_nan(c->x.dqkv, c->qkv_count);
+    fill_nan(c->x.lse, c->lse_count);
     fill_nan(c->centroids, c->centroids_count);
-    for (size_t i = 0; i < c->selected_count; i++) c->selected[i] = -2;
+    for (size_t i = 0; i < c->selected_count; i++) c->x.selected[i] = -2;
 }
 
 // Takes a change of the inputs over into the reference's.
@@ -65,18 +58,20 @@ static void update_inputs(moba_case_t* c) {
 
 static moba_case_t new_case(const head_map_t* map, int B, int T, int D, int S, int K) {
     static uint64_t seed = 0;
+    const AttentionShape s = {B, T, 0, map->H, map->G, D, 0, S, K};
     moba_case_t c;
-    c.B = B, c.T = T, c.H = map->H, c.G = map->G, c.D = D, c.S = S, c.K = K;
-    c.kv_of_q = map->kv_of_q;
-    c.qkv_count = (size_t)B * T * (c.H + 2 * c.G) * D;
-    c.out_count = (size_t)B * T * c.H * D;
-    c.lse_count = (size_t)B * c.H * T;
-    c.selected_count = moba_selected_count(B, T, c.H, K);
-    c.centroids_count = moba_centroids_count(B, T, c.G, D, S);
-    c.qkv = new_floats(c.qkv_count), c.dqkv = new_floats(c.qkv_count);
-    c.dout = new_floats(c.out_count), c.out = new_floats(c.out_count);
-    c.lse = new_floats(c.lse_count), c.centroids = new_floats(c.centroids_count);
-    c.selected = (int*)calloc_or_fail(c.selected_count, sizeof(int), "a test");
+    memset(&c, 0, sizeof(c));
+    c.s = s;
+    c.qkv_count = (size_t)B * T * (c.s.H + 2 * c.s.G) * D;
+    c.out_count = (size_t)B * T * c.s.H * D;
+    c.lse_count = (size_t)B * c.s.H * T;
+    c.selected_count = moba_selected_count(B, T, c.s.H, K);
+    c.centroids_count = moba_centroids_count(B, T, c.s.G, D, S);
+    c.qkv = new_floats(c.qkv_count), c.x.dqkv = new_floats(c.qkv_count);
+    c.dout = new_floats(c.out_count), c.x.out = new_floats(c.out_count);
+    c.x.lse = new_floats(c.lse_count), c.centroids = new_floats(c.centroids_count);
+    c.x.qkv = c.qkv, c.x.dout = c.dout, c.x.centroids = c.centroids, c.x.kv_of_q = map->kv_of_q;
+    c.x.selected = (int*)calloc_or_fail(c.selected_count, sizeof(int), "a test");
     c.ref_selected = (int*)calloc_or_fail(c.selected_count, sizeof(int), "a test");
     c.ref_qkv = new_doubles(c.qkv_count), c.ref_dqkv = new_doubles(c.qkv_count);
     c.ref_dout = new_doubles(c.out_count), c.ref_out = new_doubles(c.out_count);
@@ -91,8 +86,8 @@ static moba_case_t new_case(const head_map_t* map, int B, int T, int D, int S, i
 }
 
 static void free_case(moba_case_t* c) {
-    free(c->qkv), free(c->dqkv), free(c->dout), free(c->out), free(c->lse), free(c->centroids);
-    free(c->selected), free(c->ref_selected);
+    free(c->qkv), free(c->x.dqkv), free(c->dout), free(c->x.out), free(c->x.lse), free(c->centroids);
+    free(c->x.selected), free(c->ref_selected);
     free(c->ref_qkv), free(c->ref_dqkv), free(c->ref_dout), free(c->ref_out), free(c->ref_lse);
 }
 
@@ -102,22 +97,22 @@ static void* new_workspace(size_t bytes) {
 }
 
 static void run_forward_from(moba_case_t* c, const algorithm_t* algorithm, int T, int start) {
-    void* workspace = new_workspace(algorithm->forward_workspace(c->B, T, c->H, c->G, c->D, c->S, c->K));
-    keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, c->B, T, start, c->H, c->G, c->D, c->S, 0, 0);
-    algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, T,
-                       start, c->H, c->G, c->D, c->S, c->K, NULL, 0);
-    free(workspace);
+    AttentionShape s = c->s;
+    s.T = T, s.start = start;
+    c->x.workspace = new_workspace(algorithm->module->forward_workspace(&s));
+    keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, s.B, T, start, s.H, s.G, s.D, s.S, 0, 0);
+    algorithm->module->forward(&c->x, &s, 0);
+    free(c->x.workspace);
 }
 
 static void run_forward(moba_case_t* c, const algorithm_t* algorithm) {
-    run_forward_from(c, algorithm, c->T, 0);
+    run_forward_from(c, algorithm, c->s.T, 0);
 }
 
 static void run_backward(moba_case_t* c, const algorithm_t* algorithm) {
-    void* workspace = new_workspace(algorithm->backward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
-    algorithm->backward(c->dqkv, c->dout, c->out, c->lse, c->selected, c->qkv, c->kv_of_q, workspace, c->B,
-                        c->T, c->H, c->G, c->D, c->S, c->K, 0);
-    free(workspace);
+    c->x.workspace = new_workspace(algorithm->module->backward_workspace(&c->s));
+    algorithm->module->backward(&c->x, &c->s, 0);
+    free(c->x.workspace);
 }
 
 static void run_both(moba_case_t* c, const algorithm_t* algorithm) {
@@ -135,45 +130,45 @@ typedef struct {
 } place_t;
 
 static place_t place(const moba_case_t* c, int b, int h, int t) {
-    const size_t stride = (size_t)(c->H + 2 * c->G) * c->D, sequence = (size_t)b * c->T * stride;
+    const size_t stride = (size_t)(c->s.H + 2 * c->s.G) * c->s.D, sequence = (size_t)b * c->s.T * stride;
     place_t p;
-    p.q = sequence + (size_t)t * stride + (size_t)h * c->D;
-    p.k = sequence + (size_t)(c->H + c->kv_of_q[h]) * c->D;
-    p.v = p.k + (size_t)c->G * c->D;
-    p.out = (((size_t)b * c->T + t) * c->H + h) * c->D;
-    p.row = ((size_t)b * c->H + h) * c->T + t;
+    p.q = sequence + (size_t)t * stride + (size_t)h * c->s.D;
+    p.k = sequence + (size_t)(c->s.H + c->x.kv_of_q[h]) * c->s.D;
+    p.v = p.k + (size_t)c->s.G * c->s.D;
+    p.out = (((size_t)b * c->s.T + t) * c->s.H + h) * c->s.D;
+    p.row = ((size_t)b * c->s.H + h) * c->s.T + t;
     return p;
 }
 
 // The score of block j: the query's product with the mean of its keys.
 static double reference_score(const moba_case_t* c, const place_t* p, int j) {
-    const size_t stride = (size_t)(c->H + 2 * c->G) * c->D;
+    const size_t stride = (size_t)(c->s.H + 2 * c->s.G) * c->s.D;
     double score = 0;
-    for (int d = 0; d < c->D; d++) {
+    for (int d = 0; d < c->s.D; d++) {
         double mean = 0;
-        for (int s = j * c->S; s < (j + 1) * c->S; s++) mean += c->ref_qkv[p->k + s * stride + d];
-        score += c->ref_qkv[p->q + d] * (mean / c->S);
+        for (int s = j * c->s.S; s < (j + 1) * c->s.S; s++) mean += c->ref_qkv[p->k + s * stride + d];
+        score += c->ref_qkv[p->q + d] * (mean / c->s.S);
     }
     return score;
 }
 
 // A block is chosen when fewer than K-1 others come before it: those of higher score, and more recent ones of the same.
 static void reference_select(moba_case_t* c) {
-    double* scores = new_doubles((size_t)c->T / c->S + 1);
-    for (int i = 0; i < c->B * c->H * c->T; i++) {
-        const int b = i / (c->H * c->T), h = i / c->T % c->H, t = i % c->T, eligible = t / c->S;
+    double* scores = new_doubles((size_t)c->s.T / c->s.S + 1);
+    for (int i = 0; i < c->s.B * c->s.H * c->s.T; i++) {
+        const int b = i / (c->s.H * c->s.T), h = i / c->s.T % c->s.H, t = i % c->s.T, eligible = t / c->s.S;
         const place_t p = place(c, b, h, t);
         int count = 0;
-        if (c->K == 1) break;
-        int* chosen = c->ref_selected + p.row * (c->K - 1);
+        if (c->s.K == 1) break;
+        int* chosen = c->ref_selected + p.row * (c->s.K - 1);
         for (int j = 0; j < eligible; j++) scores[j] = reference_score(c, &p, j);
         for (int j = eligible - 1; j >= 0; j--) {
             int before = 0;
             for (int other = 0; other < eligible; other++)
                 before += scores[other] > scores[j] || (scores[other] == scores[j] && other > j);
-            if (!isnan(scores[j]) && before < c->K - 1) chosen[count++] = j;
+            if (!isnan(scores[j]) && before < c->s.K - 1) chosen[count++] = j;
         }
-        while (count < c->K - 1) chosen[count++] = -1;
+        while (count < c->s.K - 1) chosen[count++] = -1;
     }
     free(scores);
 }
@@ -181,16 +176,16 @@ static void reference_select(moba_case_t* c) {
 // Whether query t sees key s by the reference's selection.
 static int sees(const moba_case_t* c, const place_t* p, int t, int s) {
     if (s > t) return 0;
-    if (s / c->S == t / c->S) return 1;
-    for (int i = 0; i < c->K - 1; i++)
-        if (c->ref_selected[p->row * (c->K - 1) + i] == s / c->S) return 1;
+    if (s / c->s.S == t / c->s.S) return 1;
+    for (int i = 0; i < c->s.K - 1; i++)
+        if (c->ref_selected[p->row * (c->s.K - 1) + i] == s / c->s.S) return 1;
     return 0;
 }
 
 // One query of one head: its output and log-sum-exp, and what it adds to the gradients of the sequence.
 static void reference_row(moba_case_t* c, double* probs, int* keys, int b, int h, int t, int with_gradient) {
-    const int D = c->D;
-    const size_t stride = (size_t)(c->H + 2 * c->G) * D;
+    const int D = c->s.D;
+    const size_t stride = (size_t)(c->s.H + 2 * c->s.G) * D;
     const place_t p = place(c, b, h, t);
     double largest = -INFINITY, sum = 0;
     int count = 0;
@@ -225,12 +220,12 @@ static void reference_row(moba_case_t* c, double* probs, int* keys, int b, int h
 
 // With the selection as it is in ref_selected.
 static void reference_attend(moba_case_t* c, int with_gradient) {
-    double* probs = new_doubles((size_t)c->T);
-    int* keys = (int*)calloc_or_fail((size_t)c->T, sizeof(int), "a test");
+    double* probs = new_doubles((size_t)c->s.T);
+    int* keys = (int*)calloc_or_fail((size_t)c->s.T, sizeof(int), "a test");
     memset(c->ref_dqkv, 0, c->qkv_count * sizeof(double));
-    for (int b = 0; b < c->B; b++)
-        for (int h = 0; h < c->H; h++)
-            for (int t = 0; t < c->T; t++) reference_row(c, probs, keys, b, h, t, with_gradient);
+    for (int b = 0; b < c->s.B; b++)
+        for (int h = 0; h < c->s.H; h++)
+            for (int t = 0; t < c->s.T; t++) reference_row(c, probs, keys, b, h, t, with_gradient);
     free(probs), free(keys);
 }
 
@@ -244,20 +239,20 @@ static void run_reference(moba_case_t* c) {
 
 static void assert_selected_as(const moba_case_t* c, const int* expected, const char* name) {
     for (size_t i = 0; i < c->selected_count; i++) {
-        if (c->selected[i] == expected[i]) continue;
-        const int row = (int)(i / (c->K - 1));
+        if (c->x.selected[i] == expected[i]) continue;
+        const int row = (int)(i / (c->s.K - 1));
         print_error("%s: choice %d of query %d is block %d, not %d (B %d T %d H %d D %d S %d K %d)\n", name,
-                    (int)(i % (c->K - 1)), row % c->T, c->selected[i], expected[i], c->B, c->T, c->H, c->D,
-                    c->S, c->K);
-        assert_int_equal(c->selected[i], expected[i]);
+                    (int)(i % (c->s.K - 1)), row % c->s.T, c->x.selected[i], expected[i], c->s.B, c->s.T,
+                    c->s.H, c->s.D, c->s.S, c->s.K);
+        assert_int_equal(c->x.selected[i], expected[i]);
     }
 }
 
 static void assert_near(const moba_case_t* c, const char* name, const char* what, const floatX* a,
                         const double* b, size_t count) {
     char label[160];
-    snprintf(label, sizeof(label), "%s %s, B %d T %d H %d G %d D %d S %d K %d", name, what, c->B, c->T, c->H,
-             c->G, c->D, c->S, c->K);
+    snprintf(label, sizeof(label), "%s %s, B %d T %d H %d G %d D %d S %d K %d", name, what, c->s.B, c->s.T,
+             c->s.H, c->s.G, c->s.D, c->s.S, c->s.K);
     assert_close(label, a, b, count, FORWARD_BOUND);
 }
 
@@ -265,24 +260,24 @@ static void assert_near(const moba_case_t* c, const char* name, const char* what
 static void assert_gradient_near(moba_case_t* c, const char* name) {
     double largest = 0;
     for (size_t i = 0; i < c->qkv_count; i++) {
-        assert_true(isfinite((double)c->dqkv[i]));
+        assert_true(isfinite((double)c->x.dqkv[i]));
         largest = fmax(largest, fabs(c->ref_dqkv[i]));
     }
     // The first query of the sequence, and all of them with S = 1, K = 1.
-    const int is_alone = c->T == 1 || (c->S == 1 && c->K == 1);
-    const size_t stride = (size_t)(c->H + 2 * c->G) * c->D;
+    const int is_alone = c->s.T == 1 || (c->s.S == 1 && c->s.K == 1);
+    const size_t stride = (size_t)(c->s.H + 2 * c->s.G) * c->s.D;
     for (size_t i = 0; i < c->qkv_count; i++) {
-        if (!is_alone || i % stride >= (size_t)(c->H + c->G) * c->D) continue;
-        assert_true(fabs((double)c->dqkv[i] - c->ref_dqkv[i]) <= 10 * FORWARD_BOUND * largest);
-        c->dqkv[i] = 0, c->ref_dqkv[i] = 0;
+        if (!is_alone || i % stride >= (size_t)(c->s.H + c->s.G) * c->s.D) continue;
+        assert_true(fabs((double)c->x.dqkv[i] - c->ref_dqkv[i]) <= 10 * FORWARD_BOUND * largest);
+        c->x.dqkv[i] = 0, c->ref_dqkv[i] = 0;
     }
-    assert_near(c, name, "dqkv", c->dqkv, c->ref_dqkv, c->qkv_count);
+    assert_near(c, name, "dqkv", c->x.dqkv, c->ref_dqkv, c->qkv_count);
 }
 
 static void assert_as_reference(moba_case_t* c, const char* name) {
     assert_selected_as(c, c->ref_selected, name);
-    assert_near(c, name, "out", c->out, c->ref_out, c->out_count);
-    assert_near(c, name, "lse", c->lse, c->ref_lse, c->lse_count);
+    assert_near(c, name, "out", c->x.out, c->ref_out, c->out_count);
+    assert_near(c, name, "lse", c->x.lse, c->ref_lse, c->lse_count);
     assert_gradient_near(c, name);
 }
 
@@ -368,10 +363,10 @@ static void test_large_scores(void** state) {
     for (int a = 0; a < 2; a++) {
         run_both(&c, &algorithms[a]);
         assert_selected_as(&c, c.ref_selected, algorithms[a].name);
-        assert_near(&c, algorithms[a].name, "out", c.out, c.ref_out, c.out_count);
-        assert_near(&c, algorithms[a].name, "lse", c.lse, c.ref_lse, c.lse_count);
+        assert_near(&c, algorithms[a].name, "out", c.x.out, c.ref_out, c.out_count);
+        assert_near(&c, algorithms[a].name, "lse", c.x.lse, c.ref_lse, c.lse_count);
         // A probability made again from a log-sum-exp of 1e4 has 1e4 times the rounding.
-        assert_close("gradient", c.dqkv, c.ref_dqkv, c.qkv_count, 1e4 * FORWARD_BOUND);
+        assert_close("gradient", c.x.dqkv, c.ref_dqkv, c.qkv_count, 1e4 * FORWARD_BOUND);
     }
     free_case(&c);
 }
@@ -400,7 +395,7 @@ static void test_central_differences(void** state) {
             for (int a = 0; a < 2; a++) {
                 run_both(&c, &algorithms[a]);
                 assert_selected_as(&c, c.ref_selected, algorithms[a].name);
-                assert_close(algorithms[a].name, c.dqkv, gradient, c.qkv_count, GRADIENT_BOUND);
+                assert_close(algorithms[a].name, c.x.dqkv, gradient, c.qkv_count, GRADIENT_BOUND);
             }
             free(gradient);
             free_case(&c);
@@ -414,25 +409,27 @@ static void test_central_differences(void** state) {
 
 // Dense attention of the sequences of a case, cut into pieces of `length` tokens that do not see each other.
 static void run_dense(moba_case_t* c, int length) {
-    for (int b = 0; b < c->B; b++) {
-        for (int first = 0; first < c->T; first += length) {
-            const int T = min_int(length, c->T - first), H = c->H, G = c->G, D = c->D;
-            const size_t row = (size_t)(H + 2 * G) * D, at = (size_t)b * c->T + first;
-            floatX *out = new_floats((size_t)T * H * D), *dqkv = new_floats(T * row);
-            float_acc* lse = new_floats((size_t)H * T);
-            void* workspace = new_workspace(attention_forward_workspace(1, T, H, G, D));
-            attention_forward(out, lse, c->qkv + at * row, c->kv_of_q, workspace, 1, T, 0, H, G, D, 0, NULL,
-                              0);
-            free(workspace);
-            workspace = new_workspace(attention_backward_workspace(1, T, H, G, D));
-            attention_backward(dqkv, c->dout + at * H * D, out, lse, c->qkv + at * row, c->kv_of_q, workspace,
-                               1, T, H, G, D, 0, 0);
-            free(workspace);
-            for (size_t i = 0; i < (size_t)T * H * D; i++) c->ref_out[at * H * D + i] = (double)out[i];
-            for (size_t i = 0; i < T * row; i++) c->ref_dqkv[at * row + i] = (double)dqkv[i];
+    for (int b = 0; b < c->s.B; b++) {
+        for (int first = 0; first < c->s.T; first += length) {
+            const int T = min_int(length, c->s.T - first), H = c->s.H, G = c->s.G, D = c->s.D;
+            const size_t row = (size_t)(H + 2 * G) * D, at = (size_t)b * c->s.T + first;
+            const AttentionShape s = {1, T, 0, H, G, D, 0, 0, 0};
+            AttentionTensors x;
+            memset(&x, 0, sizeof(x));
+            x.out = new_floats((size_t)T * H * D), x.dqkv = new_floats(T * row);
+            x.lse = new_floats((size_t)H * T);
+            x.qkv = c->qkv + at * row, x.dout = c->dout + at * H * D, x.kv_of_q = c->x.kv_of_q;
+            x.workspace = new_workspace(attention_forward_workspace(&s));
+            attention_forward(&x, &s, 0);
+            free(x.workspace);
+            x.workspace = new_workspace(attention_backward_workspace(&s));
+            attention_backward(&x, &s, 0);
+            free(x.workspace);
+            for (size_t i = 0; i < (size_t)T * H * D; i++) c->ref_out[at * H * D + i] = (double)x.out[i];
+            for (size_t i = 0; i < T * row; i++) c->ref_dqkv[at * row + i] = (double)x.dqkv[i];
             for (int i = 0; i < H * T; i++)
-                c->ref_lse[((size_t)b * H + i / T) * c->T + first + i % T] = (double)lse[i];
-            free(out), free(dqkv), free(lse);
+                c->ref_lse[((size_t)b * H + i / T) * c->s.T + first + i % T] = (double)x.lse[i];
+            free(x.out), free(x.dqkv), free(x.lse);
         }
     }
 }
@@ -442,8 +439,8 @@ static void check_against_dense(int T, int S, int K, int length) {
         moba_case_t c = new_case(&head_maps[2 + 2 * a], 2, T, 16, S, K);
         run_both(&c, &algorithms[a]);
         run_dense(&c, length);
-        assert_near(&c, algorithms[a].name, "out", c.out, c.ref_out, c.out_count);
-        assert_near(&c, algorithms[a].name, "lse", c.lse, c.ref_lse, c.lse_count);
+        assert_near(&c, algorithms[a].name, "out", c.x.out, c.ref_out, c.out_count);
+        assert_near(&c, algorithms[a].name, "lse", c.x.lse, c.ref_lse, c.lse_count);
         assert_gradient_near(&c, algorithms[a].name);
         free_case(&c);
     }
@@ -481,8 +478,8 @@ static void test_only_complete_past_blocks(void** state) {
         for (int a = 0; a < 2; a++) {
             moba_case_t c = new_case(&head_maps[4], 1, T, 8, S, K);
             run_forward(&c, &algorithms[a]);
-            for (int row = 0; row < c.H * T; row++) {
-                const int* chosen = c.selected + (size_t)row * (K - 1);
+            for (int row = 0; row < c.s.H * T; row++) {
+                const int* chosen = c.x.selected + (size_t)row * (K - 1);
                 const int t = row % T, expected = min_int(K - 1, t / S);
                 for (int i = 0; i < K - 1; i++) {
                     if (i >= expected) assert_int_equal(chosen[i], -1);
@@ -502,20 +499,20 @@ static void check_no_token_reaches_back(const algorithm_t* algorithm, int T, int
                 (uint64_t)T); // rounded products, unlike those of multiples of 1/8
     floatX* before = new_floats(c.out_count);
     int* selected_before = (int*)calloc_or_fail(c.selected_count, sizeof(int), "a test");
-    const size_t out_row = (size_t)c.H * c.D, qkv_row = (size_t)(c.H + 2 * c.G) * c.D,
+    const size_t out_row = (size_t)c.s.H * c.s.D, qkv_row = (size_t)(c.s.H + 2 * c.s.G) * c.s.D,
                  choices = (size_t)K - 1;
     run_forward(&c, algorithm);
     for (int i = 0; i < 10; i++) {
-        memcpy(before, c.out, c.out_count * sizeof(floatX));
-        memcpy(selected_before, c.selected, c.selected_count * sizeof(int));
+        memcpy(before, c.x.out, c.out_count * sizeof(floatX));
+        memcpy(selected_before, c.x.selected, c.selected_count * sizeof(int));
         for (size_t j = 0; j < qkv_row; j++) c.qkv[changed[i] * qkv_row + j] += (floatX)((int)j % 5 - 2) / 2;
         run_forward(&c, algorithm);
-        assert_memory_equal(before, c.out, changed[i] * out_row * sizeof(floatX));
-        assert_memory_not_equal(before + changed[i] * out_row, c.out + changed[i] * out_row,
+        assert_memory_equal(before, c.x.out, changed[i] * out_row * sizeof(floatX));
+        assert_memory_not_equal(before + changed[i] * out_row, c.x.out + changed[i] * out_row,
                                 out_row * sizeof(floatX));
-        for (int row = 0; row < c.H * T; row++)
+        for (int row = 0; row < c.s.H * T; row++)
             if (row % T < changed[i])
-                assert_memory_equal(selected_before + row * choices, c.selected + row * choices,
+                assert_memory_equal(selected_before + row * choices, c.x.selected + row * choices,
                                     choices * sizeof(int));
     }
     free(before), free(selected_before);
@@ -534,7 +531,7 @@ static void test_no_token_reaches_back(void** state) {
 // Selections that are easy to get wrong
 
 static floatX* key_of(moba_case_t* c, int t, int g) {
-    return c->qkv + ((size_t)t * (c->H + 2 * c->G) + c->H + g) * c->D;
+    return c->qkv + ((size_t)t * (c->s.H + 2 * c->s.G) + c->s.H + g) * c->s.D;
 }
 
 // All keys the same: the most recent blocks; every second block the same: the most recent of the better half.
@@ -545,14 +542,15 @@ static void test_ties(void** state) {
         moba_case_t c = new_case(&head_maps[1], 1, T, 16, S, K);
         for (int period = 1; period <= 3; period++) {
             for (int t = 0; t < T; t++)
-                for (int g = 0; g < c.G; g++)
-                    for (int d = 0; d < c.D; d++)
+                for (int g = 0; g < c.s.G; g++)
+                    for (int d = 0; d < c.s.D; d++)
                         key_of(&c, t, g)[d] = (floatX)(0.3 + 0.01 * d * (t / S % period));
             forget_results(&c);
             run_forward(&c, &algorithms[a]);
-            for (int row = 0; row < c.H * T && period == 1; row++)
+            for (int row = 0; row < c.s.H * T && period == 1; row++)
                 for (int i = 0; i < K - 1; i++)
-                    assert_int_equal(c.selected[(size_t)row * (K - 1) + i], max_int(-1, row % T / S - 1 - i));
+                    assert_int_equal(c.x.selected[(size_t)row * (K - 1) + i],
+                                     max_int(-1, row % T / S - 1 - i));
             // The reference's means of equal numbers need not be equal: give it numbers that are exact.
             for (size_t i = 0; i < c.qkv_count; i++) c.qkv[i] = (floatX)(rint(64 * (double)c.qkv[i]) / 64);
             update_inputs(&c);
@@ -575,9 +573,9 @@ static void test_nan_is_never_selected(void** state) {
             assert_selected_as(&c, c.ref_selected, algorithms[a].name);
             for (int t = 0; t < T; t++)
                 for (int i = 0; i < K - 1; i++)
-                    assert_int_not_equal(c.selected[(size_t)t * (K - 1) + i], poisoned);
+                    assert_int_not_equal(c.x.selected[(size_t)t * (K - 1) + i], poisoned);
             for (size_t i = 0; i < c.out_count; i++)
-                if ((int)(i / c.D / c.H) / S != poisoned) assert_true(isfinite((double)c.out[i]));
+                if ((int)(i / c.s.D / c.s.H) / S != poisoned) assert_true(isfinite((double)c.x.out[i]));
             free_case(&c);
         }
     }
@@ -591,7 +589,7 @@ static void test_infinite_scores(void** state) {
         for (int K = 2; K < 40; K += 9) {
             moba_case_t c = new_case(&head_maps[0], 1, T, 8, S, K);
             for (int t = 0; t < T; t++) {
-                c.qkv[(size_t)t * 3 * c.D] = 1;
+                c.qkv[(size_t)t * 3 * c.s.D] = 1;
                 if (t / S % 5 == 2) key_of(&c, t, 0)[0] = (floatX)-INFINITY;
                 if (t / S % 5 == 3) key_of(&c, t, 0)[0] = (floatX)INFINITY;
             }
@@ -611,13 +609,13 @@ static void test_hot_block(void** state) {
     for (int hot = 0; hot < 40; hot += 39) {
         moba_case_t c = new_case(&head_maps[3], 1, T, 8, S, 2);
         for (int t = 0; t < T; t++) {
-            for (int h = 0; h < c.H; h++) c.qkv[((size_t)t * (c.H + 2) + h) * c.D] = 2;
+            for (int h = 0; h < c.s.H; h++) c.qkv[((size_t)t * (c.s.H + 2) + h) * c.s.D] = 2;
             key_of(&c, t, 0)[0] = (floatX)(t / S == hot ? 8 : -2);
         }
         update_inputs(&c);
         check_case(&c);
-        for (int row = 0; row < c.H * T; row++)
-            if (row % T / S > hot) assert_int_equal(c.selected[row], hot);
+        for (int row = 0; row < c.s.H * T; row++)
+            if (row % T / S > hot) assert_int_equal(c.x.selected[row], hot);
         free_case(&c);
     }
 }
@@ -630,12 +628,12 @@ static void test_same_selection(void** state) {
         moba_case_t c = new_case(&head_maps[i], 1, 700, D, S, 2 + i);
         fill_normal(c.ref_qkv, c.qkv, c.qkv_count, 1, (uint64_t)i);
         run_forward(&c, &algorithms[0]);
-        memcpy(c.ref_selected, c.selected, c.selected_count * sizeof(int));
-        for (size_t j = 0; j < c.out_count; j++) c.ref_out[j] = (double)c.out[j];
+        memcpy(c.ref_selected, c.x.selected, c.selected_count * sizeof(int));
+        for (size_t j = 0; j < c.out_count; j++) c.ref_out[j] = (double)c.x.out[j];
         forget_results(&c);
         run_forward(&c, &algorithms[1]);
         assert_selected_as(&c, c.ref_selected, "flashmoba and moba");
-        assert_near(&c, "flashmoba and moba", "out", c.out, c.ref_out, c.out_count);
+        assert_near(&c, "flashmoba and moba", "out", c.x.out, c.ref_out, c.out_count);
         free_case(&c);
     }
 }
@@ -656,23 +654,24 @@ static void test_start(void** state) {
         floatX* centroids = new_floats(c.centroids_count);
         memcpy(centroids, c.centroids, c.centroids_count * sizeof(floatX));
         forget_results(&c);
-        const size_t row = (size_t)c.G * c.D, blocks = (size_t)T / c.S;
-        for (int b = 0; b < c.B; b++)
+        const size_t row = (size_t)c.s.G * c.s.D, blocks = (size_t)T / c.s.S;
+        for (int b = 0; b < c.s.B; b++)
             memcpy(c.centroids + b * blocks * row, centroids + b * blocks * row,
-                   start / c.S * row * sizeof(floatX));
+                   start / c.s.S * row * sizeof(floatX));
         run_forward_from(&c, algorithm, T, start);
         assert_memory_equal(centroids, c.centroids, c.centroids_count * sizeof(floatX));
-        for (int at = 0; at < c.B * c.H * T; at++) {
-            const place_t p = place(&c, at / (c.H * T), at / T % c.H, at % T);
+        for (int at = 0; at < c.s.B * c.s.H * T; at++) {
+            const place_t p = place(&c, at / (c.s.H * T), at / T % c.s.H, at % T);
             if (at % T < start) {
-                for (int d = 0; d < c.D; d++) assert_true(isnan((double)c.out[p.out + d]));
-                assert_true(isnan((double)c.lse[p.row]));
-                assert_int_equal(c.selected[p.row * 3], -2);
+                for (int d = 0; d < c.s.D; d++) assert_true(isnan((double)c.x.out[p.out + d]));
+                assert_true(isnan((double)c.x.lse[p.row]));
+                assert_int_equal(c.x.selected[p.row * 3], -2);
                 continue;
             }
-            assert_memory_equal(c.selected + p.row * 3, c.ref_selected + p.row * 3, 3 * sizeof(int));
-            assert_close(algorithm->name, c.out + p.out, c.ref_out + p.out, (size_t)c.D, 10 * FORWARD_BOUND);
-            assert_close(algorithm->name, c.lse + p.row, c.ref_lse + p.row, 1, 10 * FORWARD_BOUND);
+            assert_memory_equal(c.x.selected + p.row * 3, c.ref_selected + p.row * 3, 3 * sizeof(int));
+            assert_close(algorithm->name, c.x.out + p.out, c.ref_out + p.out, (size_t)c.s.D,
+                         10 * FORWARD_BOUND);
+            assert_close(algorithm->name, c.x.lse + p.row, c.ref_lse + p.row, 1, 10 * FORWARD_BOUND);
         }
         free(centroids);
         free_case(&c);
@@ -691,12 +690,12 @@ static void test_growing_sequence(void** state) {
         for (int start = 0, end; start < T; start = end) {
             end = start == 0 ? 37 : start < 100 ? min_int(T, start + 21) : start + 1;
             run_forward_from(&c, algorithm, end, start);
-            for (int h = 0; h < c.H; h++)
+            for (int h = 0; h < c.s.H; h++)
                 for (int t = start; t < end; t++) // lse and selected are laid out for end tokens
-                    assert_memory_equal(c.selected + ((size_t)h * end + t) * 2,
+                    assert_memory_equal(c.x.selected + ((size_t)h * end + t) * 2,
                                         c.ref_selected + ((size_t)h * T + t) * 2, 2 * sizeof(int));
         }
-        assert_near(&c, algorithm->name, "out of pieces", c.out, c.ref_out, c.out_count);
+        assert_near(&c, algorithm->name, "out of pieces", c.x.out, c.ref_out, c.out_count);
         free_case(&c);
     }
 }
@@ -718,14 +717,14 @@ static void test_bitwise(void** state) {
             omp_set_num_threads(threads);
             run_both(&c, algorithm);
             if (threads == 1) {
-                memcpy(out, c.out, c.out_count * sizeof(floatX));
-                memcpy(lse, c.lse, c.lse_count * sizeof(floatX));
-                memcpy(dqkv, c.dqkv, c.qkv_count * sizeof(floatX));
-                memcpy(c.ref_selected, c.selected, c.selected_count * sizeof(int));
+                memcpy(out, c.x.out, c.out_count * sizeof(floatX));
+                memcpy(lse, c.x.lse, c.lse_count * sizeof(floatX));
+                memcpy(dqkv, c.x.dqkv, c.qkv_count * sizeof(floatX));
+                memcpy(c.ref_selected, c.x.selected, c.selected_count * sizeof(int));
             }
-            assert_memory_equal(out, c.out, c.out_count * sizeof(floatX));
-            assert_memory_equal(lse, c.lse, c.lse_count * sizeof(floatX));
-            assert_memory_equal(dqkv, c.dqkv, c.qkv_count * sizeof(floatX));
+            assert_memory_equal(out, c.x.out, c.out_count * sizeof(floatX));
+            assert_memory_equal(lse, c.x.lse, c.lse_count * sizeof(floatX));
+            assert_memory_equal(dqkv, c.x.dqkv, c.qkv_count * sizeof(floatX));
             assert_selected_as(&c, c.ref_selected, algorithm->name);
         }
         free(out), free(lse), free(dqkv);
@@ -739,13 +738,13 @@ static void test_empty_groups_have_gradient_zero(void** state) {
     for (int i = 0; i < 2 * (NUM_HEAD_MAPS - 5); i++) {
         moba_case_t c = new_case(&head_maps[5 + i / 2], 2, 65, 8, 16, 3);
         run_both(&c, &algorithms[i % 2]);
-        for (int g = 0; g < c.G; g++) {
+        for (int g = 0; g < c.s.G; g++) {
             int heads = 0;
-            for (int h = 0; h < c.H; h++) heads += c.kv_of_q[h] == g;
-            for (int row = 0; row < 2 * c.B * c.T && heads == 0; row++) {
-                const floatX* token = c.dqkv + (size_t)(row / 2) * (c.H + 2 * c.G) * c.D;
-                const floatX* gradient = token + (size_t)(c.H + row % 2 * c.G + g) * c.D;
-                for (int d = 0; d < c.D; d++) assert_true(gradient[d] == 0);
+            for (int h = 0; h < c.s.H; h++) heads += c.x.kv_of_q[h] == g;
+            for (int row = 0; row < 2 * c.s.B * c.s.T && heads == 0; row++) {
+                const floatX* token = c.x.dqkv + (size_t)(row / 2) * (c.s.H + 2 * c.s.G) * c.s.D;
+                const floatX* gradient = token + (size_t)(c.s.H + row % 2 * c.s.G + g) * c.s.D;
+                for (int d = 0; d < c.s.D; d++) assert_true(gradient[d] == 0);
             }
         }
         free_case(&c);
@@ -765,10 +764,11 @@ static void test_memory(void** state) {
                 // A layer with a feed-forward of 8/3 C: norms, residuals and the gate, as docs/math.md has them.
                 const double layer =
                     sizeof(floatX) * (double)B * T * D * ((H + 2 * G) + 4 * H + 3 * H * 8 / 3.0);
-                const double dense = (double)fmax((double)attention_forward_workspace(B, T, H, G, D),
-                                                  (double)attention_backward_workspace(B, T, H, G, D));
-                const double workspace = fmax((double)flashmoba_forward_workspace(B, T, H, G, D, S, K),
-                                              (double)flashmoba_backward_workspace(B, T, H, G, D, S, K));
+                const AttentionShape s = {B, T, 0, H, G, D, 0, S, K};
+                const double dense =
+                    fmax((double)attention_forward_workspace(&s), (double)attention_backward_workspace(&s));
+                const double workspace =
+                    fmax((double)flashmoba_forward_workspace(&s), (double)flashmoba_backward_workspace(&s));
                 const double kept = sizeof(int) * (double)moba_selected_count(B, T, H, K) +
                                     sizeof(float_acc) * (double)moba_centroids_count(B, T, G, D, S);
                 assert_true(workspace <= dense);

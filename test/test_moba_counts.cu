@@ -39,7 +39,7 @@ static void after_launch(LaunchObserver* self, const void* kernel, cudaStream_t)
 }
 
 typedef struct {
-    MobaShape shape;
+    AttentionShape shape;
     int kv_of_q[4];
     int sink; // every query's first choice is block 0
 } Case;
@@ -47,7 +47,7 @@ typedef struct {
 static void* new_array(size_t bytes) { return device_malloc(bytes, "a test"); }
 
 static floatX* random_rows(const Case* c, size_t heads, uint64_t seed) {
-    const MobaShape* s = &c->shape;
+    const AttentionShape* s = &c->shape;
     const size_t count = (size_t)s->B * s->T * heads * s->D, row = heads * s->D;
     floatX *host = new_floats(count), *device = (floatX*)new_array(count * sizeof(floatX));
     fill_normal(NULL, host, count, 1, seed);
@@ -63,7 +63,7 @@ static floatX* random_rows(const Case* c, size_t heads, uint64_t seed) {
 
 // Runs forward and backward; the selection of all heads.
 static int* run_counted(StageCounters* counters, const Case* c) {
-    const MobaShape* s = &c->shape;
+    const AttentionShape* s = &c->shape;
     const size_t rows = (size_t)s->B * s->H * s->T;
     const size_t choices = moba_selected_count(s->B, s->T, s->H, s->K);
     floatX *qkv = random_rows(c, s->H + 2 * s->G, 1), *dout = random_rows(c, s->H, 2);
@@ -74,28 +74,29 @@ static int* run_counted(StageCounters* counters, const Case* c) {
     int *selected = (int*)new_array(choices * sizeof(int)), *kv_of_q = (int*)new_array(s->H * sizeof(int));
     copy_to_device(kv_of_q, c->kv_of_q, s->H * sizeof(int), 0);
 
-    void* workspace = new_array(flashmoba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
+    AttentionTensors x = {};
+    x.out = out, x.lse = lse, x.selected = selected, x.centroids = centroids, x.qkv = qkv;
+    x.kv_of_q = kv_of_q, x.dqkv = dqkv, x.dout = dout;
+    x.workspace = new_array(flashmoba_forward_workspace(s));
     memset(counters, 0, sizeof(*counters));
     counters->observer.before = before_launch, counters->observer.after = after_launch;
     launch_observer = &counters->observer;
     keys_forward(qkv, NULL, centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
-    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, s->B, s->T, 0, s->H, s->G, s->D,
-                      s->S, s->K, NULL, 0);
-    device_free(workspace);
-    workspace = new_array(flashmoba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
-    flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, s->B, s->T, s->H, s->G, s->D,
-                       s->S, s->K, 0);
+    flashmoba_forward(&x, s, 0);
+    device_free(x.workspace);
+    x.workspace = new_array(flashmoba_backward_workspace(s));
+    flashmoba_backward(&x, s, 0);
     launch_observer = NULL;
 
     int* chosen = (int*)calloc_or_fail(choices + 1, sizeof(int), "a test");
     copy_to_host(chosen, selected, choices * sizeof(int), 0);
     stream_synchronize(0);
     device_free(qkv), device_free(dout), device_free(out), device_free(dqkv), device_free(lse);
-    device_free(centroids), device_free(selected), device_free(kv_of_q), device_free(workspace);
+    device_free(centroids), device_free(selected), device_free(kv_of_q), device_free(x.workspace);
     return chosen;
 }
 
-static int differs(const char* what, int stage, const MobaShape* s, uint64_t counted, double formula) {
+static int differs(const char* what, int stage, const AttentionShape* s, uint64_t counted, double formula) {
     if ((double)counted == formula) return 0;
     print_error("%s, %s: %llu counted, %.3f by formula: B %d T %d H %d G %d D %d S %d K %d\n",
                 stage_names[stage], what, (unsigned long long)counted, formula, s->B, s->T, s->H, s->G, s->D,
@@ -127,16 +128,18 @@ static void check_case(const Case* c) {
 static void formulas_are_what_is_counted(void** state) {
     (void)state;
     static const Case cases[] = {
-        {{1, 256, 0, 2, 2, 64, 32, 4}, {0, 1}, 0},       // whole blocks and tiles
-        {{2, 333, 0, 4, 2, 64, 64, 3}, {0, 0, 1, 1}, 0}, // the last block and the last tiles lack rows; GQA
-        {{1, 200, 0, 3, 1, 128, 16, 8}, {0, 0, 0}, 0},   // small blocks, many choices
-        {{1, 150, 0, 4, 5, 32, 16, 3}, {1, 1, 3, 3}, 0}, // KV heads that nobody reads
-        {{1, 700, 0, 1, 1, 32, 256, 2}, {0}, 0},         // blocks of two parts
-        {{1, 600, 0, 2, 2, 32, 512, 3}, {0, 1}, 0},      // the last block has a part without keys
-        {{1, 1300, 0, 1, 1, 32, 128, 5}, {0}, 1},        // a block that everyone chooses: two items
-        {{1, 100, 0, 2, 2, 128, 128, 4}, {0, 1}, 0},     // one block, not complete
-        {{1, 1, 0, 1, 1, 64, 16, 2}, {0}, 0},            // one token
-        {{2, 130, 0, 2, 2, 64, 64, 1}, {0, 1}, 0},       // no choice
+        {{1, 256, 0, 2, 2, 64, 0, 32, 4}, {0, 1}, 0}, // whole blocks and tiles
+        {{2, 333, 0, 4, 2, 64, 0, 64, 3},
+         {0, 0, 1, 1},
+         0},                                              // the last block and the last tiles lack rows; GQA
+        {{1, 200, 0, 3, 1, 128, 0, 16, 8}, {0, 0, 0}, 0}, // small blocks, many choices
+        {{1, 150, 0, 4, 5, 32, 0, 16, 3}, {1, 1, 3, 3}, 0}, // KV heads that nobody reads
+        {{1, 700, 0, 1, 1, 32, 0, 256, 2}, {0}, 0},         // blocks of two parts
+        {{1, 600, 0, 2, 2, 32, 0, 512, 3}, {0, 1}, 0},      // the last block has a part without keys
+        {{1, 1300, 0, 1, 1, 32, 0, 128, 5}, {0}, 1},        // a block that everyone chooses: two items
+        {{1, 100, 0, 2, 2, 128, 0, 128, 4}, {0, 1}, 0},     // one block, not complete
+        {{1, 1, 0, 1, 1, 64, 0, 16, 2}, {0}, 0},            // one token
+        {{2, 130, 0, 2, 2, 64, 0, 64, 1}, {0, 1}, 0},       // no choice
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) check_case(&cases[i]);
 }
@@ -144,9 +147,9 @@ static void formulas_are_what_is_counted(void** state) {
 // With little workspace heads go one by one, and piece by piece; with more, some together.
 static void groups_of_heads(void** state) {
     (void)state;
-    static const Case cases[] = {{{2, 150, 0, 3, 3, 32, 32, 3}, {0, 1, 2}, 0},
-                                 {{1, 900, 0, 4, 2, 32, 64, 4}, {0, 0, 1, 1}, 0},
-                                 {{1, 1100, 0, 2, 1, 32, 16, 2}, {0, 0}, 1}};
+    static const Case cases[] = {{{2, 150, 0, 3, 3, 32, 0, 32, 3}, {0, 1, 2}, 0},
+                                 {{1, 900, 0, 4, 2, 32, 0, 64, 4}, {0, 0, 1, 1}, 0},
+                                 {{1, 1100, 0, 2, 1, 32, 0, 16, 2}, {0, 0}, 1}};
     const size_t kept = moba_workspace_bound;
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
         for (int heads = 0; heads < 3; heads++) {
@@ -160,7 +163,7 @@ static void groups_of_heads(void** state) {
 // A piece of a head, not the last, in which a list is long enough for two items.
 static void pieces_with_two_items(void** state) {
     (void)state;
-    const Case c = {{1, 2 * 1280, 0, 1, 1, 32, 16, 2}, {0}, 1};
+    const Case c = {{1, 2 * 1280, 0, 1, 1, 32, 0, 16, 2}, {0}, 1};
     const size_t kept = moba_workspace_bound;
     moba_workspace_bound = flashmoba_group_bytes(&c.shape, 1, c.shape.T / 2, 1);
     assert_int_equal(flashmoba_group_size(&c.shape, 1).queries, c.shape.T / 2);
@@ -174,7 +177,7 @@ static void pieces_with_two_items(void** state) {
 // Every query has K choices, as soon as there are so many blocks, and different ones.
 static void drawn_selections(void** state) {
     (void)state;
-    const MobaShape s = {1, 2000, 0, 1, 1, 64, 32, 6};
+    const AttentionShape s = {1, 2000, 0, 1, 1, 64, 0, 32, 6};
     int lengths[63], chosen_once = 0, by_equal_chance = 0;
     for (int draw = 0; draw < NUM_DRAWS; draw++) {
         int* selected = drawn_selection(&s, (Draw)draw, 3);
@@ -197,7 +200,7 @@ static void drawn_selections(void** state) {
 }
 
 #if defined(PRECISION_BF16)
-static const MobaShape LONG = {1, 1 << 16, 0, 1, 1, 128, 128, 8};
+static const AttentionShape LONG = {1, 1 << 16, 0, 1, 1, 128, 0, 128, 8};
 
 static double routed_forward_of_floor(Draw draw) {
     int* selected = drawn_selection(&LONG, draw, 1);

@@ -13,6 +13,8 @@ TEST_LONG=1 runs the full matrix.
 #include "kernels/keys.cuh"
 // moba_forward, moba_backward
 #include "kernels/moba_plain.cuh"
+// AttentionModule, attention_module
+#include "runtime/attention.h"
 // reference_flashmoba_forward, reference_flashmoba_backward
 #include "test/reference.h"
 // HeadMap, download, assert_error; cmocka
@@ -23,45 +25,33 @@ TEST_LONG=1 runs the full matrix.
 // ----------------------------------------------------------------------------
 // Cases
 
-typedef struct {
-    void (*forward)(floatX*, float*, int*, const float*, const floatX*, const int*, void*, int, int, int, int,
-                    int, int, int, int, const AttentionNoise*, stream_t);
-    void (*backward)(floatX*, const floatX*, const floatX*, const float*, const int*, const floatX*,
-                     const int*, void*, int, int, int, int, int, int, int, stream_t);
-    size_t (*forward_workspace)(int, int, int, int, int, int, int);
-    size_t (*backward_workspace)(int, int, int, int, int, int, int);
-} Algorithm;
-
-static const Algorithm flashmoba = {flashmoba_forward, flashmoba_backward, flashmoba_forward_workspace,
-                                    flashmoba_backward_workspace},
-                       moba = {moba_forward, moba_backward, moba_forward_workspace, moba_backward_workspace};
-static const Algorithm* algorithm; // that the test at hand is of
+static const AttentionModule* algorithm; // of the test that runs
 
 static int use_flashmoba(void** state) {
     (void)state;
-    algorithm = &flashmoba;
+    algorithm = attention_module(ATTENTION_FLASHMOBA);
     return 0;
 }
 
 static int use_moba(void** state) {
     (void)state;
-    algorithm = &moba;
+    algorithm = attention_module(ATTENTION_MOBA);
     return 0;
 }
 
 typedef struct {
     const HeadMap* map;
     char words[96]; // what it is
-    int B, T, H, G, D, S, K;
+    AttentionShape s;
+    AttentionTensors x; // on the device; noise is NULL but where it is tested
     size_t qkv_count, out_count, lse_count, selected_count, centroids_count;
     // on the host, floatX and what it holds exactly
     floatX *host_qkv, *host_dout;
     double *exact_qkv, *exact_dout;
-    // on the device
-    floatX *qkv, *dout, *out, *dqkv;
-    float *lse, *centroids;
-    int *selected, *kv_of_q;
-    const AttentionNoise* noise; // NULL but where it is tested
+    // x.qkv, x.dout, x.centroids and x.kv_of_q, to write to
+    floatX *qkv, *dout;
+    float* centroids;
+    int* kv_of_q;
 } Case;
 
 static void upload(Case* c) {
@@ -71,51 +61,54 @@ static void upload(Case* c) {
 
 static Case new_case(const HeadMap* map, int B, int T, int D, int S, int K) {
     Case c = {};
-    c.map = map, c.B = B, c.T = T, c.H = map->H, c.G = map->G, c.D = D, c.S = S, c.K = K;
-    c.qkv_count = (size_t)B * T * (c.H + 2 * c.G) * D;
-    c.out_count = (size_t)B * T * c.H * D;
-    c.lse_count = (size_t)B * c.H * T;
-    c.selected_count = moba_selected_count(B, T, c.H, K);
-    c.centroids_count = moba_centroids_count(B, T, c.G, D, S);
+    c.map = map;
+    c.s = {B, T, 0, map->H, map->G, D, 0, S, K};
+    c.qkv_count = (size_t)B * T * (c.s.H + 2 * c.s.G) * D;
+    c.out_count = (size_t)B * T * c.s.H * D;
+    c.lse_count = (size_t)B * c.s.H * T;
+    c.selected_count = moba_selected_count(B, T, c.s.H, K);
+    c.centroids_count = moba_centroids_count(B, T, c.s.G, D, S);
     c.host_qkv = new_floats(c.qkv_count), c.host_dout = new_floats(c.out_count);
     c.exact_qkv = new_doubles(c.qkv_count), c.exact_dout = new_doubles(c.out_count);
     c.qkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
-    c.dqkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
+    c.x.dqkv = (floatX*)forgotten(c.qkv_count * sizeof(floatX));
     c.dout = (floatX*)forgotten(c.out_count * sizeof(floatX));
-    c.out = (floatX*)forgotten(c.out_count * sizeof(floatX));
-    c.lse = (float*)forgotten(c.lse_count * sizeof(float));
+    c.x.out = (floatX*)forgotten(c.out_count * sizeof(floatX));
+    c.x.lse = (float*)forgotten(c.lse_count * sizeof(float));
     c.centroids = (float*)forgotten(c.centroids_count * sizeof(float));
-    c.selected = (int*)forgotten(c.selected_count * sizeof(int));
-    c.kv_of_q = (int*)forgotten(c.H * sizeof(int));
-    copy_to_device(c.kv_of_q, map->kv_of_q, c.H * sizeof(int), 0);
+    c.x.selected = (int*)forgotten(c.selected_count * sizeof(int));
+    c.kv_of_q = (int*)forgotten(c.s.H * sizeof(int));
+    c.x.qkv = c.qkv, c.x.dout = c.dout, c.x.centroids = c.centroids, c.x.kv_of_q = c.kv_of_q;
+    copy_to_device(c.kv_of_q, map->kv_of_q, c.s.H * sizeof(int), 0);
     fill_normal(c.exact_qkv, NULL, c.qkv_count, 1, (uint64_t)T);
     fill_normal(c.exact_dout, NULL, c.out_count, 1, (uint64_t)T + 1);
-    snprintf(c.words, sizeof(c.words), "B %d T %d H %d G %d D %d S %d K %d", B, T, c.H, c.G, D, S, K);
+    snprintf(c.words, sizeof(c.words), "B %d T %d H %d G %d D %d S %d K %d", B, T, c.s.H, c.s.G, D, S, K);
     upload(&c);
     return c;
 }
 
 static void free_case(Case* c) {
     free(c->host_qkv), free(c->host_dout), free(c->exact_qkv), free(c->exact_dout);
-    device_free(c->qkv), device_free(c->dqkv), device_free(c->dout), device_free(c->out), device_free(c->lse);
-    device_free(c->centroids), device_free(c->selected), device_free(c->kv_of_q);
+    device_free(c->qkv), device_free(c->x.dqkv), device_free(c->dout), device_free(c->x.out),
+        device_free(c->x.lse);
+    device_free(c->centroids), device_free(c->x.selected), device_free(c->kv_of_q);
 }
 
 static void run_forward(Case* c, int start) {
-    void* workspace = forgotten(algorithm->forward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
-    keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, c->B, c->T, start, c->H, c->G, c->D, c->S, 0, 0);
-    algorithm->forward(c->out, c->lse, c->selected, c->centroids, c->qkv, c->kv_of_q, workspace, c->B, c->T,
-                       start, c->H, c->G, c->D, c->S, c->K, c->noise, 0);
+    AttentionShape s = c->s;
+    s.start = start;
+    c->x.workspace = forgotten(algorithm->forward_workspace(&s));
+    keys_forward(c->qkv, NULL, c->centroids, NULL, NULL, s.B, s.T, start, s.H, s.G, s.D, s.S, 0, 0);
+    algorithm->forward(&c->x, &s, 0);
     stream_synchronize(0);
-    device_free(workspace);
+    device_free(c->x.workspace);
 }
 
 static void run_backward(Case* c) {
-    void* workspace = forgotten(algorithm->backward_workspace(c->B, c->T, c->H, c->G, c->D, c->S, c->K));
-    algorithm->backward(c->dqkv, c->dout, c->out, c->lse, c->selected, c->qkv, c->kv_of_q, workspace, c->B,
-                        c->T, c->H, c->G, c->D, c->S, c->K, 0);
+    c->x.workspace = forgotten(algorithm->backward_workspace(&c->s));
+    algorithm->backward(&c->x, &c->s, 0);
     stream_synchronize(0);
-    device_free(workspace);
+    device_free(c->x.workspace);
 }
 
 static int* download_ints(const int* values, size_t count) {
@@ -125,15 +118,15 @@ static int* download_ints(const int* values, size_t count) {
     return host;
 }
 
-static int* download_selected(const Case* c) { return download_ints(c->selected, c->selected_count); }
+static int* download_selected(const Case* c) { return download_ints(c->x.selected, c->selected_count); }
 
 // ----------------------------------------------------------------------------
 // Errors
 
 static double score(const Case* c, const double* centroids, int b, int h, int t, int block) {
-    const int g = c->map->kv_of_q[h], stride = (c->H + 2 * c->G) * c->D;
-    return dot(c->exact_qkv + ((size_t)b * c->T + t) * stride + (size_t)h * c->D,
-               centroids + (((size_t)b * (c->T / c->S) + block) * c->G + g) * c->D, (size_t)c->D);
+    const int g = c->map->kv_of_q[h], stride = (c->s.H + 2 * c->s.G) * c->s.D;
+    return dot(c->exact_qkv + ((size_t)b * c->s.T + t) * stride + (size_t)h * c->s.D,
+               centroids + (((size_t)b * (c->s.T / c->s.S) + block) * c->s.G + g) * c->s.D, (size_t)c->s.D);
 }
 
 static int contains(const int* blocks, int count, int block) {
@@ -145,15 +138,15 @@ static int contains(const int* blocks, int count, int block) {
 // Where a row's choices are not the reference's, the scores that they differ by are nearly equal, and not equal.
 static void check_row(const Case* c, const int* chosen, const int* expected, const double* centroids, int b,
                       int h, int t) {
-    const int choices = c->K - 1;
+    const int choices = c->s.K - 1;
     double highest = -INFINITY, lowest = INFINITY;
-    for (int block = 0; block < t / c->S; block++) {
+    for (int block = 0; block < t / c->s.S; block++) {
         highest = fmax(highest, score(c, centroids, b, h, t, block));
         lowest = fmin(lowest, score(c, centroids, b, h, t, block));
     }
     for (int i = 0; i < choices; i++) {
         assert_int_equal(chosen[i] < 0, expected[i] < 0);
-        assert_true(chosen[i] < t / c->S && (i == 0 || chosen[i] < 0 || chosen[i] < chosen[i - 1]));
+        assert_true(chosen[i] < t / c->s.S && (i == 0 || chosen[i] < 0 || chosen[i] < chosen[i - 1]));
         for (int j = 0; j < choices; j++) {
             if (contains(expected, choices, chosen[i]) || contains(chosen, choices, expected[j])) continue;
             const double gap =
@@ -171,26 +164,25 @@ static void check_selection(const Case* c) {
     int* expected = (int*)calloc_or_fail(c->selected_count + 1, sizeof(int), "a test");
     double *centroids = download(c->centroids, c->centroids_count),
            *ref_centroids = new_doubles(c->centroids_count + 1);
-    reference_flashmoba_select(expected, ref_centroids, c->exact_qkv, c->map->kv_of_q, c->B, c->T, c->H, c->G,
-                               c->D, c->S, c->K);
+    reference_flashmoba_select(expected, ref_centroids, c->exact_qkv, c->map->kv_of_q, &c->s);
     double difference = 0, norm = 0;
     for (size_t i = 0; i < c->centroids_count; i++) {
         difference += (centroids[i] - ref_centroids[i]) * (centroids[i] - ref_centroids[i]);
         norm += ref_centroids[i] * ref_centroids[i];
     }
     assert_true(sqrt(difference) <= 1e-6 * sqrt(norm));
-    for (size_t row = 0; row < (c->K > 1 ? c->lse_count : 0); row++)
-        check_row(c, selected + row * (c->K - 1), expected + row * (c->K - 1), ref_centroids,
-                  (int)(row / c->T / c->H), (int)(row / c->T % c->H), (int)(row % c->T));
+    for (size_t row = 0; row < (c->s.K > 1 ? c->lse_count : 0); row++)
+        check_row(c, selected + row * (c->s.K - 1), expected + row * (c->s.K - 1), ref_centroids,
+                  (int)(row / c->s.T / c->s.H), (int)(row / c->s.T % c->s.H), (int)(row % c->s.T));
     free(selected), free(expected), free(centroids), free(ref_centroids);
 }
 
 static void check_output(const Case* c, const double* ref_out, const double* ref_lse) {
-    double *out = download(c->out, c->out_count), *lse = download(c->lse, c->lse_count);
+    double *out = download(c->x.out, c->out_count), *lse = download(c->x.lse, c->lse_count);
     Error of_out = {}, of_lse = {};
     for (size_t i = 0; i < c->out_count; i++) add_error(&of_out, out[i], ref_out[i]);
     for (size_t i = 0; i < c->lse_count; i++) add_error(&of_lse, lse[i], ref_lse[i]);
-    assert_error("out", c->words, &of_out, 0, c->T >= 16);
+    assert_error("out", c->words, &of_out, 0, c->s.T >= 16);
     assert_lse_error(c->words, &of_lse, c->lse_count);
     free(out), free(lse);
 }
@@ -198,20 +190,19 @@ static void check_output(const Case* c, const double* ref_out, const double* ref
 static void check_forward(const Case* c) {
     double *ref_out = new_doubles(c->out_count), *ref_lse = new_doubles(c->lse_count);
     int* selected = download_selected(c);
-    reference_flashmoba_forward(ref_out, ref_lse, selected, c->exact_qkv, c->map->kv_of_q, c->B, c->T, c->H,
-                                c->G, c->D, c->S, c->K);
+    reference_flashmoba_forward(ref_out, ref_lse, selected, c->exact_qkv, c->map->kv_of_q, &c->s);
     check_output(c, ref_out, ref_lse);
     free(ref_out), free(ref_lse), free(selected);
 }
 
 // The reference has the same inputs, among them selection, output and log-sum-exp of the device.
 static void check_backward(const Case* c) {
-    double *out = download(c->out, c->out_count), *lse = download(c->lse, c->lse_count);
-    double *dqkv = download(c->dqkv, c->qkv_count), *ref_dqkv = new_doubles(c->qkv_count);
+    double *out = download(c->x.out, c->out_count), *lse = download(c->x.lse, c->lse_count);
+    double *dqkv = download(c->x.dqkv, c->qkv_count), *ref_dqkv = new_doubles(c->qkv_count);
     int* selected = download_selected(c);
     reference_flashmoba_backward(ref_dqkv, c->exact_dout, out, lse, selected, c->exact_qkv, c->map->kv_of_q,
-                                 c->B, c->T, c->H, c->G, c->D, c->S, c->K);
-    check_gradients(c->words, dqkv, ref_dqkv, (size_t)c->B * c->T, c->map, c->D, c->T >= 16);
+                                 &c->s);
+    check_gradients(c->words, dqkv, ref_dqkv, (size_t)c->s.B * c->s.T, c->map, c->s.D, c->s.T >= 16);
     free(out), free(lse), free(dqkv), free(ref_dqkv), free(selected);
 }
 
@@ -263,12 +254,12 @@ static void test_shapes(void** state) {
 // in common, the larger the error of the queries' gradients: there the gradients of the scores, which are rounded to floatX,
 // should cancel.)
 static void favour(Case* c, int first, int end) {
-    const int row = (c->H + 2 * c->G) * c->D;
-    for (int t = 0; t < c->T; t++)
-        for (int head = 0; head < c->H + c->G; head++)
-            c->exact_qkv[(size_t)t * row + (size_t)head * c->D] = head < c->H             ? 4
-                                                                  : t >= first && t < end ? 3
-                                                                                          : 0;
+    const int row = (c->s.H + 2 * c->s.G) * c->s.D;
+    for (int t = 0; t < c->s.T; t++)
+        for (int head = 0; head < c->s.H + c->s.G; head++)
+            c->exact_qkv[(size_t)t * row + (size_t)head * c->s.D] = head < c->s.H           ? 4
+                                                                    : t >= first && t < end ? 3
+                                                                                            : 0;
     upload(c);
 }
 
@@ -281,13 +272,13 @@ static void test_hot_block(void** state) {
     for (int i = 0; i < 3; i++) {
         const int T = i < 2 ? FLASHMOBA_ITEM + 120 : 2 * FLASHMOBA_ITEM + 700;
         Case c = new_case(maps[i], 1, T, 32, 32, 2);
-        const MobaShape shape = {1, T, 0, c.H, c.G, 32, 32, 2};
+        const AttentionShape shape = c.s;
         if (i == 2) moba_workspace_bound = flashmoba_group_bytes(&shape, 1, FLASHMOBA_ITEM + 512, 1);
         assert_int_equal(flashmoba_group_size(&shape, 1).queries, i < 2 ? T : FLASHMOBA_ITEM + 512);
         favour(&c, 32, 64);
         check_all(&c);
         int* selected = download_selected(&c);
-        for (int t = 64; t < c.T; t++) assert_int_equal(selected[t], 1);
+        for (int t = 64; t < c.s.T; t++) assert_int_equal(selected[t], 1);
         free(selected);
         free_case(&c);
     }
@@ -300,7 +291,7 @@ static void test_groups_of_heads(void** state) {
     const HeadMap* maps[] = {&MQA, &UNEVEN, &FIRST_EMPTY, &MIDDLE_EMPTY, &LAST_EMPTY, &GQA, &ONE};
     const size_t kept = moba_workspace_bound;
     for (int i = 0; i < 7; i++) {
-        const MobaShape shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 16, 3};
+        const AttentionShape shape = {2, 70, 0, maps[i]->H, maps[i]->G, 32, 0, 16, 3};
         const int heads = 1 + i % 3;
         moba_workspace_bound = heads == 1 ? 1 : (size_t)heads * flashmoba_group_bytes(&shape, 1, 70, 1);
         const FlashmobaGroupSize size = flashmoba_group_size(&shape, 1);
@@ -315,7 +306,7 @@ static void test_groups_of_sequences(void** state) {
     (void)state;
     const size_t kept = moba_workspace_bound;
     for (int sequences = 1; sequences <= 2; sequences++) {
-        const MobaShape shape = {3, 70, 0, GQA.H, GQA.G, 32, 16, 3};
+        const AttentionShape shape = {3, 70, 0, GQA.H, GQA.G, 32, 0, 16, 3};
         moba_workspace_bound = (size_t)(sequences * GQA.H + 1) * flashmoba_group_bytes(&shape, 1, 70, 1);
         const FlashmobaGroupSize size = flashmoba_group_size(&shape, 1);
         assert_true(size.sequences == sequences && size.heads == GQA.H);
@@ -335,14 +326,14 @@ static void test_pieces(void** state) {
         const int D = sizes[i][0], S = sizes[i][1], K = sizes[i][2];
         Case c = new_case(maps[i], 1 + i % 2, 600, D, S, K);
         run_forward(&c, 0);
-        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        double *out = download(c.x.out, c.out_count), *lse = download(c.x.lse, c.lse_count);
         moba_workspace_bound = 1;
-        const MobaShape shape = {c.B, c.T, 0, c.H, c.G, D, S, K};
+        const AttentionShape shape = {c.s.B, c.s.T, 0, c.s.H, c.s.G, D, 0, S, K};
         assert_int_equal(flashmoba_group_size(&shape, 0).queries, FLASHMOBA_LIST_QUERIES);
-        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        forget(c.x.out, c.out_count * sizeof(floatX)), forget(c.x.lse, c.lse_count * sizeof(float));
         check_all(&c);
         moba_workspace_bound = kept;
-        double *in_pieces = download(c.out, c.out_count), *lse_in_pieces = download(c.lse, c.lse_count);
+        double *in_pieces = download(c.x.out, c.out_count), *lse_in_pieces = download(c.x.lse, c.lse_count);
         assert_memory_equal(out, in_pieces, c.out_count * sizeof(double));
         assert_memory_equal(lse, lse_in_pieces, c.lse_count * sizeof(double));
         free(out), free(lse), free(in_pieces), free(lse_in_pieces);
@@ -357,7 +348,7 @@ static void test_workspace(void** state) {
     const int longest = sizeof(floatX) == 2 ? 1 << 19 : 1 << 17;
     for (int T = 1 << 13; T <= longest; T *= 2)
         for (int is_backward = 0; is_backward < 2; is_backward++) {
-            const MobaShape shape = {2, T, 0, 16, 16, 128, 128, 8};
+            const AttentionShape shape = {2, T, 0, 16, 16, 128, 0, 128, 8};
             const FlashmobaGroupSize size = flashmoba_group_size(&shape, is_backward);
             const size_t bytes = flashmoba_workspace_bytes(&shape, is_backward);
             if (getenv("SHOW"))
@@ -368,7 +359,7 @@ static void test_workspace(void** state) {
             assert_true(size.queries == T || size.sequences * size.heads == 1);
             assert_true(T > 1 << 15 || size.queries == T);
         }
-    const MobaShape small = {3, 200, 0, 4, 2, 64, 16, 3};
+    const AttentionShape small = {3, 200, 0, 4, 2, 64, 0, 16, 3};
     const FlashmobaGroupSize size = flashmoba_group_size(&small, 1);
     assert_true(size.sequences == 3 && size.heads == 4 && size.queries == 200);
 }
@@ -379,11 +370,11 @@ static void test_workspace_of_shorter_sequences(void** state) {
     moba_workspace_bound = (size_t)1 << 20;
     int more_heads = 0;
     for (int is_backward = 0; is_backward < 2; is_backward++) {
-        const MobaShape planned = {3, 1100, 0, 4, 4, 64, 16, 3};
+        const AttentionShape planned = {3, 1100, 0, 4, 4, 64, 0, 16, 3};
         const size_t bytes = flashmoba_workspace_bytes(&planned, is_backward);
         for (int B = 1; B <= planned.B; B++)
             for (int T = 1; T <= planned.T; T++) {
-                MobaShape shape = planned;
+                AttentionShape shape = planned;
                 shape.B = B, shape.T = T;
                 const FlashmobaGroupSize size = flashmoba_group_size(&shape, is_backward);
                 more_heads += size.heads > flashmoba_group_size(&planned, is_backward).heads;
@@ -410,7 +401,7 @@ static void test_lists(void** state) {
     static const int shapes[][4] = {{2400, 0, 16, 8},  {700, 0, 16, 1},   {700, 300, 32, 2},
                                     {520, 511, 16, 5}, {1100, 0, 16, 33}, {1300, 257, 16, 64}};
     for (int i = 0; i < 6; i++) {
-        const MobaShape s = {2, shapes[i][0], shapes[i][1], 2, 1, 32, shapes[i][2], shapes[i][3]};
+        const AttentionShape s = {2, shapes[i][0], shapes[i][1], 2, 1, 32, 0, shapes[i][2], shapes[i][3]};
         const int choices = s.K - 1, heads = s.B * s.H;
         const size_t selected_count = moba_selected_count(s.B, s.T, s.H, s.K);
         int* chosen = (int*)calloc_or_fail(selected_count + 1, sizeof(int), "a test");
@@ -421,7 +412,9 @@ static void test_lists(void** state) {
         copy_to_device(selected, chosen, selected_count * sizeof(int), 0);
         const FlashmobaGroupSize size = flashmoba_group_size(&s, 0);
         char* memory = (char*)forgotten(flashmoba_workspace_bytes(&s, 0));
-        const FlashmobaGroup group = flashmoba_first_group(memory, &s, &size, selected, NULL, NULL, 0);
+        AttentionTensors tensors = {};
+        tensors.selected = selected;
+        const FlashmobaGroup group = flashmoba_first_group(memory, &tensors, &s, &size, 0);
         const FlashmobaLists* x = &group.lists;
         assert_int_equal(group.heads, heads);
         flashmoba_build_lists(x, 0);
@@ -452,10 +445,10 @@ static void test_many_centroids(void** state) {
     (void)state;
     for (int negative = 0; negative < 2; negative++) {
         Case c = new_case(&MHA, 1, 2100, 32, 16, 3);
-        const int row = (c.H + 2 * c.G) * c.D;
-        for (int t = 0; t < c.T && negative; t++)
-            for (int head = 0; head < c.H + c.G; head++)
-                c.exact_qkv[(size_t)t * row + (size_t)head * c.D] = head < c.H ? 8 : -4;
+        const int row = (c.s.H + 2 * c.s.G) * c.s.D;
+        for (int t = 0; t < c.s.T && negative; t++)
+            for (int head = 0; head < c.s.H + c.s.G; head++)
+                c.exact_qkv[(size_t)t * row + (size_t)head * c.s.D] = head < c.s.H ? 8 : -4;
         upload(&c);
         run_forward(&c, 0);
         check_selection(&c);
@@ -469,17 +462,17 @@ static void test_one_improves(void** state) {
     (void)state;
     const int S = 16, first = 1024;
     Case c = new_case(&ONE, 1, first + 32 * 16, 64, S, 2);
-    for (int t = 0; t < c.T; t++) {
-        double *query = c.exact_qkv + (size_t)t * 3 * c.D, *key = query + c.D;
+    for (int t = 0; t < c.s.T; t++) {
+        double *query = c.exact_qkv + (size_t)t * 3 * c.s.D, *key = query + c.s.D;
         const int block = t / S, warp = (t - first) / 16;
-        for (int d = 0; d < c.D; d++)
+        for (int d = 0; d < c.s.D; d++)
             query[d] = d == 0, key[d] = d == 0 ? block : block < 32 && d == 1 + block;
         if (t >= first && t % 16 == warp % 16) query[1 + warp] = 128;
     }
     upload(&c);
     run_forward(&c, 0);
     int* selected = download_selected(&c);
-    for (int t = 0; t < c.T; t++) {
+    for (int t = 0; t < c.s.T; t++) {
         const int warp = (t - first) / 16;
         assert_int_equal(selected[t], t >= first && t % 16 == warp % 16 ? warp : t / S - 1);
     }
@@ -490,12 +483,16 @@ static void test_one_improves(void** state) {
 // A size that the kernels do not have is an error, in the forward pass and in the backward pass.
 static void forward_with_many_blocks(void* nothing) {
     (void)nothing;
-    algorithm->forward(NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 64, 0, 1, 1, 64, 16, 65, NULL, 0);
+    const AttentionTensors x = {};
+    const AttentionShape s = {1, 64, 0, 1, 1, 64, 0, 16, 65};
+    algorithm->forward(&x, &s, 0);
 }
 
 static void backward_with_large_blocks(void* nothing) {
     (void)nothing;
-    algorithm->backward(NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 64, 1, 1, 64, 1024, 2, 0);
+    const AttentionTensors x = {};
+    const AttentionShape s = {1, 64, 0, 1, 1, 64, 0, 1024, 2};
+    algorithm->backward(&x, &s, 0);
 }
 
 static void test_refused(void** state) {
@@ -535,19 +532,19 @@ static void test_ties(void** state) {
     const int Ks[] = {2, 4, 12, 20, 4};
     for (int i = 0; i < 5; i++) {
         Case c = new_case(&GQA, 1, 700, 32, 16, Ks[i]);
-        const int row = (c.H + 2 * c.G) * c.D;
-        for (int t = 16; t < c.T; t++)
-            memcpy(c.exact_qkv + (size_t)t * row + c.H * c.D,
-                   c.exact_qkv + (size_t)(t % 16) * row + c.H * c.D, sizeof(double) * c.G * c.D);
-        for (int t = 0; t < c.T && i == 4; t++)
-            for (int head = 0; head < c.H + c.G; head++)
-                c.exact_qkv[(size_t)t * row + head * c.D] = head < c.H ? 0x1p20 : -0x1p120;
+        const int row = (c.s.H + 2 * c.s.G) * c.s.D;
+        for (int t = 16; t < c.s.T; t++)
+            memcpy(c.exact_qkv + (size_t)t * row + c.s.H * c.s.D,
+                   c.exact_qkv + (size_t)(t % 16) * row + c.s.H * c.s.D, sizeof(double) * c.s.G * c.s.D);
+        for (int t = 0; t < c.s.T && i == 4; t++)
+            for (int head = 0; head < c.s.H + c.s.G; head++)
+                c.exact_qkv[(size_t)t * row + head * c.s.D] = head < c.s.H ? 0x1p20 : -0x1p120;
         upload(&c);
         run_forward(&c, 0);
         int* selected = download_selected(&c);
         for (size_t at = 0; at < c.selected_count; at++) {
-            const int choices = c.K - 1, t = (int)(at / choices % c.T), choice = (int)(at % choices);
-            assert_int_equal(selected[at], max(-1, t / c.S - 1 - choice));
+            const int choices = c.s.K - 1, t = (int)(at / choices % c.s.T), choice = (int)(at % choices);
+            assert_int_equal(selected[at], max(-1, t / c.s.S - 1 - choice));
         }
         free(selected);
         free_case(&c);
@@ -558,11 +555,11 @@ static void test_ties(void** state) {
 static void test_nan(void** state) {
     (void)state;
     Case c = new_case(&ONE, 1, 200, 64, 16, 5);
-    c.exact_qkv[(size_t)(3 * 16 + 5) * 3 * c.D + c.D] = NAN;
+    c.exact_qkv[(size_t)(3 * 16 + 5) * 3 * c.s.D + c.s.D] = NAN;
     upload(&c);
     run_forward(&c, 0);
     int* selected = download_selected(&c);
-    for (int t = 0; t < c.T; t++) {
+    for (int t = 0; t < c.s.T; t++) {
         int count = 0;
         for (int i = 0; i < 4; i++) count += selected[t * 4 + i] >= 0;
         assert_false(contains(selected + t * 4, 4, 3));
@@ -580,8 +577,7 @@ static void test_all_blocks(void** state) {
         Case c = new_case(&UNEVEN, 1, sizes[i][0], 32, sizes[i][1], sizes[i][2]);
         run_forward(&c, 0);
         double *ref_out = new_doubles(c.out_count), *ref_lse = new_doubles(c.lse_count);
-        reference_attention_forward(ref_out, ref_lse, c.exact_qkv, c.map->kv_of_q, c.B, c.T, 0, c.H, c.G, c.D,
-                                    0);
+        reference_attention_forward(ref_out, ref_lse, c.exact_qkv, c.map->kv_of_q, &c.s);
         check_output(&c, ref_out, ref_lse);
         free(ref_out), free(ref_lse);
         free_case(&c);
@@ -594,16 +590,16 @@ static void test_later_token(void** state) {
     const int Ds[] = {32, 64, 128};
     for (int d = 0; d < 3; d++) {
         Case c = new_case(&GQA, 1, 96, Ds[d], 16, 3);
-        const size_t row = (size_t)(c.H + 2 * c.G) * c.D;
+        const size_t row = (size_t)(c.s.H + 2 * c.s.G) * c.s.D;
         run_forward(&c, 0);
-        double* before = download(c.out, c.out_count);
+        double* before = download(c.x.out, c.out_count);
         for (size_t i = c.qkv_count - row; i < c.qkv_count; i++) c.exact_qkv[i] = 3 - c.exact_qkv[i];
         upload(&c);
         run_forward(&c, 0);
-        double* after = download(c.out, c.out_count);
-        const size_t last = c.out_count - (size_t)c.H * c.D;
+        double* after = download(c.x.out, c.out_count);
+        const size_t last = c.out_count - (size_t)c.s.H * c.s.D;
         assert_memory_equal(before, after, last * sizeof(double));
-        assert_memory_not_equal(before + last, after + last, sizeof(double) * c.H * c.D);
+        assert_memory_not_equal(before + last, after + last, sizeof(double) * c.s.H * c.s.D);
         free(before), free(after);
         free_case(&c);
     }
@@ -617,26 +613,26 @@ static void test_start(void** state) {
     for (int i = 0; i < 6; i++) {
         Case c = new_case(&UNEVEN, 1, 300, 32, 32, 3);
         run_forward(&c, 0);
-        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
+        double *out = download(c.x.out, c.out_count), *lse = download(c.x.lse, c.lse_count);
         int* selected = download_selected(&c);
-        device_check(cudaMemset(c.out, 0xFF, c.out_count * sizeof(floatX)), "clear memory");
-        device_check(cudaMemset(c.lse, 0xFF, c.lse_count * sizeof(float)), "clear memory");
-        device_check(cudaMemset(c.selected, 0x7F, c.selected_count * sizeof(int)), "clear memory");
-        const size_t kept = (size_t)(starts[i] / c.S) * c.G * c.D;
+        device_check(cudaMemset(c.x.out, 0xFF, c.out_count * sizeof(floatX)), "clear memory");
+        device_check(cudaMemset(c.x.lse, 0xFF, c.lse_count * sizeof(float)), "clear memory");
+        device_check(cudaMemset(c.x.selected, 0x7F, c.selected_count * sizeof(int)), "clear memory");
+        const size_t kept = (size_t)(starts[i] / c.s.S) * c.s.G * c.s.D;
         device_check(cudaMemset(c.centroids + kept, 0xFF, (c.centroids_count - kept) * sizeof(float)),
                      "clear memory");
         if (i >= 4) moba_workspace_bound = 1;
         run_forward(&c, starts[i]);
         moba_workspace_bound = kept_bound;
-        double *rows = download(c.out, c.out_count), *row_lse = download(c.lse, c.lse_count);
+        double *rows = download(c.x.out, c.out_count), *row_lse = download(c.x.lse, c.lse_count);
         int* row_selected = download_selected(&c);
         for (size_t at = 0; at < c.out_count; at++)
-            assert_true((int)(at / c.D / c.H) < starts[i] ? isnan(rows[at]) : rows[at] == out[at]);
+            assert_true((int)(at / c.s.D / c.s.H) < starts[i] ? isnan(rows[at]) : rows[at] == out[at]);
         for (size_t at = 0; at < c.lse_count; at++)
-            assert_true((int)(at % c.T) < starts[i] ? isnan(row_lse[at]) : row_lse[at] == lse[at]);
+            assert_true((int)(at % c.s.T) < starts[i] ? isnan(row_lse[at]) : row_lse[at] == lse[at]);
         for (size_t at = 0; at < c.selected_count; at++)
             assert_int_equal(row_selected[at],
-                             (int)(at / (c.K - 1) % c.T) < starts[i] ? 0x7F7F7F7F : selected[at]);
+                             (int)(at / (c.s.K - 1) % c.s.T) < starts[i] ? 0x7F7F7F7F : selected[at]);
         free(out), free(lse), free(selected), free(rows), free(row_lse), free(row_selected);
         free_case(&c);
     }
@@ -659,17 +655,17 @@ static void test_noise(void** state) {
         floatX* noised = (floatX*)forgotten(c.out_count * sizeof(floatX));
         const AttentionNoise noise = {noised, 0.75f, 5, noise_stream(3, 2), 7};
         run_forward(&c, 0);
-        double *out = download(c.out, c.out_count), *lse = download(c.lse, c.lse_count);
-        c.noise = &noise;
-        forget(c.out, c.out_count * sizeof(floatX)), forget(c.lse, c.lse_count * sizeof(float));
+        double *out = download(c.x.out, c.out_count), *lse = download(c.x.lse, c.lse_count);
+        c.x.noise = &noise;
+        forget(c.x.out, c.out_count * sizeof(floatX)), forget(c.x.lse, c.lse_count * sizeof(float));
         run_forward(&c, 0);
-        double *same_out = download(c.out, c.out_count), *same_lse = download(c.lse, c.lse_count);
+        double *same_out = download(c.x.out, c.out_count), *same_lse = download(c.x.lse, c.lse_count);
         assert_memory_equal(same_out, out, c.out_count * sizeof(double));
         assert_memory_equal(same_lse, lse, c.lse_count * sizeof(double));
-        check_noised(c.words, c.out, &noise, c.B, c.T, 0, c.H, c.D);
+        check_noised(c.words, c.x.out, &noise, c.s.B, c.s.T, 0, c.s.H, c.s.D);
         forget(noised, c.out_count * sizeof(floatX));
         run_forward(&c, shapes[i].start);
-        check_noised(c.words, c.out, &noise, c.B, c.T, shapes[i].start, c.H, c.D);
+        check_noised(c.words, c.x.out, &noise, c.s.B, c.s.T, shapes[i].start, c.s.H, c.s.D);
         free(same_out), free(same_lse);
         free(out), free(lse);
         device_free(noised);
@@ -686,8 +682,8 @@ static void test_repeatable(void** state) {
         for (int run = 0; run < 2; run++) {
             run_forward(&c, 0);
             run_backward(&c);
-            out[run] = download(c.out, c.out_count), lse[run] = download(c.lse, c.lse_count);
-            dqkv[run] = download(c.dqkv, c.qkv_count);
+            out[run] = download(c.x.out, c.out_count), lse[run] = download(c.x.lse, c.lse_count);
+            dqkv[run] = download(c.x.dqkv, c.qkv_count);
         }
         assert_memory_equal(out[0], out[1], c.out_count * sizeof(double));
         assert_memory_equal(lse[0], lse[1], c.lse_count * sizeof(double));
@@ -710,11 +706,11 @@ static void test_moba_is_flashmoba(void** state) {
         double *out[2], *lse[2], *dqkv[2];
         int* selected[2];
         for (int which = 0; which < 2; which++) {
-            algorithm = which == 0 ? &flashmoba : &moba;
+            algorithm = attention_module(which == 0 ? ATTENTION_FLASHMOBA : ATTENTION_MOBA);
             run_forward(&c, 0);
             run_backward(&c);
-            out[which] = download(c.out, c.out_count), lse[which] = download(c.lse, c.lse_count);
-            dqkv[which] = download(c.dqkv, c.qkv_count), selected[which] = download_selected(&c);
+            out[which] = download(c.x.out, c.out_count), lse[which] = download(c.x.lse, c.lse_count);
+            dqkv[which] = download(c.x.dqkv, c.qkv_count), selected[which] = download_selected(&c);
         }
         assert_memory_equal(selected[0], selected[1], c.selected_count * sizeof(int));
         Error of_out = {}, of_lse = {};
@@ -732,13 +728,13 @@ static void test_moba_is_flashmoba(void** state) {
 // What keys_forward leaves, of sequences that grow to T tokens by way of `ends`: (qkv), (raw), (centroids).
 static void run_keys(double* results[3], Case* c, int taps, const float* angles, const floatX* weight,
                      const int* ends, int calls) {
-    const size_t keys = (size_t)c->B * c->T * c->G * c->D;
+    const size_t keys = (size_t)c->s.B * c->s.T * c->s.G * c->s.D;
     floatX* raw = (floatX*)forgotten(keys * sizeof(floatX));
     upload(c);
     forget(c->centroids, c->centroids_count * sizeof(float));
     for (int i = 0; i < calls; i++)
-        keys_forward(c->qkv, raw, c->centroids, taps ? weight : NULL, angles, c->B, ends[i],
-                     i > 0 ? ends[i - 1] : 0, c->H, c->G, c->D, c->S, taps, 0);
+        keys_forward(c->qkv, raw, c->centroids, taps ? weight : NULL, angles, c->s.B, ends[i],
+                     i > 0 ? ends[i - 1] : 0, c->s.H, c->s.G, c->s.D, c->s.S, taps, 0);
     results[0] = download(c->qkv, c->qkv_count), results[1] = download(raw, keys);
     results[2] = download(c->centroids, c->centroids_count);
     device_free(raw);
@@ -746,12 +742,13 @@ static void run_keys(double* results[3], Case* c, int taps, const float* angles,
 
 // Centroids are the means of the keys as they are stored, after convolution and positions.
 static void check_centroids(const Case* c, const double* qkv, const double* centroids) {
-    const int blocks = c->T / c->S, width = c->G * c->D, stride = (c->H + 2 * c->G) * c->D;
+    const int blocks = c->s.T / c->s.S, width = c->s.G * c->s.D, stride = (c->s.H + 2 * c->s.G) * c->s.D;
     for (size_t i = 0; i < c->centroids_count; i++) {
         const size_t block = i / width % blocks, b = i / width / blocks, channel = i % width;
         double mean = 0;
-        for (size_t t = 0; t < (size_t)c->S; t++)
-            mean += qkv[(b * c->T + block * c->S + t) * stride + (size_t)c->H * c->D + channel] / c->S;
+        for (size_t t = 0; t < (size_t)c->s.S; t++)
+            mean +=
+                qkv[(b * c->s.T + block * c->s.S + t) * stride + (size_t)c->s.H * c->s.D + channel] / c->s.S;
         assert_true(fabs(centroids[i] - mean) <= 1e-6);
     }
 }
@@ -768,13 +765,13 @@ static void test_keys(void** state) {
         const int B = shapes[i][0], T = shapes[i][1], D = shapes[i][2], S = shapes[i][3], taps = shapes[i][4];
         const int grown[] = {T / 3, T / 3 + 1, T / 3 + 4, T - 1, T}, whole[] = {T};
         Case c = new_case(&UNEVEN, B, T, D, S, 2);
-        const size_t counts[] = {c.qkv_count, taps ? (size_t)B * T * c.G * D : 0, c.centroids_count};
+        const size_t counts[] = {c.qkv_count, taps ? (size_t)B * T * c.s.G * D : 0, c.centroids_count};
         float* table = (float*)calloc_or_fail((size_t)T * D, sizeof(float), "a test");
         float* angles = (float*)forgotten((size_t)T * D * sizeof(float));
-        floatX* weight = (floatX*)forgotten((size_t)5 * c.G * D * sizeof(floatX));
+        floatX* weight = (floatX*)forgotten((size_t)5 * c.s.G * D * sizeof(floatX));
         rope_table(table, T, D, 100);
         copy_to_device(angles, table, (size_t)T * D * sizeof(float), 0);
-        copy_to_device(weight, c.host_dout, (size_t)taps * c.G * D * sizeof(floatX), 0);
+        copy_to_device(weight, c.host_dout, (size_t)taps * c.s.G * D * sizeof(floatX), 0);
         for (int positions = 0; positions < 2; positions++) {
             double *at_once[3], *in_turn[3];
             run_keys(at_once, &c, taps, positions ? angles : NULL, weight, whole, 1);

@@ -14,18 +14,15 @@ measures it before every round, because other work on the machine slows both.
 // parse_number, new_random, median
 #include "dev/bench/measure.h"
 
-typedef struct {
-    int T, H, G, D, window;
-} shape_t;
-
-static const shape_t default_shapes[] = {
-    {1024, 8, 8, 64, 0}, {1024, 8, 2, 64, 0},   {4096, 8, 8, 64, 0}, {4096, 8, 2, 64, 0},
-    {4096, 8, 1, 64, 0}, {4096, 8, 8, 64, 256}, {4096, 8, 8, 32, 0}, {4096, 8, 8, 128, 0},
+static const AttentionShape default_shapes[] = {
+    {1, 1024, 0, 8, 8, 64, 0, 0, 0}, {1, 1024, 0, 8, 2, 64, 0, 0, 0},  {1, 4096, 0, 8, 8, 64, 0, 0, 0},
+    {1, 4096, 0, 8, 2, 64, 0, 0, 0}, {1, 4096, 0, 8, 1, 64, 0, 0, 0},  {1, 4096, 0, 8, 8, 64, 256, 0, 0},
+    {1, 4096, 0, 8, 8, 32, 0, 0, 0}, {1, 4096, 0, 8, 8, 128, 0, 0, 0},
 };
 
 typedef struct {
     int rounds;
-    shape_t shape; // T = 0: the default shapes
+    AttentionShape shape; // T = 0: the default shapes
     const char* json_path;
 } options_t;
 
@@ -88,22 +85,25 @@ typedef struct {
     double of_peak, forward_of_peak, backward_of_peak; // medians of the quotients of each round
 } result_t;
 
-static double visible_pairs(const shape_t* shape) {
+static double visible_pairs(const AttentionShape* shape) {
     double pairs = 0;
     for (int t = 0; t < shape->T; t++) pairs += t - first_visible_key(t, shape->window) + 1;
     return pairs;
 }
 
-static result_t measure(const shape_t* shape, int rounds, floatX* peak_out, const floatX* a,
+static result_t measure(const AttentionShape* shape, int rounds, floatX* peak_out, const floatX* a,
                         const floatX* b) {
     const int T = shape->T, H = shape->H, G = shape->G, D = shape->D;
     const size_t qkv_count = (size_t)T * (H + 2 * G) * D, out_count = (size_t)T * H * D;
-    floatX *qkv = new_random(qkv_count), *dqkv = new_random(qkv_count);
-    floatX *out = new_random(out_count), *dout = new_random(out_count), *lse = new_random((size_t)H * T);
-    void* forward_workspace = device_malloc(attention_forward_workspace(1, T, H, G, D), "a workspace");
-    void* workspace = device_malloc(attention_backward_workspace(1, T, H, G, D), "a workspace");
+    floatX *qkv = new_random(qkv_count), *dout = new_random(out_count);
+    void* forward_workspace = device_malloc(attention_forward_workspace(shape), "a workspace");
+    void* backward_workspace = device_malloc(attention_backward_workspace(shape), "a workspace");
     int* kv_of_q = (int*)malloc_or_fail(sizeof(int) * (size_t)H, "the head map");
     for (int h = 0; h < H; h++) kv_of_q[h] = (int)((long)h * G / H);
+    AttentionTensors x;
+    memset(&x, 0, sizeof(x));
+    x.out = new_random(out_count), x.lse = new_random((size_t)H * T), x.dqkv = new_random(qkv_count);
+    x.qkv = qkv, x.kv_of_q = kv_of_q, x.dout = dout;
 
     double* times = (double*)malloc_or_fail(sizeof(double) * 6 * (size_t)rounds, "the times");
     double *forward = times, *backward = times + rounds, *peak = times + 2 * rounds;
@@ -113,11 +113,12 @@ static result_t measure(const shape_t* shape, int rounds, floatX* peak_out, cons
     for (int round = -1; round < rounds; round++) { // round -1 warms up
         const int r = round < 0 ? 0 : round;
         peak[r] = measure_peak(peak_out, a, b);
+        x.workspace = forward_workspace;
         const double start = omp_get_wtime();
-        attention_forward(out, lse, qkv, kv_of_q, forward_workspace, 1, T, 0, H, G, D, shape->window, NULL,
-                          0);
+        attention_forward(&x, shape, 0);
+        x.workspace = backward_workspace;
         const double middle = omp_get_wtime();
-        attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, 1, T, H, G, D, shape->window, 0);
+        attention_backward(&x, shape, 0);
         forward[r] = middle - start;
         backward[r] = omp_get_wtime() - middle;
         forward_of_peak[r] = operations / forward[r] / peak[r];
@@ -132,22 +133,22 @@ static result_t measure(const shape_t* shape, int rounds, floatX* peak_out, cons
     result.of_peak = median(of_peak, rounds);
     result.forward_of_peak = median(forward_of_peak, rounds);
     result.backward_of_peak = median(backward_of_peak, rounds);
-    device_free(qkv), device_free(dqkv), device_free(out), device_free(dout), device_free(lse);
-    device_free(forward_workspace), device_free(workspace), free(kv_of_q), free(times);
+    device_free(qkv), device_free(dout), device_free(x.dqkv), device_free(x.out), device_free(x.lse);
+    device_free(forward_workspace), device_free(backward_workspace), free(kv_of_q), free(times);
     return result;
 }
 
 // ----------------------------------------------------------------------------
 // Reporting
 
-static void print_result(const shape_t* s, const result_t* r) {
+static void print_result(const AttentionShape* s, const result_t* r) {
     printf("%6d %4d %4d %4d %7d %11.2f %11.2f %9.1f %9.1f %7.1f %7.1f %7.1f\n", s->T, s->H, s->G, s->D,
            s->window, 1e3 * r->forward_seconds, 1e3 * r->backward_seconds, 1e-9 * r->rate, 1e-9 * r->peak,
            100 * r->forward_of_peak, 100 * r->backward_of_peak, 100 * r->of_peak);
     fflush(stdout);
 }
 
-static void write_result(FILE* json, const shape_t* s, const result_t* r, int is_first) {
+static void write_result(FILE* json, const AttentionShape* s, const result_t* r, int is_first) {
     fprintf(json,
             "%s\n    {\"T\": %d, \"H\": %d, \"G\": %d, \"D\": %d, \"window\": %d, \"forward_ms\": %.4f, "
             "\"backward_ms\": %.4f, \"gflops\": %.2f, \"peak_gflops\": %.2f, \"forward_of_peak\": %.4f, "
@@ -159,7 +160,7 @@ static void write_result(FILE* json, const shape_t* s, const result_t* r, int is
 
 int main(int argc, char** argv) {
     program_name = "attention";
-    options_t options = {5, {0, 8, 8, 64, 0}, NULL};
+    options_t options = {5, {1, 0, 0, 8, 8, 64, 0, 0, 0}, NULL};
     const struct argp parser = {option_table, parse_option, NULL, "Times attention on this machine.",
                                 NULL,         NULL,         NULL};
     argp_err_exit_status = 2;
@@ -167,7 +168,7 @@ int main(int argc, char** argv) {
     if (options.shape.G > options.shape.H)
         fail_usage("--kv-heads %d: must not exceed --query-heads %d", options.shape.G, options.shape.H);
 
-    const shape_t* shapes = options.shape.T ? &options.shape : default_shapes;
+    const AttentionShape* shapes = options.shape.T ? &options.shape : default_shapes;
     const int num_shapes = options.shape.T ? 1 : (int)(sizeof(default_shapes) / sizeof(default_shapes[0]));
     const size_t peak_count = (size_t)PEAK_SIZE * PEAK_SIZE;
     floatX *a = new_random(peak_count), *b = new_random(peak_count), *peak_out = new_random(peak_count);

@@ -16,20 +16,18 @@ attention.c.
 #include "dev/bench/ceilings.h" // defines product_rate
 #include "dev/bench/measure.h"  // defines parse_number, new_random, time_passes
 
-typedef struct {
-    int B, T, H, G, D, window;
-} Shape;
-
-static const Shape default_shapes[] = {
-    {8, 2048, 32, 32, 64, 0},    {4, 4096, 32, 32, 64, 0},   {2, 8192, 32, 32, 64, 0},
-    {1, 16384, 32, 32, 64, 0},   {8, 2048, 16, 16, 128, 0},  {4, 4096, 16, 16, 128, 0},
-    {2, 8192, 16, 16, 128, 0},   {1, 16384, 16, 16, 128, 0}, {2, 8192, 32, 8, 64, 0},
-    {2, 8192, 32, 32, 64, 1024}, {16, 1024, 32, 32, 64, 0},
+static const AttentionShape default_shapes[] = {
+    {8, 2048, 0, 32, 32, 64, 0, 0, 0},  {4, 4096, 0, 32, 32, 64, 0, 0, 0},
+    {2, 8192, 0, 32, 32, 64, 0, 0, 0},  {1, 16384, 0, 32, 32, 64, 0, 0, 0},
+    {8, 2048, 0, 16, 16, 128, 0, 0, 0}, {4, 4096, 0, 16, 16, 128, 0, 0, 0},
+    {2, 8192, 0, 16, 16, 128, 0, 0, 0}, {1, 16384, 0, 16, 16, 128, 0, 0, 0},
+    {2, 8192, 0, 32, 8, 64, 0, 0, 0},   {2, 8192, 0, 32, 32, 64, 1024, 0, 0},
+    {16, 1024, 0, 32, 32, 64, 0, 0, 0},
 };
 
 typedef struct {
     int rounds;
-    Shape shape; // T = 0: the default shapes
+    AttentionShape shape; // T = 0: the default shapes
     const char* json;
 } Settings;
 
@@ -80,68 +78,66 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
 // ----------------------------------------------------------------------------
 // Measuring
 
-static double visible_pairs(const Shape* shape) {
+static double visible_pairs(const AttentionShape* shape) {
     const double T = shape->T, W = shape->window > 0 && shape->window < shape->T ? shape->window : T;
     return W * (W + 1) / 2 + (T - W) * W;
 }
 
-// The tensors that one call reads and writes.
+// The tensors of one call, and those of them that are inputs, to free them.
 typedef struct {
-    floatX *qkv, *dqkv, *out, *dout;
-    float_acc* lse;
+    AttentionTensors x;
+    floatX *qkv, *dout;
 } Buffers;
 
 typedef struct {
-    const Shape* shape;
+    const AttentionShape* shape;
     Buffers sets[MOST_INPUT_SETS];
     int count;
     void* workspace;
     int* kv_of_q;
 } Inputs;
 
-static Inputs new_inputs(const Shape* s) {
+static Inputs new_inputs(const AttentionShape* s) {
     const size_t rows = (size_t)s->B * (size_t)s->T, qkv = rows * (size_t)(s->H + 2 * s->G) * (size_t)s->D,
                  out = rows * (size_t)s->H * (size_t)s->D;
     Inputs inputs;
     inputs.shape = s;
     inputs.count = input_sets((qkv + out) * sizeof(floatX));
-    for (int i = 0; i < inputs.count; i++) {
-        Buffers* x = &inputs.sets[i];
-        x->qkv = new_random(qkv), x->dqkv = new_random(qkv), x->out = new_random(out),
-        x->dout = new_random(out);
-        x->lse = (float_acc*)device_malloc(rows * (size_t)s->H * sizeof(float_acc), "log-sum-exps");
-    }
-    const size_t forward_bytes = attention_forward_workspace(s->B, s->T, s->H, s->G, s->D),
-                 backward_bytes = attention_backward_workspace(s->B, s->T, s->H, s->G, s->D);
+    const size_t forward_bytes = attention_forward_workspace(s),
+                 backward_bytes = attention_backward_workspace(s);
     inputs.workspace =
         device_malloc(forward_bytes > backward_bytes ? forward_bytes : backward_bytes, "a workspace");
     inputs.kv_of_q = new_head_map(s->H, s->G);
+    for (int i = 0; i < inputs.count; i++) {
+        Buffers* buffers = &inputs.sets[i];
+        AttentionTensors* x = &buffers->x;
+        memset(x, 0, sizeof(*x));
+        x->qkv = buffers->qkv = new_random(qkv), x->dqkv = new_random(qkv);
+        x->out = new_random(out), x->dout = buffers->dout = new_random(out);
+        x->lse = (float_acc*)device_malloc(rows * (size_t)s->H * sizeof(float_acc), "log-sum-exps");
+        x->kv_of_q = inputs.kv_of_q, x->workspace = inputs.workspace;
+    }
     return inputs;
 }
 
 static void free_inputs(Inputs* inputs) {
     for (int i = 0; i < inputs->count; i++) {
-        Buffers* x = &inputs->sets[i];
-        device_free(x->qkv), device_free(x->dqkv), device_free(x->out), device_free(x->dout),
-            device_free(x->lse);
+        Buffers* buffers = &inputs->sets[i];
+        const AttentionTensors* x = &buffers->x;
+        device_free(buffers->qkv), device_free(x->dqkv), device_free(x->out), device_free(buffers->dout);
+        device_free(x->lse);
     }
     device_free(inputs->workspace), device_free(inputs->kv_of_q);
 }
 
 static void forward_pass(void* context, int set) {
     const Inputs* inputs = (const Inputs*)context;
-    const Shape* s = inputs->shape;
-    const Buffers* x = &inputs->sets[set];
-    attention_forward(x->out, x->lse, x->qkv, inputs->kv_of_q, inputs->workspace, s->B, s->T, 0, s->H, s->G,
-                      s->D, s->window, NULL, 0);
+    attention_forward(&inputs->sets[set].x, inputs->shape, 0);
 }
 
 static void backward_pass(void* context, int set) {
     const Inputs* inputs = (const Inputs*)context;
-    const Shape* s = inputs->shape;
-    const Buffers* x = &inputs->sets[set];
-    attention_backward(x->dqkv, x->dout, x->out, x->lse, x->qkv, inputs->kv_of_q, inputs->workspace, s->B,
-                       s->T, s->H, s->G, s->D, s->window, 0);
+    attention_backward(&inputs->sets[set].x, inputs->shape, 0);
 }
 
 typedef struct {
@@ -149,7 +145,7 @@ typedef struct {
     double rate, forward_rate, backward_rate; // useful operations a second
 } Timing;
 
-static Timing measure(const Shape* shape, int rounds) {
+static Timing measure(const AttentionShape* shape, int rounds) {
     Inputs inputs = new_inputs(shape);
     const double operations = 4 * visible_pairs(shape) * shape->D * shape->H * shape->B;
     Timing timing;
@@ -164,14 +160,14 @@ static Timing measure(const Shape* shape, int rounds) {
 // ----------------------------------------------------------------------------
 // Reporting
 
-static void print_timing(const Shape* s, const Timing* t, double peak) {
+static void print_timing(const AttentionShape* s, const Timing* t, double peak) {
     printf("%4d %6d %4d %4d %4d %7d %11.3f %11.3f %9.1f %9.1f %9.1f %7.1f\n", s->B, s->T, s->H, s->G, s->D,
            s->window, 1e3 * t->seconds.forward, 1e3 * t->seconds.backward, 1e-12 * t->forward_rate,
            1e-12 * t->backward_rate, 1e-12 * t->rate, 100 * t->rate / peak);
     fflush(stdout);
 }
 
-static void write_timing(FILE* json, const Shape* s, const Timing* t, int is_first) {
+static void write_timing(FILE* json, const AttentionShape* s, const Timing* t, int is_first) {
     fprintf(json,
             "%s\n    {\"B\": %d, \"T\": %d, \"H\": %d, \"G\": %d, \"D\": %d, \"window\": %d, \"forward_ms\": "
             "%.5f, "
@@ -182,7 +178,7 @@ static void write_timing(FILE* json, const Shape* s, const Timing* t, int is_fir
 
 int main(int argc, char** argv) {
     program_name = "attention";
-    Settings settings = {20, {1, 0, 32, 32, 64, 0}, NULL};
+    Settings settings = {20, {1, 0, 0, 32, 32, 64, 0, 0, 0}, NULL};
     const struct argp parser = {
         settings_table, settings_parse, NULL, "Times attention on this machine's GPU.", NULL, NULL, NULL};
     argp_err_exit_status = 2;
@@ -191,7 +187,7 @@ int main(int argc, char** argv) {
         fail_usage("--kv-heads %d: must not exceed --query-heads %d", settings.shape.G, settings.shape.H);
 
     matmul_start();
-    const Shape* shapes = settings.shape.T ? &settings.shape : default_shapes;
+    const AttentionShape* shapes = settings.shape.T ? &settings.shape : default_shapes;
     const int count = settings.shape.T ? 1 : (int)(sizeof(default_shapes) / sizeof(default_shapes[0]));
     FILE* json = settings.json ? open_or_fail(settings.json, "w") : NULL;
     const double peak = product_rate(LARGE_PRODUCT);

@@ -19,7 +19,7 @@ pass reads, and the centroids, which it does not. It is also given as a share of
 static const int default_tokens[] = {4096, 8192, 16384};
 
 typedef struct {
-    MobaShape shape; // T = 0: the default lengths
+    AttentionShape shape; // T = 0: the default lengths
     int rounds, plain;
     const char* json_path;
 } options_t;
@@ -39,7 +39,7 @@ static const struct argp_option option_table[] = {
 
 static error_t parse_option(int key, char* argument, struct argp_state* state) {
     options_t* options = (options_t*)state->input;
-    MobaShape* shape = &options->shape;
+    AttentionShape* shape = &options->shape;
     switch (key) {
     case 'j':
         options->json_path = argument;
@@ -77,13 +77,10 @@ static error_t parse_option(int key, char* argument, struct argp_state* state) {
 // Measuring
 
 typedef struct {
-    floatX *qkv, *dqkv; // (1, T, H + 2G, D)
-    floatX *out, *dout; // (1, T, H, D)
-    float_acc* lse;     // (1, H, T)
-    int* selected;      // (1, H, T, K-1)
+    AttentionTensors x;
+    floatX *qkv, *dout; // x.qkv, x.dout, x.centroids and x.kv_of_q, to write to
     float_acc* centroids;
-    void* workspace;
-    int* kv_of_q; // (H)
+    int* kv_of_q;
 } buffers_t;
 
 enum { ROUTER, LOCAL_FORWARD, ROUTED_FORWARD, LOCAL_BACKWARD, ROUTED_BACKWARD, NUM_STAGES };
@@ -100,78 +97,75 @@ typedef struct {
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static size_t dense_workspace(const MobaShape* s) {
-    return larger(attention_forward_workspace(s->B, s->T, s->H, s->G, s->D),
-                  attention_backward_workspace(s->B, s->T, s->H, s->G, s->D));
+static size_t dense_workspace(const AttentionShape* s) {
+    return larger(attention_forward_workspace(s), attention_backward_workspace(s));
 }
 
-static size_t flashmoba_workspace(const MobaShape* s) {
-    return larger(flashmoba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
-                  flashmoba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
+static size_t flashmoba_workspace(const AttentionShape* s) {
+    return larger(flashmoba_forward_workspace(s), flashmoba_backward_workspace(s));
 }
 
-static size_t plain_workspace(const MobaShape* s) {
-    return larger(moba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
-                  moba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K));
+static size_t plain_workspace(const AttentionShape* s) {
+    return larger(moba_forward_workspace(s), moba_backward_workspace(s));
 }
 
-static buffers_t new_buffers(const MobaShape* s, int with_plain) {
+static buffers_t new_buffers(const AttentionShape* s, int with_plain) {
     const size_t qkv = (size_t)s->T * (s->H + 2 * s->G) * s->D, out = (size_t)s->T * s->H * s->D;
-    buffers_t x;
-    x.qkv = new_random(qkv), x.dqkv = new_random(qkv), x.out = new_random(out), x.dout = new_random(out);
-    x.lse = new_random((size_t)s->H * s->T);
-    x.centroids = new_random(moba_centroids_count(1, s->T, s->G, s->D, s->S));
-    x.selected = (int*)device_malloc(moba_selected_count(1, s->T, s->H, s->K) * sizeof(int), "the selection");
+    buffers_t buffers;
+    AttentionTensors* x = &buffers.x;
+    memset(&buffers, 0, sizeof(buffers));
+    x->qkv = buffers.qkv = new_random(qkv), x->dqkv = new_random(qkv);
+    x->out = new_random(out), x->dout = buffers.dout = new_random(out);
+    x->lse = new_random((size_t)s->H * s->T);
+    x->centroids = buffers.centroids = new_random(moba_centroids_count(1, s->T, s->G, s->D, s->S));
+    x->selected =
+        (int*)device_malloc(moba_selected_count(1, s->T, s->H, s->K) * sizeof(int), "the selection");
     const size_t workspace = larger(dense_workspace(s), flashmoba_workspace(s));
-    x.workspace = device_malloc(larger(workspace, with_plain ? plain_workspace(s) : 0), "a workspace");
-    x.kv_of_q = (int*)malloc_or_fail(sizeof(int) * (size_t)s->H, "the head map");
-    for (int h = 0; h < s->H; h++) x.kv_of_q[h] = (int)((long)h * s->G / s->H);
-    return x;
+    x->workspace = device_malloc(larger(workspace, with_plain ? plain_workspace(s) : 0), "a workspace");
+    x->kv_of_q = buffers.kv_of_q = (int*)malloc_or_fail(sizeof(int) * (size_t)s->H, "the head map");
+    for (int h = 0; h < s->H; h++) buffers.kv_of_q[h] = (int)((long)h * s->G / s->H);
+    return buffers;
 }
 
-static void free_buffers(buffers_t* x) {
-    device_free(x->qkv), device_free(x->dqkv), device_free(x->out), device_free(x->dout), device_free(x->lse);
-    device_free(x->centroids), device_free(x->selected), device_free(x->workspace), free(x->kv_of_q);
+static void free_buffers(buffers_t* buffers) {
+    const AttentionTensors* x = &buffers->x;
+    device_free(buffers->qkv), device_free(x->dqkv), device_free(x->out), device_free(buffers->dout);
+    device_free(x->lse), device_free(buffers->centroids), device_free(x->selected), device_free(x->workspace);
+    free(buffers->kv_of_q);
 }
 
-static double time_dense(buffers_t* x, const MobaShape* s) {
+static double time_dense(const buffers_t* buffers, const AttentionShape* s) {
     const double start = omp_get_wtime();
-    attention_forward(x->out, x->lse, x->qkv, x->kv_of_q, x->workspace, 1, s->T, 0, s->H, s->G, s->D, 0, NULL,
-                      0);
-    attention_backward(x->dqkv, x->dout, x->out, x->lse, x->qkv, x->kv_of_q, x->workspace, 1, s->T, s->H,
-                       s->G, s->D, 0, 0);
+    attention_forward(&buffers->x, s, 0);
+    attention_backward(&buffers->x, s, 0);
     return omp_get_wtime() - start;
 }
 
-static double time_plain(buffers_t* x, const MobaShape* s) {
+static double time_plain(const buffers_t* buffers, const AttentionShape* s) {
     const double start = omp_get_wtime();
-    moba_centroids(x->centroids, x->qkv, s);
-    moba_forward(x->out, x->lse, x->selected, x->centroids, x->qkv, x->kv_of_q, x->workspace, 1, s->T, 0,
-                 s->H, s->G, s->D, s->S, s->K, NULL, 0);
-    moba_backward(x->dqkv, x->dout, x->out, x->lse, x->selected, x->qkv, x->kv_of_q, x->workspace, 1, s->T,
-                  s->H, s->G, s->D, s->S, s->K, 0);
+    moba_centroids(buffers->centroids, buffers->qkv, s);
+    moba_forward(&buffers->x, s, 0);
+    moba_backward(&buffers->x, s, 0);
     return omp_get_wtime() - start;
 }
 
 // Runs flashmoba_forward and flashmoba_backward stage by stage. Adds to the times of the stages; returns
 // their sum.
-static double time_flashmoba(double* stages, buffers_t* x, const MobaShape* s) {
-    char* memory = (char*)x->workspace;
-    float_acc* delta = (float_acc*)x->workspace;
-    const FlashmobaTensors tensors = {x->dqkv, x->dout, x->lse, delta, x->selected, x->qkv, x->kv_of_q};
+static double time_flashmoba(double* stages, const buffers_t* buffers, const AttentionShape* s) {
+    const AttentionTensors* x = &buffers->x;
     double at[NUM_STAGES + 1];
     at[0] = omp_get_wtime();
-    moba_centroids(x->centroids, x->qkv, s);
-    if (s->K > 1) flashmoba_route(x->selected, x->centroids, x->qkv, x->kv_of_q, memory, s);
+    moba_centroids(buffers->centroids, buffers->qkv, s);
+    if (s->K > 1) flashmoba_route(x, s);
     at[1] = omp_get_wtime();
-    flashmoba_local_forward(x->out, x->lse, x->qkv, x->kv_of_q, memory, s);
+    flashmoba_local_forward(x, s);
     at[2] = omp_get_wtime();
-    if (s->K > 1) flashmoba_routed_forward(x->out, x->lse, x->selected, x->qkv, x->kv_of_q, memory, s);
+    if (s->K > 1) flashmoba_routed_forward(x, s);
     at[3] = omp_get_wtime();
-    attention_delta(delta, x->dout, x->out, 1, s->T, s->H, s->D);
-    flashmoba_local_backward(&tensors, memory + flashmoba_delta_bytes(s), s);
+    attention_delta(flashmoba_delta(x), x, s);
+    flashmoba_local_backward(x, s);
     at[4] = omp_get_wtime();
-    if (s->K > 1) flashmoba_routed_backward(&tensors, memory + flashmoba_delta_bytes(s), s);
+    if (s->K > 1) flashmoba_routed_backward(x, s);
     at[5] = omp_get_wtime();
     for (int i = 0; i < NUM_STAGES; i++) stages[i] += at[i + 1] - at[i];
     return at[NUM_STAGES] - at[0];
@@ -194,7 +188,7 @@ static double measure_peak(void) {
 }
 
 // Operations of the seven products over the pairs of query and visible key, and of the router's scores.
-static double useful_operations(const MobaShape* s) {
+static double useful_operations(const AttentionShape* s) {
     double pairs = 0, scores = 0;
     for (int t = 0; t < s->T; t++) {
         const int past = t / s->S;
@@ -204,25 +198,25 @@ static double useful_operations(const MobaShape* s) {
     return 2.0 * s->D * s->H * (7 * pairs + scores);
 }
 
-static result_t measure(const MobaShape* s, int rounds, int with_plain) {
-    buffers_t x = new_buffers(s, with_plain);
+static result_t measure(const AttentionShape* s, int rounds, int with_plain) {
+    buffers_t buffers = new_buffers(s, with_plain);
     result_t result;
     memset(&result, 0, sizeof(result));
     double* times = (double*)malloc_or_fail(sizeof(double) * 3 * (size_t)rounds, "the times");
     double *dense = times, *flashmoba = times + rounds, *ratio = times + 2 * rounds,
            ignored[NUM_STAGES] = {0};
-    time_flashmoba(ignored, &x, s); // warms up
+    time_flashmoba(ignored, &buffers, s); // warms up
     for (int r = 0; r < rounds; r++) {
-        flashmoba[r] = time_flashmoba(result.stages, &x, s) / 2;
-        dense[r] = time_dense(&x, s);
-        flashmoba[r] += time_flashmoba(result.stages, &x, s) / 2;
+        flashmoba[r] = time_flashmoba(result.stages, &buffers, s) / 2;
+        dense[r] = time_dense(&buffers, s);
+        flashmoba[r] += time_flashmoba(result.stages, &buffers, s) / 2;
         ratio[r] = dense[r] / flashmoba[r];
     }
     for (int i = 0; i < NUM_STAGES; i++) result.stages[i] /= 2 * rounds;
     result.dense = median(dense, rounds);
     result.flashmoba = median(flashmoba, rounds);
     result.ratio = median(ratio, rounds);
-    if (with_plain) result.plain = time_plain(&x, s);
+    if (with_plain) result.plain = time_plain(&buffers, s);
     result.peak = measure_peak();
     result.of_peak = useful_operations(s) / result.flashmoba / result.peak;
     result.kept_bytes = (double)moba_selected_count(1, s->T, s->H, s->K) * sizeof(int) +
@@ -232,7 +226,7 @@ static result_t measure(const MobaShape* s, int rounds, int with_plain) {
     result.workspace_bytes = (double)flashmoba_workspace(s);
     result.dense_workspace_bytes = (double)dense_workspace(s);
     free(times);
-    free_buffers(&x);
+    free_buffers(&buffers);
     return result;
 }
 
@@ -264,12 +258,12 @@ static void write_result(FILE* json, int T, const result_t* r, int is_first) {
 
 int main(int argc, char** argv) {
     program_name = "moba";
-    options_t options = {{1, 0, 0, 8, 8, 64, 128, 8}, 1, 4096, NULL};
+    options_t options = {{1, 0, 0, 8, 8, 64, 0, 128, 8}, 1, 4096, NULL};
     const struct argp parser = {
         option_table, parse_option, NULL, "Times block-sparse attention on this machine.", NULL, NULL, NULL};
     argp_err_exit_status = 2;
     argp_parse(&parser, argc, argv, 0, NULL, &options);
-    MobaShape shape = options.shape;
+    AttentionShape shape = options.shape;
     if (shape.G > shape.H) fail_usage("--kv-heads %d: must not exceed --query-heads %d", shape.G, shape.H);
 
     FILE* json = options.json_path ? open_or_fail(options.json_path, "w") : NULL;

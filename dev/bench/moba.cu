@@ -21,6 +21,7 @@ stages in separate calls, so their sum differs a little from the time of a call.
 #include "dev/bench/ceilings.h"    // defines product_rate, copy_rate
 #include "dev/bench/measure.h"     // defines parse_number, new_random, time_passes
 #include "dev/bench/moba_counts.h" // defines count_work, count_floors
+#include "runtime/attention.h"     // defines attention_module, attention_names
 
 typedef enum { INPUT_RANDOM, INPUT_SINK, INPUT_OLDEST, NUM_INPUTS } Input;
 static const char* const input_names[NUM_INPUTS] = {"random", "sink", "oldest"};
@@ -28,7 +29,7 @@ static const char* const input_names[NUM_INPUTS] = {"random", "sink", "oldest"};
 enum { FLASHMOBA, DENSE, MOBA, NUM_ALGORITHMS };
 
 typedef struct {
-    MobaShape shape; // T = 0: the tables
+    AttentionShape shape; // T = 0: the tables
     Input input;
     Draw draw;
     int rounds, count;
@@ -69,7 +70,7 @@ static int parse_name(const char* text, const char* option, const char* const* n
 
 static error_t settings_parse(int key, char* text, struct argp_state* state) {
     Settings* settings = (Settings*)state->input;
-    MobaShape* shape = &settings->shape;
+    AttentionShape* shape = &settings->shape;
     switch (key) {
     case 'j':
         settings->json = text;
@@ -121,7 +122,7 @@ static error_t settings_parse(int key, char* text, struct argp_state* state) {
     }
 }
 
-static void check_shape(const MobaShape* s) {
+static void check_shape(const AttentionShape* s) {
     if (s->G > s->H) fail_usage("--kv-heads %d: must not exceed --query-heads %d", s->G, s->H);
     if (!attention_supports_head_dim(s->D)) fail_usage("--head-dimension %d: must be 32, 64 or 128", s->D);
     if (s->S < 16 || s->S > 512 || (s->S & (s->S - 1)) != 0)
@@ -130,15 +131,18 @@ static void check_shape(const MobaShape* s) {
 }
 
 // ----------------------------------------------------------------------------
-// The algorithms, as functions with one signature
+// The algorithms
+
+static const AttentionKind kinds[NUM_ALGORITHMS] = {ATTENTION_FLASHMOBA, ATTENTION_DENSE, ATTENTION_MOBA};
 
 typedef struct {
     floatX *qkv, *dqkv, *out, *dout;
 } Buffers;
 
 typedef struct {
-    MobaShape shape;
+    AttentionShape shape;
     Input input;
+    AttentionKind kind; // the one that is timed
     Buffers sets[MOST_INPUT_SETS];
     int count;
     float *lse, *centroids;
@@ -146,84 +150,38 @@ typedef struct {
     void* workspace;
 } Inputs;
 
-static void flashmoba_forward_pass(void* context, int set) {
-    const Inputs* x = (const Inputs*)context;
-    const MobaShape* s = &x->shape;
-    const Buffers* of = &x->sets[set];
-    keys_forward(of->qkv, NULL, x->centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
-    flashmoba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B,
-                      s->T, 0, s->H, s->G, s->D, s->S, s->K, NULL, 0);
+// The tensors of a set. All sets share the arrays that are not in Buffers.
+static AttentionTensors tensors_of(const Inputs* inputs, int set) {
+    const Buffers* of = &inputs->sets[set];
+    AttentionTensors x = {};
+    x.out = of->out, x.lse = inputs->lse, x.selected = inputs->selected, x.centroids = inputs->centroids;
+    x.qkv = of->qkv, x.kv_of_q = inputs->kv_of_q, x.workspace = inputs->workspace;
+    x.dqkv = of->dqkv, x.dout = of->dout;
+    return x;
 }
 
-static void flashmoba_backward_pass(void* context, int set) {
-    const Inputs* x = (const Inputs*)context;
-    const MobaShape* s = &x->shape;
-    const Buffers* of = &x->sets[set];
-    flashmoba_backward(of->dqkv, of->dout, of->out, x->lse, x->selected, of->qkv, x->kv_of_q, x->workspace,
-                       s->B, s->T, s->H, s->G, s->D, s->S, s->K, 0);
+static void forward_pass(void* context, int set) {
+    const Inputs* inputs = (const Inputs*)context;
+    const AttentionShape* s = &inputs->shape;
+    const AttentionTensors x = tensors_of(inputs, set);
+    if (attention_chooses_blocks(inputs->kind))
+        keys_forward(inputs->sets[set].qkv, NULL, inputs->centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G,
+                     s->D, s->S, 0, 0);
+    attention_module(inputs->kind)->forward(&x, s, 0);
 }
 
-static size_t flashmoba_workspace(const MobaShape* s) {
-    const size_t forward = flashmoba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
-                 backward = flashmoba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K);
+static void backward_pass(void* context, int set) {
+    const Inputs* inputs = (const Inputs*)context;
+    const AttentionTensors x = tensors_of(inputs, set);
+    attention_module(inputs->kind)->backward(&x, &inputs->shape, 0);
+}
+
+// Bytes of a workspace for both passes.
+static size_t workspace_bytes(const AttentionShape* s, AttentionKind kind) {
+    const size_t forward = attention_module(kind)->forward_workspace(s),
+                 backward = attention_module(kind)->backward_workspace(s);
     return forward > backward ? forward : backward;
 }
-
-static void dense_forward_pass(void* context, int set) {
-    const Inputs* x = (const Inputs*)context;
-    const MobaShape* s = &x->shape;
-    const Buffers* of = &x->sets[set];
-    attention_forward(of->out, x->lse, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0, s->H, s->G, s->D, 0,
-                      NULL, 0);
-}
-
-static void dense_backward_pass(void* context, int set) {
-    const Inputs* x = (const Inputs*)context;
-    const MobaShape* s = &x->shape;
-    const Buffers* of = &x->sets[set];
-    attention_backward(of->dqkv, of->dout, of->out, x->lse, of->qkv, x->kv_of_q, x->workspace, s->B, s->T,
-                       s->H, s->G, s->D, 0, 0);
-}
-
-static size_t dense_workspace(const MobaShape* s) {
-    const size_t forward = attention_forward_workspace(s->B, s->T, s->H, s->G, s->D),
-                 backward = attention_backward_workspace(s->B, s->T, s->H, s->G, s->D);
-    return forward > backward ? forward : backward;
-}
-
-static void moba_forward_pass(void* context, int set) {
-    const Inputs* x = (const Inputs*)context;
-    const MobaShape* s = &x->shape;
-    const Buffers* of = &x->sets[set];
-    keys_forward(of->qkv, NULL, x->centroids, NULL, NULL, s->B, s->T, 0, s->H, s->G, s->D, s->S, 0, 0);
-    moba_forward(of->out, x->lse, x->selected, x->centroids, of->qkv, x->kv_of_q, x->workspace, s->B, s->T, 0,
-                 s->H, s->G, s->D, s->S, s->K, NULL, 0);
-}
-
-static void moba_backward_pass(void* context, int set) {
-    const Inputs* x = (const Inputs*)context;
-    const MobaShape* s = &x->shape;
-    const Buffers* of = &x->sets[set];
-    moba_backward(of->dqkv, of->dout, of->out, x->lse, x->selected, of->qkv, x->kv_of_q, x->workspace, s->B,
-                  s->T, s->H, s->G, s->D, s->S, s->K, 0);
-}
-
-static size_t moba_workspace(const MobaShape* s) {
-    const size_t forward = moba_forward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K),
-                 backward = moba_backward_workspace(s->B, s->T, s->H, s->G, s->D, s->S, s->K);
-    return forward > backward ? forward : backward;
-}
-
-typedef struct {
-    const char* name;
-    Pass forward, backward;
-    size_t (*workspace)(const MobaShape* shape);
-} Algorithm;
-static const Algorithm algorithms[NUM_ALGORITHMS] = {
-    {"flashmoba", flashmoba_forward_pass, flashmoba_backward_pass, flashmoba_workspace},
-    {"dense", dense_forward_pass, dense_backward_pass, dense_workspace},
-    {"moba", moba_forward_pass, moba_backward_pass, moba_workspace},
-};
 
 // ----------------------------------------------------------------------------
 // Inputs
@@ -240,10 +198,10 @@ static __global__ void aim_kernel(floatX* qkv, // (B, T, H + 2G, D)
     qkv[(token * (H + 2 * G) + head) * D] = (floatX)(is_aimed ? 4.0f : 0.0f);
 }
 
-static size_t qkv_count(const MobaShape* s) { return (size_t)s->B * s->T * (s->H + 2 * s->G) * s->D; }
-static size_t out_count(const MobaShape* s) { return (size_t)s->B * s->T * s->H * s->D; }
+static size_t qkv_count(const AttentionShape* s) { return (size_t)s->B * s->T * (s->H + 2 * s->G) * s->D; }
+static size_t out_count(const AttentionShape* s) { return (size_t)s->B * s->T * s->H * s->D; }
 
-static size_t kept_bytes(const MobaShape* s) {
+static size_t kept_bytes(const AttentionShape* s) {
     return (size_t)s->B * s->H * s->T * sizeof(float) +
            moba_selected_count(s->B, s->T, s->H, s->K) * sizeof(int) +
            moba_centroids_count(s->B, s->T, s->G, s->D, s->S) * sizeof(float);
@@ -251,13 +209,13 @@ static size_t kept_bytes(const MobaShape* s) {
 
 // Bytes of one call of an algorithm: its inputs and outputs, the arrays kept between forward and backward,
 // its workspace.
-static size_t call_bytes(const MobaShape* s, const Algorithm* algorithm) {
+static size_t call_bytes(const AttentionShape* s, AttentionKind kind) {
     const size_t kept =
-        algorithm == &algorithms[DENSE] ? (size_t)s->B * s->H * s->T * sizeof(float) : kept_bytes(s);
-    return 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX) + kept + algorithm->workspace(s);
+        attention_chooses_blocks(kind) ? kept_bytes(s) : (size_t)s->B * s->H * s->T * sizeof(float);
+    return 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX) + kept + workspace_bytes(s, kind);
 }
 
-static Inputs new_inputs(const MobaShape* s, Input input) {
+static Inputs new_inputs(const AttentionShape* s, Input input) {
     const size_t tokens = (size_t)s->B * s->T, of_heads = tokens * (s->H + s->G);
     Inputs inputs = {};
     inputs.shape = *s, inputs.input = input;
@@ -291,10 +249,11 @@ static void free_inputs(Inputs* inputs) {
 
 // Reduces the sequences, then the heads, until inputs and flashmoba's workspace fit in the free memory.
 // Returns 0 if even one head does not fit.
-static int fit_shape(MobaShape* s) {
+static int fit_shape(AttentionShape* s) {
     for (;;) {
         const size_t set = 2 * (qkv_count(s) + out_count(s)) * sizeof(floatX);
-        const size_t bytes = (size_t)input_sets(set / 2) * set + kept_bytes(s) + flashmoba_workspace(s);
+        const size_t bytes =
+            (size_t)input_sets(set / 2) * set + kept_bytes(s) + workspace_bytes(s, ATTENTION_FLASHMOBA);
         if (bytes < device_memory_free() / 20 * 19) return 1;
         if (s->B > 1) s->B /= 2;
         else if (s->H > 1 && s->H % 2 == 0) s->H /= 2, s->G = s->G > 1 ? s->G / 2 : 1;
@@ -327,7 +286,7 @@ static void after_launch(LaunchObserver* self, const void* kernel, cudaStream_t 
     if (times->launches < MOST_LAUNCHES) mark(&times->done[times->launches++], stream);
 }
 
-// Times the stages: medians of a few calls.
+// Times the stages of flashmoba, inputs->kind: medians of a few calls.
 enum { STAGE_ROUNDS = 5 };
 static void time_stages(double seconds[NUM_STAGES], Inputs* inputs) {
     static StageTimes times; // kept with its events for all calls
@@ -338,8 +297,8 @@ static void time_stages(double seconds[NUM_STAGES], Inputs* inputs) {
     for (int round = 0; round < STAGE_ROUNDS; round++) {
         times.launches = 0;
         launch_observer = &times.observer;
-        flashmoba_forward_pass(inputs, round % inputs->count);
-        flashmoba_backward_pass(inputs, round % inputs->count);
+        forward_pass(inputs, round % inputs->count);
+        backward_pass(inputs, round % inputs->count);
         launch_observer = NULL;
         stream_synchronize(0);
         for (int i = 0; i < times.launches; i++)
@@ -357,7 +316,7 @@ typedef struct {
 } Timing;
 
 typedef struct {
-    MobaShape shape; // the shape that was run
+    AttentionShape shape; // the shape that was run
     Input input;
     Timing timings[NUM_ALGORITHMS]; // 0 seconds: not run
     double stages[NUM_STAGES];      // seconds
@@ -375,7 +334,7 @@ static int* download_selection(const Inputs* x) {
 
 // Ends the program if a query did not select the blocks that the input was made for, although it could.
 static void check_choices(const Inputs* x, const int* selected) {
-    const MobaShape* s = &x->shape;
+    const AttentionShape* s = &x->shape;
     const int aimed = x->input == INPUT_SINK ? 1 : x->input == INPUT_OLDEST ? s->K - 1 : 0;
     for (int t = aimed * s->S; aimed && s->K > 1 && t < s->T; t++)
         for (int block = 0; block < aimed; block++) {
@@ -394,18 +353,18 @@ static void measure_stages(Result* result, Inputs* inputs) {
     free(selected);
 }
 
-static Result measure(const MobaShape* s, Input input, const Settings* settings) {
+static Result measure(const AttentionShape* s, Input input, const Settings* settings) {
     Inputs inputs = new_inputs(s, input);
     Result result = {};
     result.shape = *s, result.input = input;
     for (int i = 0; i < NUM_ALGORITHMS; i++) {
-        const Algorithm* algorithm = &algorithms[i];
+        const size_t bytes = workspace_bytes(s, kinds[i]);
         Timing* timing = &result.timings[i];
-        timing->bytes = (double)call_bytes(s, algorithm);
-        if (s->T > settings->most[i] || algorithm->workspace(s) > device_memory_free() / 20 * 19) continue;
-        inputs.workspace = device_malloc(algorithm->workspace(s), "a workspace");
-        timing->seconds =
-            time_passes(algorithm->forward, algorithm->backward, &inputs, inputs.count, settings->rounds);
+        timing->bytes = (double)call_bytes(s, kinds[i]);
+        if (s->T > settings->most[i] || bytes > device_memory_free() / 20 * 19) continue;
+        inputs.kind = kinds[i];
+        inputs.workspace = device_malloc(bytes, "a workspace");
+        timing->seconds = time_passes(forward_pass, backward_pass, &inputs, inputs.count, settings->rounds);
         if (i == FLASHMOBA) measure_stages(&result, &inputs);
         device_free(inputs.workspace);
     }
@@ -466,7 +425,7 @@ static void print_moba(const PassSeconds* plain, const PassSeconds* flashmoba) {
 }
 
 static void print_result(const Result* r, const Ceilings* ceilings) {
-    const MobaShape* s = &r->shape;
+    const AttentionShape* s = &r->shape;
     const PassSeconds* flashmoba = &r->timings[FLASHMOBA].seconds;
     printf("%4d %6d %3d %3d %3d %3d %2d %-6s %9.3f %9.3f %9.1f %8.1f", s->B, s->T, s->H, s->G, s->D, s->S,
            s->K, input_names[r->input], 1e3 * flashmoba->forward, 1e3 * flashmoba->backward,
@@ -480,7 +439,7 @@ static void print_result(const Result* r, const Ceilings* ceilings) {
     fflush(stdout);
 }
 
-static void write_shape(FILE* json, const MobaShape* s) {
+static void write_shape(FILE* json, const AttentionShape* s) {
     fprintf(json, "\"B\": %d, \"T\": %d, \"H\": %d, \"G\": %d, \"D\": %d, \"S\": %d, \"K\": %d", s->B, s->T,
             s->H, s->G, s->D, s->S, s->K);
 }
@@ -491,7 +450,7 @@ static void write_result(FILE* json, const Result* r, int is_first) {
     fprintf(json, ", \"input\": \"%s\"", input_names[r->input]);
     for (int i = 0; i < NUM_ALGORITHMS; i++) {
         const Timing* timing = &r->timings[i];
-        fprintf(json, ", \"%s\": {\"bytes\": %.0f", algorithms[i].name, timing->bytes);
+        fprintf(json, ", \"%s\": {\"bytes\": %.0f", attention_names[kinds[i]], timing->bytes);
         if (timing->seconds.forward > 0)
             fprintf(json, ", \"forward_ms\": %.5f, \"backward_ms\": %.5f", 1e3 * timing->seconds.forward,
                     1e3 * timing->seconds.backward);
@@ -511,11 +470,11 @@ static void write_result(FILE* json, const Result* r, int is_first) {
 #if defined(DEVICE_SIMT) // small sizes, which only show that the tables work
 static const int lengths[] = {256, 512};
 enum { SWEEP_TOKENS = 256, HARD_TOKENS = 512 };
-static const MobaShape usual_shape = {1, 0, 0, 2, 2, 32, 32, 4};
+static const AttentionShape usual_shape = {1, 0, 0, 2, 2, 32, 0, 32, 4};
 #else
 static const int lengths[] = {8192, 16384, 32768, 65536, 131072, 262144, 524288};
 enum { SWEEP_TOKENS = 32768, HARD_TOKENS = 65536 };
-static const MobaShape usual_shape = {2, 0, 0, 16, 16, 128, 128, 8};
+static const AttentionShape usual_shape = {2, 0, 0, 16, 16, 128, 0, 128, 8};
 #endif
 enum { NUM_LENGTHS = sizeof(lengths) / sizeof(lengths[0]) };
 
@@ -526,11 +485,11 @@ typedef struct {
     int results;
 } Report;
 
-static void report_shape(Report* report, MobaShape shape, Input input) {
-    const MobaShape wanted = shape;
+static void report_shape(Report* report, AttentionShape shape, Input input) {
+    const AttentionShape wanted = shape;
     if (!fit_shape(&shape)) {
         printf("%4d %6d %3d: not run: %.1f MB for one head, more than are free\n", wanted.B, wanted.T,
-               wanted.H, 1e-6 * (double)call_bytes(&shape, &algorithms[FLASHMOBA]));
+               wanted.H, 1e-6 * (double)call_bytes(&shape, ATTENTION_FLASHMOBA));
         return;
     }
     if (shape.B != wanted.B || shape.H != wanted.H)
@@ -543,7 +502,7 @@ static void report_shape(Report* report, MobaShape shape, Input input) {
 }
 
 static void report_tables(Report* report) {
-    MobaShape shape = usual_shape;
+    AttentionShape shape = usual_shape;
     print_header("Length");
     for (int i = 0; i < NUM_LENGTHS; i++) {
         shape.T = lengths[i];
@@ -628,7 +587,7 @@ static Work sum_of_work(const Work* works, int first, int end, double* seconds) 
     return sum;
 }
 
-static void report_count(const MobaShape* s, Draw draw, FILE* json) {
+static void report_count(const AttentionShape* s, Draw draw, FILE* json) {
     Work works[NUM_STAGES];
     int* selected = drawn_selection(s, draw, 1);
     count_work(works, s, NULL, selected, 1);
@@ -667,7 +626,7 @@ static void report_count(const MobaShape* s, Draw draw, FILE* json) {
 static void report_counts(const Settings* settings) {
     static const int long_lengths[] = {8192, 16384, 32768, 65536, 131072, 262144, 524288};
     FILE* json = settings->json ? open_or_fail(settings->json, "w") : NULL;
-    MobaShape shape = settings->shape;
+    AttentionShape shape = settings->shape;
     printf("by formula; least: the longer of products at %.0f TFLOP/s and bytes at %.2f TB/s\n",
            1e-12 * ASSUMED_PRODUCTS, 1e-12 * ASSUMED_BYTES);
     if (json)
@@ -687,8 +646,8 @@ static void report_counts(const Settings* settings) {
 
 int main(int argc, char** argv) {
     program_name = "moba";
-    Settings settings = {{2, 0, 0, 16, 0, 128, 128, 8}, INPUT_RANDOM, DRAW_UNIFORM, 20, 0,
-                         {1 << 24, 131072, 65536},      NULL};
+    Settings settings = {{2, 0, 0, 16, 0, 128, 0, 128, 8}, INPUT_RANDOM, DRAW_UNIFORM, 20, 0,
+                         {1 << 24, 131072, 65536},         NULL};
     const struct argp parser = {
         settings_table, settings_parse, NULL, "Times block-sparse attention on this machine's GPU.",
         NULL,           NULL,           NULL};

@@ -90,7 +90,7 @@ static inline void draw_choices(int* chosen, int choices, int past, Draw draw, u
 }
 
 // Draws the selection of one head, (T, K-1); the blocks of a query are in no particular order.
-static inline int* drawn_selection(const MobaShape* s, Draw draw, uint64_t seed) {
+static inline int* drawn_selection(const AttentionShape* s, Draw draw, uint64_t seed) {
     const int choices = s->K - 1;
     int* selected = (int*)malloc_or_fail(sizeof(int) * ((size_t)s->T * choices + 1), "a selection");
     uint64_t state = seed * 0x9E3779B97F4A7C15ull + 1;
@@ -132,8 +132,10 @@ static inline double products(double rows, double columns, double depth) {
 }
 
 static inline int least(int a, int b) { return a < b ? a : b; }
-static inline double row_bytes(const MobaShape* s) { return (double)s->D * sizeof(floatX); }
-static inline double sum_bytes(const MobaShape* s) { return (double)s->D * sizeof(float); } // one row of sums
+static inline double row_bytes(const AttentionShape* s) { return (double)s->D * sizeof(floatX); }
+static inline double sum_bytes(const AttentionShape* s) {
+    return (double)s->D * sizeof(float);
+} // one row of sums
 
 // The number of existing keys among `keys` keys from first_key on.
 static inline int keys_there(int first_key, int keys, int T) {
@@ -141,7 +143,7 @@ static inline int keys_there(int first_key, int keys, int T) {
 }
 
 // For one head: the pairs of query and visible key, and the pairs of query and scored block.
-static inline void count_pairs(double* pairs, double* scores, const MobaShape* s) {
+static inline void count_pairs(double* pairs, double* scores, const AttentionShape* s) {
     *pairs = 0, *scores = 0;
     for (int t = 0; t < s->T; t++) {
         const int past = t / s->S;
@@ -152,7 +154,7 @@ static inline void count_pairs(double* pairs, double* scores, const MobaShape* s
 
 // keys_forward_kernel, when it only makes centroids, reads every key of a complete block once.
 // flashmoba_split_kernel turns each number of a centroid into FLASHMOBA_TERMS of floatX.
-static inline Work centroids_work(const MobaShape* s) {
+static inline Work centroids_work(const AttentionShape* s) {
     const int blocks = s->T / s->S;
     const double centroids = (double)s->B * s->G * blocks;
     const int has_terms = FLASHMOBA_TERMS > 1 && s->K > 1;
@@ -168,7 +170,7 @@ static inline Work centroids_work(const MobaShape* s) {
 // flashmoba_route_kernel: a thread block reads its queries once, and all terms of the centroids of the blocks
 // before its last query, rounded up to tiles of COLUMNS but not beyond the last complete block. If there are
 // no such blocks, it reads nothing.
-template <int D> static inline Work router_work(const MobaShape* s) {
+template <int D> static inline Work router_work(const AttentionShape* s) {
     typedef FlashmobaRouteShape<D> shape;
     const double heads = (double)s->B * s->H;
     Work w = {};
@@ -187,7 +189,7 @@ template <int D> static inline Work router_work(const MobaShape* s) {
 
 // A query head of a group of heads: its lists, and the heads with which it shares its KV head.
 typedef struct {
-    const MobaShape* shape;
+    const AttentionShape* shape;
     const FlashmobaLists* lists;     // the group's
     const int* lengths;              // (blocks) entries of its lists
     double entries;                  // of all its lists
@@ -250,7 +252,7 @@ static inline void add_merge(Work* w, const GroupHead* head) {
 
 // attention_statistics_kernel reads a row of gradients, a row of outputs and its lse, and writes lse and
 // delta.
-static inline Work statistics_work(const MobaShape* s) {
+static inline Work statistics_work(const AttentionShape* s) {
     const double heads = (double)s->B * s->H;
     Work w = {};
     w.launches = 1;
@@ -330,7 +332,8 @@ static inline void add_merge_queries(Work* w, const GroupHead* head) {
 // Counts the queries in each key block's list, for one head and its queries start..end-1. `lengths` has one
 // entry for each key block; `selected` is (T, K-1).
 // Every query is in the list of its own block and in the lists of the blocks that it selected.
-static inline void count_lengths(int* lengths, const MobaShape* s, const int* selected, int start, int end) {
+static inline void count_lengths(int* lengths, const AttentionShape* s, const int* selected, int start,
+                                 int end) {
     for (int block = 0; block * s->S < s->T; block++) lengths[block] = 0;
     for (int t = start; t < end; t++) {
         lengths[t / s->S]++;
@@ -339,11 +342,12 @@ static inline void count_lengths(int* lengths, const MobaShape* s, const int* se
     }
 }
 
-static inline int kv_of_head(const MobaShape* s, const int* kv_of_q, int h) {
+static inline int kv_of_head(const AttentionShape* s, const int* kv_of_q, int h) {
     return kv_of_q ? kv_of_q[h] : (int)((long)h * s->G / s->H);
 }
 
-static inline GroupHead group_head(const MobaShape* s, const int* kv_of_q, const FlashmobaLists* x, int i) {
+static inline GroupHead group_head(const AttentionShape* s, const int* kv_of_q, const FlashmobaLists* x,
+                                   int i) {
     const int h = x->first_head + i % x->heads, g = kv_of_head(s, kv_of_q, h);
     const int before = h > 0 ? kv_of_head(s, kv_of_q, h - 1) : -1,
               after = h + 1 < s->H ? kv_of_head(s, kv_of_q, h + 1) : s->G;
@@ -357,13 +361,14 @@ static inline GroupHead group_head(const MobaShape* s, const int* kv_of_q, const
 
 // Calls function() with every head of every group of heads, of the forward or of the backward pass.
 template <typename Function>
-static inline void for_heads(const MobaShape* s, const int* kv_of_q, const int* selected, int drawn,
+static inline void for_heads(const AttentionShape* s, const int* kv_of_q, const int* selected, int drawn,
                              int is_backward, Function function) {
     const FlashmobaGroupSize size = flashmoba_group_size(s, is_backward);
     int* lengths = (int*)malloc_or_fail(sizeof(int) * (size_t)ceil_div(s->T, s->S), "the lengths of lists");
     int counted[3] = {-1, -1, -1}; // the head, start and end that `lengths` belongs to
-    for (FlashmobaGroup group = flashmoba_first_group(NULL, s, &size, NULL, NULL, NULL, is_backward);
-         group.heads > 0; flashmoba_next_group(&group, s, &size))
+    const AttentionTensors none = {};
+    for (FlashmobaGroup group = flashmoba_first_group(NULL, &none, s, &size, is_backward); group.heads > 0;
+         flashmoba_next_group(&group, s, &size))
         for (int i = 0; i < group.heads; i++) {
             const FlashmobaLists* x = &group.lists;
             GroupHead head = group_head(s, kv_of_q, x, i);
@@ -381,7 +386,7 @@ static inline void for_heads(const MobaShape* s, const int* kv_of_q, const int* 
 }
 
 template <int D>
-static inline void count_work_of(Work works[NUM_STAGES], const MobaShape* s, const int* kv_of_q,
+static inline void count_work_of(Work works[NUM_STAGES], const AttentionShape* s, const int* kv_of_q,
                                  const int* selected, int drawn) {
     double pairs, scores;
     count_pairs(&pairs, &scores, s);
@@ -408,7 +413,7 @@ static inline void count_work_of(Work works[NUM_STAGES], const MobaShape* s, con
 // Counts the work of flashmoba_forward and flashmoba_backward; the lists of both passes count together. The
 // selections (drawn, T, K-1) are those of the first heads of (B, H), and the other heads repeat them. A NULL
 // map is the uniform map.
-static inline void count_work(Work works[NUM_STAGES], const MobaShape* s, const int* kv_of_q,
+static inline void count_work(Work works[NUM_STAGES], const AttentionShape* s, const int* kv_of_q,
                               const int* selected, int drawn) {
     for_head_dim(s->D, [&](auto head_dim) { count_work_of<head_dim>(works, s, kv_of_q, selected, drawn); });
 }
@@ -427,7 +432,7 @@ typedef struct {
     double router, forward, merge, backward;
 } Floors;
 
-static inline Floors count_floors(const MobaShape* s, const int* selected, int drawn) {
+static inline Floors count_floors(const AttentionShape* s, const int* selected, int drawn) {
     const int blocks = ceil_div(s->T, s->S);
     const double T = s->T, routed = T * (s->K - 1), row = row_bytes(s), heads = (double)s->B * s->H;
     int* lengths = (int*)malloc_or_fail(sizeof(int) * (size_t)blocks, "the lengths of lists");

@@ -2,10 +2,11 @@
 Causal attention, dense or in a sliding window, of H query heads to G KV heads through any map
 (docs/math.md sections 1 and 3).
 
-    void* workspace = device_malloc(attention_forward_workspace(B, T, H, G, D), "attention");
-    attention_forward(out, lse, qkv, kv_of_q, workspace, B, T, 0, H, G, D, window, NULL, stream);
-    workspace = device_malloc(attention_backward_workspace(B, T, H, G, D), "attention");
-    attention_backward(dqkv, dout, out, lse, qkv, kv_of_q, workspace, B, T, H, G, D, window, stream);
+    const AttentionShape s = {B, T, 0, H, G, D, window, 0, 0};
+    x.workspace = device_malloc(attention_forward_workspace(&s), "attention");    // AttentionTensors x
+    attention_forward(&x, &s, stream);
+    x.workspace = device_malloc(attention_backward_workspace(&s), "attention");
+    attention_backward(&x, &s, stream);
 
 One row of qkv holds a token's H query heads, then its G key heads, then its G value heads. With window = 0
 the query at t sees all keys 0..t, with window = W the keys t-W+1..t. Only one tile of the T x T scores exists
@@ -26,6 +27,8 @@ shape nor the order of the sums depends on the thread.
 #include "dev/cpu/noise.h"
 // exp_fast
 #include "dev/cpu/math.h"
+// AttentionShape, AttentionTensors
+#include "runtime/attention_shape.h"
 
 // Tiles of the score matrix: rows (queries) by columns (keys). At 64 x 192 the products of a tile, with one
 // operand transposed beforehand, run at about 95 % of the speed of large products; narrower tiles are slower
@@ -41,8 +44,9 @@ enum { ATTENTION_FEW_QUERIES = 32 };
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 
-// Whether attention supports this head dimension; the CPU supports all.
+// Whether attention supports this head dimension, and this shape; the CPU supports all.
 static inline int attention_supports_head_dim(int D) { return D > 0; }
+static inline int attention_supports(const AttentionShape* s) { return attention_supports_head_dim(s->D); }
 
 static inline floatX attention_scale(int D) { return (floatX)(1.0 / sqrt((double)D)); }
 
@@ -224,42 +228,36 @@ static inline size_t attention_forward_tiles(int D) {
 }
 
 // Bytes of the workspace of attention_forward, for as many threads as omp_get_max_threads() says now or fewer.
-static inline size_t attention_forward_workspace(int B, int T, int H, int G, int D) {
-    (void)B, (void)T, (void)H, (void)G;
-    return omp_get_max_threads() * attention_forward_tiles(D) * sizeof(floatX);
+static inline size_t attention_forward_workspace(const AttentionShape* s) {
+    return omp_get_max_threads() * attention_forward_tiles(s->D) * sizeof(floatX);
 }
 
-// Computes the rows start..T-1 of out and lse, from the queries of these rows and the keys and values of all
-// rows. start > 0 continues a sequence whose earlier keys and values are in qkv already. If noise is not
-// NULL, it also writes these rows of noise->noised. The workspace needs no initial value.
-static inline void attention_forward(floatX* out,    // (B, T, H, D)
-                                     float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
-                                     const floatX* qkv,  // (B, T, H + 2G, D)
-                                     const int* kv_of_q, // (H) non-decreasing
-                                     void* workspace, int B, int T, int start, int H, int G, int D,
-                                     int window, const AttentionNoise* noise, stream_t stream) {
+// Reads kv_of_q and, of qkv, the queries of the rows start..T-1 and all keys and values. Writes these rows of
+// out and lse, and of noise->noised unless noise is NULL.
+static inline void attention_forward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
     (void)stream;
-    const int row_stride = (H + 2 * G) * D;
-    const int tasks = (T - start + ATTENTION_TASK - 1) / ATTENTION_TASK;
+    const int T = s->T, H = s->H, D = s->D, row_stride = (H + 2 * s->G) * D;
+    const int tasks = (T - s->start + ATTENTION_TASK - 1) / ATTENTION_TASK;
+    const int* kv_of_q = x->kv_of_q;
     // The last queries see the most keys. The loop starts these long tasks first, so that short ones fill the
     // gaps.
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int i = 0; i < tasks; i++) {
-        for (int b = 0; b < B; b++) {
+        for (int b = 0; b < s->B; b++) {
             for (int h = 0; h < H; h++) {
-                const int t = start + (tasks - 1 - i) * ATTENTION_TASK;
-                const floatX* sequence = qkv + (size_t)b * T * row_stride;
+                const int t = s->start + (tasks - 1 - i) * ATTENTION_TASK;
+                const floatX* sequence = x->qkv + (size_t)b * T * row_stride;
                 const floatX* k = sequence + (size_t)(H + kv_of_q[h]) * D;
-                floatX* tiles = (floatX*)workspace + attention_forward_tiles(D) * omp_get_thread_num();
-                assert(kv_of_q[h] >= 0 && kv_of_q[h] < G && (h == 0 || kv_of_q[h - 1] <= kv_of_q[h]));
+                floatX* tiles = (floatX*)x->workspace + attention_forward_tiles(D) * omp_get_thread_num();
+                assert(kv_of_q[h] >= 0 && kv_of_q[h] < s->G && (h == 0 || kv_of_q[h - 1] <= kv_of_q[h]));
                 attention_rows_forward(
-                    out + (((size_t)b * T + t) * H + h) * D, lse + ((size_t)b * H + h) * T + t, tiles,
-                    sequence + (size_t)t * row_stride + (size_t)h * D, k, k + (size_t)G * D, t,
-                    min_int(T, t + ATTENTION_TASK), D, H * D, row_stride, window);
+                    x->out + (((size_t)b * T + t) * H + h) * D, x->lse + ((size_t)b * H + h) * T + t, tiles,
+                    sequence + (size_t)t * row_stride + (size_t)h * D, k, k + (size_t)s->G * D, t,
+                    min_int(T, t + ATTENTION_TASK), D, H * D, row_stride, s->window);
             }
         }
     }
-    attention_noise(noise, out, B, T, start, H, D);
+    attention_noise(x->noise, x->out, s->B, T, s->start, H, D);
 }
 
 // ----------------------------------------------------------------------------
@@ -274,19 +272,18 @@ typedef struct {
     size_t all_tiles; // of all threads
 } AttentionWorkspace;
 
-static inline AttentionWorkspace attention_workspace_layout(int B, int T, int H, int D) {
+static inline AttentionWorkspace attention_workspace_layout(const AttentionShape* s) {
     AttentionWorkspace sizes;
-    sizes.delta = ((size_t)B * H * T + 15) / 16 * 16;
-    sizes.kv = (size_t)B * H * T * D;
-    sizes.tiles = 2 * (size_t)ATTENTION_KEYS * (ATTENTION_QUERIES + D);
+    sizes.delta = ((size_t)s->B * s->H * s->T + 15) / 16 * 16;
+    sizes.kv = (size_t)s->B * s->H * s->T * s->D;
+    sizes.tiles = 2 * (size_t)ATTENTION_KEYS * (ATTENTION_QUERIES + s->D);
     sizes.all_tiles = sizes.tiles * omp_get_max_threads();
     return sizes;
 }
 
 // Bytes of the workspace of attention_backward, for as many threads as omp_get_max_threads() says now or fewer.
-static inline size_t attention_backward_workspace(int B, int T, int H, int G, int D) {
-    (void)G;
-    const AttentionWorkspace sizes = attention_workspace_layout(B, T, H, D);
+static inline size_t attention_backward_workspace(const AttentionShape* s) {
+    const AttentionWorkspace sizes = attention_workspace_layout(s);
     return (sizes.delta + sizes.all_tiles + 2 * sizes.kv) * sizeof(floatX);
 }
 
@@ -351,10 +348,10 @@ static inline void attention_head_backward(const AttentionHead* head, floatX* ti
 
 // delta_t = sum over d of dout * out: the softmax backward subtracts it from every gradient of a row's
 // probabilities.
-static inline void attention_delta(float_acc* delta,   // (B, H, T)
-                                   const floatX* dout, // (B, T, H, D)
-                                   const floatX* out,  // (B, T, H, D)
-                                   int B, int T, int H, int D) {
+static inline void attention_delta(float_acc* delta, // (B, H, T)
+                                   const AttentionTensors* x, const AttentionShape* s) {
+    const int B = s->B, T = s->T, H = s->H, D = s->D;
+    const floatX *dout = x->dout, *out = x->out;
 #pragma omp parallel for schedule(static)
     for (int token = 0; token < B * T; token++) {
         for (int h = 0; h < H; h++) {
@@ -374,7 +371,8 @@ static inline void attention_sum_groups(floatX* dqkv,       // (B, T, H + 2G, D)
                                         const floatX* dk,   // (B, H, T, D)
                                         const floatX* dv,   // (B, H, T, D)
                                         const int* kv_of_q, // (H)
-                                        int B, int T, int H, int G, int D) {
+                                        const AttentionShape* s) {
+    const int B = s->B, T = s->T, H = s->H, G = s->G, D = s->D;
 #pragma omp parallel for schedule(static)
     for (int token = 0; token < B * T; token++) {
         floatX* dk_row = dqkv + ((size_t)token * (H + 2 * G) + H) * D;
@@ -388,23 +386,18 @@ static inline void attention_sum_groups(floatX* dqkv,       // (B, T, H + 2G, D)
     }
 }
 
-// Every element of dqkv is written. The workspace has attention_backward_workspace() bytes and needs no initial value.
-static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
-                                      const floatX* dout,   // (B, T, H, D)
-                                      const floatX* out,    // (B, T, H, D)
-                                      const float_acc* lse, // (B, H, T)
-                                      const floatX* qkv,    // (B, T, H + 2G, D)
-                                      const int* kv_of_q,   // (H)
-                                      void* workspace, int B, int T, int H, int G, int D, int window,
-                                      stream_t stream) {
+// Reads dout, out, lse, qkv and kv_of_q. Writes every element of dqkv. start must be 0.
+static inline void attention_backward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
     (void)stream;
-    const AttentionWorkspace sizes = attention_workspace_layout(B, T, H, D);
-    floatX* delta = (floatX*)workspace;
+    assert(s->start == 0);
+    const int B = s->B, T = s->T, H = s->H, D = s->D;
+    const AttentionWorkspace sizes = attention_workspace_layout(s);
+    floatX* delta = (floatX*)x->workspace;
     floatX* tiles = delta + sizes.delta;
     floatX* dk = tiles + sizes.all_tiles;
     floatX* dv = dk + sizes.kv;
-    const int qkv_stride = (H + 2 * G) * D, threads = omp_get_max_threads();
-    attention_delta(delta, dout, out, B, T, H, D);
+    const int qkv_stride = (H + 2 * s->G) * D, threads = omp_get_max_threads();
+    attention_delta(delta, x, s);
 
     // If there are enough query heads to keep the threads busy, one task is one head. Otherwise tasks are
     // tiles of queries for dq and tiles of keys for dk and dv. This keeps any number of threads busy, but
@@ -419,22 +412,22 @@ static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
         for (int bh = 0; bh < B * H; bh++) {
             const int b = bh / H, h = bh % H;
             const size_t q = (size_t)b * T * qkv_stride + (size_t)h * D;
-            const size_t k = (size_t)b * T * qkv_stride + (size_t)(H + kv_of_q[h]) * D;
+            const size_t k = (size_t)b * T * qkv_stride + (size_t)(H + x->kv_of_q[h]) * D;
             const size_t o = (size_t)b * T * H * D + (size_t)h * D;
-            const AttentionHead head = {dqkv + q,
+            const AttentionHead head = {x->dqkv + q,
                                         dk + (size_t)bh * T * D,
                                         dv + (size_t)bh * T * D,
-                                        dout + o,
-                                        qkv + q,
-                                        qkv + k,
-                                        qkv + k + (size_t)G * D,
-                                        lse + (size_t)bh * T,
+                                        x->dout + o,
+                                        x->qkv + q,
+                                        x->qkv + k,
+                                        x->qkv + k + (size_t)s->G * D,
+                                        x->lse + (size_t)bh * T,
                                         delta + (size_t)bh * T,
                                         T,
                                         D,
                                         H * D,
                                         qkv_stride,
-                                        window};
+                                        s->window};
             floatX* my_tiles = tiles + sizes.tiles * omp_get_thread_num();
             const int begin = task % max_int(1, query_tasks) * ATTENTION_TASK;
             const int end = min_int(T, begin + ATTENTION_TASK);
@@ -447,7 +440,7 @@ static inline void attention_backward(floatX* dqkv,         // (B, T, H + 2G, D)
             }
         }
     }
-    attention_sum_groups(dqkv, dk, dv, kv_of_q, B, T, H, G, D);
+    attention_sum_groups(x->dqkv, dk, dv, x->kv_of_q, s);
 }
 
 #endif

@@ -24,7 +24,7 @@ static inline void keys_forward(floatX* qkv,            // (B, T, H + 2G, D) in 
                                 int B, int T, int start, int H, int G, int D, int S, int taps,
                                 stream_t stream) {
     const size_t stride = (size_t)(H + 2 * G) * D;
-    const MobaShape shape = {B, T, start, H, G, D, S, 1};
+    const AttentionShape shape = {B, T, start, H, G, D, 0, S, 1};
     if (weight) keyconv_forward(qkv, raw, weight, B, T, start, H, G, D, taps, stream);
     for (int b = 0; b < B && table; b++)
         rope_forward(qkv + ((size_t)b * T + start) * stride, table + (size_t)start * D, 1, T - start, H, G, D,

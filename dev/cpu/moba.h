@@ -2,8 +2,7 @@
 Mixture of block attention, forward and backward (docs/math.md section 2).
 
 Every query attends to its own block of S keys, causally, and to the K-1 complete earlier blocks whose
-centroids score highest with it, with one softmax over all these keys. Two algorithms compute this function,
-with the same arguments:
+centroids score highest with it, with one softmax over all these keys. Two algorithms compute this function:
 
     moba_*        the original (Lu et al., MoBA, arXiv 2502.13189), one query at a time: the matrix of scores,
                   the selection, attention in the own block and in the selected ones, merged by lse.
@@ -11,11 +10,12 @@ with the same arguments:
                   within each own block first. Then each task takes a chunk of queries, lists for every key
                   block the queries that selected it, and gathers these into tiles for dense products.
 
-    void* workspace = device_malloc(flashmoba_forward_workspace(B, T, H, G, D, S, K), "attention");
+    const AttentionShape s = {B, T, 0, H, G, D, 0, S, K};
+    x.workspace = device_malloc(flashmoba_forward_workspace(&s), "attention");    // AttentionTensors x
     keys_forward(qkv, raw, centroids, weight, table, B, T, 0, H, G, D, S, taps, stream);   // dev/cpu/keys.h
-    flashmoba_forward(out, lse, selected, centroids, qkv, kv_of_q, workspace, B, T, 0, H, G, D, S, K, NULL, stream);
-    workspace = device_malloc(flashmoba_backward_workspace(B, T, H, G, D, S, K), "attention");
-    flashmoba_backward(dqkv, dout, out, lse, selected, qkv, kv_of_q, workspace, B, T, H, G, D, S, K, stream);
+    flashmoba_forward(&x, &s, stream);
+    x.workspace = device_malloc(flashmoba_backward_workspace(&s), "attention");
+    flashmoba_backward(&x, &s, stream);
 
 qkv has the layout of gqa.h; its keys are final (after key convolution and RoPE). The forward pass writes the
 selection and the backward pass reads it, so the router runs once, and no gradient flows through the
@@ -42,19 +42,16 @@ enum { FLASHMOBA_FIRST_ROWS = 12, FLASHMOBA_FORWARD_ROWS = 48 };
 // more chunks, and the queries of a smaller chunk stay in the cache.
 enum { FLASHMOBA_LIST = 256 };
 
-// Sizes of one call; the rows computed are start..T-1.
-typedef struct {
-    int B, T, start, H, G, D, S, K;
-} MobaShape;
-
 // Only GPUs bound the workspace; here its size depends on the number of threads.
 static inline void moba_set_workspace_bound(size_t bytes) { (void)bytes; }
 
 // The number of complete key blocks. A query can select those that end before its own block.
-static inline int moba_blocks(const MobaShape* s) { return s->T / s->S; }
+static inline int moba_blocks(const AttentionShape* s) { return s->T / s->S; }
 
-// Whether MoBA supports these sizes.
-static inline int moba_supports(int T, int D, int S, int K) { return T > 0 && D > 0 && S > 0 && K > 0; }
+// Whether MoBA supports this shape. It does not use the window.
+static inline int moba_supports(const AttentionShape* s) {
+    return s->T > 0 && s->D > 0 && s->S > 0 && s->K > 0;
+}
 
 // Numbers of elements of the arrays that the caller keeps between forward and backward, or between two
 // tokens.
@@ -78,7 +75,7 @@ static inline void moba_group(int* first, int* heads, const int* kv_of_q, int H,
 // change.
 static inline void moba_centroids(float_acc* centroids, // (B, T/S, G, D)
                                   const floatX* qkv,    // (B, T, H + 2G, D)
-                                  const MobaShape* s) {
+                                  const AttentionShape* s) {
     const int row = s->G * s->D, stride = (s->H + 2 * s->G) * s->D, blocks = moba_blocks(s);
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < s->B; b++) {
@@ -217,26 +214,27 @@ static inline void moba_merge(floatX* out,         // (D) in and out
 
 // One thread's share of the workspace, in numbers of float_acc: the scores of one head, and the arrays of one
 // query.
-static inline size_t moba_forward_scratch(int T, int D, int S, int K) {
-    const size_t columns = (size_t)(T / S + 15) / 16 * 16;
-    return (size_t)T * columns + (size_t)D * (MOBA_CENTROIDS + 1) + (size_t)min_int(K, T / S + 1) * S + K;
+static inline size_t moba_forward_scratch(const AttentionShape* s) {
+    const int blocks = moba_blocks(s);
+    const size_t columns = (size_t)(blocks + 15) / 16 * 16;
+    return (size_t)s->T * columns + (size_t)s->D * (MOBA_CENTROIDS + 1) +
+           (size_t)min_int(s->K, blocks + 1) * s->S + s->K;
 }
 
 // Bytes of the workspace of moba_forward, for as many threads as omp_get_max_threads() says now or fewer. The score
 // matrix makes it quadratic in T.
-static inline size_t moba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    (void)B, (void)H, (void)G;
-    return omp_get_max_threads() * moba_forward_scratch(T, D, S, K) * sizeof(float_acc);
+static inline size_t moba_forward_workspace(const AttentionShape* s) {
+    return omp_get_max_threads() * moba_forward_scratch(s) * sizeof(float_acc);
 }
 
 // Computes the rows start..T-1 of query head h of sequence b.
-static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected, const float_acc* centroids,
-                                     const floatX* qkv, float_acc* scratch, int b, int h, int g,
-                                     const MobaShape* s) {
+static inline void moba_head_forward(const AttentionTensors* x, float_acc* scratch, int b, int h,
+                                     const AttentionShape* s) {
+    const int g = x->kv_of_q[h];
     const int D = s->D, S = s->S, choices = s->K - 1, stride = (s->H + 2 * s->G) * D;
     const int blocks = moba_blocks(s), columns = (blocks + 15) / 16 * 16;
-    const floatX* q = qkv + (size_t)b * s->T * stride + (size_t)h * D;
-    const floatX* k = qkv + (size_t)b * s->T * stride + (size_t)(s->H + g) * D;
+    const floatX* q = x->qkv + (size_t)b * s->T * stride + (size_t)h * D;
+    const floatX* k = x->qkv + (size_t)b * s->T * stride + (size_t)(s->H + g) * D;
     const floatX* v = k + (size_t)s->G * D;
     float_acc* matrix = scratch; // (T - start, columns)
     float_acc* centroids_t = matrix + (size_t)s->T * columns;
@@ -245,49 +243,38 @@ static inline void moba_head_forward(floatX* out, float_acc* lse, int* selected,
     int* taken = (int*)(probs + (size_t)min_int(s->K, blocks + 1) * S);
     for (int first = 0; first < blocks && choices > 0; first += MOBA_CENTROIDS)
         moba_scores(matrix + first, centroids_t, q + (size_t)s->start * stride,
-                    centroids + (((size_t)b * blocks + first) * s->G + g) * D, s->T - s->start,
+                    x->centroids + (((size_t)b * blocks + first) * s->G + g) * D, s->T - s->start,
                     min_int(MOBA_CENTROIDS, blocks - first), D, columns, stride, s->G * D);
     for (int t = s->start; t < s->T; t++) {
         const size_t row = ((size_t)b * s->H + h) * s->T + t;
-        floatX* output = out + (((size_t)b * s->T + t) * s->H + h) * D;
+        floatX* output = x->out + (((size_t)b * s->T + t) * s->H + h) * D;
         const int own = t / S;
-        lse[row] = moba_attend(output, probs, q + (size_t)t * stride, k, v, &own, 1, t, D, S, stride);
+        x->lse[row] = moba_attend(output, probs, q + (size_t)t * stride, k, v, &own, 1, t, D, S, stride);
         if (choices == 0) continue;
-        int* chosen = selected + row * choices;
+        int* chosen = x->selected + row * choices;
         moba_select_row(chosen, taken, matrix + (size_t)(t - s->start) * columns, own, choices);
         if (chosen[0] < 0) continue;
         const float_acc other_lse =
             moba_attend(other, probs, q + (size_t)t * stride, k, v, chosen, choices, t, D, S, stride);
-        moba_merge(output, &lse[row], other, other_lse, D);
+        moba_merge(output, &x->lse[row], other, other_lse, D);
     }
 }
 
-// Computes the rows start..T-1 of out, lse and selected; with start > 0 the earlier keys and values are in
-// qkv already. `centroids` has all key blocks (keys_forward). The workspace needs no initial value. K = 1
-// uses neither selected nor centroids. If noise is not NULL, it also writes these rows of noise->noised.
-static inline void moba_forward(floatX* out,    // (B, T, H, D)
-                                float_acc* lse, // (B, H, T) natural log of the sum of exp(scaled scores)
-                                int* selected,  // (B, H, T, K-1) selected blocks, the newest first, then -1
-                                const float_acc* centroids, // (B, T/S, G, D)
-                                const floatX* qkv,          // (B, T, H + 2G, D)
-                                const int* kv_of_q,         // (H) non-decreasing
-                                void* workspace, int B, int T, int start, int H, int G, int D, int S, int K,
-                                const AttentionNoise* noise, stream_t stream) {
+// Reads kv_of_q, the centroids of all complete blocks (keys_forward) and, of qkv, the queries of the rows
+// start..T-1 and all keys and values. Writes these rows of out, lse and selected, and of noise->noised unless
+// noise is NULL. With K = 1, selected is empty and centroids are not read.
+static inline void moba_forward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
     (void)stream;
-    const MobaShape shape = {B, T, start, H, G, D, S, K};
-    const size_t scratch = moba_forward_scratch(T, D, S, K);
+    const size_t scratch = moba_forward_scratch(s);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(omp_get_max_threads())
-    for (int b = 0; b < B; b++)
-        for (int h = 0; h < H; h++)
-            moba_head_forward(out, lse, selected, centroids, qkv,
-                              (float_acc*)workspace + scratch * omp_get_thread_num(), b, h, kv_of_q[h],
-                              &shape);
-    attention_noise(noise, out, B, T, start, H, D);
+    for (int b = 0; b < s->B; b++)
+        for (int h = 0; h < s->H; h++)
+            moba_head_forward(x, (float_acc*)x->workspace + scratch * omp_get_thread_num(), b, h, s);
+    attention_noise(x->noise, x->out, s->B, s->T, s->start, s->H, s->D);
 }
 
-static inline size_t moba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    (void)G, (void)D, (void)S, (void)K;
-    return (size_t)B * H * T * sizeof(float_acc);
+static inline size_t moba_backward_workspace(const AttentionShape* s) {
+    return (size_t)s->B * s->H * s->T * sizeof(float_acc);
 }
 
 // Adds the gradients of query t and its keys and values in one block.
@@ -319,36 +306,31 @@ static inline void moba_attend_backward(floatX* dq,         // (D) added to
     }
 }
 
-// Every element of dqkv is written: exact zeros for a KV head without queries.
-static inline void moba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
-                                 const floatX* dout,   // (B, T, H, D)
-                                 const floatX* out,    // (B, T, H, D)
-                                 const float_acc* lse, // (B, H, T)
-                                 const int* selected,  // (B, H, T, K-1)
-                                 const floatX* qkv,    // (B, T, H + 2G, D)
-                                 const int* kv_of_q,   // (H)
-                                 void* workspace, int B, int T, int H, int G, int D, int S, int K,
-                                 stream_t stream) {
-    float_acc* delta = (float_acc*)workspace; // (B, H, T)
-    const int stride = (H + 2 * G) * D, choices = K - 1;
-    attention_delta(delta, dout, out, B, T, H, D);
-    device_zero(dqkv, sizeof(floatX) * B * T * stride, stream);
+// Reads dout, out, lse, selected, qkv and kv_of_q. Writes every element of dqkv: exact zeros for a KV head that
+// no query head reads. start must be 0.
+static inline void moba_backward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
+    assert(s->start == 0);
+    float_acc* delta = (float_acc*)x->workspace; // (B, H, T)
+    const int B = s->B, T = s->T, H = s->H, G = s->G, D = s->D, S = s->S;
+    const int stride = (H + 2 * G) * D, choices = s->K - 1;
+    attention_delta(delta, x, s);
+    device_zero(x->dqkv, sizeof(floatX) * B * T * stride, stream);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++) {
         for (int g = 0; g < G; g++) {
             const size_t k = (size_t)b * T * stride + (size_t)(H + g) * D, v = k + (size_t)G * D;
             int first_head, heads;
-            moba_group(&first_head, &heads, kv_of_q, H, g);
+            moba_group(&first_head, &heads, x->kv_of_q, H, g);
             for (int i = 0; i < heads * T; i++) {
                 const int h = first_head + i / T, t = i % T;
                 const size_t row = ((size_t)b * H + h) * T + t;
                 const size_t q = ((size_t)b * T + t) * stride + (size_t)h * D;
                 for (int c = -1; c < choices; c++) {
-                    const int block = c < 0 ? t / S : selected[row * choices + c];
+                    const int block = c < 0 ? t / S : x->selected[row * choices + c];
                     if (block < 0) break;
-                    moba_attend_backward(dqkv + q, dqkv + k, dqkv + v,
-                                         dout + (((size_t)b * T + t) * H + h) * D, qkv + q, qkv + k, qkv + v,
-                                         lse[row], delta[row], block, t, D, S, stride);
+                    moba_attend_backward(x->dqkv + q, x->dqkv + k, x->dqkv + v,
+                                         x->dout + (((size_t)b * T + t) * H + h) * D, x->qkv + q, x->qkv + k,
+                                         x->qkv + v, x->lse[row], delta[row], block, t, D, S, stride);
                 }
             }
         }
@@ -370,7 +352,7 @@ typedef struct {
     size_t q, out, row;
 } FlashmobaQuery;
 
-static inline FlashmobaQuery flashmoba_query(const FlashmobaChunk* chunk, int r, const MobaShape* s) {
+static inline FlashmobaQuery flashmoba_query(const FlashmobaChunk* chunk, int r, const AttentionShape* s) {
     const int h = chunk->first_head + r % chunk->heads, t = chunk->first_token + r / chunk->heads;
     const size_t token = (size_t)chunk->b * s->T + t;
     const FlashmobaQuery query = {(token * (s->H + 2 * s->G) + h) * s->D, (token * s->H + h) * s->D,
@@ -379,19 +361,19 @@ static inline FlashmobaQuery flashmoba_query(const FlashmobaChunk* chunk, int r,
 }
 
 // The number of rows of a chunk for which a key block's list has FLASHMOBA_LIST entries on average.
-static inline int flashmoba_chunk_rows(const MobaShape* s) {
+static inline int flashmoba_chunk_rows(const AttentionShape* s) {
     const int blocks = max_int(1, moba_blocks(s)), choices = max_int(1, min_int(s->K - 1, blocks));
     return (int)(((size_t)FLASHMOBA_LIST * blocks + choices - 1) / choices);
 }
 
-static inline int flashmoba_chunk_tokens(const MobaShape* s, int heads) {
+static inline int flashmoba_chunk_tokens(const AttentionShape* s, int heads) {
     return min_int(s->T, (flashmoba_chunk_rows(s) + heads - 1) / heads);
 }
 
 // Makes chunk i of KV head g. Returns 0 if there is no such chunk: g has no query heads, or earlier chunks
 // have all its queries.
 static inline int flashmoba_chunk(FlashmobaChunk* chunk, const int* kv_of_q, int b, int g, int i,
-                                  const MobaShape* s) {
+                                  const AttentionShape* s) {
     chunk->b = b, chunk->g = g;
     moba_group(&chunk->first_head, &chunk->heads, kv_of_q, s->H, g);
     if (chunk->heads == 0) return 0;
@@ -403,7 +385,7 @@ static inline int flashmoba_chunk(FlashmobaChunk* chunk, const int* kv_of_q, int
 }
 
 // No KV head has more chunks than this.
-static inline int flashmoba_max_chunks(const MobaShape* s) {
+static inline int flashmoba_max_chunks(const AttentionShape* s) {
     const int tokens = flashmoba_chunk_tokens(s, s->H);
     return (s->T - s->start + tokens - 1) / tokens;
 }
@@ -441,7 +423,7 @@ static inline void* moba_take(char* memory, size_t* used, size_t count, size_t s
 }
 
 // Lays out one thread's share of the workspace. Without memory it only counts the bytes.
-static inline FlashmobaScratch flashmoba_scratch(char* memory, const MobaShape* s, int is_backward) {
+static inline FlashmobaScratch flashmoba_scratch(char* memory, const AttentionShape* s, int is_backward) {
     const size_t blocks = (size_t)moba_blocks(s), choices = (size_t)s->K - 1, D = (size_t)s->D;
     const size_t rows = (size_t)flashmoba_chunk_rows(s) + s->H; // a chunk is rounded up to whole tokens
     const size_t keys = (size_t)max_int(FLASHMOBA_KEYS, min_int(s->S, s->T)), x = sizeof(floatX);
@@ -474,9 +456,18 @@ static inline FlashmobaScratch flashmoba_scratch(char* memory, const MobaShape* 
     return scratch;
 }
 
+// The workspace of the backward pass begins with delta: sum over d of dout * out, (B, H, T), rounded up to whole
+// cache lines. The scratch of each thread follows.
+static inline float_acc* flashmoba_delta(const AttentionTensors* x) { return (float_acc*)x->workspace; }
+static inline size_t flashmoba_delta_bytes(const AttentionShape* s) {
+    return ((size_t)s->B * s->H * s->T * sizeof(float_acc) + 63) / 64 * 64;
+}
+
 // The scratch of the calling thread.
-static inline FlashmobaScratch flashmoba_my_scratch(char* memory, const MobaShape* s, int is_backward) {
+static inline FlashmobaScratch flashmoba_my_scratch(const AttentionTensors* x, const AttentionShape* s,
+                                                    int is_backward) {
     const size_t bytes = flashmoba_scratch(NULL, s, is_backward).bytes;
+    char* memory = (char*)x->workspace + (is_backward ? flashmoba_delta_bytes(s) : 0);
     return flashmoba_scratch(memory + bytes * omp_get_thread_num(), s, is_backward);
 }
 
@@ -486,7 +477,7 @@ static inline void flashmoba_build_lists(int* begin,          // (T/S + 2)
                                          int* rows,           // (rows of a chunk * choices)
                                          const int* selected, // (B, H, T, K-1)
                                          const FlashmobaChunk* chunk, int first_block, int end_block,
-                                         const MobaShape* s) {
+                                         const AttentionShape* s) {
     const int choices = s->K - 1, num_rows = chunk->heads * chunk->tokens;
     memset(begin, 0, sizeof(int) * (moba_blocks(s) + 2));
     for (int pass = 0; pass < 2; pass++) {
@@ -549,7 +540,7 @@ static inline void flashmoba_route_rows(int* selected,              // (rows, ch
                                         const floatX* q,            // (rows, D), stride q_stride
                                         const float_acc* centroids, // (T/S, D), stride G * D
                                         const FlashmobaScratch* scratch, int first_query, int rows,
-                                        int q_stride, const MobaShape* s) {
+                                        int q_stride, const AttentionShape* s) {
     const int choices = s->K - 1;
     int count[FLASHMOBA_ROUTE_QUERIES] = {0};
     for (int end = (first_query + rows - 1) / s->S; end > 0; end -= MOBA_CENTROIDS) {
@@ -568,32 +559,27 @@ static inline void flashmoba_route_rows(int* selected,              // (rows, ch
                             count[r], choices);
 }
 
-static inline void flashmoba_route(int* selected,              // (B, H, T, K-1)
-                                   const float_acc* centroids, // (B, T/S, G, D)
-                                   const floatX* qkv,          // (B, T, H + 2G, D)
-                                   const int* kv_of_q,         // (H)
-                                   char* workspace, const MobaShape* s) {
+// The selection for all queries from start on. Reads qkv, kv_of_q and centroids; writes selected.
+static inline void flashmoba_route(const AttentionTensors* x, const AttentionShape* s) {
     const int stride = (s->H + 2 * s->G) * s->D, blocks = moba_blocks(s);
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int first = s->start; first < s->T; first += FLASHMOBA_ROUTE_QUERIES) {
         for (int b = 0; b < s->B; b++) {
             for (int h = 0; h < s->H; h++) {
-                const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 0);
-                flashmoba_route_rows(selected + (((size_t)b * s->H + h) * s->T + first) * (s->K - 1),
-                                     qkv + ((size_t)b * s->T + first) * stride + (size_t)h * s->D,
-                                     centroids + ((size_t)b * blocks * s->G + kv_of_q[h]) * s->D, &scratch,
-                                     first, min_int(FLASHMOBA_ROUTE_QUERIES, s->T - first), stride, s);
+                const FlashmobaScratch scratch = flashmoba_my_scratch(x, s, 0);
+                flashmoba_route_rows(x->selected + (((size_t)b * s->H + h) * s->T + first) * (s->K - 1),
+                                     x->qkv + ((size_t)b * s->T + first) * stride + (size_t)h * s->D,
+                                     x->centroids + ((size_t)b * blocks * s->G + x->kv_of_q[h]) * s->D,
+                                     &scratch, first, min_int(FLASHMOBA_ROUTE_QUERIES, s->T - first), stride,
+                                     s);
             }
         }
     }
 }
 
-// Causal attention of every query in its own block: out and lse over these keys alone.
-static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
-                                           float_acc* lse,     // (B, H, T)
-                                           const floatX* qkv,  // (B, T, H + 2G, D)
-                                           const int* kv_of_q, // (H)
-                                           char* workspace, const MobaShape* s) {
+// Causal attention of every query in its own block. Reads qkv and kv_of_q; writes out and lse over these keys
+// alone.
+static inline void flashmoba_local_forward(const AttentionTensors* x, const AttentionShape* s) {
     const int D = s->D, S = s->S, stride = (s->H + 2 * s->G) * D;
     const int pieces = (min_int(S, s->T) + ATTENTION_TASK - 1) / ATTENTION_TASK; // of a block
 #pragma omp parallel for collapse(4) schedule(dynamic) num_threads(omp_get_max_threads())
@@ -605,11 +591,12 @@ static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
                     const int first = max_int(s->start, begin);
                     const int end = min_int(min_int(s->T, first_key + S), begin + ATTENTION_TASK);
                     if (first >= end) continue;
-                    const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 0);
-                    const floatX* sequence = qkv + (size_t)b * s->T * stride;
-                    const floatX* k = sequence + (size_t)first_key * stride + (size_t)(s->H + kv_of_q[h]) * D;
-                    attention_rows_forward(out + (((size_t)b * s->T + first) * s->H + h) * D,
-                                           lse + ((size_t)b * s->H + h) * s->T + first, scratch.attention,
+                    const FlashmobaScratch scratch = flashmoba_my_scratch(x, s, 0);
+                    const floatX* sequence = x->qkv + (size_t)b * s->T * stride;
+                    const floatX* k =
+                        sequence + (size_t)first_key * stride + (size_t)(s->H + x->kv_of_q[h]) * D;
+                    attention_rows_forward(x->out + (((size_t)b * s->T + first) * s->H + h) * D,
+                                           x->lse + ((size_t)b * s->H + h) * s->T + first, scratch.attention,
                                            sequence + (size_t)first * stride + (size_t)h * D, k,
                                            k + (size_t)s->G * D, first - first_key, end - first_key, D,
                                            s->H * D, stride, 0);
@@ -621,18 +608,17 @@ static inline void flashmoba_local_forward(floatX* out,        // (B, T, H, D)
 
 // One step of the online softmax: some keys of one block, for `rows` queries that selected it. The products
 // have tile_rows >= rows rows; the last ones are zero.
-static inline void flashmoba_tile_forward(floatX* out,         // (B, T, H, D) unnormalised
-                                          const floatX* qkv,   // (B, T, H + 2G, D)
+static inline void flashmoba_tile_forward(const AttentionTensors* x,
                                           const floatX* k,     // (keys, D), stride qkv_stride
                                           const floatX* k_t,   // (D, FLASHMOBA_KEYS), or NULL
                                           const floatX* v,     // (keys, D), stride qkv_stride
                                           const int* rows_ids, // (rows)
                                           const FlashmobaScratch* scratch, const FlashmobaChunk* chunk,
-                                          int rows, int tile_rows, int keys, const MobaShape* s) {
+                                          int rows, int tile_rows, int keys, const AttentionShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
     floatX corrections[FLASHMOBA_FORWARD_ROWS];
     for (int r = 0; r < rows; r++)
-        memcpy(scratch->q + (size_t)r * D, qkv + flashmoba_query(chunk, rows_ids[r], s).q,
+        memcpy(scratch->q + (size_t)r * D, x->qkv + flashmoba_query(chunk, rows_ids[r], s).q,
                sizeof(floatX) * D);
     memset(scratch->q + (size_t)rows * D, 0, sizeof(floatX) * (size_t)(tile_rows - rows) * D);
     if (k_t) gemm(0, 0, tile_rows, keys, D, scratch->q, D, k_t, FLASHMOBA_KEYS, 0, scratch->scores, keys);
@@ -643,23 +629,21 @@ static inline void flashmoba_tile_forward(floatX* out,         // (B, T, H, D) u
                                &scratch->row_sum[rows_ids[r]], 0, keys, keys, attention_scale(D));
     gemm(0, 0, tile_rows, D, keys, scratch->scores, keys, v, stride, 0, scratch->result, D);
     for (int r = 0; r < rows; r++) {
-        floatX* row = out + flashmoba_query(chunk, rows_ids[r], s).out;
+        floatX* row = x->out + flashmoba_query(chunk, rows_ids[r], s).out;
         const floatX* more = scratch->result + (size_t)r * D;
 #pragma omp simd
         for (int d = 0; d < D; d++) row[d] = row[d] * corrections[r] + more[d];
     }
 }
 
-// Adds the selected blocks of a chunk's queries to their outputs, oldest block first.
-static inline void flashmoba_chunk_forward(floatX* out,       // (B, T, H, D) in: the local pass's, normalised
-                                           float_acc* lse,    // (B, H, T) likewise
-                                           const floatX* qkv, // (B, T, H + 2G, D)
-                                           const FlashmobaScratch* scratch, const FlashmobaChunk* chunk,
-                                           const MobaShape* s) {
+// Adds the selected blocks of a chunk's queries to their outputs, oldest block first. Before, out and lse hold
+// the results of the local pass.
+static inline void flashmoba_chunk_forward(const AttentionTensors* x, const FlashmobaScratch* scratch,
+                                           const FlashmobaChunk* chunk, const AttentionShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D, num_rows = chunk->heads * chunk->tokens;
-    const floatX* keys_of_head = qkv + (size_t)chunk->b * s->T * stride + (size_t)(s->H + chunk->g) * D;
+    const floatX* keys_of_head = x->qkv + (size_t)chunk->b * s->T * stride + (size_t)(s->H + chunk->g) * D;
     for (int r = 0; r < num_rows; r++) {
-        scratch->row_max[r] = lse[flashmoba_query(chunk, r, s).row];
+        scratch->row_max[r] = x->lse[flashmoba_query(chunk, r, s).row];
         scratch->row_sum[r] = 1;
     }
     const int blocks = (chunk->first_token + chunk->tokens - 1) / s->S;
@@ -674,78 +658,52 @@ static inline void flashmoba_chunk_forward(floatX* out,       // (B, T, H, D) in
         if (k_t) transpose_tile(k_t, k, keys, D, FLASHMOBA_KEYS, stride);
         for (int i = begin, tile_rows; i < end; i += tile_rows) {
             tile_rows = flashmoba_forward_rows(i - begin, keys);
-            flashmoba_tile_forward(out, qkv, k, k_t, k + (size_t)s->G * D, scratch->rows + i, scratch, chunk,
+            flashmoba_tile_forward(x, k, k_t, k + (size_t)s->G * D, scratch->rows + i, scratch, chunk,
                                    min_int(tile_rows, end - i), tile_rows, keys, s);
         }
     }
     for (int r = 0; r < num_rows; r++) {
         const FlashmobaQuery query = flashmoba_query(chunk, r, s);
-        scale_row(out + query.out, 1 / scratch->row_sum[r], D);
-        lse[query.row] = scratch->row_max[r] + log(scratch->row_sum[r]);
+        scale_row(x->out + query.out, 1 / scratch->row_sum[r], D);
+        x->lse[query.row] = scratch->row_max[r] + log(scratch->row_sum[r]);
     }
 }
 
-// Adds the selected blocks to the result of the local pass.
-static inline void flashmoba_routed_forward(floatX* out,         // (B, T, H, D)
-                                            float_acc* lse,      // (B, H, T)
-                                            const int* selected, // (B, H, T, K-1)
-                                            const floatX* qkv,   // (B, T, H + 2G, D)
-                                            const int* kv_of_q,  // (H)
-                                            char* workspace, const MobaShape* s) {
+// Adds the selected blocks to out and lse of the local pass. Reads selected, qkv and kv_of_q.
+static inline void flashmoba_routed_forward(const AttentionTensors* x, const AttentionShape* s) {
     const int chunks = flashmoba_max_chunks(s);
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int i = 0; i < chunks; i++) {
         for (int b = 0; b < s->B; b++) {
             for (int g = 0; g < s->G; g++) {
                 FlashmobaChunk chunk;
-                if (!flashmoba_chunk(&chunk, kv_of_q, b, g, i, s)) continue;
-                const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 0);
-                flashmoba_build_lists(scratch.begin, scratch.rows, selected, &chunk, 0, moba_blocks(s), s);
-                flashmoba_chunk_forward(out, lse, qkv, &scratch, &chunk, s);
+                if (!flashmoba_chunk(&chunk, x->kv_of_q, b, g, i, s)) continue;
+                const FlashmobaScratch scratch = flashmoba_my_scratch(x, s, 0);
+                flashmoba_build_lists(scratch.begin, scratch.rows, x->selected, &chunk, 0, moba_blocks(s), s);
+                flashmoba_chunk_forward(x, &scratch, &chunk, s);
             }
         }
     }
 }
 
 // Bytes of the workspace of flashmoba_forward, for as many threads as omp_get_max_threads() says now or fewer.
-static inline size_t flashmoba_forward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
-    return omp_get_max_threads() * flashmoba_scratch(NULL, &shape, 0).bytes;
+static inline size_t flashmoba_forward_workspace(const AttentionShape* s) {
+    return omp_get_max_threads() * flashmoba_scratch(NULL, s, 0).bytes;
 }
 
-// The same contract as moba_forward.
-static inline void flashmoba_forward(floatX* out,                // (B, T, H, D)
-                                     float_acc* lse,             // (B, H, T)
-                                     int* selected,              // (B, H, T, K-1)
-                                     const float_acc* centroids, // (B, T/S, G, D)
-                                     const floatX* qkv,          // (B, T, H + 2G, D)
-                                     const int* kv_of_q,         // (H)
-                                     void* workspace, int B, int T, int start, int H, int G, int D, int S,
-                                     int K, const AttentionNoise* noise, stream_t stream) {
+// Reads and writes the same members as moba_forward.
+static inline void flashmoba_forward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
     (void)stream;
-    const MobaShape shape = {B, T, start, H, G, D, S, K};
-    char* memory = (char*)workspace;
-    flashmoba_local_forward(out, lse, qkv, kv_of_q, memory, &shape);
-    if (K > 1) {
-        flashmoba_route(selected, centroids, qkv, kv_of_q, memory, &shape);
-        flashmoba_routed_forward(out, lse, selected, qkv, kv_of_q, memory, &shape);
+    flashmoba_local_forward(x, s);
+    if (s->K > 1) {
+        flashmoba_route(x, s);
+        flashmoba_routed_forward(x, s);
     }
-    attention_noise(noise, out, B, T, start, H, D);
+    attention_noise(x->noise, x->out, s->B, s->T, s->start, s->H, s->D);
 }
 
 // ----------------------------------------------------------------------------
 // flashmoba, backward
-
-// The whole tensors that the backward pass reads and writes.
-typedef struct {
-    floatX* dqkv;           // (B, T, H + 2G, D)
-    const floatX* dout;     // (B, T, H, D)
-    const float_acc* lse;   // (B, H, T)
-    const float_acc* delta; // (B, H, T) sum over d of dout * out
-    const int* selected;    // (B, H, T, K-1)
-    const floatX* qkv;      // (B, T, H + 2G, D)
-    const int* kv_of_q;     // (H)
-} FlashmobaTensors;
 
 static inline void flashmoba_add_rows(floatX* to,         // (rows, D), stride to_stride
                                       const floatX* from, // (rows, D)
@@ -756,8 +714,8 @@ static inline void flashmoba_add_rows(floatX* to,         // (rows, D), stride t
 
 // The own block: the queries of one block, of all query heads of a KV head, with the keys of that block,
 // causally. It writes these rows of dqkv.
-static inline void flashmoba_block_backward(const FlashmobaTensors* x, const FlashmobaScratch* scratch, int b,
-                                            int g, int block, const MobaShape* s) {
+static inline void flashmoba_block_backward(const AttentionTensors* x, const FlashmobaScratch* scratch, int b,
+                                            int g, int block, const AttentionShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D, first = block * s->S;
     const int tokens = min_int(s->S, s->T - first);
     const size_t token = (size_t)b * s->T + first;
@@ -778,7 +736,7 @@ static inline void flashmoba_block_backward(const FlashmobaTensors* x, const Fla
                                     x->qkv + k,
                                     x->qkv + v,
                                     x->lse + row,
-                                    x->delta + row,
+                                    flashmoba_delta(x) + row,
                                     tokens,
                                     D,
                                     s->H * D,
@@ -790,12 +748,12 @@ static inline void flashmoba_block_backward(const FlashmobaTensors* x, const Fla
     }
 }
 
-static inline void flashmoba_local_backward(const FlashmobaTensors* x, char* workspace, const MobaShape* s) {
+static inline void flashmoba_local_backward(const AttentionTensors* x, const AttentionShape* s) {
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(omp_get_max_threads())
     for (int block = 0; block <= (s->T - 1) / s->S; block++) {
         for (int b = 0; b < s->B; b++) {
             for (int g = 0; g < s->G; g++) {
-                const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 1);
+                const FlashmobaScratch scratch = flashmoba_my_scratch(x, s, 1);
                 flashmoba_block_backward(x, &scratch, b, g, block, s);
             }
         }
@@ -804,12 +762,12 @@ static inline void flashmoba_local_backward(const FlashmobaTensors* x, char* wor
 
 // Some keys of one block and queries that selected it: adds to dq of these queries, and to the scratch's dk
 // and dv.
-static inline void flashmoba_tile_backward(const FlashmobaTensors* x,
+static inline void flashmoba_tile_backward(const AttentionTensors* x,
                                            const floatX* k,     // (keys, D), stride qkv_stride
                                            const int* rows_ids, // (rows)
                                            const FlashmobaScratch* scratch, const FlashmobaChunk* chunk,
                                            int rows, int keys, int with_dq, int with_dkv,
-                                           const MobaShape* s) {
+                                           const AttentionShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
     floatX *probs = scratch->scores, *dscores = scratch->dscores;
     for (int r = 0; r < rows; r++) {
@@ -821,8 +779,8 @@ static inline void flashmoba_tile_backward(const FlashmobaTensors* x,
     gemm(0, 0, rows, keys, D, scratch->dout, D, scratch->v_t, FLASHMOBA_KEYS, 0, dscores, keys);
     for (int r = 0; r < rows; r++) {
         const size_t row = flashmoba_query(chunk, rows_ids[r], s).row;
-        softmax_row_backward(probs + (size_t)r * keys, dscores + (size_t)r * keys, x->lse[row], x->delta[row],
-                             0, keys, keys, attention_scale(D));
+        softmax_row_backward(probs + (size_t)r * keys, dscores + (size_t)r * keys, x->lse[row],
+                             flashmoba_delta(x)[row], 0, keys, keys, attention_scale(D));
     }
     if (with_dkv) gemm(1, 0, keys, D, rows, probs, keys, scratch->dout, D, 1, scratch->dv, D);
     if (with_dkv) gemm(1, 0, keys, D, rows, dscores, keys, scratch->q, D, 1, scratch->dk, D);
@@ -836,9 +794,9 @@ static inline void flashmoba_tile_backward(const FlashmobaTensors* x,
 }
 
 // Adds the gradients of the blocks first_block..end_block-1 and the queries of a chunk that selected them.
-static inline void flashmoba_chunk_backward(const FlashmobaTensors* x, const FlashmobaScratch* scratch,
+static inline void flashmoba_chunk_backward(const AttentionTensors* x, const FlashmobaScratch* scratch,
                                             const FlashmobaChunk* chunk, int first_block, int end_block,
-                                            int with_dq, int with_dkv, const MobaShape* s) {
+                                            int with_dq, int with_dkv, const AttentionShape* s) {
     const int D = s->D, stride = (s->H + 2 * s->G) * D;
     flashmoba_build_lists(scratch->begin, scratch->rows, x->selected, chunk, first_block, end_block, s);
     for (int key = first_block * s->S, keys; key < end_block * s->S; key += keys) {
@@ -863,7 +821,7 @@ static inline void flashmoba_chunk_backward(const FlashmobaTensors* x, const Fla
 // is one KV head. Otherwise tasks are chunks for dq and ranges of blocks for dk and dv. This keeps any number
 // of threads busy, but needs 7 products instead of 5 (scores and dout v^T are computed twice). Both ways give
 // the same sums in the same order.
-static inline void flashmoba_routed_backward(const FlashmobaTensors* x, char* workspace, const MobaShape* s) {
+static inline void flashmoba_routed_backward(const AttentionTensors* x, const AttentionShape* s) {
     const int threads = omp_get_max_threads(), heads = s->B * s->G, blocks = moba_blocks(s);
     const int whole_heads = 5 * ((heads + threads - 1) / threads) * threads <= 7 * heads;
     const int chunks = flashmoba_max_chunks(s), ranges = min_int(blocks, 16);
@@ -871,7 +829,7 @@ static inline void flashmoba_routed_backward(const FlashmobaTensors* x, char* wo
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (int task = 0; task < tasks; task++) {
         for (int bg = 0; bg < heads; bg++) {
-            const FlashmobaScratch scratch = flashmoba_my_scratch(workspace, s, 1);
+            const FlashmobaScratch scratch = flashmoba_my_scratch(x, s, 1);
             const int with_dq = whole_heads || task >= ranges, with_dkv = whole_heads || task < ranges;
             const int first = with_dq ? 0 : (int)((size_t)blocks * task / ranges);
             const int end = with_dq ? blocks : (int)((size_t)blocks * (task + 1) / ranges);
@@ -884,35 +842,18 @@ static inline void flashmoba_routed_backward(const FlashmobaTensors* x, char* wo
     }
 }
 
-// Bytes of delta, rounded up to whole cache lines. In the workspace the scratch of each thread follows it.
-static inline size_t flashmoba_delta_bytes(const MobaShape* s) {
-    return ((size_t)s->B * s->H * s->T * sizeof(float_acc) + 63) / 64 * 64;
-}
-
 // Bytes of the workspace of flashmoba_backward, for as many threads as omp_get_max_threads() says now or fewer.
-static inline size_t flashmoba_backward_workspace(int B, int T, int H, int G, int D, int S, int K) {
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
-    return flashmoba_delta_bytes(&shape) + omp_get_max_threads() * flashmoba_scratch(NULL, &shape, 1).bytes;
+static inline size_t flashmoba_backward_workspace(const AttentionShape* s) {
+    return flashmoba_delta_bytes(s) + omp_get_max_threads() * flashmoba_scratch(NULL, s, 1).bytes;
 }
 
-// Every element of dqkv is written: exact zeros for a KV head without queries.
-static inline void flashmoba_backward(floatX* dqkv,         // (B, T, H + 2G, D)
-                                      const floatX* dout,   // (B, T, H, D)
-                                      const floatX* out,    // (B, T, H, D)
-                                      const float_acc* lse, // (B, H, T)
-                                      const int* selected,  // (B, H, T, K-1)
-                                      const floatX* qkv,    // (B, T, H + 2G, D)
-                                      const int* kv_of_q,   // (H)
-                                      void* workspace, int B, int T, int H, int G, int D, int S, int K,
-                                      stream_t stream) {
+// Reads and writes the same members as moba_backward.
+static inline void flashmoba_backward(const AttentionTensors* x, const AttentionShape* s, stream_t stream) {
     (void)stream;
-    const MobaShape shape = {B, T, 0, H, G, D, S, K};
-    float_acc* delta = (float_acc*)workspace;
-    char* memory = (char*)workspace + flashmoba_delta_bytes(&shape);
-    const FlashmobaTensors tensors = {dqkv, dout, lse, delta, selected, qkv, kv_of_q};
-    attention_delta(delta, dout, out, B, T, H, D);
-    flashmoba_local_backward(&tensors, memory, &shape);
-    if (K > 1) flashmoba_routed_backward(&tensors, memory, &shape);
+    assert(s->start == 0);
+    attention_delta(flashmoba_delta(x), x, s);
+    flashmoba_local_backward(x, s);
+    if (s->K > 1) flashmoba_routed_backward(x, s);
 }
 
 #endif

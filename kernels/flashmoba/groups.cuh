@@ -3,7 +3,7 @@ Workspaces of flashmoba, and the groups of heads that share one. Groups matter f
 one group has all heads of all sequences, and the loop over groups runs once.
 
     const FlashmobaGroupSize size = flashmoba_group_size(&shape, 0);    // 0: of the forward
-    for (FlashmobaGroup group = flashmoba_first_group(memory, &shape, &size, selected, qkv, kv_of_q, 0);
+    for (FlashmobaGroup group = flashmoba_first_group(memory, &x, &shape, &size, 0);
          group.heads > 0; flashmoba_next_group(&group, &shape, &size)) { ... }
 
 The partial rows take K times the memory of the output. So heads are processed in groups whose workspace
@@ -41,8 +41,8 @@ typedef struct {
 
 // Lays out the workspace of a group of `heads` heads and `queries` queries of each, and returns its bytes. If
 // memory is NULL, it only counts the bytes.
-static inline size_t flashmoba_lay_out(FlashmobaGroup* group, char* memory, const MobaShape* s, int heads,
-                                       int queries, int is_backward) {
+static inline size_t flashmoba_lay_out(FlashmobaGroup* group, char* memory, const AttentionShape* s,
+                                       int heads, int queries, int is_backward) {
     FlashmobaLists* x = &group->lists;
     const size_t n = (size_t)heads;
     size_t used = 0;
@@ -67,7 +67,7 @@ static inline size_t flashmoba_lay_out(FlashmobaGroup* group, char* memory, cons
     return used;
 }
 
-static inline size_t flashmoba_group_bytes(const MobaShape* s, int heads, int queries, int is_backward) {
+static inline size_t flashmoba_group_bytes(const AttentionShape* s, int heads, int queries, int is_backward) {
     FlashmobaGroup group;
     return flashmoba_lay_out(&group, NULL, s, heads, queries, is_backward);
 }
@@ -76,7 +76,7 @@ static inline size_t flashmoba_group_bytes(const MobaShape* s, int heads, int qu
 // fit. If one head does not fit, it is cut into up to FLASHMOBA_PIECES pieces. Each piece loads keys, values
 // and their sums again.
 enum { FLASHMOBA_PIECES = 8 };
-static inline FlashmobaGroupSize flashmoba_group_size(const MobaShape* s, int is_backward) {
+static inline FlashmobaGroupSize flashmoba_group_size(const AttentionShape* s, int is_backward) {
     FlashmobaGroupSize size = {1, 1, s->T};
     const size_t fit = moba_workspace_bound / flashmoba_group_bytes(s, 1, s->T, is_backward);
     const size_t H = (size_t)s->H, B = (size_t)s->B;
@@ -93,7 +93,7 @@ static inline FlashmobaGroupSize flashmoba_group_size(const MobaShape* s, int is
 
 // Bytes that are enough for these sequences, and for fewer or shorter ones. If not all heads fit at once,
 // this is at least the bound, because more heads of shorter sequences may go at once.
-static inline size_t flashmoba_workspace_bytes(const MobaShape* s, int is_backward) {
+static inline size_t flashmoba_workspace_bytes(const AttentionShape* s, int is_backward) {
     const FlashmobaGroupSize size = flashmoba_group_size(s, is_backward);
     const size_t bytes = flashmoba_group_bytes(s, size.sequences * size.heads, size.queries, is_backward);
     const size_t all = flashmoba_group_bytes(s, s->B * s->H, s->T, is_backward);
@@ -103,7 +103,7 @@ static inline size_t flashmoba_workspace_bytes(const MobaShape* s, int is_backwa
 
 // Begins the group at this sequence, head and query. The group has no heads if `sequence` is beyond the last
 // one.
-static inline void flashmoba_begin_group(FlashmobaGroup* group, const MobaShape* s,
+static inline void flashmoba_begin_group(FlashmobaGroup* group, const AttentionShape* s,
                                          const FlashmobaGroupSize* size, int sequence, int head, int query) {
     FlashmobaLists* x = &group->lists;
     x->first_sequence = sequence, x->first_head = head;
@@ -117,22 +117,23 @@ static inline void flashmoba_begin_group(FlashmobaGroup* group, const MobaShape*
 
 // First query of the first piece, at most s->start. Every piece begins at the first query of a tile of the
 // lists.
-static inline int flashmoba_first_query(const MobaShape* s, const FlashmobaGroupSize* size) {
+static inline int flashmoba_first_query(const AttentionShape* s, const FlashmobaGroupSize* size) {
     return s->start / size->queries * size->queries;
 }
 
-static inline FlashmobaGroup flashmoba_first_group(char* memory, const MobaShape* s,
-                                                   const FlashmobaGroupSize* size, const int* selected,
-                                                   const floatX* qkv, const int* kv_of_q, int is_backward) {
+static inline FlashmobaGroup flashmoba_first_group(char* memory, const AttentionTensors* tensors,
+                                                   const AttentionShape* s, const FlashmobaGroupSize* size,
+                                                   int is_backward) {
     FlashmobaGroup group;
     flashmoba_lay_out(&group, memory, s, size->sequences * size->heads, size->queries, is_backward);
-    group.lists.selected = selected, group.lists.qkv = qkv, group.lists.kv_of_q = kv_of_q;
+    group.lists.selected = tensors->selected, group.lists.qkv = tensors->qkv;
+    group.lists.kv_of_q = tensors->kv_of_q;
     flashmoba_begin_group(&group, s, size, 0, 0, flashmoba_first_query(s, size));
     return group;
 }
 
 // The next group: the next piece of the head, or else the next heads, or else the next sequences.
-static inline void flashmoba_next_group(FlashmobaGroup* group, const MobaShape* s,
+static inline void flashmoba_next_group(FlashmobaGroup* group, const AttentionShape* s,
                                         const FlashmobaGroupSize* size) {
     const FlashmobaLists* x = &group->lists;
     const int first_query = flashmoba_first_query(s, size), next_head = x->first_head + x->heads;

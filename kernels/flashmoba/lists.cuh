@@ -21,7 +21,7 @@ some of its queries.
 #ifndef KERNELS_FLASHMOBA_LISTS_CUH
 #define KERNELS_FLASHMOBA_LISTS_CUH
 
-// MobaShape, MOBA_TOKEN_BITS
+// AttentionShape, MOBA_TOKEN_BITS
 #include "kernels/moba_shape.cuh"
 
 // Most keys of a thread block. A larger key block is split into parts of FLASHMOBA_KEYS keys. One thread

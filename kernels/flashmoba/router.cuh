@@ -13,7 +13,7 @@ so far, and a warp skips a tile whose scores improve none of its rows.
 #define KERNELS_FLASHMOBA_ROUTER_CUH
 
 #include <limits.h>
-// MobaShape, MobaRank, moba_take
+// AttentionShape, MobaRank, moba_take
 #include "kernels/moba_shape.cuh"
 
 // The router multiplies floatX. In bf16 a centroid is the sum of two terms: the rounded centroid and the
@@ -38,7 +38,7 @@ enum { FLASHMOBA_TERMS = 1 };
 // Returns the terms of the centroids: in bf16 an array at the beginning of the workspace, in fp32 the
 // centroids themselves.
 static inline const floatX* flashmoba_terms(const float* centroids, // (B, T/S, G, D)
-                                            char* workspace, size_t* used, const MobaShape* s,
+                                            char* workspace, size_t* used, const AttentionShape* s,
                                             stream_t stream) {
 #if defined(PRECISION_BF16)
     const size_t count = moba_centroids_count(s->B, s->T, s->G, s->D, s->S);
@@ -53,7 +53,7 @@ static inline const floatX* flashmoba_terms(const float* centroids, // (B, T/S, 
 }
 
 // Bytes of the terms in the workspace.
-static inline size_t flashmoba_terms_bytes(const MobaShape* s) {
+static inline size_t flashmoba_terms_bytes(const AttentionShape* s) {
     size_t used = 0;
     if (FLASHMOBA_TERMS > 1)
         moba_take(NULL, &used, moba_centroids_count(s->B, s->T, s->G, s->D, s->S) * FLASHMOBA_TERMS,
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(FlashmobaRouteShape<D>::THREADS, EACH <= 4 ? 2
 
 template <int D>
 static inline void flashmoba_route_launch(int* selected, const floatX* terms, const floatX* qkv,
-                                          const int* kv_of_q, const MobaShape* s, stream_t stream) {
+                                          const int* kv_of_q, const AttentionShape* s, stream_t stream) {
     typedef FlashmobaRouteShape<D> shape;
     const int choices = s->K - 1;
     launch(choices <= 8    ? flashmoba_route_kernel<D, 2>
