@@ -31,8 +31,6 @@ it for DEVICE=simt, which runs the CUDA kernels on an emulator (dev/simt).
 #include "dev/cpu/heads.h"      // defines heads_begin_step, heads_of_batch, heads_measure
 #include "dev/cpu/rope.h"       // defines rope_table
 #include "dev/cpu/keys.h"       // defines keys_forward, keys_backward
-#include "dev/cpu/gqa.h"        // defines attention_forward, attention_backward
-#include "dev/cpu/moba.h"       // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
 #include "dev/cpu/swiglu.h"     // defines swiglu_forward, swiglu_backward
 #include "dev/cpu/classifier.h" // defines fused_classifier
 #include "dev/cpu/adamw.h"      // defines global_norm, adamw_update
@@ -45,17 +43,14 @@ it for DEVICE=simt, which runs the CUDA kernels on an emulator (dev/simt).
 #include "kernels/heads.cuh"
 #include "kernels/rope.cuh"
 #include "kernels/keys.cuh"
-#include "gqa.cuh"
-#include "moba.cuh"
-#include "kernels/moba_plain.cuh"
 #include "kernels/swiglu.cuh"
 #include "kernels/classifier.cuh"
 #include "kernels/adamw.cuh"
 #else
 #error "define DEVICE_CPU, DEVICE_CUDA or DEVICE_SIMT (make DEVICE=...)"
 #endif
-#include "runtime/attention.h"   // defines AttentionShape, AttentionTensors, attention_module
-#include "runtime/comm.h"        // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
+#include "runtime/attention.h" // defines attention_module: the kinds of gqa.cuh, moba.cuh, kernels/moba_plain.cuh
+#include "runtime/comm.h"      // defines comm_start, comm_rank, comm_reduce_scatter, comm_all_gather
 #include "runtime/allocation.h"  // defines HeadAllocation, allocation_start
 #include "runtime/memory.h"      // defines Arena
 #include "runtime/limits.h"      // defines limits_memory, limits_try_threads, limits_disk_free

@@ -7,14 +7,20 @@ The kinds of attention, and one interface to them.
     module->forward(&x, &s, stream);                   // writes out, lse and, with blocks, selected
     module->backward(&x, &s, stream);                  // writes dqkv
 
-Include this header after the operations of the device: gqa.cuh, moba.cuh and kernels/moba_plain.cuh, or
-dev/cpu/gqa.h and dev/cpu/moba.h. A new kind of attention is a name in runtime/model.h, a header with its
-operations for each device, and a row of attention_modules below. `make ATTN=KIND` sets ATTENTION_MODULES, and
-so leaves out the rows of other kinds. docs/math.md section 2 defines what each kind computes.
+`make ATTN=KIND` sets ATTENTION_MODULES, and so leaves out the rows of other kinds. docs/math.md section 2 defines
+what each kind computes, and docs/adding_attention.md shows how to add one.
 */
 #ifndef RUNTIME_ATTENTION_H
 #define RUNTIME_ATTENTION_H
 
+#if defined(DEVICE_CPU)
+#include "dev/cpu/gqa.h"  // defines attention_forward, attention_backward
+#include "dev/cpu/moba.h" // defines moba_forward, moba_backward, flashmoba_forward, flashmoba_backward
+#else
+#include "gqa.cuh"  // the same functions, on the GPU or on its emulator
+#include "moba.cuh" // flashmoba's
+#include "kernels/moba_plain.cuh"
+#endif
 #include "runtime/attention_shape.h" // defines AttentionShape, AttentionTensors
 #include "runtime/model.h"           // defines AttentionKind, ATTENTION_MODULES
 

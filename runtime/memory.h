@@ -14,6 +14,7 @@ The plan shows reservations with the same label as one line.
 
 #include <assert.h>
 #include "runtime/checks.h"
+#include "runtime/device.h" // defines device_malloc
 
 typedef struct {
     void** pointer; // receives the address

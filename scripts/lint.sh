@@ -20,7 +20,7 @@ echo "clang-format: ${#sources[@]} files"
 mapfile -t device_headers < <(git ls-files '*.cuh' 'dev/simt/*.h' 'test/device_*.h' dev/bench/ceilings.h dev/bench/moba_counts.h)
 mapfile -t host_headers < <(git ls-files '*.h' | grep -vxF "$(printf '%s\n' "${device_headers[@]}")")
 printf '%s\0' "${host_headers[@]}" |
-    xargs -0 -P "$(nproc)" -I {} gcc -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU -fopenmp -I. -w -fsyntax-only -x c {}
+    xargs -0 -P "$(nproc)" -I {} gcc -std=gnu11 -DPRECISION_FP32 -DDEVICE_CPU -D_GNU_SOURCE -Werror=implicit-function-declaration -fopenmp -I. -fsyntax-only -x c {}
 printf '%s\0' "${device_headers[@]}" |
     xargs -0 -P "$(nproc)" -I {} g++ -std=gnu++17 -DPRECISION_BF16 -DDEVICE_SIMT -fopenmp -I. -w -fsyntax-only -x c++ {}
 echo "headers on their own: $((${#host_headers[@]} + ${#device_headers[@]}))"
