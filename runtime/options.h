@@ -152,9 +152,9 @@ static const struct argp_option option_table[] = {
     {"ffn", KEY_FFN, "F", 0, "width of the feed-forward network (default 8/3 C, up to a multiple of 64)", 0},
     {"vocab", KEY_VOCAB, "V", 0, "vocabulary (default: the tokenizer's, or what the shards say)", 0},
     {"attention", KEY_ATTENTION, "KIND", 0,
-     "attention of the G layers: dense, moba or flashmoba (default: the checkpoint's, or dense)", 0},
+     "attention of the G layers: %s (default: the checkpoint's, or dense)", 0},
     {"query-heads", KEY_QUERY_HEADS, "KIND", 0,
-     "how query heads share KV heads: gqa, kdgqa, dgqa or pgqa (default: the checkpoint's, or gqa)", 0},
+     "how query heads share KV heads: %s (default: the checkpoint's, or gqa)", 0},
     {"kconv", KEY_KCONV, "N", 0,
      "width of the convolution on the keys of the G and D layers: 0 (none), 3 or 5 (default: the "
      "checkpoint's, or "
@@ -315,14 +315,20 @@ static inline double option_number(int key, const char* text, double low, double
     return value;
 }
 
+// The names with " or " between them.
+static inline const char* option_names(const char* const* names) {
+    static char joined[256];
+    joined[0] = 0;
+    for (int i = 0; names[i]; i++)
+        snprintf(joined + strlen(joined), sizeof(joined) - strlen(joined), "%s%s", i ? " or " : "", names[i]);
+    return joined;
+}
+
 // The place of `text` among the names.
 static inline int option_choice(int key, const char* text, const char* const* names) {
-    char rule[128] = "";
-    for (int i = 0; names[i]; i++) {
-        if (!strcmp(text, names[i])) return i;
-        snprintf(rule + strlen(rule), sizeof(rule) - strlen(rule), "%s%s", i ? " or " : "", names[i]);
-    }
-    fail_usage("%s %s: want %s", option_name(key), text, rule);
+    const int place = name_index(names, text);
+    if (place < 0) fail_usage("%s %s: want %s", option_name(key), text, option_names(names));
+    return place;
 }
 
 // ----------------------------------------------------------------------------
@@ -499,7 +505,12 @@ static inline void options_print_help(void) {
         else column += printf("    ");
         if (option->name) column += printf("%s--%s", option->key < KEY_LAYERS ? ", " : "  ", option->name);
         if (option->arg) column += printf(option->name ? "=%s" : " %s", option->arg);
-        help_print_words(option->doc, column);
+        char doc[512]; // %s in an option's text stands for the names of its kinds
+        snprintf(doc, sizeof(doc), "%s", option->doc);
+        if (option->key == KEY_ATTENTION)
+            snprintf(doc, sizeof(doc), option->doc, option_names(attention_names));
+        if (option->key == KEY_QUERY_HEADS) snprintf(doc, sizeof(doc), option->doc, option_names(gqa_names));
+        help_print_words(doc, column);
     }
     printf("\nExit codes: 0 done, 1 something outside was wrong, 2 the command line was.\n"
            "See README.md for examples.\n");
