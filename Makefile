@@ -139,12 +139,12 @@ endif
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
-.PHONY: all train tokenizer retrieval snr scaling test test-long test-numbers mutate compile-cuda bench lint format clean help
+.PHONY: all train tokenizer retrieval snr scaling test test-long test-everything test-numbers mutate compile-cuda bench lint format clean help
 all: train tokenizer retrieval
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "targets: all train tokenizer retrieval snr scaling test test-long test-numbers mutate gpu-check bench kernel-table lint format clean"
+	@echo "targets: all train tokenizer retrieval snr scaling test test-long test-everything test-numbers mutate gpu-check bench kernel-table lint format clean"
 
 # ----------------------------------------------------------------------------
 # Programs
@@ -204,7 +204,7 @@ $(BUILD)/scaling: dev/scaling.c Makefile
 	$(Q)$(CPU) $(call precision,fp32) -MF $@.d $< -o $@ -lm
 
 # ----------------------------------------------------------------------------
-# Tests (make test, test-long, test-numbers, mutate, gpu-check) and benchmarks (make bench, kernel-table)
+# Tests (make test, test-long, test-everything, test-numbers, mutate, gpu-check) and benchmarks (make bench, kernel-table)
 
 include test/tests.mk
 include dev/bench/bench.mk

@@ -167,15 +167,17 @@ unkind-programs: unkind-operations $(SIMT_TRAINERS) $(BUILD)/tokenizer $(BUILD)/
 
 unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) TOKENIZER=$(UNKIND_BUILD)/tokenizer,$(addprefix $(UNKIND_BUILD)/,$(3)))
 limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
-# make test-long runs every seed and every instruction set once, each with another number of threads.
+# make test-long runs every seed and every instruction set, each for some tests and with another number of threads.
 # make test-numbers runs all combinations.
-LONG_PROGRAM_TESTS := $(filter-out %/test_simt_trainer,$(PROGRAM_TESTS)) # the emulator's trainers call no gemm of dev/cpu
-NUMBER_TESTS = $(call unkind,1,1,$(LONG_PROGRAM_TESTS)) $(call limited,SSE41,2,$(LONG_PROGRAM_TESTS)) \
-               $(call unkind,1,4,$(OPERATION_TESTS)) $(call unkind,2,1,$(OPERATION_TESTS)) $(call unkind,3,2,$(OPERATION_TESTS)) \
-               $(call limited,SSE41,1,$(OPERATION_TESTS)) $(call limited,AVX,2,$(OPERATION_TESTS)) $(call limited,AVX2,4,$(OPERATION_TESTS))
+SOME_PROGRAM_TESTS := test/test_programs test/test_checkpoint
+NUMBER_TESTS = $(call limited,SSE41,2,test/test_distributed $(SOME_PROGRAM_TESTS) test/test_retrieval) $(call unkind,1,1,$(SOME_PROGRAM_TESTS)) \
+               $(call unkind,2,4,test/test_model_fp32 test/test_moba_fp32) $(call unkind,3,2,test/test_attention_fp32 test/test_operations_fp32) \
+               $(call limited,SSE41,1,$(OPERATION_TESTS)) $(call limited,AVX,2,test/test_model_fp32) $(call limited,AVX2,4,test/test_moba_fp32)
+ALL_NUMBER_TESTS = $(foreach threads,1 2 4, \
+                     $(foreach seed,1 2 3,$(call unkind,$(seed),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))) \
+                     $(foreach set,SSE41 AVX AVX2 DEFAULT,$(call limited,$(set),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))))
 test-numbers: unkind-programs $(TESTED_TRAINERS) $(TESTED_KINDS) $(addprefix $(BUILD)/,$(OPERATION_TESTS) $(PROGRAM_TESTS))
-	@$(RUN_TESTS) $(foreach threads,1 2 4,$(foreach seed,1 2 3,$(call unkind,$(seed),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))) \
-	  $(foreach set,SSE41 AVX AVX2 DEFAULT,$(call limited,$(set),$(threads),$(OPERATION_TESTS) $(PROGRAM_TESTS))))
+	@$(RUN_TESTS) $(ALL_NUMBER_TESTS)
 
 # Most tests have one thread, so as many run at a time as there are cores. The limit is 4, because some tests have
 # several threads and would slow the others down.
@@ -185,40 +187,54 @@ test: all compile-cuda unkind-operations $(TESTED_TRAINERS) $(TESTED_KINDS) $(TE
 	@BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer $(RUN_TESTS) $(TESTS) $(UNKIND_SAMPLE)
 	@$(if $(NVCC),:,echo "SKIPPED: nothing was compiled for GPUs: $(NO_NVCC)")
 
-# The full matrix runs the same programs under the address, undefined-behaviour and thread sanitizers. It also
-# runs kernels and emulator with other thread orders, every variant, every architecture, and the scripts as a
-# user calls them. It leaves out the runs of make test. make first builds everything, then runs one list, the
-# longest tests first, so that no core is idle.
+# make test-long adds to make test: the address, undefined-behaviour and thread sanitizers, other orders of the
+# emulator's threads, other libraries' rounding, every architecture, the scripts as a user calls them, and a sample of
+# mutants. make test-everything adds the same for all programs and all variants. make first builds everything, then
+# runs one list, the longest tests first, so that no core is idle.
 ADDRESS := $(BUILD)/address
 THREAD := $(BUILD)/thread
-.PHONY: test-programs address-programs thread-programs
-test-programs: $(BUILD)/tokenizer $(BUILD)/retrieval $(TESTED_TRAINERS) $(TESTED_KINDS) $(filter-out %.sh,$(TESTS))
-	@ln -sf train_gpt_cpu_fp32 $(BUILD)/train_gpt
+with = $(foreach program,$(2),'$(1) $(program)')
+with_address = $(call with,BUILD=$(ADDRESS) TOKENIZER=$(ADDRESS)/tokenizer,$(addprefix $(ADDRESS)/,$(1)))
+ADDRESS_TESTS := test/test_programs test/test_tokenizer test/test_runtime test/test_checkpoint test/test_dataloader test/test_retrieval \
+                 test/test_allocation $(KERNEL_TESTS:$(BUILD)/%=%) $(addprefix test/,$(EMULATOR_TESTS)) $(OPERATION_TESTS)
+MORE_ADDRESS_TESTS := test/test_simt_trainer test/test_distributed test/test_snr test/test_scaling $(COUNT_TESTS:$(BUILD)/%=%) \
+                      $(OPERATION_TESTS:_fp32=_fp64)
+.PHONY: address-programs more-address-programs thread-programs
 address-programs:
-	@$(MAKE) --no-print-directory BUILD=$(ADDRESS) CFLAGS="$(ADDRESS_FLAGS)" EMULATOR_SANITIZED= test-programs
+	@$(MAKE) --no-print-directory BUILD=$(ADDRESS) CFLAGS="$(ADDRESS_FLAGS)" $(addprefix $(ADDRESS)/,tokenizer retrieval \
+	  train_gpt_cpu_fp32 $(notdir $(TESTED_KINDS)) $(ADDRESS_TESTS))
+	@ln -sf train_gpt_cpu_fp32 $(ADDRESS)/train_gpt
+more-address-programs: address-programs
+	@$(MAKE) --no-print-directory BUILD=$(ADDRESS) CFLAGS="$(ADDRESS_FLAGS)" $(addprefix $(ADDRESS)/,$(notdir $(TESTED_TRAINERS)) $(MORE_ADDRESS_TESTS))
 # The thread sanitizer knows the emulator's threads but not OpenMP's barriers, so the reference runs with one thread.
 THREAD_TESTS := $(addprefix $(THREAD)/test/,test_moba_kernels_bf16 test_gqa_bf16 test_kernels_bf16 test_layout test_simt test_dataloader)
 thread-programs:
 	@$(MAKE) --no-print-directory BUILD=$(THREAD) CFLAGS="$(THREAD_FLAGS)" $(THREAD_TESTS)
 
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
-with = $(foreach program,$(2),'$(1) $(program)')
-ADDRESS_TESTS := $(patsubst $(BUILD)/%,$(ADDRESS)/%,$(filter-out $(EMULATOR_SANITIZED:%=$(BUILD)/test/%),$(TESTS)))
-LONG_TESTS = '$(MUTATE) --sample 10' \
-             $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_simt_trainer) \
-             $(call with,SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1,$(ORDERED)) \
-             $(call with,BUILD=$(ADDRESS) TOKENIZER=$(ADDRESS)/tokenizer,$(ADDRESS_TESTS)) \
+in_random_order = $(call with,SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$(1),$(ORDERED))
+LONG_TESTS = '$(MUTATE) --sample 4' \
+             $(call with_address,$(ADDRESS_TESTS)) \
              $(call with,OMP_NUM_THREADS=1,$(THREAD_TESTS)) \
              $(call with,BUILD=$(BUILD),test/test_scripts.sh) \
              $(NUMBER_TESTS) \
              $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_distributed test/test_launch.sh) \
-             $(foreach seed,2 3,$(call with,SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$(seed),$(ORDERED)))
+             $(call with,SIMT_ORDER=reverse SIMT_ASYNC=eager,$(ORDERED)) \
+             $(call in_random_order,2)
 test-long: all $(CUDA_OBJECTS_LONG) $(ORDERED) $(TESTED_TRAINERS) $(TESTED_KINDS) address-programs thread-programs unkind-programs \
            $(BUILD)/test/test_simt_trainer $(BUILD)/test/test_distributed
 	@$(RUN_TESTS) $(LONG_TESTS)
 
+MORE_TESTS = '$(MUTATE) --sample 30' \
+             $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_simt_trainer) \
+             $(call with,SIMT_ORDER=reverse SIMT_ASYNC=eager TEST_LONG=1,$(ORDERED)) \
+             $(call with_address,$(MORE_ADDRESS_TESTS)) \
+             $(call in_random_order,3) $(ALL_NUMBER_TESTS)
+test-everything: test-long more-address-programs
+	@$(RUN_TESTS) $(MORE_TESTS)
+
 # dev/simt/mutate.py breaks the kernels on purpose, one place at a time, and checks that the tests fail.
-# test-long runs a sample of these mutants.
+# test-long and test-everything run samples of these mutants.
 MUTATE := CXX=$(CXX) MAKE=$(MAKE) dev/simt/mutate.py --build $(BUILD)/mutate
 mutate:
 	$(MUTATE) --report docs/results/mutation.md
