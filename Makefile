@@ -1,9 +1,9 @@
 # moba.c: every build. `make help` lists the targets.
 #
-#   make                                          the trainer for this machine, with all kinds of attention; the tokenizer
+#   make                                          the trainer for this machine, with every kind; the tokenizer
 #   make DEVICE=cpu PRECISION=fp32
-#   make ATTN=flashmoba GQA=kdgqa KCONV=3         a trainer with dense attention and this kind alone; the three are its defaults
-#   make DEVICE=cuda PRECISION=bf16               for the GPU of this machine, or for all of CUDA_ARCHS where it has none
+#   make ATTN=flashmoba GQA=kdgqa KCONV=3         dense attention and flashmoba only; the three are its defaults
+#   make DEVICE=cuda PRECISION=bf16               for this machine's GPU, or for all of CUDA_ARCHS without a GPU
 #   make DEVICE=simt PRECISION=bf16               the CUDA program on an emulator: for tests, on any machine
 #
 # All programs are in build/, with their flags in their names; build/train_gpt is the one built last.
@@ -26,7 +26,8 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 # ----------------------------------------------------------------------------
 # Flags, each with its values
 
-# Whether the user chooses kinds. Without them the trainer has all, and its options --attention, --query-heads and --kconv choose.
+# The flags ATTN, GQA and KCONV that the user gives. If KINDS is empty, the trainer has every kind, and its options
+# --attention, --query-heads and --kconv choose.
 KINDS := $(filter-out undefined,$(foreach flag,ATTN GQA KCONV,$(origin $(flag))))
 ATTN ?= dense
 GQA ?= gqa

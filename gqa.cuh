@@ -281,10 +281,11 @@ static __device__ __forceinline__ int count_heads_below(int g, const int* kv_of_
     return __shfl_sync(ALL_LANES, heads, 0);
 }
 
-// One thread block computes dk and dv of KEYS keys of one KV head, from all queries of all its query heads in
-// order. A warp computes 16M keys. The scores are transposed (keys are rows, queries are columns), so that
-// probabilities and gradients of scores are the left operands of the next products. Tiles of queries, with
-// their gradients and statistics, are loaded one tile ahead. A KV head that no query head reads gets zeros.
+// One thread block computes dk and dv of KEYS keys of one KV head. It visits this head's query heads in order,
+// and only tiles with queries that see these keys. One warp computes 16 x M of the keys. The scores are transposed
+// (keys are rows, queries are columns), so that probabilities and gradients of scores are the left operands of
+// the next products. Tiles of queries, with their gradients and statistics, are loaded one tile ahead. A KV head
+// that no query head reads gets zeros.
 template <int D>
 __global__ void __launch_bounds__(AttentionBackwardKeysShape<D>::THREADS,
                                   AttentionBackwardKeysShape<D>::BLOCKS)

@@ -101,9 +101,11 @@ typedef struct {
         found; // over all trials: other blocks that scored higher; trials with the signal among the K best
 } Cell;
 
-// The product of a fixed unit vector with a uniform one: one coordinate of a uniform point on the sphere in D
-// > 2 dimensions. This samples the coordinate without the other D-1: the squared length of the point outside
-// of two coordinates is distributed as U^(2/(D-2)), and within the two the direction is uniform.
+// Returns the dot product of a fixed unit vector and a random unit vector in D > 2 dimensions. It has the
+// distribution of the first coordinate x of a random unit vector, so the function samples x alone. The squared
+// length of the D-2 coordinates after the first two is distributed as U^(2/(D-2)), with U uniform in (0, 1). The
+// first two coordinates form a vector of the remaining length with a uniform direction; x is that length times
+// the cosine of the direction.
 // test/test_snr.c compares with keys and centroids of all D coordinates.
 static double random_similarity(uint64_t seed, uint64_t stream, uint64_t element, int D) {
     uint64_t bits[2];

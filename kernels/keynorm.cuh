@@ -1,11 +1,11 @@
 /*
-The size of the keys of each key/value head: the statistic from which key-driven attention allocates query
-heads (docs/math.md section 3). The twin of dev/cpu/keynorm.h.
+These kernels measure how large the keys of each KV head are: the root mean square of the keys, or the norm of
+their weights. Key-driven attention allocates query heads by this statistic (docs/math.md section 3).
 
-    key_rms(rms, sums, qkv, B, T, H, G, D, stream);      // of the keys: a number for each sequence and head
+    key_rms(rms, sums, qkv, B, T, H, G, D, stream);      // of the keys: a number for each sequence and KV head
     key_weight_norm(norm, wk, gain, G, D, C, stream);    // of the key projection's weights: needs no data
 
-Cost: the keys or the weights are read once.
+The kernels read the keys or the weights once. dev/cpu/keynorm.h has the CPU version.
 */
 #ifndef KERNELS_KEYNORM_CUH
 #define KERNELS_KEYNORM_CUH
@@ -46,8 +46,8 @@ __global__ void key_sums_kernel(float* sums, const float* rms, int B, int G) {
     sums[g] = sum;
 }
 
-// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of
-// rms[b][g].
+// rms[b][g] is the root mean square of KV head g's keys in sequence b, over tokens and channels. Adds rms[b][g]
+// over all b to sums[g].
 static inline void key_rms(float_acc* rms,    // (B, G)
                            float_acc* sums,   // (G) accumulates
                            const floatX* qkv, // (B, T, H + 2G, D), D at most KEYNORM_BLOCK
@@ -72,8 +72,8 @@ __global__ void key_weight_norm_kernel(float* norm, const floatX* wk, const floa
     if (threadIdx.x == 0) norm[blockIdx.x] = sqrtf(square);
 }
 
-// norm[g] = Frobenius norm of the D rows of Wk that make the keys of head g. Each column is multiplied by the
-// gain of the RMSNorm before the projection.
+// Multiplies each column of Wk by the gain of the RMSNorm before the projection. norm[g] is then the Frobenius
+// norm of KV head g's D rows.
 static inline void key_weight_norm(float_acc* norm,    // (G)
                                    const floatX* wk,   // (G, D, C)
                                    const floatX* gain, // (C)

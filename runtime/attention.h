@@ -7,8 +7,9 @@ The kinds of attention, and one interface to them.
     module->forward(&x, &s, stream);                   // writes out, lse and, with blocks, selected
     module->backward(&x, &s, stream);                  // writes dqkv
 
-`make ATTN=KIND` sets ATTENTION_MODULES, and so leaves out the rows of other kinds. docs/math.md section 2 defines
-what each kind computes, and docs/adding_attention.md shows how to add one.
+`make ATTN=KIND` builds only KIND and dense attention. ATTENTION_MODULES has one bit for each kind: 1 if the
+build contains it. The table has NULL for the other kinds. docs/math.md section 2 defines the kinds, and
+docs/adding_attention.md shows how to add one.
 */
 #ifndef RUNTIME_ATTENTION_H
 #define RUNTIME_ATTENTION_H
@@ -46,7 +47,7 @@ static inline AttentionShape layer_shape(const ModelConfig* config, int layer, i
     return shape;
 }
 
-// By AttentionKind. A row of NULL: this build does not have the kind.
+// The table's index is an AttentionKind. A NULL row means that this build does not contain the kind.
 static const AttentionModule attention_modules[] = {
     {attention_supports, attention_forward_workspace, attention_backward_workspace, attention_forward,
      attention_backward},
@@ -63,7 +64,7 @@ static const AttentionModule attention_modules[] = {
 #endif
 };
 
-// The operations of a kind that this build has (attention_is_built).
+// Returns the operations of `kind`. Call attention_is_built() first: a kind that is not built has NULL functions.
 static inline const AttentionModule* attention_module(AttentionKind kind) { return &attention_modules[kind]; }
 
 #endif

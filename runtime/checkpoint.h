@@ -18,10 +18,9 @@ Checkpoints: a run on disk. A checkpoint is complete or absent. docs/checkpoints
     checkpoint_resolve("out", path);                   // a checkpoint, an output directory or a saved Llama
     ModelConfig config = checkpoint_read_config(path);
 
-Include the device's header (dev/cpu/device.h or its CUDA twin) first. Parameters and optimizer state are in
-device memory: this file accesses them only by copy_to_host(), copy_to_device() and device_zero(), and copies
-pieces of CHECKPOINT_CHUNK bytes. An error of reading or writing ends the program with one line and exit
-code 1.
+Parameters and optimizer state are in device memory: this file accesses them only by copy_to_host(),
+copy_to_device() and device_zero(), and copies pieces of CHECKPOINT_CHUNK bytes. An error of reading or writing
+ends the program with one line and exit code 1.
 */
 #ifndef RUNTIME_CHECKPOINT_H
 #define RUNTIME_CHECKPOINT_H

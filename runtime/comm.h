@@ -22,7 +22,7 @@ receive (N - 1) / N of the array per rank.
 
 A rank that fails prints the reason with its number and host, and ends the others; if one is killed, the
 launcher ends them. A rank gives up after COMM_PATIENCE seconds without an answer (COMM_START_PATIENCE at
-start and end). Include the device's header (dev/cpu/device.h or its CUDA twin) first.
+start and end).
 */
 #ifndef RUNTIME_COMM_H
 #define RUNTIME_COMM_H

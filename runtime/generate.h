@@ -1,5 +1,6 @@
 /*
-What a trained model is used for without training: samples, logits, and the retrieval task.
+This header samples from a model, writes its logits, and measures the retrieval task. The training loop also
+calls generate_sample().
 
     LanguageModel model = {context, &config, B, T, next_logits, forward, read_logits};
     generate_sample(&model, tokenizer, &options, "generate", 0);        // --generate, and samples while training
@@ -19,11 +20,12 @@ typedef struct {
     void* context;
     const ModelConfig* config;
     int B, T; // the largest batch, and the longest sequence
-    // Computes the logits (V) of the token that follows T tokens of one sequence. The last call had the first `start` of
-    // them. `scratch` holds Vp values.
+    // Computes the logits (V) of the token that follows T tokens of one sequence. The previous call processed
+    // the first `start` tokens; the model may reuse their keys and values. `scratch` holds Vp values.
     void (*next_logits)(void* context, float* logits, const int* tokens, int T, int start, floatX* scratch);
     void (*forward)(void* context, const int* tokens, int B, int T); // runs tokens (B, T)
-    // Copies the logits (Vp) after one token of that batch to host memory; row b T + t is token t of sequence b.
+    // Computes the Vp logits of one row of the last forward() and copies them to the host. Row b T + t is token
+    // t of sequence b.
     void (*read_logits)(void* context, floatX* logits, size_t row);
 } LanguageModel;
 
@@ -123,8 +125,8 @@ static inline void retrieval_forward(void* context, const int* tokens, int rows,
     model->forward(model->context, tokens, rows, T);
 }
 
-// The most likely token after one position of the batch that
-// retrieval_forward() ran; of equals the lowest number.
+// Returns the most likely token after one position of the batch that retrieval_forward() ran. If several tokens
+// tie, it returns the lowest id.
 static inline int retrieval_likeliest(void* context, int row, int T, int position) {
     const LanguageModel* model = ((const RetrievalContext*)context)->model;
     const int V = ((const RetrievalContext*)context)->known;

@@ -5,8 +5,8 @@ The command line of train_gpt: one table of options, read by glibc's argp.
     ModelConfig config = options_model(&options, base);  // base: a descriptor's sizes or a checkpoint's
     options_check_kinds(&options, &config);              // fails for an option without effect on this model
 
-Single letters are llm.c's where the meaning is the same. The parser refuses a value of the wrong form.
-model_config_check() and the program's start check the rules that join several options.
+A one-letter option has the meaning of llm.c's option with this letter. The parser checks each value alone.
+model_config_check() and the functions of runtime/run.h check rules that involve several options.
 */
 #ifndef RUNTIME_OPTIONS_H
 #define RUNTIME_OPTIONS_H
@@ -408,7 +408,8 @@ static const OptionField option_fields[] = {
     FIELD(KEY_DECAY_FRACTION, OPTION_DOUBLE, decay_fraction, 0, 1),
     FIELD(KEY_BETA1, OPTION_DOUBLE, beta1, 0, 0.9999999),
     FIELD(KEY_BETA2, OPTION_DOUBLE, beta2, 0, 0.9999999),
-    // Where a second moment underflows to 0, eps is the divisor: a smaller one gives huge steps, and 0 gives 0/0.
+    // If a second moment underflows to 0, Adam divides by eps. So eps must be at least 1e-20: smaller values
+    // give huge steps, and 0 gives 0/0.
     FIELD(KEY_EPS, OPTION_DOUBLE, eps, 1e-20, 1),
     FIELD('c', OPTION_DOUBLE, weight_decay, 0, 100),
     FIELD(KEY_CLIP, OPTION_DOUBLE, clip, 0, 1e9),
@@ -659,8 +660,8 @@ static inline void set_position(ModelConfig* config, const char* text) {
     }
 }
 
-// Returns the sizes of `base`, overridden by the user's options and completed. The vocabulary may still be 0.
-// model_config_check() checks them.
+// Copies `base`, applies the user's options, and fills in sizes that are still 0. The vocabulary may remain 0.
+// The caller then calls model_config_check().
 static inline ModelConfig options_model(const Options* options, ModelConfig base) {
     ModelConfig config = base;
     if (options->layers) config.layers = options->layers;
@@ -690,7 +691,7 @@ static inline ModelConfig options_model(const Options* options, ModelConfig base
     return config;
 }
 
-// Options that have an effect with some kinds only: the kinds of attention and of query heads, as bits.
+// Each entry names an option and the kinds with which it has an effect. Bit k stands for kind k.
 typedef struct {
     int key;
     unsigned attentions, gqas; // ~0u: all
@@ -708,7 +709,8 @@ static const OptionKinds option_kinds[] = {
     {KEY_PGQA_NOISE, ~0u, 1u << GQA_PERTURBED},
 };
 
-// Fails for an option that has no effect with the kind of the model: `kinds` has the bits of those where it has.
+// Fails if option `key` has no effect with the model's kind. Bit k of `kinds` is 1 if the option has an effect
+// with kind k.
 static inline void option_must_fit(int key, const char* kind_option, const char* const* names, int kind,
                                    unsigned kinds) {
     char fitting[64] = "";
@@ -721,7 +723,8 @@ static inline void option_must_fit(int key, const char* kind_option, const char*
                fitting, kind_option, names[kind]);
 }
 
-// Fails for every option that has no effect with the model's kinds, and completes the settings of the query heads.
+// Fails if the user gave an option that has no effect with the model's kinds. Sets heads_by_keys.dynamic to 1
+// for dgqa, else to 0.
 static inline void options_check_kinds(Options* options, const ModelConfig* config) {
     for (size_t i = 0; i < sizeof(option_kinds) / sizeof(option_kinds[0]); i++) {
         const OptionKinds* option = &option_kinds[i];

@@ -6,7 +6,8 @@ The memory and the disk space that a run needs, shown and checked before it star
     if (plan_bytes(&run, &plan) > plan_available_memory().bytes) ...
     plan_check_disk(&run, &plan);        // fails if a checkpoint has no room
 
-The arenas have been planned, not allocated (runtime/memory.h). docs/memory.md lists what they hold.
+The arenas have been planned, not allocated (runtime/memory.h). docs/memory.md lists their arrays. Include
+dev/cpu/matmul.h or kernels/matmul.cuh before this header: it calls matmul_scratch_bytes().
 */
 #ifndef RUNTIME_PLAN_H
 #define RUNTIME_PLAN_H
@@ -22,7 +23,7 @@ typedef struct {
     Recompute recompute;
 } ModelPlan;
 
-// Bytes of the memory that holds the model.
+// Returns the total bytes of the four arenas: parameters, gradients, optimizer state and activations.
 static inline size_t plan_model_bytes(const ModelPlan* plan) {
     return plan->parameters->bytes + plan->gradients->bytes + plan->optimizer->bytes +
            plan->activations->bytes;
@@ -104,8 +105,8 @@ static inline void plan_print(const Run* run, const ModelPlan* plan) {
 
 // The memory that this process can have: the device's, or main memory if the device has none of its own.
 static inline MemoryLimit plan_available_memory(void) {
-    // OpenMP's threads start here at the latest, so that their stacks are in the memory that the process has.
-    // Only the loader's thread is still to come.
+    // This starts all OpenMP threads before the measurement, so the process's memory already includes their
+    // stacks. Only the loader's thread starts later.
 #pragma omp parallel
     (void)omp_get_thread_num();
     MemoryLimit limit =
@@ -127,8 +128,9 @@ static inline void plan_check_model(const ModelPlan* plan) {
              limits_bytes_text(available, limit.bytes), limit.name);
 }
 
-// Fails before training if one checkpoint does not fit on its file system, or one of its files exceeds the
-// limit of a file's size. Prints a line if not all checkpoints of the run fit.
+// Fails before training if the file system has no room for one checkpoint, or if one of its files exceeds the
+// file size limit. With --overwrite, missing room is no error: the run deletes the old checkpoints before it
+// writes. Prints a line if not all checkpoints of the run fit.
 static inline void plan_check_disk(const Run* run, const ModelPlan* plan) {
     const Options* options = &run->options;
     const size_t weights = table_parameter_count(plan->table) * sizeof(float_acc),

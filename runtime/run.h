@@ -9,8 +9,9 @@ A run of the trainer: its options, its model, its data and its place in the trai
     run_agree(&run, argc, argv);          // all ranks have the same build, arguments and data
     run_prepare_output(&run);             // rank 0: the directory, its lock, the copy of the tokenizer
 
-All of these end the process with one line of error and exit code 1 or 2 (runtime/checks.h). Nothing is written before
-run_prepare_output(). Include this header after the operations of the device.
+On an error, each function prints one line and ends the process with exit code 1 or 2 (runtime/checks.h).
+Before run_prepare_output(), only run_find_checkpoints() changes files, and only in an existing run directory:
+rank 0 locks the directory and, with --resume, removes half-written files.
 */
 #ifndef RUNTIME_RUN_H
 #define RUNTIME_RUN_H
@@ -59,15 +60,14 @@ typedef struct {
 // for all: all ranks call this together.
 static inline int stop_wanted(void) { return comm_max(signals_stop()); }
 
-// The number of tokens that the tokenizer has. Published models often have a few more rows in their
-// embedding. These rows take part in the softmax, as in training, but are never sampled.
+// Returns the tokenizer's vocabulary size, or the model's if there is no tokenizer. A published model may have
+// more embedding rows than tokens. These rows take part in the softmax, but sampling ignores them.
 static inline int known_tokens(const ModelConfig* config, const Tokenizer* tokenizer) {
     return tokenizer ? tokenizer_vocab_size(tokenizer) : config->vocab_size;
 }
 
-// Fails if the run's threads cannot be started: the OpenMP library would end the process
-// without cleaning up. All ranks start their threads before any rank ends its own, since a
-// limit counts the ranks of a machine together.
+// Tests whether the run can start its threads; the OpenMP library would abort otherwise. All ranks hold their
+// test threads at once, because a limit can cover the whole machine.
 static inline void run_check_threads(void) {
     const int needed = omp_get_max_threads(); // this thread is one of OpenMP's; the loader's thread adds one
     const int possible = limits_try_threads(needed, comm_barrier);
@@ -127,8 +127,8 @@ static inline void run_check_mode(const Run* run) {
     if (options->write_logits && !options->tokens) fail_usage("--write-logits: needs --tokens");
 }
 
-// Decides the model's sizes, which the user's options override: a checkpoint's or a descriptor's. Loads the
-// tokenizer, and checks that model, build, tokenizer and checkpoint fit together.
+// Takes the model's sizes from a checkpoint or a descriptor; the user's options then override them. Loads the
+// tokenizer and checks that model, build, tokenizer and checkpoint match.
 static inline void run_choose_model(Run* run) {
     Options* options = &run->options;
     const char* directory = run->resume_from[0] ? run->resume_from : run->init_from;
@@ -196,8 +196,7 @@ static inline void run_choose_model(Run* run) {
 // ----------------------------------------------------------------------------
 // Data
 
-// Upper bound of the tokens of a micro-batch: no memory holds more, and no
-// product of sizes overflows with fewer.
+// Largest number of tokens in a micro-batch. Up to this limit, no product of sizes overflows.
 #define MOST_TOKENS (1L << 28)
 
 static inline void run_open_data(Run* run) {
@@ -209,7 +208,8 @@ static inline void run_open_data(Run* run) {
             "at once",
             B, T, (long)B * T, MOST_TOKENS);
     const long N = comm_size(), least = N * B * T;
-    // Without --total-batch, a resumed run keeps the checkpoint's, whatever the number of processes.
+    // Without --total-batch, a resumed run uses the total batch of its checkpoint, even with another number of
+    // processes.
     if (!options->total_batch) options->total_batch = run->state.total_batch;
     if (!options->total_batch) options->total_batch = least;
     if (options->total_batch % least != 0 && N == 1)
@@ -228,8 +228,8 @@ static inline void run_open_data(Run* run) {
         if (!hash) hash = loader_tokenizer_hash(run->train);
         run->val = loader_open(options->val_data, T, known, hash, options->seed, 0);
     }
-    // One pass over the data, counted from the sequences seen: earlier steps
-    // may have had another total batch.
+    // The default number of steps ends one pass over the data. It subtracts the sequences already seen, because
+    // earlier steps may have used another total batch.
     const uint64_t all = loader_sequences(run->train), seen = run->state.sequences_seen;
     const uint64_t one_epoch =
         (uint64_t)run->state.step + (all > seen ? all - seen : 0) / (uint64_t)run->sequences_per_step;
@@ -454,7 +454,7 @@ static inline void log_member(Metrics* metrics, int step, const char* key, cJSON
     cJSON_Delete(value);
 }
 
-// Whether a hint may name a checkpoint: a run of no steps, or without --output, has none.
+// Returns 1 if --output contains a checkpoint that a printed hint can use.
 static inline int run_has_checkpoint(const Options* options) {
     char latest[PATH_MAX];
     return options->output && checkpoint_latest(options->output, latest);

@@ -8,7 +8,6 @@ often be lost, since it is often less than half the distance to the next bf16 nu
     const float_acc* exact = weights_exact(weights);            // in device memory; a checkpoint saves these
 
 A model that is not trained has no masters in any build: it keeps only the rounded params.
-Include the device's header (dev/cpu/device.h or its CUDA twin) first.
 */
 #ifndef RUNTIME_WEIGHTS_H
 #define RUNTIME_WEIGHTS_H

@@ -142,8 +142,9 @@ typedef struct {
 
 static int in_child;
 
-// Registered first, and therefore called last. A child ends here without the search for leaks, because a
-// failing program does not free its memory. The parent removes its files here.
+// main() registers this exit handler before all others, so it runs after them. In a child it calls _exit(),
+// which skips the leak check: a program that fails does not free its memory. In the parent it removes the files
+// of this test.
 static void leave_child(int status, void* unused) {
     (void)unused;
     if (in_child) _exit(status);

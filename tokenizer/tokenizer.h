@@ -3,6 +3,7 @@ Byte-level BPE tokenizer: training, encoding, decoding, files.
 
     Tokenizer* t = tokenizer_load("tokenizer.json");  // or vocab.json + merges.txt, or cl100k_base.tiktoken
     TokenBuffer tokens = {NULL, 0, 0};
+    // 0: encodes "<|endoftext|>" in the text as ordinary text; 1: as the special token
     tokenizer_encode(t, text, bytes, 0, &tokens);             // tokens.ids[0 .. tokens.count - 1]
     ByteBuffer again = {NULL, 0, 0};
     tokenizer_decode(t, tokens.ids, tokens.count, &again);    // again.data[0 .. again.count - 1] is the text
@@ -52,7 +53,7 @@ static inline int32_t tokenizer_vocab_size(const Tokenizer* t) { return t->size;
 // reads text that another tokenizer has encoded.
 static inline uint32_t tokenizer_hash(const Tokenizer* t) { return t->fingerprint; }
 
-// The id of an added token such as "<|endoftext|>", or -1.
+// Returns the id of the added token with this text (special or not), or -1 if there is none.
 static inline int32_t tokenizer_special_id(const Tokenizer* t, const char* content) {
     size_t length = strlen(content);
     for (size_t a = 0; a < t->added_count; a++)

@@ -1,6 +1,6 @@
 /*
 The work of flashmoba at any length, by formula: matrix products, bytes, atomics and launches of each stage,
-and the least work of any kernels. It needs no GPU and no emulator, so it can count real lengths.
+and lower bounds of the bytes. It needs no GPU and no emulator, so it can count real lengths.
 
     int* selected = drawn_selection(&shape, DRAW_UNIFORM, 1);   // one head for all; or the router's selection
     Work works[NUM_STAGES];
@@ -13,7 +13,7 @@ emulator's counters (dev/simt/counters.h), exactly. The emulator counts the byte
 and statistics that cp.async copies. It does not count other single words (indices, lse, sums that go from
 registers to memory); the formulas count each such word once for every kernel that uses it.
 
-A floor is the least number of bytes for the work of docs/math.md: count_floors() has the formulas.
+A floor is a lower bound of the bytes that kernels with these stages move. count_floors() has the formulas.
 */
 #ifndef DEV_BENCH_MOBA_COUNTS_H
 #define DEV_BENCH_MOBA_COUNTS_H
@@ -421,9 +421,10 @@ static inline void count_work(Work works[NUM_STAGES], const AttentionShape* s, c
 // ----------------------------------------------------------------------------
 // Floors
 
-// Least bytes of one call. Each selected block of a query needs the query read, and a partial (a row and its
-// lse) written. Each work item of FLASHMOBA_ITEM queries needs its keys and values once. With e bytes a number,
-// n blocks, and the centroids read once for every 128 queries, a query head needs:
+// Lower bounds of the bytes that one call reads and writes. For each selected block of a query, the forward reads
+// the query and writes a partial: a row and its lse. For each work item of up to FLASHMOBA_ITEM queries, it reads
+// the keys and values once. For every 128 queries, the router reads the centroids before them once. With e bytes
+// a number and n blocks, the bytes of a query head are:
 //     router      eTD + (T/128)(n/2) eD + 2T(K-1)
 //     forward     T(K-1)(2eD + 4) + items * 2eSD
 //     merge       T(K-1)(eD + 4) + 4eTD          with the queries, keys and values of the own block, and the output

@@ -399,10 +399,10 @@ static inline void attention_backward(const AttentionTensors* x, const Attention
     const int qkv_stride = (H + 2 * s->G) * D, threads = omp_get_max_threads();
     attention_delta(delta, x, s);
 
-    // If there are enough query heads to keep the threads busy, one task is one head. Otherwise tasks are
-    // tiles of queries for dq and tiles of keys for dk and dv. This keeps any number of threads busy, but
-    // needs 7 products instead of 5 (scores and dout v^T are computed twice). Both ways give the same sums in
-    // the same order.
+    // A task is a whole head, or one tile of a head: a tile of queries for dq, or of keys for dk and dv. A whole
+    // head needs 5 products. Tiles need 7, because they compute the scores and dout v^T twice, but they keep any
+    // number of threads busy. whole_heads is 1 if whole heads take less time. Both ways add the same terms in the
+    // same order.
     const int rounds = (B * H + threads - 1) / threads;
     const int whole_heads = 5 * rounds * threads <= 7 * B * H;
     const int query_tasks = whole_heads ? 0 : (T + ATTENTION_TASK - 1) / ATTENTION_TASK;

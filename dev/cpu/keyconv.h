@@ -76,9 +76,10 @@ static inline size_t keyconv_backward_workspace(int B, int T, int G, int D, int 
     return 0;
 }
 
-// The keys of dqkv hold the gradient of k' and become the gradient of k; dweight accumulates. The channels
-// are divided among the threads, and each thread takes the tokens in ascending order. So every sum has one
-// order; and token t adds its gradient only to rows t and before, whose gradient of k' has been read already.
+// On entry, the keys of dqkv hold the gradient of k'. The function replaces it in place by the gradient of k, and
+// adds the taps' gradient to dweight. Each thread takes some channels and visits the tokens in ascending order, so
+// every sum has a fixed order. Token t changes only rows t, t-1, ..., after the loop has read the gradient of k'
+// from these rows.
 static inline void keyconv_backward(floatX* dqkv,         // (B, T, H + 2G, D)
                                     float_acc* dweight,   // (taps, G, D)
                                     const floatX* raw,    // (B, T, G, D)

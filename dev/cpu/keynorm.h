@@ -12,9 +12,9 @@ The keys are those that the projection gives, before convolution and RoPE.
 
 #include "dev/cpu/device.h"
 
-// rms[b][g] = sqrt(mean over the tokens and channels of sequence b of k^2), and sums[g] += the sum over b of
-// rms[b][g]. Every sequence has T tokens, without padding. Each sum has one order for any number of threads;
-// the long sum over the tokens is in double.
+// rms[b][g] is the root mean square of KV head g's keys in sequence b, over tokens and channels. Adds rms[b][g]
+// over all b to sums[g]. Every sequence has T tokens, without padding. Each sum has one order for any number of
+// threads; the long sum over the tokens is in double.
 static inline void key_rms(float_acc* rms,    // (B, G)
                            float_acc* sums,   // (G) accumulates
                            const floatX* qkv, // (B, T, H + 2G, D)
@@ -36,8 +36,8 @@ static inline void key_rms(float_acc* rms,    // (B, G)
     for (int i = 0; i < B * G; i++) sums[i % G] += rms[i];
 }
 
-// norm[g] = Frobenius norm of the D rows of Wk that make the keys of KV head g, each column times the gain of
-// the RMSNorm before it.
+// Multiplies each column of Wk by the gain of the RMSNorm before the projection. norm[g] is then the Frobenius
+// norm of KV head g's D rows.
 static inline void key_weight_norm(float_acc* norm,    // (G)
                                    const floatX* wk,   // (G, D, C)
                                    const floatX* gain, // (C)

@@ -10,7 +10,7 @@ An error inside a kernel (kernel_error) ends the launch: the emulator abandons t
 and cudaGetErrorString() returns the message.
 
 A switch of fibers saves the registers that a function call preserves; a core makes 30 to 40 million switches
-a second, measured beside other work. Each stack has a guard page below it. In plain builds a fault in a
+a second, measured on a busy machine. Each stack has a guard page below it. In plain builds a fault in a
 kernel becomes a kernel error too; sanitizer builds report faults themselves.
 */
 #ifndef DEV_SIMT_FIBERS_H
@@ -108,8 +108,8 @@ SIMT_INTERNAL inline unsigned random_bits() { // xorshift64*
 // ----------------------------------------------------------------------------
 // Threads, warps, the block
 
-// A place in a kernel's source where a thread calls a collective operation. With SIMT_PLACE as its last
-// arguments, a function gets the place of its caller.
+// A place in a kernel's source where a thread calls a collective operation. A function that declares SIMT_PLACE
+// as its last parameters receives the file and line of its caller.
 struct Place {
     const char* operation;
     const char* file;
@@ -164,11 +164,13 @@ inline bool has_open_copies(const Thread* thread) {
            thread->pending[(thread->pending_end - 1) % MAX_PENDING].group == thread->open_group;
 }
 
-// The lanes of one mask that meet in one operation. Their values go alternately to two buffers, because a
-// fast lane may bring its next value before a slow lane has read the last ones.
+// The value of one lane.
 struct alignas(16) Payload {
     unsigned char bytes[48];
 };
+
+// A Meeting collects the values of all lanes of one mask in one collective operation. Two buffers alternate,
+// because a fast lane may write its next value before a slow lane has read the old ones.
 struct Meeting {
     unsigned mask, arrived, generation;
     Place place;
@@ -204,9 +206,8 @@ struct Block {
     void* arguments;
 };
 
-// Two blocks that use the same fibers look like the same threads to the thread sanitizer: it takes the
-// accesses of thread 0 of both blocks as ordered. With two sets of fibers, chosen at random, it finds a race
-// between two blocks if they use different sets.
+// The thread sanitizer treats a reused fiber as the same thread, so it misses races between two blocks on the
+// same fibers. Each block therefore picks one of two fiber sets at random.
 #ifdef SIMT_THREAD
 enum { FIBER_SETS = 2 };
 #else
@@ -291,8 +292,8 @@ SIMT_INTERNAL inline void wait_at(const Place& place) {
     switch_to(next_ready());
 }
 
-// The last thread to arrive calls this. The others are ready, so the next thread to run is chosen again. In
-// forward order this thread continues, which saves a switch.
+// The last thread to arrive calls this. Now all arrived threads are ready, so it lets the scheduler choose the
+// next one. In forward order the caller just continues.
 SIMT_INTERNAL inline void draw_again() {
     if (options.order != ORDER_FORWARD) switch_to(next_ready());
 }
@@ -408,7 +409,8 @@ struct CatchFaults {
 // ----------------------------------------------------------------------------
 // The block's barrier
 
-// Returns when all threads of the block have reached this same place.
+// Waits until all threads of the block call this barrier at the same source line, and returns their combined
+// predicates. If threads arrive at different lines, the block is stuck.
 SIMT_INTERNAL inline Predicates barrier(int predicate, const Place& place) {
     if (block.arrived == 0) block.place = place;
     else if (!same_place(block.place, place))
@@ -416,8 +418,8 @@ SIMT_INTERNAL inline Predicates barrier(int predicate, const Place& place) {
     block.so_far.any |= predicate != 0;
     block.so_far.all &= predicate != 0;
     block.so_far.count += predicate != 0;
-    // Two objects alternate. With one object, a fast thread that releases it at the next barrier would seem
-    // ordered before a slow thread that has not left this barrier yet.
+    // Barriers alternate between two synchronisation objects of the thread sanitizer. With one object, a fast
+    // thread's release at the next barrier would seem to precede a slow thread's acquire here.
     char* order = &block.barrier_order[block.generation % 2];
     release(order);
     if (++block.arrived < block.thread_count || block.divergent) {
@@ -440,7 +442,8 @@ SIMT_INTERNAL inline Predicates barrier(int predicate, const Place& place) {
 // Every fiber begins here.
 SIMT_INTERNAL inline void fiber_main() {
 #ifdef SIMT_ADDRESS
-    // The host switches to the first fiber of a block, which stores the place of the host's stack.
+    // The first fiber that runs in a block saves the address and size of the host's stack for the address
+    // sanitizer.
     const void* bottom;
     size_t bytes;
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
@@ -498,9 +501,8 @@ SIMT_INTERNAL inline void prepare_thread(int i, Fiber* fiber) {
     warps[thread->warp].lanes |= 1u << thread->lane;
 }
 
-// An abandoned fiber stopped inside a kernel. It still has guarded variables on its stack, and a call stack
-// in the thread sanitizer. The thread sanitizer must see all its accesses as ordered before the host's next
-// ones.
+// This fiber stopped inside a kernel. Its stack still has bytes that the address sanitizer poisoned. For the
+// thread sanitizer, its accesses must happen before the host's next accesses.
 SIMT_INTERNAL inline void abandon_fiber(Fiber* fiber) {
     unpoison(fiber->stack, STACK_BYTES);
 #ifdef SIMT_THREAD

@@ -29,13 +29,21 @@ arrays, and nothing else in the program is thread_local (types.h says why).
 
 // The files of the emulator:
 //
-//     sanitizers.h   which accesses belong to which thread, and which memory may be accessed
-//     types.h        qualifiers, dim3, vectors, threadIdx       bf16.h   __nv_bfloat16
-//     memory.h       device and shared memory                   math.h   device functions, atomics
-//     fibers.h       threads, their order, __syncthreads        warp.h   shuffles, votes, __syncwarp
-//     matrix.h       mma, ldmatrix                              copy.h   cp.async
-//     errors.h, stream.h, runtime.h      the host's functions: streams, events and graphs; memory, launch
-//     counters.h, names.h                counts of the kernels' work, and the kernels' names
+//     sanitizers.h   tells the sanitizers which thread runs, and which memory it may access
+//     types.h        CUDA's keywords, dim3, vectors, threadIdx
+//     bf16.h         __nv_bfloat16
+//     memory.h       device memory and shared memory
+//     math.h         device functions and atomics
+//     fibers.h       threads, their order, __syncthreads()
+//     warp.h         shuffles, votes, __syncwarp()
+//     matrix.h       mma and ldmatrix
+//     copy.h         cp.async
+//     errors.h       errors of host functions
+//     stream.h       streams, events, graphs
+//     runtime.h      host functions for memory, copies and launches
+//     counters.h     counters of the kernels' work
+//     names.h        names of kernels
+//     matmul.h       matrix products, in place of cuBLASLt
 
 #include "dev/simt/bf16.h"
 #include "dev/simt/math.h"

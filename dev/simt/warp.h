@@ -37,8 +37,8 @@ struct Nothing {
     SIMT_INTERNAL void operator()(Payload*) const {}
 };
 
-// Gives `mine` to the lanes of the mask; the last lane to arrive calls finish(payload of all lanes). Returns
-// this payload; read it before the next meeting.
+// Collects `mine` from every lane of the mask. The last lane to arrive calls finish() on all values. The result is
+// valid until these lanes call meet() again. orders_memory = true also orders memory accesses.
 template <class T, class Finish>
 SIMT_INTERNAL inline const Payload* meet(unsigned mask, const T& mine, Finish finish, bool orders_memory,
                                          const Place& place) {
