@@ -5,7 +5,7 @@ The command line of train_gpt: one table of options, read by glibc's argp.
     ModelConfig config = options_model(&options, base);  // base: a descriptor's sizes or a checkpoint's
     options_check_kinds(&options, &config);              // fails for an option without effect on this model
 
-A one-letter option has the meaning of llm.c's option with this letter. The parser checks each value alone.
+A one-letter option has the letter of llm.c's option with the same meaning, if llm.c has one. The parser checks each value alone.
 model_config_check() and the functions of runtime/run.h check rules that involve several options.
 */
 #ifndef RUNTIME_OPTIONS_H

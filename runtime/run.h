@@ -139,8 +139,8 @@ static inline void run_choose_model(Run* run) {
     ModelConfig base;
     if (directory[0] && !options->model) {
         base = checkpoint_read_config(directory);
-        // A build with kinds of its own starts new training with them, even from weights of another kind.
-        if (BUILD_CHOOSES_KINDS && !must_match) model_config_of_build(&base);
+        // New training from these weights takes the kinds of make ATTN= GQA= KCONV=, if the build has them.
+        if (BUILD_CHOOSES_KINDS && !must_match && !options->eval_retrieval) model_config_of_build(&base);
     } else {
         char descriptor[16] = "d12";
         if (options->layers) snprintf(descriptor, sizeof(descriptor), "d%d", options->layers);

@@ -480,6 +480,13 @@ static void a_small_model_learns(void** state) {
     must_run("cp out.txt table.txt; cp result/retrieval.json first.json");
     assert_true(evaluate("-b 16") == accuracy);
     must_run("cmp out.txt table.txt && cmp first.json result/retrieval.json");
+    // A build with other kinds evaluates the checkpoint as what it is.
+    must_run("%s/train_gpt_cpu_flashmoba_kdgqa_kconv3_fp32 --eval-retrieval task/learn --init-from learned "
+             "-o result",
+             programs);
+    cJSON* json = json_read_object("result/retrieval.json");
+    assert_true(fabs(number_of(json, "accuracy") - accuracy) < 0.02);
+    cJSON_Delete(json);
     assert_true(fabs(evaluate("-b 7") - accuracy) < 0.02); // another batch size rounds differently
 }
 
