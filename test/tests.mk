@@ -169,8 +169,8 @@ unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) T
 limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
 # make test-long runs every seed and every instruction set, each for some tests and with another number of threads.
 # make test-numbers runs all combinations.
-SOME_PROGRAM_TESTS := test/test_programs test/test_checkpoint
-NUMBER_TESTS = $(call limited,SSE41,2,test/test_distributed $(SOME_PROGRAM_TESTS) test/test_retrieval) $(call unkind,1,1,$(SOME_PROGRAM_TESTS)) \
+NUMBER_TESTS = $(call unkind,1,1,test/test_programs test/test_checkpoint) \
+               $(call limited,SSE41,2,test/test_distributed test/test_programs test/test_checkpoint test/test_retrieval) \
                $(call unkind,2,4,test/test_model_fp32 test/test_moba_fp32) $(call unkind,3,2,test/test_attention_fp32 test/test_operations_fp32) \
                $(call limited,SSE41,1,$(OPERATION_TESTS)) $(call limited,AVX,2,test/test_model_fp32) $(call limited,AVX2,4,test/test_moba_fp32)
 ALL_NUMBER_TESTS = $(foreach threads,1 2 4, \
@@ -213,11 +213,10 @@ thread-programs:
 
 ORDERED := $(KERNEL_TESTS) $(addprefix $(BUILD)/test/,$(EMULATOR_TESTS) test_broken_thread)
 in_random_order = $(call with,SIMT_ORDER=random SIMT_ASYNC=mixed SIMT_SEED=$(1),$(ORDERED))
-LONG_TESTS = '$(MUTATE) --sample 4' \
+LONG_TESTS = $(NUMBER_TESTS) '$(MUTATE) --sample 4' \
              $(call with_address,$(ADDRESS_TESTS)) \
              $(call with,OMP_NUM_THREADS=1,$(THREAD_TESTS)) \
              $(call with,BUILD=$(BUILD),test/test_scripts.sh) \
-             $(NUMBER_TESTS) \
              $(call with,BUILD=$(BUILD) TEST_LONG=rest,$(BUILD)/test/test_distributed test/test_launch.sh) \
              $(call with,SIMT_ORDER=reverse SIMT_ASYNC=eager,$(ORDERED)) \
              $(call in_random_order,2)
