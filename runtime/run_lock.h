@@ -19,8 +19,8 @@ host that crashed; then the user must delete the file.
 #include "runtime/checks.h" // defines fail, warn, path_format
 
 // A killed process may still end while the next one starts, and the ranks of a killed mpirun need seconds for
-// it. So run_lock() tries again for up to 10 seconds, and after the first second says that it waits.
-enum { RUN_LOCK_TRIES = 200, RUN_LOCK_SILENT_TRIES = 20, RUN_LOCK_PAUSE_MS = 50 };
+// it. So run_lock() tries again for up to 4 seconds, and after the first second says that it waits.
+enum { RUN_LOCK_TRIES = 80, RUN_LOCK_SILENT_TRIES = 20, RUN_LOCK_PAUSE_MS = 50 };
 
 typedef struct {
     int held;

@@ -351,7 +351,7 @@ static void test_a_directory_is_of_one_run(void** state) {
     print_to(pid, sizeof(pid), "pid %d on ", (int)first);
     static const char* const tries[] = {"", "--resume", "--overwrite"};
     static const char* const names[] = {"shared", "shared/../shared", "shared/"};
-    for (int i = 0; i < 3; i++) { // each of them waits ten seconds for the lock
+    for (int i = 0; i < 3; i++) { // each of them waits four seconds for the lock
         const Result* result = train(names[i], tries[i]);
         must_fail_with(result, 1, ": another run is at work there: ");
         must_fail_with(result, 1, pid);

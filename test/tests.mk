@@ -169,7 +169,7 @@ unkind = $(call with,GEMM_SEED=$(1) OMP_NUM_THREADS=$(2) BUILD=$(UNKIND_BUILD) T
 limited = $(call with,ONEDNN_MAX_CPU_ISA=$(1) OMP_NUM_THREADS=$(2) BUILD=$(BUILD) TOKENIZER=$(BUILD)/tokenizer,$(addprefix $(BUILD)/,$(3)))
 # make test-long runs every seed and every instruction set, each for some tests and with another number of threads.
 # make test-numbers runs all combinations.
-NUMBER_TESTS = $(call unkind,1,1,test/test_programs test/test_checkpoint) \
+NUMBER_TESTS = $(call unkind,1,1,test/test_checkpoint) \
                $(call limited,SSE41,2,test/test_distributed test/test_programs test/test_checkpoint test/test_retrieval) \
                $(call unkind,2,4,test/test_model_fp32 test/test_moba_fp32) $(call unkind,3,2,test/test_attention_fp32 test/test_operations_fp32) \
                $(call limited,SSE41,1,$(OPERATION_TESTS)) $(call limited,AVX,2,test/test_model_fp32) $(call limited,AVX2,4,test/test_moba_fp32)
