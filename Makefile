@@ -205,7 +205,7 @@ $(BUILD)/scaling: dev/scaling.c Makefile
 	$(Q)$(CPU) $(call precision,fp32) -MF $@.d $< -o $@ -lm
 
 # ----------------------------------------------------------------------------
-# Tests (make test, test-long, test-everything, test-numbers, mutate, gpu-check) and benchmarks (make bench, kernel-table)
+# Tests: test, test-long, test-everything, test-numbers, mutate, gpu-check. Benchmarks: bench, kernel-table
 
 include test/tests.mk
 include dev/bench/bench.mk

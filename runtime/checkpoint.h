@@ -479,12 +479,11 @@ static inline void config_read_moba(ModelConfig* config, const cJSON* json, cons
     const char* pattern = json_text(json_get(moba, "pattern"));
     config->attention = (AttentionKind)config_get_kind(moba, "attn", attention_names, path);
     config->gqa = (GqaKind)config_get_kind(moba, "gqa", gqa_names, path);
-    if (!pattern || !pattern[0] || strlen(pattern) > PATTERN_MAX || strspn(pattern, "GDS") != strlen(pattern))
+    if (!pattern || !pattern_is_known(pattern))
         fail("%s: moba.pattern must be 1 to %d letters G, D and S", path, (int)PATTERN_MAX);
     strcpy(config->pattern, pattern);
     config->kconv = config_get_int(moba, "kconv", 0, KCONV_MAX, 0, path);
-    if (config->kconv != 0 && config->kconv != 3 && config->kconv != 5)
-        fail("%s: moba.kconv must be 0, 3 or 5", path);
+    if (!kconv_is_known(config->kconv)) fail("%s: moba.kconv must be 0, 3 or 5", path);
     config->window = config_get_int(moba, "window", 1, 1 << 24, 256, path);
     config->moba_block = config_get_int(moba, "block", 1, 1 << 16, config->moba_block, path);
     config->moba_topk = config_get_int(moba, "topk", 1, 1 << 10, config->moba_topk, path);

@@ -54,6 +54,12 @@ typedef enum {
 } GqaKind;
 static const char* const gqa_names[] = {"gqa", "kdgqa", "dgqa", "pgqa", NULL};
 
+// Sets of kinds: bit k is 1 if kind k belongs to the set.
+enum {
+    KINDS_WITH_BLOCKS = 1 << ATTENTION_MOBA | 1 << ATTENTION_FLASHMOBA, // a query chooses blocks of keys
+    KINDS_BY_KEYS = 1 << GQA_KEY | 1 << GQA_DYNAMIC, // the map of query heads follows the keys
+};
+
 enum { PATTERN_MAX = 64, KCONV_MAX = 5 };
 
 typedef struct {
@@ -96,9 +102,7 @@ static inline AttentionKind layer_attention(const ModelConfig* config, int layer
     return layer_kind(config, layer) == 'G' ? config->attention : ATTENTION_DENSE;
 }
 // 1 if each query of this attention chooses blocks of keys: --moba-block and --moba-topk are its settings.
-static inline int attention_chooses_blocks(AttentionKind kind) {
-    return kind == ATTENTION_MOBA || kind == ATTENTION_FLASHMOBA;
-}
+static inline int attention_chooses_blocks(AttentionKind kind) { return KINDS_WITH_BLOCKS >> (int)kind & 1; }
 static inline int layer_chooses_blocks(const ModelConfig* config, int layer) {
     return attention_chooses_blocks(layer_attention(config, layer));
 }
@@ -113,7 +117,7 @@ static inline int layer_taps(const ModelConfig* config, int layer) {
 }
 // 1 if the map of query heads follows the keys.
 static inline int heads_are_key_driven(const ModelConfig* config) {
-    return config->gqa == GQA_KEY || config->gqa == GQA_DYNAMIC;
+    return KINDS_BY_KEYS >> (int)config->gqa & 1;
 }
 // Heads of a packed row of queries, keys and values.
 static inline int qkv_heads(const ModelConfig* config) { return config->heads + 2 * config->kv_heads; }
@@ -123,6 +127,13 @@ static inline int name_index(const char* const* names, const char* name) {
     for (int i = 0; names[i]; i++)
         if (!strcmp(names[i], name)) return i;
     return -1;
+}
+
+static inline int kconv_is_known(int kconv) { return kconv == 0 || kconv == 3 || kconv == 5; }
+
+static inline int pattern_is_known(const char* pattern) {
+    const size_t length = strlen(pattern);
+    return length > 0 && length <= PATTERN_MAX && strspn(pattern, "GDS") == length;
 }
 
 // Sets the kinds that the build has as its defaults.
@@ -194,7 +205,7 @@ static inline void model_config_check(const ModelConfig* config) {
     check_range("--window", config->window, 1, 1 << 24);
     check_range("--moba-block", config->moba_block, 1, 1 << 16);
     check_range("--moba-topk", config->moba_topk, 1, 1 << 10);
-    if (!config->pattern[0] || strspn(config->pattern, "GDS") != strlen(config->pattern))
+    if (!pattern_is_known(config->pattern))
         fail_usage("--pattern %s: want letters G (global attention), D (global and dense) and S (sliding "
                    "window), such "
                    "as SG",
@@ -203,8 +214,7 @@ static inline void model_config_check(const ModelConfig* config) {
         fail_usage("--attention %s: not in this build, which has %s; make builds a trainer with every kind",
                    attention_names[config->attention],
                    strcmp(ATTN_NAME, "dense") ? "dense and " ATTN_NAME : "dense alone");
-    if (config->kconv != 0 && config->kconv != 3 && config->kconv != 5)
-        fail_usage("--kconv %d: want 0, 3 or 5", config->kconv);
+    if (!kconv_is_known(config->kconv)) fail_usage("--kconv %d: want 0, 3 or 5", config->kconv);
     int any_rope = 0;
     for (int l = 0; l < config->layers; l++) any_rope |= layer_has_rope(config, l);
     if (any_rope && config->head_dim % 2 != 0)

@@ -315,19 +315,23 @@ static inline double option_number(int key, const char* text, double low, double
     return value;
 }
 
-// The names with " or " between them.
-static inline const char* option_names(const char* const* names) {
+enum { ALL_KINDS = -1 }; // a set of kinds, as in runtime/model.h
+
+// The names of the kinds in the set, with " or " between them.
+static inline const char* option_names(const char* const* names, int kinds) {
     static char joined[256];
     joined[0] = 0;
     for (int i = 0; names[i]; i++)
-        snprintf(joined + strlen(joined), sizeof(joined) - strlen(joined), "%s%s", i ? " or " : "", names[i]);
+        if (kinds >> i & 1)
+            snprintf(joined + strlen(joined), sizeof(joined) - strlen(joined), "%s%s",
+                     joined[0] ? " or " : "", names[i]);
     return joined;
 }
 
 // The place of `text` among the names.
 static inline int option_choice(int key, const char* text, const char* const* names) {
     const int place = name_index(names, text);
-    if (place < 0) fail_usage("%s %s: want %s", option_name(key), text, option_names(names));
+    if (place < 0) fail_usage("%s %s: want %s", option_name(key), text, option_names(names, ALL_KINDS));
     return place;
 }
 
@@ -509,8 +513,9 @@ static inline void options_print_help(void) {
         char doc[512]; // %s in an option's text stands for the names of its kinds
         snprintf(doc, sizeof(doc), "%s", option->doc);
         if (option->key == KEY_ATTENTION)
-            snprintf(doc, sizeof(doc), option->doc, option_names(attention_names));
-        if (option->key == KEY_QUERY_HEADS) snprintf(doc, sizeof(doc), option->doc, option_names(gqa_names));
+            snprintf(doc, sizeof(doc), option->doc, option_names(attention_names, ALL_KINDS));
+        if (option->key == KEY_QUERY_HEADS)
+            snprintf(doc, sizeof(doc), option->doc, option_names(gqa_names, ALL_KINDS));
         help_print_words(doc, column);
     }
     printf("\nExit codes: 0 done, 1 something outside was wrong, 2 the command line was.\n"
@@ -691,36 +696,30 @@ static inline ModelConfig options_model(const Options* options, ModelConfig base
     return config;
 }
 
-// Each entry names an option and the kinds with which it has an effect. Bit k stands for kind k.
+// An option, and the kinds with which it has an effect.
 typedef struct {
     int key;
-    unsigned attentions, gqas; // ~0u: all
+    int attentions, gqas; // sets of kinds
 } OptionKinds;
 
 static const OptionKinds option_kinds[] = {
-    {KEY_MOBA_BLOCK, 1u << ATTENTION_MOBA | 1u << ATTENTION_FLASHMOBA, ~0u},
-    {KEY_MOBA_TOPK, 1u << ATTENTION_MOBA | 1u << ATTENTION_FLASHMOBA, ~0u},
-    {KEY_MOBA_WORKSPACE, 1u << ATTENTION_FLASHMOBA, ~0u},
-    {KEY_KD_SOURCE, ~0u, 1u << GQA_KEY | 1u << GQA_DYNAMIC},
-    {KEY_KD_MIN_HEADS, ~0u, 1u << GQA_KEY | 1u << GQA_DYNAMIC},
-    {KEY_KD_WINDOW, ~0u, 1u << GQA_DYNAMIC},
-    {KEY_KD_BETA, ~0u, 1u << GQA_DYNAMIC},
-    {KEY_DGQA_KIND, ~0u, 1u << GQA_DYNAMIC},
-    {KEY_PGQA_NOISE, ~0u, 1u << GQA_PERTURBED},
+    {KEY_MOBA_BLOCK, KINDS_WITH_BLOCKS, ALL_KINDS},
+    {KEY_MOBA_TOPK, KINDS_WITH_BLOCKS, ALL_KINDS},
+    {KEY_MOBA_WORKSPACE, 1 << ATTENTION_FLASHMOBA, ALL_KINDS},
+    {KEY_KD_SOURCE, ALL_KINDS, KINDS_BY_KEYS},
+    {KEY_KD_MIN_HEADS, ALL_KINDS, KINDS_BY_KEYS},
+    {KEY_KD_WINDOW, ALL_KINDS, 1 << GQA_DYNAMIC},
+    {KEY_KD_BETA, ALL_KINDS, 1 << GQA_DYNAMIC},
+    {KEY_DGQA_KIND, ALL_KINDS, 1 << GQA_DYNAMIC},
+    {KEY_PGQA_NOISE, ALL_KINDS, 1 << GQA_PERTURBED},
 };
 
-// Fails if option `key` has no effect with the model's kind. Bit k of `kinds` is 1 if the option has an effect
-// with kind k.
+// Fails if the model's kind is not in the set of kinds with which option `key` has an effect.
 static inline void option_must_fit(int key, const char* kind_option, const char* const* names, int kind,
-                                   unsigned kinds) {
-    char fitting[64] = "";
+                                   int kinds) {
     if (kinds >> kind & 1) return;
-    for (int i = 0; names[i]; i++)
-        if (kinds >> i & 1)
-            snprintf(fitting + strlen(fitting), sizeof(fitting) - strlen(fitting), "%s%s",
-                     fitting[0] ? " or " : "", names[i]);
     fail_usage("%s: has an effect with %s %s only, and this model has %s %s", option_name(key), kind_option,
-               fitting, kind_option, names[kind]);
+               option_names(names, kinds), kind_option, names[kind]);
 }
 
 // Fails if the user gave an option that has no effect with the model's kinds. Sets heads_by_keys.dynamic to 1

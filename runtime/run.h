@@ -1,5 +1,5 @@
 /*
-A run of the trainer: its options, its model, its data and its place in the training, and the checks that they fit together.
+A run of the trainer: its options, model, data and place in the training, and the checks that these fit together.
 
     static Run run;
     run.options = options_parse(argc, argv);

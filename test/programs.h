@@ -302,6 +302,22 @@ static inline int read_metric(double* values, int most, const char* output, cons
     return count;
 }
 
+// The last `count` values of a metric, or all values if it is 0, must be close to the values of another run.
+static inline void must_follow(const char* output, const char* yardstick, const char* key, int count,
+                               double bound) {
+    double got[64], want[64], worst = 0;
+    const int values = read_metric(got, 64, output, key);
+    assert_int_equal(values, read_metric(want, 64, yardstick, key));
+    assert_true(values > 0 && values >= count);
+    for (int i = count ? values - count : 0; i < values; i++) {
+        const double off = fabs(got[i] / want[i] - 1);
+        if (!(off <= bound))
+            fail_msg("%s: %s %d is %.9g, %s has %.9g", output, key, i, got[i], yardstick, want[i]);
+        worst = fmax(worst, off);
+    }
+    print_message("%s: %s within %.2g of %s\n", output, key, worst, yardstick);
+}
+
 // ----------------------------------------------------------------------------
 // Token shards
 

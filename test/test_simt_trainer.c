@@ -61,22 +61,6 @@ static void fork_run(const char* output, const char* of, int step) {
           output, of, of, output);
 }
 
-// The last `count` values of a metric must be close to the values of another run.
-static void must_follow(const char* output, const char* yardstick, const char* key, int count, double bound) {
-    double got[64], want[64];
-    const int steps = read_metric(got, 64, output, key);
-    assert_int_equal(steps, read_metric(want, 64, yardstick, key));
-    assert_true(steps >= count);
-    double worst = 0;
-    for (int i = steps - count; i < steps; i++) {
-        const double off = fabs(got[i] / want[i] - 1);
-        if (!(off <= bound))
-            fail_msg("%s: %s %d is %.9g, %s has %.9g", output, key, i, got[i], yardstick, want[i]);
-        worst = fmax(worst, off);
-    }
-    print_message("%s: %s within %.2g of %s\n", output, key, worst, yardstick);
-}
-
 // The mean of the last `count` values must be close to the mean of another run's values.
 static void must_follow_on_average(const char* output, const char* yardstick, const char* key, int count,
                                    double bound) {
